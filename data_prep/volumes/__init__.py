@@ -1,0 +1,1 @@
+"""From a scan file to voxels on the archive grid."""

@@ -1,0 +1,210 @@
+"""The configuration tree: typed, loaded from YAML, overridden by ``a.b=value``, stored with the run.
+
+``load_config("configs/demo.yaml", ["train.steps=10"])`` reads the file, applies the overrides in
+order and validates the whole tree.  An unknown key is an error that names the nearest known one.
+A recipe says only what differs from these defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from neurojepa.errors import ConfigError
+
+
+class Config(BaseModel):
+    """A branch of the tree: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Config):
+    """Which samples, and how they reach the rank."""
+
+    feed: str = Field(description="URI of a packed feed (directory or s3://...)")
+    split: Literal["train", "val", "test"] = "train"
+    modalities: list[str] | None = Field(None, description="keep only these; null keeps all")
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="share of positions by 'cohort/modality'; empty = by sample counts",
+    )
+    prefetch_batches: int = Field(2, ge=1, description="micro-batches read ahead")
+    read_threads: int = Field(8, ge=1, description="range reads in flight per rank")
+
+
+class ModelConfig(Config):
+    """The network.  ``size`` fixes depth, widths and experts (see model/sizes.py)."""
+
+    size: Literal["tiny", "small", "base", "large", "huge"] = "base"
+    patch_voxels: int = Field(12, ge=1, description="edge of a cubic patch, in voxels of the feed")
+    token_budget: int | None = Field(320, ge=8, description="tokens per scan, foreground first; "
+                                     "null keeps every token of the grid")
+    moe: bool = True
+    head_gate: bool = Field(False, description="sigmoid gate per attention head")
+    activation_checkpointing: int = Field(0, ge=0, description="0 none, k = every k-th block")
+
+
+class MaskConfig(Config):
+    """Context and target masks drawn for every scan.
+
+    ``scales`` are (number of blocks, smallest, largest block volume as a share of the grid).
+    """
+
+    scales: list[tuple[int, float, float]] = [(32, 0.0, 0.2), (16, 0.2, 0.5), (4, 0.5, 0.7)]
+    aspect: tuple[float, float] = (0.75, 1.5)
+    target_share: float = Field(0.75, gt=0, lt=1, description="share of the budget to predict")
+
+
+class SparseConfig(Config):
+    """L = ||z - Decoder(h)||^2 + l1 * ||h||_1 on the predictor's output."""
+
+    code: Literal["relu", "identity"] = Field("relu", description="identity = plain dense JEPA")
+    atoms: int = Field(0, ge=0, description="0 = four times the encoder's width")
+    l1: float = Field(1e-3, ge=0)
+    l1_warmup_steps: int = Field(100, ge=0)
+    dense_loss: Literal["l1", "l2"] = Field("l1", description="the loss when code is identity")
+
+
+class AugmentConfig(Config):
+    """On-device augmentation, keyed by (seed, position); zero switches a part off."""
+
+    gamma: float = Field(0.3, ge=0, description="log-range of the exponent")
+    noise: float = Field(0.03, ge=0, description="largest standard deviation, intensity in [0,1]")
+    bias_field: float = Field(0.2, ge=0, description="largest log-amplitude of a smooth field")
+
+
+class ObjectiveConfig(Config):
+    masks: MaskConfig = MaskConfig()
+    sparse: SparseConfig = SparseConfig()
+    augment: AugmentConfig = AugmentConfig()
+    background_weight: float = Field(0.1, ge=0, le=1, description="loss weight of an all-air token")
+
+
+class OptimConfig(Config):
+    lr: float = Field(5e-4, gt=0)
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    weight_decay: float = Field(0.04, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.999, ge=0, le=1, description="momentum of the target encoder")
+    router_bias_rate: float = Field(1e-3, ge=0, description="step of loss-free expert balancing")
+
+
+class TrainConfig(Config):
+    steps: int = Field(ge=1)
+    global_batch: int = Field(8, ge=1, description="scans per step, the same at any world size")
+    micro_batch: int = Field(4, ge=1, description="scans per rank and micro-step")
+    seed: int = 0
+    zero: Literal[1, 2, 3] = 1
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    checkpoint_every: int = Field(50, ge=1)
+    keep_last: int = Field(2, ge=1)
+    log_every: int = Field(10, ge=1, description="steps between reads of device metrics")
+
+
+class RunConfig(Config):
+    dir: str = Field(description="run directory: config, metrics, events, checkpoints")
+    launcher: Literal["env", "local", "ray"] = Field(
+        "env", description="env: as started (alone, or under deepspeed); local, ray: start ranks")
+    ranks: int = Field(1, ge=1, description="ranks to start when launcher is local or ray")
+    deterministic: bool = False
+
+
+class RootConfig(Config):
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    run: RunConfig
+
+    @model_validator(mode="after")
+    def _budget_splits(self) -> RootConfig:
+        budget = self.model.token_budget
+        if budget is not None:
+            target = round(budget * self.objective.masks.target_share)
+            if not 0 < target < budget:
+                raise ValueError(
+                    f"model.token_budget {budget} x objective.masks.target_share "
+                    f"{self.objective.masks.target_share} leaves {target} target tokens; "
+                    "both context and target need at least one")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RootConfig:
+    """Read a recipe, apply ``a.b=value`` overrides (values are YAML) and validate the tree.
+
+    Raises
+    ------
+    ConfigError
+        The file is missing or not YAML, a key is unknown, a value does not fit.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of data/model/objective/optim/train/run")
+    for item in overrides or []:
+        _override(tree, item)
+    return validate(tree, where=str(path))
+
+
+def validate(tree: dict[str, Any], where: str) -> RootConfig:
+    """Build the typed tree from plain data; ``where`` names its source in errors."""
+    try:
+        return RootConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(map(_explain, error.errors()))) from error
+
+
+def dump_config(config: RootConfig) -> str:
+    """The resolved tree as YAML, as stored in the run directory."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    dotted, equals, text = item.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {item!r}: expected a.b=value, for example train.steps=100")
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {item!r}: {name} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: the value is not valid YAML") from error
+
+
+def _explain(error: Any) -> str:
+    location = [part for part in error["loc"] if isinstance(part, str)]
+    dotted = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {dotted!r}; {hint}"
+    if error["type"] == "missing":
+        return f"{dotted} is required; set it in the file or as {dotted}=VALUE"
+    if not dotted:
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{dotted} = {error['input']!r}: {error['msg']}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    model: Any = RootConfig
+    for name in location:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)

@@ -1,0 +1,43 @@
+"""Errors a user can act on, and how a command ends when one is raised.
+
+Every message names the fact, the place (file, field, value) and the cure.  A command prints it as
+one line and exits with status 2; anything else is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class NeurojepaError(Exception):
+    """A condition the user can act on; the message is the whole explanation."""
+
+
+class ConfigError(NeurojepaError):
+    """A configuration value or command line that cannot work."""
+
+
+class DataError(NeurojepaError):
+    """A scan, archive or feed that is missing, damaged or inconsistent."""
+
+
+class CheckpointError(NeurojepaError):
+    """A checkpoint that is absent, uncommitted, damaged or of another run."""
+
+
+class ClusterError(NeurojepaError):
+    """A host, launcher or scheduler that did not do its part."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's ``main`` and exit: 0, its own status, 2 with one line, or 130 on Ctrl-C."""
+    try:
+        status = main()
+    except NeurojepaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        status = 130
+    sys.exit(status or 0)

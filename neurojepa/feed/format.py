@@ -1,0 +1,258 @@
+"""What data_prep and the model must agree on: grids, the sample codec and the feed's index.
+
+A feed is a directory or an object-store prefix:
+
+    feed.json            grid, counts, fingerprint; written last, so a feed without it is incomplete
+    index.parquet        one row per sample (INDEX_SCHEMA): where its bytes lie and what it is
+    labels.parquet       participant, session, name, value
+    shards/*.tar         WebDataset tars: <scan_id>.image.npy.zst (+ <scan_id>.label.npy.zst)
+
+An image is one uint8 array [x, y, z] in RAS on the feed's grid: 0 is air (outside the brain),
+255 was not scanned, 1..254 is brain on a linear scale.  So one byte per voxel carries both the
+intensity and the mask.  It is stored as a plain .npy compressed with zstd.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from neurojepa.errors import DataError
+
+FORMAT_VERSION = 1
+AIR, NOT_SCANNED = 0, 255
+MODALITIES = ("T1w", "T2w", "FLAIR", "PET", "BOLD")
+MNI_CENTRE_MM = (0.0, -17.0, 6.0)  # centre of the MNI152 brain (RAS)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A box of cubic voxels in MNI152 space, axes x y z in RAS, centred on the brain."""
+
+    name: str
+    shape: tuple[int, int, int]
+    spacing_mm: float
+    centre_mm: tuple[float, float, float] = MNI_CENTRE_MM
+
+    @property
+    def affine(self) -> np.ndarray:
+        """[4, 4] float64: voxel index to millimetres."""
+        affine = np.diag([self.spacing_mm] * 3 + [1.0])
+        affine[:3, 3] = np.array(self.centre_mm) - self.spacing_mm * (np.array(self.shape) - 1) / 2
+        return affine
+
+
+ARCHIVE_GRID = Grid("archive", (180, 216, 180), 1.0)
+TRAINING_GRIDS = {
+    grid.name: grid
+    for grid in (
+        Grid("1.5mm", (108, 132, 108), 1.5),
+        Grid("3mm", (54, 66, 54), 3.0),
+    )
+}
+
+INDEX_SCHEMA = pa.schema([
+    ("scan_id", pa.string()),  # hash of decoded voxels and affine
+    ("participant", pa.string()),  # keyed pseudonym
+    ("family", pa.string()),  # people that must share a split
+    ("session", pa.string()),
+    ("cohort", pa.string()),
+    ("modality", pa.string()),  # one of MODALITIES
+    ("site", pa.string()),
+    ("split", pa.string()),  # train, val or test
+    ("shard", pa.string()),  # path below the feed
+    ("offset", pa.int64()),  # of the image's bytes inside the shard
+    ("length", pa.int64()),
+    ("sha256", pa.string()),
+    ("label_offset", pa.int64()),  # null where the scan has no label map
+    ("label_length", pa.int64()),
+    ("label_sha256", pa.string()),
+    ("num_foreground", pa.int64()),  # brain voxels
+])
+LABELS_SCHEMA = pa.schema([
+    ("participant", pa.string()),
+    ("session", pa.string()),
+    ("name", pa.string()),
+    ("value", pa.string()),
+])
+
+
+# ---- storage -------------------------------------------------------------------------------------
+
+def open_store(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system and path of a URI; s3:// is configured by the usual AWS_* variables.
+
+    Raises
+    ------
+    DataError
+        The URI's scheme is unknown or its driver is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(uri, **({"use_listings_cache": False}
+                                             if uri.startswith("s3:") else {}))
+    except (ValueError, ImportError) as error:
+        raise DataError(f"{uri}: cannot open this kind of store ({error})") from error
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a whole object: it appears complete or not at all.
+
+    Locally: temporary file, fsync, rename.  Object stores publish a PUT atomically.
+    """
+    fs, path = open_store(uri)
+    if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        fs.pipe_file(path, data)
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot write {len(data)} bytes ({error.strerror}); "
+                        "free space or choose another place") from error
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read_bytes(uri: str) -> bytes:
+    """Read a whole object, or raise DataError naming it."""
+    fs, path = open_store(uri)
+    try:
+        return fs.cat_file(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{uri}: not found; check the path") from error
+    except OSError as error:
+        raise DataError(f"{uri}: cannot be read ({error}); check the store and its "
+                        "credentials (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID)") from error
+
+
+def join(uri: str, *parts: str) -> str:
+    """Path arithmetic that is right for local directories and URIs alike."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+# ---- sample codec --------------------------------------------------------------------------------
+
+def encode_array(array: np.ndarray) -> bytes:
+    """An array as .npy, compressed with zstd (level 3: see tools/bench feed)."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return zstandard.ZstdCompressor(level=3).compress(buffer.getvalue())
+
+
+def decode_array(data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Undo ``encode_array``; the expected shape bounds what is decompressed.
+
+    Raises
+    ------
+    DataError
+        Not a zstd .npy, larger than ``shape`` allows, or of another shape.
+    """
+    limit = int(np.prod(shape)) * 8 + 4096
+    try:
+        size = zstandard.frame_content_size(data)
+        if not 0 <= size <= limit:
+            raise DataError(f"{name}: claims {size} bytes, expected at most {limit}; "
+                            "the shard is damaged or not of this feed")
+        raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=limit)
+        array = np.load(io.BytesIO(raw), allow_pickle=False)
+    except (zstandard.ZstdError, ValueError) as error:
+        raise DataError(f"{name}: not a compressed array ({error}); run verify") from error
+    if array.shape != tuple(shape):
+        raise DataError(f"{name}: has shape {array.shape}, the feed's grid is {tuple(shape)}")
+    return array
+
+
+def quantise(volume: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Intensities in [0, 1] and mask codes (0 air, 1 brain, 2 not scanned) to the stored uint8."""
+    brain = np.clip(np.rint(volume * 253.0), 0, 253).astype(np.uint8) + 1
+    return np.where(mask == 1, brain, np.where(mask == 2, NOT_SCANNED, AIR)).astype(np.uint8)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# ---- feed ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Feed:
+    """A committed feed: its grid and its index.  No voxels are read to open it."""
+
+    uri: str
+    grid: Grid
+    index: pa.Table
+    fingerprint: str
+
+    def labels(self) -> pa.Table:
+        """participant, session, name, value; one row per label."""
+        return _parquet(join(self.uri, "labels.parquet"))
+
+
+def open_feed(uri: str) -> Feed:
+    """Open a feed by its commit record and index.
+
+    Raises
+    ------
+    DataError
+        There is no feed.json (never committed), or the index does not match its recorded hash.
+    """
+    try:
+        record = json.loads(read_bytes(join(uri, "feed.json")))
+    except DataError as error:
+        raise DataError(f"{uri}: no committed feed here ({error}); run: "
+                        "python -m data_prep pack --archive ARCHIVE --out FEED") from error
+    except ValueError as error:
+        raise DataError(f"{join(uri, 'feed.json')}: not JSON; pack the feed again") from error
+    if record.get("format") != FORMAT_VERSION:
+        raise DataError(f"{uri}: feed format {record.get('format')}, this version reads "
+                        f"{FORMAT_VERSION}; pack the archive again")
+    data = read_bytes(join(uri, "index.parquet"))
+    if sha256(data) != record["index_sha256"]:
+        raise DataError(f"{join(uri, 'index.parquet')}: does not match feed.json; it was changed "
+                        "after packing; pack the feed again")
+    grid = Grid(record["grid"]["name"], tuple(record["grid"]["shape"]),
+                record["grid"]["spacing_mm"], tuple(record["grid"]["centre_mm"]))
+    return Feed(uri, grid, pq.read_table(io.BytesIO(data)), record["index_sha256"][:16])
+
+
+def commit_feed(uri: str, grid: Grid, rows: list[dict[str, Any]], labels: pa.Table) -> str:
+    """Write index, labels and, last, the commit record; returns the fingerprint."""
+    index = _parquet_bytes(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+    write_bytes(join(uri, "labels.parquet"), _parquet_bytes(labels.cast(LABELS_SCHEMA)))
+    write_bytes(join(uri, "index.parquet"), index)
+    record = {
+        "format": FORMAT_VERSION,
+        "grid": {"name": grid.name, "shape": grid.shape, "spacing_mm": grid.spacing_mm,
+                 "centre_mm": grid.centre_mm},
+        "num_samples": len(rows),
+        "index_sha256": sha256(index),
+    }
+    write_bytes(join(uri, "feed.json"), json.dumps(record, indent=1).encode())
+    return sha256(index)[:16]
+
+
+def _parquet(uri: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(read_bytes(uri)))
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
