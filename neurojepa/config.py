@@ -1,4 +1,4 @@
-"""The configuration tree: typed, loaded from YAML, overridden by ``a.b=value``, stored with the run.
+"""The configuration tree: typed, loaded from YAML, overridden by ``a.b=value``, stored with runs.
 
 ``load_config("configs/demo.yaml", ["train.steps=10"])`` reads the file, applies the overrides in
 order and validates the whole tree.  An unknown key is an error that names the nearest known one.
