@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from neurojepa.errors import DataError
 FORMAT_VERSION = 1
 AIR, NOT_SCANNED = 0, 255
 MODALITIES = ("T1w", "T2w", "FLAIR", "PET", "BOLD")
+_CHECK_STORE = "check the store and AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
 MNI_CENTRE_MM = (0.0, -17.0, 6.0)  # centre of the MNI152 brain (RAS)
 
 
@@ -105,14 +107,27 @@ def open_store(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise DataError(f"{uri}: cannot open this kind of store ({error})") from error
 
 
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a store raises when it cannot be reached (for ``except``); botocore's once loaded."""
+    botocore = sys.modules.get("botocore.exceptions")
+    return (OSError, botocore.BotoCoreError) if botocore else (OSError,)
+
+
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole object: it appears complete or not at all.
 
     Locally: temporary file, fsync, rename.  Object stores publish a PUT atomically.
     """
     fs, path = open_store(uri)
-    if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-        fs.pipe_file(path, data)
+    if not is_local(fs):
+        try:
+            fs.pipe_file(path, data)
+        except store_errors() as error:
+            raise DataError(f"{uri}: cannot be written ({error}); {_CHECK_STORE}") from error
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
@@ -137,9 +152,8 @@ def read_bytes(uri: str) -> bytes:
         return fs.cat_file(path)
     except FileNotFoundError as error:
         raise DataError(f"{uri}: not found; check the path") from error
-    except OSError as error:
-        raise DataError(f"{uri}: cannot be read ({error}); check the store and its "
-                        "credentials (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID)") from error
+    except store_errors() as error:
+        raise DataError(f"{uri}: cannot be read ({error}); {_CHECK_STORE}") from error
 
 
 def join(uri: str, *parts: str) -> str:

@@ -1,0 +1,127 @@
+"""Which sample stands at which position: a pure function of (index, seed, position).
+
+Positions 0, 1, 2, ... are the samples a run sees, in order.  Nothing here knows ranks, workers or
+batches, so any world size follows the same samples and the whole data state of a run is a number.
+
+Samples form groups: one for everything, or one per 'cohort/modality' when the config gives
+weights.  Positions come in blocks of BLOCK; in each block a group owns a fixed number of slots at
+places shuffled by (seed, block), and the k-th slot of a group takes the k-th sample of an endless
+sequence of that group's epochs, each epoch sorted by a hash of (seed, epoch, scan_id).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+
+from neurojepa.config import DataConfig
+from neurojepa.errors import ConfigError
+
+BLOCK = 1000
+
+
+class Order:
+    """The order of a feed's samples under a data config and a seed.
+
+    Raises
+    ------
+    ConfigError
+        No sample is left by the split and modality filters, or a weight names no group.
+    """
+
+    def __init__(self, index: pa.Table, data: DataConfig, seed: int) -> None:
+        self.seed = seed
+        keep = np.array(index["split"].to_pylist()) == data.split
+        modality = np.array(index["modality"].to_pylist())
+        if data.modalities is not None:
+            keep &= np.isin(modality, data.modalities)
+        rows = np.flatnonzero(keep)
+        if not len(rows):
+            raise ConfigError(
+                f"data.split = {data.split!r}, data.modalities = {data.modalities}: none of the "
+                f"feed's {index.num_rows} samples is left; the feed has splits "
+                f"{sorted(set(index['split'].to_pylist()))} and modalities "
+                f"{sorted(set(modality.tolist()))}")
+        scan_ids = np.array(index["scan_id"].to_pylist())
+        self._groups, self._slots = self._group(index, rows, data.weights)
+        self._keys = [np.array([_hash(name) for name in scan_ids[group]], dtype=np.uint64)
+                      for group in self._groups]
+        self.num_samples = sum(map(len, self._groups))
+        self.fingerprint = _fingerprint(scan_ids, self._groups, self._slots, seed)
+        self._epoch = lru_cache(maxsize=2 * len(self._groups))(self._sorted_epoch)
+        self._pattern = lru_cache(maxsize=4)(self._shuffled_pattern)
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """Row numbers of the feed's index at the given positions, shape [n] -> [n]."""
+        return np.array([self._row(int(position)) for position in positions], dtype=np.int64)
+
+    def _row(self, position: int) -> int:
+        block, place = divmod(position, BLOCK)
+        group_of, rank_of = self._pattern(block)
+        group = int(group_of[place])
+        turn = block * self._slots[group] + int(rank_of[place])
+        epoch, within = divmod(turn, len(self._groups[group]))
+        return int(self._groups[group][self._epoch(group, epoch)[within]])
+
+    def _sorted_epoch(self, group: int, epoch: int) -> np.ndarray:
+        salt = np.uint64(_hash(f"{self.seed}/{group}/{epoch}"))
+        return np.argsort(_mix(self._keys[group] ^ salt), kind="stable")
+
+    def _shuffled_pattern(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """[BLOCK] group at each place of the block, and its how-manieth slot in the block."""
+        pattern = np.repeat(np.arange(len(self._slots)), self._slots)
+        salt = np.uint64(_hash(f"{self.seed}/block/{block}"))
+        if len(self._slots) > 1:
+            pattern = pattern[np.argsort(_mix(np.arange(BLOCK, dtype=np.uint64) ^ salt))]
+        rank = np.empty(BLOCK, dtype=np.int64)
+        for group, count in enumerate(self._slots):
+            rank[pattern == group] = np.arange(count)
+        return pattern, rank
+
+    @staticmethod
+    def _group(index: pa.Table, rows: np.ndarray,
+               weights: dict[str, float]) -> tuple[list[np.ndarray], list[int]]:
+        if not weights:
+            return [rows], [BLOCK]
+        names = np.array([f"{cohort}/{modality}" for cohort, modality in zip(
+            index["cohort"].to_pylist(), index["modality"].to_pylist(), strict=True)])[rows]
+        total = sum(weights.values())
+        groups, shares = [], []
+        for name in sorted(weights):
+            members = rows[names == name]
+            if not len(members) or weights[name] <= 0:
+                raise ConfigError(f"data.weights[{name!r}] = {weights[name]}: a weight is positive "
+                                  f"and names one of {sorted(set(names.tolist()))}")
+            groups.append(members)
+            shares.append(weights[name] / total * BLOCK)
+        slots = [int(share) for share in shares]
+        by_remainder = np.argsort([slot - share for slot, share in zip(slots, shares, strict=True)],
+                                  kind="stable")
+        for group in by_remainder[: BLOCK - sum(slots)]:
+            slots[group] += 1
+        if min(slots) == 0:
+            raise ConfigError(f"data.weights: a share below 1/{BLOCK} of the total never comes up; "
+                              "raise it or leave it out")
+        return groups, slots
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Finaliser of SplitMix64 (Steele et al. 2014): a bijection of uint64 that scatters bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _fingerprint(scan_ids: np.ndarray, groups: list[np.ndarray], slots: list[int],
+                 seed: int) -> str:
+    digest = hashlib.sha256(f"{seed} {slots}".encode())
+    for group in groups:
+        digest.update("\n".join(sorted(scan_ids[group].tolist())).encode() + b"\0")
+    return digest.hexdigest()[:16]
