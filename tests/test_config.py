@@ -1,0 +1,71 @@
+"""The configuration tree: loading, overrides, refusals, and every recipe that is shipped."""
+
+from pathlib import Path
+
+import pytest
+
+from neurojepa.config import dump_config, load_config, validate
+from neurojepa.errors import ConfigError
+
+MINIMAL = "data: {feed: f}\ntrain: {steps: 3}\nrun: {dir: r}\n"
+RECIPES = sorted(Path("configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_apply_in_order_and_the_resolved_tree_loads_again(recipe: Path) -> None:
+    config = load_config(recipe, ["train.steps=5", "train.steps=7", "optim.lr=1e-3",
+                                  "data.modalities=[T1w]"])
+    assert (config.train.steps, config.optim.lr, config.data.modalities) == (7, 1e-3, ["T1w"])
+    recipe.write_text(dump_config(config))
+    assert load_config(recipe) == config
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("train.step=7", ["train.step", "'steps'"]),
+    ("trian.steps=7", ["trian", "'train'"]),
+    ("objective.masks.target_shar=1", ["objective.masks.target_shar", "'target_share'"]),
+    ("train.steps=many", ["train.steps", "'many'"]),
+    ("train.zero=4", ["train.zero", "4"]),
+    ("objective.masks.target_share=0.999", ["token_budget 320", "0.999", "320 target"]),
+    ("train.steps", ["a.b=value"]),
+    ("run.dir.x=1", ["dir is a value"]),
+])
+def test_a_bad_override_is_refused_by_name(recipe: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot read"):
+        load_config(tmp_path / "nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML"):
+        load_config(broken)
+    with pytest.raises(ConfigError, match=r"run\.dir is required"):
+        validate({"data": {"feed": "f"}, "train": {"steps": 1}, "run": {}}, "here")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_validates_and_its_model_builds(path: Path) -> None:
+    import torch
+
+    from neurojepa.feed.format import TRAINING_GRIDS, Grid
+    from neurojepa.model.jepa import build_model
+
+    config = load_config(path, ["data.feed=f", "run.dir=r"])
+    grids = {12: TRAINING_GRIDS["1.5mm"], 6: TRAINING_GRIDS["3mm"]}
+    grid = grids[config.model.patch_voxels]
+    if path.name == "paper.yaml":
+        grid = Grid("paper", (96, 108, 96), 1.0)
+    with torch.device("meta"):
+        model = build_model(config, grid)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1e5

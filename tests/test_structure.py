@@ -1,0 +1,35 @@
+"""The house rules that a reader relies on: which package imports which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+FORBIDDEN = {
+    "neurojepa": lambda name: name.split(".")[0] in ("data_prep", "cluster", "tools", "tests"),
+    "data_prep": lambda name: (name.split(".")[0] in ("cluster", "tools", "tests")
+                               or (name.startswith("neurojepa") and name not in
+                                   ("neurojepa", "neurojepa.feed.format", "neurojepa.errors"))),
+    "cluster": lambda name: (name.split(".")[0] in ("data_prep", "tools", "tests")
+                             or (name.startswith("neurojepa") and name != "neurojepa.errors")),
+}
+# Raw scans are embedded through the one preparation path; the import is inside the function.
+EXCEPTIONS = {("neurojepa/downstream/embed.py", "data_prep")}
+
+
+def imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_packages_import_only_along_the_arrows(package: str) -> None:
+    crossing = [(str(path), name) for path in Path(package).rglob("*.py") for name in imports(path)
+                if FORBIDDEN[package](name)
+                and (str(path), name.split(".")[0]) not in EXCEPTIONS]
+    assert not crossing

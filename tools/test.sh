@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Sets everything up on a Debian machine, then checks style, types and behaviour.
+# bash tools/test.sh tests/test_moe.py -k float64   passes its arguments to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash tools/setup.sh
+
+# Real hosts (network namespaces with sshd), the pdsh launcher and a browser for the report.
+missing=()
+for pair in sshd:openssh-server pdsh:pdsh ip:iproute2 chromium:chromium; do
+    PATH=$PATH:/usr/sbin command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+    if [ "$(id -u)" = 0 ]; then
+        apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "${missing[@]}"
+    else
+        echo "not root: tests that need ${missing[*]} are skipped" >&2
+    fi
+fi
+
+.venv/bin/ruff check .
+.venv/bin/mypy
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "$@"
