@@ -1,0 +1,120 @@
+"""Linear probes on frozen embeddings: regression (ridge) and classification (logistic).
+
+Fitted on the people of split ``train``, tested on those of split ``test``.  The penalty is chosen
+by cross-validation that keeps each person in one fold.  Before anything is fitted, the split is
+checked: a person or family on both sides is an error, not a warning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from neurojepa.downstream.embed import Embeddings
+from neurojepa.downstream.stats import Score, auroc, mean_absolute_error, r_squared, score
+from neurojepa.errors import DataError
+
+Kind = Literal["regression", "classification"]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Test scores of one target, the predictions behind them, and how many people taught it."""
+
+    target: str
+    kind: Kind
+    scores: dict[str, Score]
+    truth: np.ndarray
+    predicted: np.ndarray
+    num_train_people: int
+    classes: tuple[str, str] | None = None  # (negative, positive)
+
+
+def check_leak(embeddings: Embeddings) -> None:
+    """Raise DataError when a person or family stands in both train and test."""
+    for name, values in (("participant", embeddings.participant), ("family", embeddings.family)):
+        both = set(values[embeddings.split == "train"]) & set(values[embeddings.split == "test"])
+        if both:
+            raise DataError(f"{len(both)} {name}s are in both train and test (first: "
+                            f"{sorted(both)[0]}); run: python -m data_prep verify FEED")
+
+
+def probe(embeddings: Embeddings, target: str, values: np.ndarray) -> ProbeResult:
+    """Fit on train, test on test.
+
+    Parameters
+    ----------
+    values : [n] array of str
+        The label of each scan, "" where unknown (left out).  Numbers make a regression, two
+        names a classification with the alphabetically later one as positive.
+
+    Raises
+    ------
+    DataError
+        Too few labelled people, more than two classes, or a class missing from a split.
+    """
+    check_leak(embeddings)
+    known = values != ""
+    train = known & (embeddings.split == "train")
+    test = known & (embeddings.split == "test")
+    people = len(set(embeddings.participant[train])), len(set(embeddings.participant[test]))
+    if people[0] < 5 or people[1] < 2:
+        raise DataError(f"label {target!r}: known for {people[0]} people of split train and "
+                        f"{people[1]} of split test; a probe needs at least 5 and 2")
+    numeric = _as_numbers(values[known])
+    if numeric is not None:
+        truth = np.zeros(len(values))
+        truth[known] = numeric
+        return _regression(embeddings, target, truth, train, test, people[0])
+    return _classification(embeddings, target, values, train, test, people[0])
+
+
+def _regression(embeddings: Embeddings, target: str, truth: np.ndarray, train: np.ndarray,
+                test: np.ndarray, num_people: int) -> ProbeResult:
+    from sklearn.linear_model import Ridge
+
+    model = _tuned(Ridge(), "alpha", np.logspace(-1, 5, 13), "neg_mean_squared_error")
+    model.fit(embeddings.values[train], truth[train], groups=embeddings.participant[train])
+    predicted = model.predict(embeddings.values[test])
+    who = embeddings.participant[test]
+    scores = {"mae": score(mean_absolute_error, truth[test], predicted, who),
+              "r2": score(r_squared, truth[test], predicted, who)}
+    return ProbeResult(target, "regression", scores, truth[test], predicted, num_people)
+
+
+def _classification(embeddings: Embeddings, target: str, values: np.ndarray, train: np.ndarray,
+                    test: np.ndarray, num_people: int) -> ProbeResult:
+    from sklearn.linear_model import LogisticRegression
+
+    names = sorted(set(values[train | test]))
+    if len(names) != 2 or any(len(set(values[part])) != 2 for part in (train, test)):
+        raise DataError(f"label {target!r}: a probe needs two classes in both splits; train has "
+                        f"{sorted(set(values[train]))}, test has {sorted(set(values[test]))}")
+    truth = (values == names[1]).astype(float)
+    model = _tuned(LogisticRegression(max_iter=2000, class_weight="balanced"), "C",
+                   np.logspace(-5, 1, 13), "neg_log_loss")
+    model.fit(embeddings.values[train], truth[train], groups=embeddings.participant[train])
+    predicted = model.predict_proba(embeddings.values[test])[:, 1]
+    scores = {"auroc": score(auroc, truth[test], predicted, embeddings.participant[test])}
+    return ProbeResult(target, "classification", scores, truth[test], predicted, num_people,
+                       (names[0], names[1]))
+
+
+def _tuned(estimator, parameter: str, grid: np.ndarray, scoring: str):
+    """Standardise, then the estimator with its penalty chosen over folds of people."""
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    pipeline = Pipeline([("scale", StandardScaler()), ("model", estimator)])
+    return GridSearchCV(pipeline, {f"model__{parameter}": grid}, scoring=scoring,
+                        cv=GroupKFold(n_splits=5, shuffle=True, random_state=0))
+
+
+def _as_numbers(values: np.ndarray) -> np.ndarray | None:
+    try:
+        return values.astype(float)
+    except ValueError:
+        return None

@@ -1,0 +1,71 @@
+"""Scores with intervals that resample people, not scans.
+
+Two scans of one person are not two observations, so every interval here draws people with
+replacement and takes all scans of the people drawn (the cluster bootstrap, Davison & Hinkley
+1997, section 3.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric on a test set with its 95 % percentile interval."""
+
+    value: float
+    low: float
+    high: float
+    num_scans: int
+    num_people: int
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def score(metric: Metric, truth: np.ndarray, predicted: np.ndarray, people: np.ndarray,
+          draws: int = 1000, seed: int = 0) -> Score:
+    """Evaluate ``metric(truth, predicted)``, arrays [n], and its interval over people [n].
+
+    Draws on which the metric is undefined (nan, for example a single class) are left out.
+    """
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(people == person) for person in np.unique(people)]
+    values = []
+    for _ in range(draws):
+        drawn = np.concatenate([members[k] for k in rng.integers(len(members), size=len(members))])
+        values.append(metric(truth[drawn], predicted[drawn]))
+    defined = [value for value in values if np.isfinite(value)]
+    low, high = np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan)
+    return Score(metric(truth, predicted), float(low), float(high), len(truth), len(members))
+
+
+def mean_absolute_error(truth: np.ndarray, predicted: np.ndarray) -> float:
+    return float(np.abs(truth - predicted).mean())
+
+
+def r_squared(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Share of variance explained; nan when the truth does not vary."""
+    total = ((truth - truth.mean()) ** 2).sum()
+    return float(1 - ((truth - predicted) ** 2).sum() / total) if total > 0 else float("nan")
+
+
+def auroc(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Area under the ROC curve as the Mann-Whitney statistic, ties counted half; nan for one class.
+
+    Hanley & McNeil 1982.
+    """
+    positive, negative = predicted[truth == 1], predicted[truth == 0]
+    if not len(positive) or not len(negative):
+        return float("nan")
+    difference = positive[:, None] - negative[None, :]
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())

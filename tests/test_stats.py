@@ -1,0 +1,46 @@
+"""Scores against hand-worked cases, and intervals that know people from scans."""
+
+import numpy as np
+import pytest
+
+from neurojepa.downstream.stats import auroc, mean_absolute_error, r_squared, score
+
+
+def test_auroc_by_hand() -> None:
+    truth = np.array([0, 0, 1, 1])
+    assert auroc(truth, np.array([0.1, 0.4, 0.35, 0.8])) == pytest.approx(0.75)
+    assert auroc(truth, np.array([1.0, 1.0, 1.0, 1.0])) == 0.5
+    assert np.isnan(auroc(np.ones(3), np.arange(3.0)))
+
+
+def test_errors_by_hand() -> None:
+    truth, predicted = np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 5.0])
+    assert mean_absolute_error(truth, predicted) == pytest.approx(1.0)
+    assert r_squared(truth, predicted) == pytest.approx(1 - 5 / 2)
+    assert np.isnan(r_squared(np.ones(3), predicted))
+
+
+def test_repeated_scans_of_a_person_do_not_narrow_the_interval() -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.normal(size=40)
+    predicted = truth + rng.normal(size=40)
+    people = np.arange(40)
+    once = score(mean_absolute_error, truth, predicted, people)
+    twenty = score(mean_absolute_error, np.tile(truth, 20), np.tile(predicted, 20),
+                   np.tile(people, 20))
+    assert (twenty.num_scans, twenty.num_people) == (800, 40)
+    assert twenty.value == pytest.approx(once.value)
+    assert (twenty.high - twenty.low) == pytest.approx(once.high - once.low, rel=1e-6)
+    as_if_apart = score(mean_absolute_error, np.tile(truth, 20), np.tile(predicted, 20),
+                        np.arange(800))
+    assert (as_if_apart.high - as_if_apart.low) < 0.4 * (once.high - once.low)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(60):
+        error = rng.exponential(size=50)
+        interval = score(mean_absolute_error, error, np.zeros(50), np.arange(50), draws=300)
+        covered += interval.low <= 1.0 <= interval.high
+    assert 48 <= covered <= 60
