@@ -58,14 +58,11 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 def test_every_recipe_validates_and_its_model_builds(path: Path) -> None:
     import torch
 
-    from neurojepa.feed.format import TRAINING_GRIDS, Grid
+    from neurojepa.feed.format import TRAINING_GRIDS
     from neurojepa.model.jepa import build_model
 
     config = load_config(path, ["data.feed=f", "run.dir=r"])
-    grids = {12: TRAINING_GRIDS["1.5mm"], 6: TRAINING_GRIDS["3mm"]}
-    grid = grids[config.model.patch_voxels]
-    if path.name == "paper.yaml":
-        grid = Grid("paper", (96, 108, 96), 1.0)
+    grid = TRAINING_GRIDS[{"demo.yaml": "3mm", "paper.yaml": "paper"}.get(path.name, "1.5mm")]
     with torch.device("meta"):
         model = build_model(config, grid)
     assert sum(parameter.numel() for parameter in model.parameters()) > 1e5
