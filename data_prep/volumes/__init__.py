@@ -1,1 +1,1 @@
-"""From a scan file to voxels on the archive grid."""
+"""Voxels: from scan files to volumes on the archive grid (entry: pipeline.prepare_person)."""

@@ -1,0 +1,108 @@
+"""Where the brain is in a volume, from the first source that knows.
+
+    1. a mask that came with the scan, carried over by world coordinates
+    2. the scan itself, when it is already stripped (zero outside a brain-sized region)
+    3. deepbet (Fisch et al., Artif. Intell. Med. 2024), whose weights come inside its wheel
+
+The result is checked: an implausible volume means that stripping failed or that this is no head.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+from data_prep.volumes.geometry import resample, to_itk
+from data_prep.volumes.preset import Preset
+from data_prep.volumes.read import ScanError, Volume, read_scan
+
+MAX_INVALID_SHARE = 0.01  # of the brain's voxels that were NaN or Inf
+
+
+def brain_mask(volume: Volume, preset: Preset, mask_uri: str | None = None
+               ) -> tuple[np.ndarray, str]:
+    """Brain mask of a volume and its source: "given", "stripped" or "deepbet".
+
+    Returns
+    -------
+    mask : bool [x, y, z]
+    source : str
+
+    Raises
+    ------
+    ScanError
+        implausible_mask, non_finite, or what reading the given mask raised.
+    """
+    if mask_uri:
+        source, mask = "given", carried(read_scan(mask_uri, label=True), volume)
+    elif (stripped := _stripped(volume, preset)) is not None:
+        source, mask = "stripped", stripped
+    else:
+        source, mask = "deepbet", _deepbet_mask(volume)
+    check_mask(mask, volume, preset, source)
+    return mask, source
+
+
+def check_mask(mask: np.ndarray, volume: Volume, preset: Preset, source: str) -> None:
+    """Raise ScanError when the mask's volume or what lies under it cannot be a brain."""
+    brain_ml = mask.sum() * volume.voxel_ml
+    low, high = preset.brain_ml
+    if not low <= brain_ml <= high:
+        raise ScanError("implausible_mask", f"{volume.name}: brain mask ({source}) has "
+                                            f"{brain_ml:.0f} ml, expected {low:.0f} to {high:.0f}")
+    if volume.invalid is not None:
+        share = float(volume.invalid[mask].mean())
+        if share > MAX_INVALID_SHARE:
+            raise ScanError("non_finite", f"{volume.name}: {share:.1%} of the brain is NaN or Inf "
+                                          f"(limit {MAX_INVALID_SHARE:.0%})")
+
+
+def carried(source: Volume, target: Volume) -> np.ndarray:
+    """A mask on another grid, nearest neighbour by world coordinates; bool on target's grid."""
+    image = to_itk((source.data > 0).astype(np.uint8), source.affine)
+    return resample(image, np.eye(4), target.data.shape, target.affine,
+                    sitk.sitkNearestNeighbor).astype(bool)
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    labels, count = ndimage.label(mask)
+    if count <= 1:
+        return mask
+    return labels == 1 + np.bincount(labels.ravel())[1:].argmax()
+
+
+def _stripped(volume: Volume, preset: Preset) -> np.ndarray | None:
+    """The non-zero voxels, if they are one brain-sized piece; a head is twice as large."""
+    inside = volume.data != 0
+    low, high = preset.brain_ml
+    if not low <= inside.sum() * volume.voxel_ml <= high:
+        return None
+    piece = largest_component(inside)
+    if piece.sum() < 0.98 * inside.sum():
+        return None
+    return ndimage.binary_fill_holes(piece)
+
+
+@cache
+def _deepbet() -> Any:
+    """deepbet's two networks, loaded once per process."""
+    from deepbet.bet import BrainExtraction
+
+    # Threads: torch follows OMP_NUM_THREADS, which Ray sets to a task's share of the machine.
+    return BrainExtraction(no_gpu=True)
+
+
+def _deepbet_mask(volume: Volume) -> np.ndarray:
+    network = _deepbet()
+    try:
+        # A copy, since deepbet normalises in place.
+        probability = network.run_model(volume.data.copy())
+        mask = network.postprocess(probability > 0.5)
+    except (AssertionError, ValueError) as error:
+        raise ScanError("no_brain_found", f"{volume.name}: deepbet finds no brain ({error}); is it "
+                                          "a head?") from error
+    return np.asarray(mask, bool)

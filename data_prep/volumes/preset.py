@@ -1,0 +1,39 @@
+"""How thoroughly scans are prepared: two named sets of parameters.
+
+``default`` is the full recipe; ``quick`` serves demos and tests: a coarse affine, no bias field,
+linear interpolation, and one brain mask per session, carried from the anchor to the other scans.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Parameters of ``prepare_person``; recorded with every archive."""
+
+    name: str
+    template_mm: int  # the template's voxel in registration, 1 or 2 mm
+    shrink: tuple[int, ...]  # of the template, coarse to fine
+    sampling: float  # share of the template's voxels the metric looks at
+    rigid_mm: float  # grid of the rigid registrations within a person
+    bias_field: bool  # N4 in native space
+    share_mask: bool  # the session's other scans take the anchor's mask
+    spline: bool  # cubic B-spline instead of linear interpolation onto the archive grid
+    min_dice: float = 0.85  # below: rejected
+    flag_dice: float = 0.92  # below: flagged
+    volume_factor: tuple[float, float] = (0.7, 2.0)  # native to MNI by the affine; outside: rejected
+    flag_ncc: float = 0.4  # T1w only: other contrasts do not correlate with a T1w template
+    brain_ml: tuple[float, float] = (700.0, 2300.0)  # outside: rejected
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("quick", template_mm=2, shrink=(4, 2), sampling=0.5, rigid_mm=4.0,
+               bias_field=False, share_mask=True, spline=False),
+        Preset("default", template_mm=1, shrink=(8, 4, 2), sampling=0.1, rigid_mm=2.0,
+               bias_field=True, share_mask=False, spline=True),
+    )
+}
