@@ -1,0 +1,174 @@
+"""The sparse JEPA: predict the latents of hidden tokens from the visible ones.
+
+    context tokens -> encoder -> predictor -> code h -> Decoder(h) ~ z <- target encoder <- all tokens
+
+The target encoder is a copy of the encoder that gets no gradient; the trainer moves it by an
+exponential moving average.  Its output is layer-normed without affine, so the encoder cannot lower
+the loss by shrinking its latents.
+
+Shape letters: B scans, M masks, N tokens, C context and T target tokens, D width, V = B * M.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neurojepa.config import RootConfig
+from neurojepa.errors import ConfigError
+from neurojepa.feed.format import MODALITIES, Grid
+from neurojepa.model.encoder import Encoder
+from neurojepa.model.moe import MoE
+from neurojepa.model.predictor import Predictor
+from neurojepa.model.sizes import SIZES
+from neurojepa.model.sparse import Coded, SparseCode
+from neurojepa.objective.losses import take, token_weights
+from neurojepa.objective.views import Views
+
+
+class SparseJEPA(nn.Module):
+    """Encoder, its frozen target copy, predictor and sparse code."""
+
+    def __init__(self, config: RootConfig, grid: Grid) -> None:
+        super().__init__()
+        check_shapes(config, grid)
+        size = SIZES[config.model.size]
+        self.background_weight = config.objective.background_weight
+        self.encoder = Encoder(config.model)
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.predictor = Predictor(size)
+        self.code = SparseCode(config.objective.sparse, size.predictor_dim, size.dim)
+
+    def forward(self, views: Views, l1: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a micro-batch.
+
+        Parameters
+        ----------
+        views : from ``make_views``.
+        l1 : weight of ||h||_1, as the schedule has it now.
+
+        Returns
+        -------
+        loss : sum over samples of weight * loss, float32.
+        metrics : detached scalars, each summed with the samples' weights: divide by ``weight``
+            after adding up micro-batches and ranks.  ``loss/T1w`` and ``weight/T1w`` (one pair per
+            modality) are the parts that scans of that modality contribute.
+        """
+        coded, z_VTD = self._predict(views)
+        weight_VT = token_weights(take(views.foreground_BN, views.target_BMT),
+                                  take(views.valid_BN, views.target_BMT),
+                                  self.background_weight).flatten(0, 1)
+        B = len(views.weight_B)
+
+        def per_sample(value_VT: Tensor) -> Tensor:
+            return (weight_VT * value_VT).sum(-1).view(B, -1).mean(1)
+
+        prediction_B, sparsity_B = per_sample(coded.error), l1 * per_sample(coded.norm_h)
+        loss_B = views.weight_B * (prediction_B + sparsity_B)
+        metrics = _metrics(views, loss_B.detach(), {
+            "prediction": prediction_B, "sparsity": sparsity_B, "l0": per_sample(coded.num_active)})
+        batch_wide = {**_explained(coded, z_VTD, weight_VT), "dead_atoms": self.code.dead_share()}
+        metrics |= {name: value * metrics["weight"] for name, value in batch_wide.items()}
+        return loss_B.sum(), metrics
+
+    def _predict(self, views: Views) -> tuple[Coded, Tensor]:
+        """Predictions for all masks, and the target latents [V, T, D]."""
+        z_BND = self._target_latents(views.tokens_BNP, views.coords_BN3, views.valid_BN)
+        context_BMC, masks = views.context_BMC, views.context_BMC.shape[1]
+        order_BMN = torch.cat([context_BMC, views.target_BMT], -1)
+        coords_VN3 = take(views.coords_BN3, order_BMN).flatten(0, 1)
+        valid_VN = take(views.valid_BN, order_BMN).flatten(0, 1)
+        C = context_BMC.shape[-1]
+        y_VCD = self.encoder(take(views.tokens_BNP, context_BMC).flatten(0, 1),
+                             coords_VN3[:, :C], valid_VN[:, :C])
+        predicted = self.predictor(y_VCD, coords_VN3, valid_VN,
+                                   views.modality_B.repeat_interleave(masks, output_size=len(y_VCD)))
+        z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
+        return self.code(predicted, z_VTD), z_VTD
+
+    @torch.no_grad()
+    def _target_latents(self, tokens_BNP: Tensor, coords_BN3: Tensor, valid_BN: Tensor) -> Tensor:
+        """Layer-normed float32 latents [B, N, D] of the target encoder."""
+        for target, source in zip(_moes(self.target), _moes(self.encoder), strict=True):
+            target.bias.copy_(source.bias)  # routing follows the encoder; only weights are averaged
+        z_BND = self.target(tokens_BNP, coords_BN3, valid_BN)
+        return F.layer_norm(z_BND.float(), z_BND.shape[-1:])
+
+    @torch.no_grad()
+    def embed(self, views: Views) -> Tensor:
+        """float32 [B, D]: mean over a scan's valid tokens of the target encoder's output."""
+        z_BND = self._target_latents(views.tokens_BNP, views.coords_BN3, views.valid_BN)
+        valid_BN1 = views.valid_BN[..., None].float()
+        return (z_BND * valid_BN1).sum(1) / valid_BN1.sum(1).clamp(min=1)
+
+
+def build_model(config: RootConfig, grid: Grid) -> SparseJEPA:
+    """A model whose initial weights are a function of the config alone.
+
+    Raises
+    ------
+    ConfigError
+        The patch does not divide the grid, or the budget exceeds its tokens.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return SparseJEPA(config, grid)
+
+
+def check_shapes(config: RootConfig, grid: Grid) -> None:
+    """Refuse a patch or a token budget that cannot work on the grid."""
+    patch, budget = config.model.patch_voxels, config.model.token_budget
+    for axis, length in zip("xyz", grid.shape, strict=True):
+        if length % patch:
+            raise ConfigError(
+                f"model.patch_voxels = {patch} does not divide axis {axis} of grid {grid.name!r} "
+                f"{grid.shape}: {length} = {length // patch} x {patch} + {length % patch}; choose "
+                "a common divisor of its axes")
+    counts = [length // patch for length in grid.shape]
+    tokens = counts[0] * counts[1] * counts[2]
+    if budget is not None and budget > tokens:
+        raise ConfigError(
+            f"model.token_budget = {budget} exceeds the {tokens} tokens of grid {grid.name!r} "
+            f"({' x '.join(map(str, counts))} patches of {patch} voxels); set at most {tokens}, "
+            "or null for all")
+
+
+def _moes(encoder: nn.Module) -> list[MoE]:
+    return [layer for layer in encoder.modules() if isinstance(layer, MoE)]
+
+
+def _metrics(views: Views, loss_B: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weighted sums of the per-sample parts, and the loss and weight of each modality."""
+    weight_B = views.weight_B
+    metrics = {"weight": weight_B.sum()}
+    metrics |= {name: (weight_B * part_B.detach()).sum() for name, part_B in parts.items()}
+    for index, name in enumerate(MODALITIES):
+        of_B = (views.modality_B == index).float()
+        metrics[f"loss/{name}"] = (of_B * loss_B).sum()
+        metrics[f"weight/{name}"] = (of_B * weight_B).sum()
+    return metrics
+
+
+@torch.no_grad()
+def _explained(coded: Coded, z_VTD: Tensor, weight_VT: Tensor) -> dict[str, Tensor]:
+    """How much of the targets is predicted, and whether they still differ from each other.
+
+    ``target_std`` is the mean over dimensions of the targets' standard deviation;
+    ``effective_rank`` is the participation ratio tr(C)^2 / tr(C^2) of their covariance: RankMe's
+    (Garrido et al. 2023) exponential of the spectrum's entropy, of order two, which needs no
+    decomposition and so no wait for the device.
+    """
+    weight_R = weight_VT.flatten() / weight_VT.sum().clamp(min=1e-6)
+    z_RD = z_VTD.flatten(0, 1)
+    residual = (weight_R[:, None] * (coded.predicted.flatten(0, 1) - z_RD).square()).sum()
+    centred_RD = z_RD - (weight_R[:, None] * z_RD).sum(0)
+    covariance_DD = (weight_R[:, None] * centred_RD).T @ centred_RD
+    variance = covariance_DD.trace()
+    return {
+        "explained_variance": 1 - residual / variance.clamp(min=1e-12),
+        "target_std": covariance_DD.diagonal().clamp(min=0).sqrt().mean(),
+        "effective_rank": variance.square() / covariance_DD.square().sum().clamp(min=1e-12),
+    }

@@ -1,0 +1,112 @@
+"""The transformer block that encoder and predictor share.
+
+Pre-norm attention (QK-norm, 3D RoPE, optional gate per head) and a dense or mixture-of-experts MLP.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neurojepa.model.moe import MoE
+from neurojepa.model.rope import rotate
+from neurojepa.model.sizes import Size
+
+INIT_STD = 0.02
+
+
+class Attention(nn.Module):
+    """Self-attention over valid tokens; normalised queries and keys keep logits bounded in bf16."""
+
+    def __init__(self, dim: int, heads: int, head_gate: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.LayerNorm(dim // heads, bias=False)
+        self.k_norm = nn.LayerNorm(dim // heads, bias=False)
+        self.gate = nn.Linear(dim, heads) if head_gate else None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BND: Tensor, rope: tuple[Tensor, Tensor], readable_B11N: Tensor) -> Tensor:
+        B, N, D = x_BND.shape
+        q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        y_BHNd = F.scaled_dot_product_attention(q, k, v, attn_mask=readable_B11N)
+        if self.gate is not None:
+            y_BHNd = y_BHNd * self.gate(x_BND).sigmoid().transpose(1, 2)[..., None]
+        return self.proj(y_BHNd.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm block; ``experts`` makes its MLP a mixture of experts of that shape."""
+
+    def __init__(self, dim: int, heads: int, head_gate: bool = False,
+                 experts: Size | None = None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads, head_gate)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp: nn.Module = MLP(dim, 4 * dim) if experts is None else MoE(
+            dim, experts.num_experts, experts.top_k, experts.expert_hidden,
+            shared=MLP(dim, experts.num_shared * experts.expert_hidden))
+
+    def forward(self, x_BND: Tensor, rope: tuple[Tensor, Tensor],
+                valid_BN: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the tokens and, of an MoE block, how many were routed to each expert."""
+        x_BND = x_BND + self.attention(self.norm1(x_BND), rope, readable(valid_BN))
+        y_BND = self.norm2(x_BND)
+        if isinstance(self.mlp, MoE):
+            y_BND, load_E = self.mlp(y_BND, valid_BN)
+            return x_BND + y_BND, load_E
+        return x_BND + self.mlp(y_BND), None
+
+
+def readable(valid_BN: Tensor) -> Tensor:
+    """bool [B, 1, 1, N]: the keys that attention may read.
+
+    A scan without one valid token reads them all: a softmax over nothing would be NaN.
+    """
+    return (valid_BN | ~valid_BN.any(1, keepdim=True))[:, None, None]
+
+
+def init_weights(module: nn.Module, depth_of: dict[nn.Module, int]) -> None:
+    """Truncated normal weights, zero biases; the outputs of block i shrink by sqrt(2 (i + 1)).
+
+    ``depth_of`` gives i for each linear layer or MoE that writes to the residual stream, so its
+    variance does not grow with depth (as in GPT-2 and BEiT).
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            std = INIT_STD / math.sqrt(2 * (depth_of[child] + 1) if child in depth_of else 1)
+            nn.init.trunc_normal_(child.weight, std=std)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, MoE):
+            nn.init.trunc_normal_(child.router, std=INIT_STD)
+            nn.init.trunc_normal_(child.w1, std=INIT_STD)
+            std = INIT_STD / math.sqrt(2 * (depth_of[child] + 1) if child in depth_of else 1)
+            nn.init.trunc_normal_(child.w2, std=std)
+
+
+def residual_outputs(blocks: nn.ModuleList) -> dict[nn.Module, int]:
+    """The layers of each block that write to the residual stream, with the block's number."""
+    found: dict[nn.Module, int] = {}
+    for i, block in enumerate(blocks):
+        for name, child in block.named_modules():
+            if isinstance(child, MoE) or name.endswith(("proj", "fc2")):
+                found[child] = i
+    return found

@@ -1,0 +1,142 @@
+"""Sparse mixture of experts: each token goes to its top-k routed experts and to the shared one.
+
+    tokens -> router (float32) -> top-k of score + bias -> rows (token, choice) sorted by expert
+    -> one grouped matrix product per projection -> rows back in token order -> weighted sum over k
+
+Shapes are static, nothing is read back to the host, and there is no loop over experts.  Both
+permutations are undone by their inverse, also in the backward, so no gradient is accumulated with
+atomics: results are bit-reproducible on a GPU too.  Padding tokens are not routed: their rows are
+zeros behind the last expert's and count for no load.
+
+Experts are balanced without an auxiliary loss (DeepSeek-V3; Wang et al. 2024): ``bias`` only enters
+the choice, and ``update_router_bias`` raises it for experts that got too little.
+
+Shape letters: T tokens, D width, E experts, H hidden, k choices, R = T * k rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MoE(nn.Module):
+    """Routed and shared experts in place of an MLP.
+
+    Buffers (float32): ``bias`` [E] of the choice; ``load`` [E], tokens routed to each expert since
+    the last ``update_router_bias``, which the encoder adds up once per forward.
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, hidden: int,
+                 shared: nn.Module) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.router = nn.Parameter(torch.empty(num_experts, dim))
+        self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.shared = shared
+        self.register_buffer("bias", torch.zeros(num_experts))
+        self.register_buffer("load", torch.zeros(num_experts))
+
+    def forward(self, x_BND: Tensor, valid_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the output [B, N, D] and the valid tokens that each expert got [E]."""
+        x_TD, valid_T1 = x_BND.flatten(0, 1), valid_BN.reshape(-1, 1)
+        weight_Tk, expert_Tk = self._route(x_TD)
+        weight_Tk = weight_Tk * valid_T1
+        num_experts = len(self.router)
+        # rows of padding sort behind all others; their zeros pass the last expert without effect
+        key_R = torch.where(valid_T1, expert_Tk, num_experts).flatten()
+        order_R = key_R.sort(stable=True).indices
+        load_E = (key_R[:, None] == torch.arange(num_experts, device=key_R.device)).sum(0)
+        ends_E = load_E.cumsum(0)
+        ends_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), len(key_R))]).int()
+
+        rows_TkD = (x_TD * valid_T1)[:, None].expand(-1, self.top_k, -1)
+        rows_RD = _Permute.apply(rows_TkD.reshape(len(key_R), -1), order_R)
+        hidden_RH = F.gelu(grouped_matmul(rows_RD, self.w1, ends_E))
+        out_RD = grouped_matmul(hidden_RH, self.w2, ends_E)
+        out_TkD = _Permute.apply(out_RD, _inverse(order_R)).view(-1, self.top_k, x_TD.shape[1])
+        y_TD = (out_TkD * weight_Tk[..., None].to(out_TkD.dtype)).sum(1)
+        return self.shared(x_BND) + y_TD.view_as(x_BND), load_E.float()
+
+    def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [T, k] that sum to k, and experts [T, k].
+
+        The mean weight of 1 makes the layer start as a dense MLP of width top_k * hidden would.
+        """
+        score_TE = F.linear(x_TD.float(), self.router.float()).softmax(-1)
+        expert_Tk = (score_TE.detach() + self.bias).topk(self.top_k, dim=-1).indices
+        # a one-hot product, since the backward of a gather adds with atomics
+        chosen_TkE = expert_Tk[..., None] == torch.arange(len(self.router), device=x_TD.device)
+        score_Tk = (score_TE[:, None] * chosen_TkE).sum(-1)
+        return score_Tk * (self.top_k / score_Tk.sum(-1, keepdim=True)), expert_Tk
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in a given order; the backward is the inverse permutation, not an accumulation."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, order_R: Tensor) -> Tensor:
+        ctx.save_for_backward(order_R)
+        return x_RD[order_R]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (order_R,) = ctx.saved_tensors
+        return grads[0][_inverse(order_R)], None
+
+
+def _inverse(order_R: Tensor) -> Tensor:
+    positions_R = torch.arange(len(order_R), device=order_R.device)
+    return torch.empty_like(order_R).scatter_(0, order_R, positions_R)
+
+
+def grouped_matmul(x_RD: Tensor, w_EDH: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows ends[e-1]..ends[e] times w[e]: one kernel where torch has it, else a batched product.
+
+    The fallback runs every expert over all rows and keeps the right ones: E times the work, but the
+    same shapes and no host sync.  It serves float64 and GPUs before Hopper.
+    """
+    if _has_grouped_kernel(x_RD, w_EDH):
+        return F.grouped_mm(x_RD, w_EDH, offs=ends_E)
+    rows_R = torch.arange(len(x_RD), device=x_RD.device)
+    expert_R = torch.searchsorted(ends_E, rows_R.int(), right=True)
+    mine_ER1 = (expert_R == torch.arange(len(w_EDH), device=x_RD.device)[:, None])[..., None]
+    return (torch.bmm(x_RD * mine_ER1, w_EDH)).sum(0)
+
+
+def _has_grouped_kernel(x_RD: Tensor, w_EDH: Tensor) -> bool:
+    """Whether F.grouped_mm takes these types, and without reading group sizes on the host."""
+    aligned = all(size * x_RD.element_size() % 16 == 0 for size in w_EDH.shape[1:])
+    if x_RD.device.type == "cpu":
+        return aligned and x_RD.dtype in (torch.float32, torch.bfloat16)
+    return (aligned and x_RD.dtype == torch.bfloat16 and x_RD.device.type == "cuda"
+            and torch.cuda.get_device_capability(x_RD.device) >= (9, 0))
+
+
+def moe_layers(model: nn.Module) -> list[MoE]:
+    """The trained MoE layers in order; those of a frozen target encoder are not among them."""
+    return [layer for layer in model.modules()
+            if isinstance(layer, MoE) and layer.router.requires_grad]
+
+
+@torch.no_grad()
+def update_router_bias(layers: list[MoE], load_LE: Tensor, rate: float) -> None:
+    """Move each expert's bias by ``rate`` towards balance and zero the layers' ``load``.
+
+    Parameters
+    ----------
+    layers : as returned by ``moe_layers``.
+    load_LE : [L, E] tokens per expert of the step, summed over ranks and micro-batches.
+    rate : step of the bias; 0 only forgets the load, as after a skipped step.
+    """
+    for layer, load_E in zip(layers, load_LE, strict=True):
+        layer.bias += rate * torch.sign(load_E.mean() - load_E)
+        layer.bias -= layer.bias.mean()
+        layer.load.zero_()

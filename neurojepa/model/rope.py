@@ -1,0 +1,45 @@
+"""Axial rotary position embedding in millimetres.
+
+Each head's channels are split into pairs, the pairs evenly among the axes x, y, z (what does not
+divide stays unrotated).  A pair of axis a turns by 2 pi * coordinate_a / wavelength, so a query and
+a key meet at an angle that depends on their difference in space only.  Wavelengths are fixed in
+millimetres: grid, patch size and token order may change, and the meaning stays.
+(RoFormer, Su et al. 2021; axial form as in V-JEPA 2, with correct pairing.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# From about three patches of the training grid, so that neighbours never alias, to several heads.
+SHORTEST_MM, LONGEST_MM = 60.0, 1000.0
+
+
+def rotation(coords_BN3: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every token's pairs.
+
+    Parameters
+    ----------
+    coords_BN3 : token centres, mm.
+    head_dim : channels of a head, even.
+
+    Returns
+    -------
+    cos, sin : float32 [B, 1, N, head_dim / 2], to pass to ``rotate``
+    """
+    pairs, per_axis = head_dim // 2, head_dim // 2 // 3
+    steps = torch.arange(per_axis, device=coords_BN3.device) / max(per_axis - 1, 1)
+    wavelength_mm = SHORTEST_MM * (LONGEST_MM / SHORTEST_MM) ** steps
+    angle = (2 * math.pi * coords_BN3.float()[..., None] / wavelength_mm).flatten(-2)
+    angle = torch.nn.functional.pad(angle, (0, pairs - 3 * per_axis))[:, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHNd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + d/2) of queries or keys; computed in float32."""
+    first, second = x_BHNd.float().chunk(2, -1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.to(x_BHNd.dtype)

@@ -1,0 +1,154 @@
+"""What the model sees of a batch: voxels on the device -> tokens, coordinates, masks.
+
+    stored codes [B, X, Y, Z] -> patches -> foreground share (before augmentation) -> token budget,
+    foreground first -> augmented, standardised tokens -> context and target masks
+
+All of it is batched tensor code on the batch's device with no read back to the host, and each
+sample's part depends only on its voxels, its position and the seed.
+
+Shape letters: B scans, n patches of the grid, N tokens kept, P voxels a patch, M masks, C context
+and T target tokens.  Voxel axes are x y z in RAS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from neurojepa.config import AugmentConfig, RootConfig
+from neurojepa.feed.format import AIR, NOT_SCANNED, Grid
+from neurojepa.objective import random
+from neurojepa.objective.masks import draw_masks
+
+# Standardisation of brain intensities, which preparation scales to [0, 1].
+INTENSITY_MEAN, INTENSITY_STD = 0.5, 0.25
+BIAS_TERMS = 3  # per axis: a smooth field of degree two in each coordinate
+
+_TIES, _GAMMA, _NOISE_LEVEL, _NOISE, _BIAS_LEVEL, _BIAS = range(6)  # random streams
+
+
+class VoxelBatch(Protocol):
+    """The part of a loader's batch that is read here."""
+
+    voxels: Tensor  # uint8 [B, X, Y, Z]
+    modality: Tensor  # int64 [B]
+    position: Tensor  # int64 [B]
+    weight: Tensor  # float32 [B]
+
+
+@dataclass
+class Views:
+    """A micro-batch as the model takes it."""
+
+    tokens_BNP: Tensor  # float32, standardised voxels of each patch
+    coords_BN3: Tensor  # float32, patch centres in mm from the grid's centre
+    foreground_BN: Tensor  # float32, share of brain voxels
+    valid_BN: Tensor  # bool, False where nothing of the patch was scanned
+    context_BMC: Tensor  # int64, indices into N
+    target_BMT: Tensor  # int64, indices into N
+    modality_B: Tensor  # int64, index into format.MODALITIES
+    weight_B: Tensor  # float32, 0 for fill-up samples and for scans that show no brain at all
+
+
+def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> Views:
+    """Cut, choose, augment and mask a batch on its own device.
+
+    ``build_model`` has checked that the patch divides the grid and that the budget fits.
+    """
+    patch = config.model.patch_voxels
+    codes_BnP = patchify(batch.voxels, patch)
+    brain_Bn = ((codes_BnP != AIR) & (codes_BnP != NOT_SCANNED)).sum(-1)
+    scanned_Bn = (codes_BnP != NOT_SCANNED).any(-1)
+    keep_BN = _choose_tokens(brain_Bn, scanned_Bn, config.model.token_budget, seed, batch.position)
+
+    rows_B1 = torch.arange(len(keep_BN), device=keep_BN.device)[:, None]
+    coords_BN3 = patch_centres_mm(grid, patch).to(keep_BN.device)[keep_BN]
+    foreground_BN = brain_Bn[rows_B1, keep_BN].float() / patch**3
+    valid_BN = scanned_Bn[rows_B1, keep_BN]
+    tokens_BNP = _tokens(codes_BnP[rows_B1, keep_BN], keep_BN, grid, patch,
+                         config.objective.augment, seed, batch.position)
+    context_BMC, target_BMT = draw_masks(coords_BN3, foreground_BN, valid_BN,
+                                         config.objective.masks, grid, seed, batch.position)
+    shows_brain_B = (brain_Bn.sum(-1) > 0).float()
+    return Views(tokens_BNP, coords_BN3, foreground_BN, valid_BN, context_BMC, target_BMT,
+                 batch.modality, batch.weight * shows_brain_B)
+
+
+def patchify(voxels: Tensor, patch: int) -> Tensor:
+    """[B, X, Y, Z] -> [B, n, patch^3]; patches and the voxels in them run x, y, z (z fastest)."""
+    B, X, Y, Z = voxels.shape
+    split = voxels.view(B, X // patch, patch, Y // patch, patch, Z // patch, patch)
+    return split.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, -1, patch**3)
+
+
+def patch_centres_mm(grid: Grid, patch: int) -> Tensor:
+    """float32 [n, 3]: centres of all patches from the grid's centre, in the order of patchify."""
+    axes = [(torch.arange(size // patch) + 0.5) * patch * grid.spacing_mm
+            - size * grid.spacing_mm / 2 for size in grid.shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+
+
+def _choose_tokens(brain_Bn: Tensor, scanned_Bn: Tensor, budget: int | None, seed: int,
+                   position_B: Tensor) -> Tensor:
+    """int64 [B, N]: the patches with most brain, ties by a keyed draw, unscanned ones last."""
+    B, n = brain_Bn.shape
+    if budget is None:
+        return torch.arange(n, device=brain_Bn.device).expand(B, n)
+    ties_Bn = random.uniform(seed, position_B, _TIES, n)
+    score_Bn = torch.where(scanned_Bn, brain_Bn + ties_Bn, ties_Bn - 1)
+    best_BN = score_Bn.sort(dim=1, descending=True, stable=True).indices[:, :budget]
+    return best_BN.sort(dim=1).values
+
+
+def _tokens(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int, augment: AugmentConfig,
+            seed: int, position_B: Tensor) -> Tensor:
+    """Decode the kept patches, augment inside the brain, standardise."""
+    brain_BNP = (codes_BNP != AIR) & (codes_BNP != NOT_SCANNED)
+    value_BNP = (codes_BNP.float() - 1) / 253
+
+    def level(stream: int, largest: float) -> Tensor:
+        return largest * random.uniform(seed, position_B, stream, 1)[..., None]  # [B, 1, 1]
+
+    if augment.gamma > 0:
+        exponent = torch.exp(2 * level(_GAMMA, augment.gamma) - augment.gamma)
+        value_BNP = value_BNP.clamp(min=0) ** exponent
+    if augment.bias_field > 0:
+        field_BNP = _bias_field(keep_BN, grid, patch, seed, position_B)
+        value_BNP = value_BNP * torch.exp(level(_BIAS_LEVEL, augment.bias_field) * field_BNP)
+    if augment.noise > 0:
+        # counted by voxel of the grid, so a voxel's noise does not depend on the budget
+        voxel_BNP = keep_BN[..., None] * patch**3 + torch.arange(patch**3, device=keep_BN.device)
+        noise_BNP = random.normal(seed, position_B, _NOISE, voxel_BNP)
+        value_BNP = value_BNP + level(_NOISE_LEVEL, augment.noise) * noise_BNP
+    value_BNP = torch.where(brain_BNP, value_BNP.clamp(min=0), 0)
+    token_BNP = (value_BNP - INTENSITY_MEAN) / INTENSITY_STD
+    return torch.where(codes_BNP == NOT_SCANNED, 0, token_BNP)  # unknown voxels carry the mean
+
+
+def _bias_field(keep_BN: Tensor, grid: Grid, patch: int, seed: int, position_B: Tensor) -> Tensor:
+    """float32 [B, N, P] in [-1, 1]: a random product-Legendre field at each voxel of the tokens."""
+    drawn = 2 * random.uniform(seed, position_B, _BIAS, BIAS_TERMS**3) - 1
+    drawn = drawn * (torch.arange(BIAS_TERMS**3, device=drawn.device) > 0)  # no constant term
+    drawn = drawn / drawn.abs().sum(-1, keepdim=True)  # |Legendre| <= 1, so |field| <= 1
+    field = drawn.view(-1, 1, *[BIAS_TERMS] * 3)  # [B, 1, i, j, k]
+    counts = [size // patch for size in grid.shape]
+    index_BN = (keep_BN // (counts[1] * counts[2]), keep_BN // counts[2] % counts[1],
+                keep_BN % counts[2])
+    for size, patch_BN in zip(grid.shape, index_BN, strict=True):
+        x = (torch.arange(size, device=keep_BN.device) + 0.5) * (2 / size) - 1
+        basis = torch.stack([torch.ones_like(x), x, 1.5 * x * x - 0.5], -1)
+        basis_BNvi = basis.view(-1, patch, BIAS_TERMS)[patch_BN]
+        # contract the first remaining degree: [B, N, i, rest] -> [B, N, rest, v]; plain sums, whose
+        # rounding does not depend on the batch as a matrix product's may
+        terms = [field[:, :, i].unsqueeze(-1) * _align(basis_BNvi[..., i], field.dim() - 2)
+                 for i in range(BIAS_TERMS)]
+        field = terms[0] + terms[1] + terms[2]
+    return field.flatten(2)
+
+
+def _align(basis_BNv: Tensor, dims: int) -> Tensor:
+    """[B, N, v] -> [B, N, 1, ..., v] with ``dims`` axes after N."""
+    return basis_BNv.view(*basis_BNv.shape[:2], *[1] * (dims - 1), -1)
