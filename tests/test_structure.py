@@ -13,8 +13,6 @@ FORBIDDEN = {
     "cluster": lambda name: (name.split(".")[0] in ("data_prep", "tools", "tests")
                              or (name.startswith("neurojepa") and name != "neurojepa.errors")),
 }
-# Raw scans are embedded through the one preparation path; the import is inside the function.
-EXCEPTIONS = {("neurojepa/downstream/embed.py", "data_prep")}
 
 
 def imports(path: Path) -> list[str]:
@@ -30,6 +28,5 @@ def imports(path: Path) -> list[str]:
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_packages_import_only_along_the_arrows(package: str) -> None:
     crossing = [(str(path), name) for path in Path(package).rglob("*.py") for name in imports(path)
-                if FORBIDDEN[package](name)
-                and (str(path), name.split(".")[0]) not in EXCEPTIONS]
+                if FORBIDDEN[package](name)]
     assert not crossing

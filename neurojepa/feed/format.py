@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import fsspec
@@ -53,6 +53,12 @@ class Grid:
         affine = np.diag([self.spacing_mm] * 3 + [1.0])
         affine[:3, 3] = np.array(self.centre_mm) - self.spacing_mm * (np.array(self.shape) - 1) / 2
         return affine
+
+
+def grid_from_record(record: dict[str, Any]) -> Grid:
+    """A grid from ``asdict(grid)`` as JSON has it."""
+    return Grid(record["name"], tuple(record["shape"]), record["spacing_mm"],
+                tuple(record["centre_mm"]))
 
 
 ARCHIVE_GRID = Grid("archive", (180, 216, 180), 1.0)
@@ -242,20 +248,17 @@ def open_feed(uri: str) -> Feed:
     if sha256(data) != record["index_sha256"]:
         raise DataError(f"{join(uri, 'index.parquet')}: does not match feed.json; it was changed "
                         "after packing; pack the feed again")
-    grid = Grid(record["grid"]["name"], tuple(record["grid"]["shape"]),
-                record["grid"]["spacing_mm"], tuple(record["grid"]["centre_mm"]))
-    return Feed(uri, grid, pq.read_table(io.BytesIO(data)), record["index_sha256"][:16])
+    return Feed(uri, grid_from_record(record["grid"]), pq.read_table(io.BytesIO(data)), record["index_sha256"][:16])
 
 
 def commit_feed(uri: str, grid: Grid, rows: list[dict[str, Any]], labels: pa.Table) -> str:
     """Write index, labels and, last, the commit record; returns the fingerprint."""
-    index = _parquet_bytes(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
-    write_bytes(join(uri, "labels.parquet"), _parquet_bytes(labels.cast(LABELS_SCHEMA)))
+    index = parquet_bytes(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+    write_bytes(join(uri, "labels.parquet"), parquet_bytes(labels.cast(LABELS_SCHEMA)))
     write_bytes(join(uri, "index.parquet"), index)
     record = {
         "format": FORMAT_VERSION,
-        "grid": {"name": grid.name, "shape": grid.shape, "spacing_mm": grid.spacing_mm,
-                 "centre_mm": grid.centre_mm},
+        "grid": asdict(grid),
         "num_samples": len(rows),
         "index_sha256": sha256(index),
     }
@@ -267,7 +270,8 @@ def _parquet(uri: str) -> pa.Table:
     return pq.read_table(io.BytesIO(read_bytes(uri)))
 
 
-def _parquet_bytes(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a Parquet file."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     return buffer.getvalue()
