@@ -1,0 +1,124 @@
+"""python -m data_prep synth | index | prepare | pack | verify
+
+    python -m data_prep synth   --out cohort --participants 8
+    python -m data_prep index   --cohort bids --source cohort --out cohort.parquet
+    python -m data_prep prepare --manifest cohort.parquet --out archive --preset quick
+    python -m data_prep pack    --archive archive --out feed --grid 3mm
+    python -m data_prep verify  feed
+
+Every step can be interrupted and run again; sources and targets are local paths or s3:// URIs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from neurojepa.errors import ConfigError, run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and run one step."""
+    arguments = _parser().parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = parser.add_subparsers(dest="step", required=True)
+
+    step = steps.add_parser("synth", help="make a synthetic BIDS cohort with labels")
+    step.add_argument("--out", required=True)
+    step.add_argument("--participants", type=_positive, required=True)
+    step.add_argument("--seed", type=int, default=0)
+    step.add_argument("--spacing-mm", type=float, default=2.0)
+    step.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
+    step.add_argument("--anatomies", help="folder of label maps people are made from")
+    step.set_defaults(run=_synth)
+
+    step = steps.add_parser("index", help="list a cohort's scans, with pseudonyms and splits")
+    step.add_argument("--cohort", choices=["bids"], required=True,
+                      help="kind of source; bids also takes a folder of loose *_T1w.nii.gz files")
+    step.add_argument("--source", required=True)
+    step.add_argument("--out", required=True, help="manifest to write, *.parquet")
+    step.add_argument("--name", help="cohort name in all tables (default: the source's last part)")
+    step.add_argument("--key", help="file of the pseudonym key (default: $NEUROJEPA_KEY_FILE, "
+                      "else one made once at ~/.config/neurojepa/pseudonym.key)")
+    step.set_defaults(run=_index)
+
+    step = steps.add_parser("prepare", help="scans -> quality-checked volumes in MNI space")
+    step.add_argument("--manifest", required=True)
+    step.add_argument("--out", required=True, help="archive to make or add to")
+    step.add_argument("--preset", default="default", choices=["quick", "default"])
+    step.add_argument("--workers", type=_positive, default=os.cpu_count() or 1,
+                      help="people prepared at once")
+    step.add_argument("--ray-address", help="a running Ray cluster (default: a local one)")
+    step.set_defaults(run=_prepare)
+
+    step = steps.add_parser("pack", help="archive -> WebDataset tars at a training grid")
+    step.add_argument("--archive", required=True)
+    step.add_argument("--out", required=True, help="feed to make or replace")
+    step.add_argument("--grid", default="1.5mm", choices=["1.5mm", "3mm"])
+    step.add_argument("--shard-mib", type=_positive, default=256, help="largest size of a tar")
+    step.set_defaults(run=_pack)
+
+    step = steps.add_parser("verify", help="check a feed or an archive; exit 1 if damaged")
+    step.add_argument("target", metavar="FEED|ARCHIVE")
+    step.set_defaults(run=_verify)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _synth(arguments: argparse.Namespace) -> int:
+    from data_prep.synth import synthesise
+
+    if arguments.spacing_mm <= 0:
+        raise ConfigError(f"--spacing-mm {arguments.spacing_mm}: must be above 0")
+    synthesise(arguments.out, arguments.participants, arguments.seed, arguments.spacing_mm,
+               arguments.workers, arguments.anatomies)
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from data_prep.identity import load_key
+    from data_prep.index import index
+
+    index(arguments.cohort, arguments.source, arguments.out, load_key(arguments.key),
+          arguments.name)
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from data_prep.jobs import prepare
+    from data_prep.volumes.preset import PRESETS
+
+    prepare(arguments.manifest, arguments.out, PRESETS[arguments.preset], arguments.workers,
+            arguments.ray_address)
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from data_prep.tars import pack
+    from neurojepa.feed.format import TRAINING_GRIDS
+
+    pack(arguments.archive, arguments.out, TRAINING_GRIDS[arguments.grid],
+         arguments.shard_mib << 20)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from data_prep.verify import verify
+
+    return verify(arguments.target)
+
+
+if __name__ == "__main__":
+    run_command(main)
