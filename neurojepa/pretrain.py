@@ -1,0 +1,58 @@
+"""Pretrain a sparse JEPA on a feed; the same command continues an interrupted run.
+
+    python -m neurojepa.pretrain --config configs/demo.yaml data.feed=FEED run.dir=runs/a
+    deepspeed --num_gpus 2 --module neurojepa.pretrain --config configs/demo.yaml ...
+    python -m neurojepa.pretrain --config ... run.launcher=local run.ranks=2
+
+Exit status: 0 finished, 2 bad input (one line says what), 75 stopped by SIGTERM or SIGUSR1 after
+a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from neurojepa.config import RootConfig, load_config
+from neurojepa.errors import run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, or start the ranks that do; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m neurojepa.pretrain", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="recipe (YAML)")
+    parser.add_argument("--local_rank", help="given by the deepspeed launcher; not used")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value",
+                        help="values that differ from the recipe, for example train.steps=100")
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    if already_finished(config):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{config.run.dir}: already finished at step {config.train.steps}; choose "
+                  "another run.dir or raise train.steps")
+        return 0
+    if config.run.launcher != "env" and "RANK" not in os.environ:
+        from neurojepa.train.launch import launch
+
+        return launch(config, argv)
+    from neurojepa.train.loop import train
+
+    return train(config)
+
+
+def already_finished(config: RootConfig) -> bool:
+    """Whether the last event of training in run.dir is the end of this many steps."""
+    from neurojepa.feed.format import join
+    from neurojepa.train.rows import read_rows
+
+    rows = [row for row in read_rows(join(config.run.dir, "events.jsonl"))
+            if row.get("event") in ("start", "resume", "stop", "finish")]
+    return bool(rows) and rows[-1]["event"] == "finish" and \
+        rows[-1]["step"] == config.train.steps
+
+
+if __name__ == "__main__":
+    run_command(main)

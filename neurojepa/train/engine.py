@@ -1,0 +1,270 @@
+"""The DeepSpeed engine: sharded training, and access to the fragments a rank owns.
+
+In go a model with an ``encoder`` and a frozen ``target`` of the same shape, losses and rates; out
+come steps.  ZeRO keeps fp32 masters and Adam moments in flat tensors, one per parameter group,
+split over ranks.  A **fragment** is the part of one parameter that lies in this rank's flats:
+checkpoints are written and read by fragments, at any world size and ZeRO stage.
+
+The EMA of the encoder is kept the same way: one fp32 copy of each encoder flat, updated
+elementwise on the owner, then published (cast and gathered) into ``target``.
+
+All private attributes of DeepSpeed are touched in this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from neurojepa.config import RootConfig
+from neurojepa.errors import ConfigError
+from neurojepa.train.world import World, bounded_groups
+
+KNOWN_VERSION = "0.19."
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_KEYS = ("master", *MOMENTS, "ema")
+SOURCE, TARGET = "encoder.", "target."
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + length) of a parameter, and where this rank keeps them."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    flat: int  # number of the flat tensor
+    offset: int  # of the first element inside it
+
+
+class Engine:
+    """A model under ZeRO 1, 2 or 3, with its EMA target.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Built alike on every rank; has ``encoder`` and ``target`` (frozen) of the same parameters.
+    config : RootConfig
+    world : World
+    micro_steps : int
+        Micro-steps accumulated per step.
+    """
+
+    def __init__(self, model: nn.Module, config: RootConfig, world: World,
+                 micro_steps: int) -> None:
+        import deepspeed
+
+        if not deepspeed.__version__.startswith(KNOWN_VERSION):
+            raise ConfigError(f"deepspeed {deepspeed.__version__}: this version of neurojepa knows "
+                              f"where {KNOWN_VERSION}* keeps its state; install deepspeed 0.19.8")
+        self.world = world
+        optimizer = torch.optim.AdamW(param_groups(model, config.optim.weight_decay),
+                                      lr=config.optim.lr, betas=config.optim.betas, fused=True)
+        with bounded_groups():
+            self._engine: Any = deepspeed.initialize(
+                model=model, optimizer=optimizer,
+                config=deepspeed_config(config, world.size, micro_steps))[0]
+        self._zero: Any = self._engine.optimizer
+        self._stage3 = config.train.zero == 3
+        self._flats: list[Tensor] = (self._zero.fp32_partitioned_groups_flat if self._stage3
+                                     else self._zero.single_partition_of_fp32_groups)
+        self._groups = self._zero.fp16_groups if self._stage3 else self._zero.bit16_groups
+        self._names = {id(p): name for name, p in self.module.named_parameters()}
+        self._params = dict(self.module.named_parameters())
+        self.fragments = list(self._fragments_3() if self._stage3 else self._fragments_12())
+        self._ema = {i: self._flats[i].detach().clone() for i, group in enumerate(self._groups)
+                     if self._names[id(group[0])].startswith(SOURCE)}
+        self._publish()
+
+    # ---- a step ----------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself (its parameters are sharded under ZeRO-3)."""
+        return self._engine.module
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's outputs for one micro-batch."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients; they are averaged over ranks and micro-steps."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> bool:
+        """End a micro-step; at the last one clip and update.
+
+        Returns
+        -------
+        bool
+            False between boundaries, and where a gradient on any rank was not finite: then no
+            rank has changed anything.
+        """
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return self._engine.was_step_applied()
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's whole gradient before clipping; inf where it was skipped."""
+        return float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def update_ema(self, momentum: float) -> None:
+        """target = momentum * target + (1 - momentum) * encoder, in fp32 on the owned parts."""
+        for i, ema in self._ema.items():
+            ema.lerp_(self._flats[i].detach(), 1 - momentum)
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for i, ema in self._ema.items():
+            if self._stage3:
+                self._publish_sharded(i, ema)
+            else:
+                self._publish_replicated(i, ema)
+
+    def _publish_sharded(self, i: int, ema: Tensor) -> None:
+        for param in self._groups[i]:
+            _, offset, length = self._zero.grad_position[self._zero.get_param_id(param)]
+            # the same shape is partitioned the same way: no communication
+            self._target(param).ds_tensor.copy_(ema.narrow(0, offset, length))
+
+    def _publish_replicated(self, i: int, ema: Tensor) -> None:
+        local = ema.to(self._zero.bit16_groups_flat[i].dtype)
+        whole = local.new_empty(local.numel() * self.world.size)
+        dist.all_gather_into_tensor(whole, local, group=self._zero.real_dp_process_group[i])
+        # offsets are padded for alignment, so not the running sum of sizes
+        for param, offset in zip(self._zero.round_robin_bit16_groups[i],
+                                 self._zero.round_robin_bit16_offsets[i], strict=True):
+            target = self._target(param)
+            target.copy_(whole.narrow(0, offset, target.numel()).view_as(target))
+
+    def _target(self, param: nn.Parameter) -> nn.Parameter:
+        return self._params[TARGET + self._names[id(param)].removeprefix(SOURCE)]
+
+    # ---- fragments -------------------------------------------------------------------------------
+
+    def _fragments_12(self) -> Iterator[Fragment]:
+        for i, group in enumerate(self._groups):
+            for param in group:
+                mapping = param._hp_mapping
+                if mapping is not None:
+                    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield Fragment(self._names[id(param)], tuple(param.shape), here.start,
+                                   here.numel, i, there.start)
+
+    def _fragments_3(self) -> Iterator[Fragment]:
+        for i, group in enumerate(self._groups):
+            for param in group:
+                _, offset, size = self._zero.grad_position[self._zero.get_param_id(param)]
+                start = size * self.world.rank
+                length = min(param.ds_numel - start, size)  # the rest is uninitialised padding
+                if length > 0:
+                    yield Fragment(self._names[id(param)], tuple(param.ds_shape), start, length,
+                                   i, offset)
+
+    def tensors(self, fragment: Fragment) -> dict[str, Tensor]:
+        """Views of a fragment's state: master, exp_avg, exp_avg_sq and, for the encoder, ema."""
+        state = self._state(fragment.flat)
+        flats = {"master": self._flats[fragment.flat].detach(),
+                 **{key: state[key] for key in MOMENTS}}
+        if fragment.flat in self._ema:
+            flats["ema"] = self._ema[fragment.flat]
+        return {key: flat.narrow(0, fragment.offset, fragment.length)
+                for key, flat in flats.items()}
+
+    @property
+    def adam_step(self) -> int:
+        """Updates made so far (skipped steps do not count)."""
+        return int(self._state(0)["step"].item())
+
+    def _state(self, i: int) -> dict[str, Tensor]:
+        state = self._zero.optimizer.state[self._flats[i]]
+        if not state:  # torch fills it at the first step
+            flat = self._flats[i]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state.update({key: torch.zeros_like(flat) for key in MOMENTS})
+        return state
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers (router bias, atom usage), alike on every rank."""
+        params = set(self._params)
+        return {name: tensor for name, tensor in self.module.state_dict().items()
+                if name not in params and not name.startswith(TARGET)}
+
+    @torch.no_grad()
+    def load(self, read: Callable[[Fragment, str], Tensor], buffers: dict[str, Tensor],
+             adam_step: int) -> None:
+        """Set the whole state, in place.  Collective; only between steps.
+
+        Parameters
+        ----------
+        read : callable
+            ``read(fragment, key)`` returns the fragment's values of master, exp_avg, ...
+        buffers : dict
+            As from ``buffers``.
+        adam_step : int
+        """
+        for fragment in self.fragments:
+            for key, tensor in self.tensors(fragment).items():
+                tensor.copy_(read(fragment, key))
+        for i in range(len(self._flats)):
+            self._state(i)["step"].fill_(float(adam_step))
+        for name, tensor in self.buffers().items():
+            tensor.copy_(buffers[name])
+        if self._stage3:
+            self._zero._partition_all_parameters()
+            for i in range(len(self._flats)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(i)
+        else:
+            self._zero._lazy_init_hp_params_optimizer_state()
+            self._zero.update_lp_params()
+        self._publish()
+
+    def close(self) -> None:
+        """Give DeepSpeed's hooks and buffers back."""
+        self._engine.destroy()
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Encoder and rest apart (the encoder's flats have an EMA), each with and without decay.
+
+    Vectors (norms, biases) and learned tokens are not decayed.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            decays = param.ndim >= 2 and not name.endswith(("bias", "token"))
+            groups.setdefault((name.startswith(SOURCE), decays), []).append(param)
+    return [{"params": params, "weight_decay": weight_decay if decays else 0.0}
+            for (_, decays), params in groups.items()]
+
+
+def deepspeed_config(config: RootConfig, world_size: int, micro_steps: int) -> dict[str, Any]:
+    """DeepSpeed's settings; those not obvious were pinned because another value goes wrong."""
+    train = config.train
+    # ZeRO-1 with bf16 and fp32 accumulation silently becomes another optimizer class, whose state
+    # lies elsewhere.  Stage 2 has the same numbers and also splits the gradients.
+    stage = 2 if train.zero == 1 and train.dtype == "bf16" else train.zero
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": micro_steps,
+        "train_batch_size": train.micro_batch * micro_steps * world_size,
+        "gradient_clipping": config.optim.grad_clip,
+        "bf16": {"enabled": train.dtype == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": stage,
+            "memory_efficient_linear": False,  # it replaces F.linear for the whole process
+            "stage3_param_persistence_threshold": 0,  # persistent targets would lag one step
+        },
+        "steps_per_print": 10**9,
+    }

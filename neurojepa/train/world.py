@@ -1,0 +1,103 @@
+"""The processes of a run: who we are, which device is ours, and how ranks agree.
+
+A launcher (deepspeed, torchrun, our own) puts RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT into the environment; without them we are a world of one.  Tensors travel by NCCL on
+CUDA and by gloo on the CPU.  Decisions (stop now? did your file reach the disk?) travel over a
+gloo group of their own, so that agreeing never waits for the device.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a peer that is silent this long is lost
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any  # gloo process group for host-side decisions
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if true on one.  Host only."""
+        vote = torch.tensor([int(flag)])
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(vote.item())
+
+    def gather(self, item: Any) -> list[Any]:
+        """Everyone's item, in rank order, on every rank.  Host only; small items."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks in place, on the device."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def start_world(deterministic: bool = False) -> World:
+    """Join the process group described by the environment, or found a world of one."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores; sums stay in one order
+            torch.set_num_threads(1)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.use_deterministic_algorithms(True)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(_free_port()))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    import deepspeed
+    import deepspeed.ops
+
+    # On the CPU DeepSpeed would compile this op (minutes, needs a compiler); gloo does its work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    with bounded_groups():
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False,
+                                   verbose=False, timeout=COLLECTIVE_TIMEOUT)
+        control = dist.new_group(backend="gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+@contextmanager
+def bounded_groups() -> Iterator[None]:
+    """Give process groups made inside our timeout; ZeRO clones groups with torch's 30 minutes."""
+    new_group = dist.new_group
+
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        kwargs.setdefault("timeout", COLLECTIVE_TIMEOUT)
+        return new_group(*args, **kwargs)
+
+    dist.new_group = bounded
+    try:
+        yield
+    finally:
+        dist.new_group = new_group
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
