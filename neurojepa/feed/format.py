@@ -251,8 +251,12 @@ def open_feed(uri: str) -> Feed:
     return Feed(uri, grid_from_record(record["grid"]), pq.read_table(io.BytesIO(data)), record["index_sha256"][:16])
 
 
-def commit_feed(uri: str, grid: Grid, rows: list[dict[str, Any]], labels: pa.Table) -> str:
-    """Write index, labels and, last, the commit record; returns the fingerprint."""
+def commit_feed(uri: str, grid: Grid, rows: list[dict[str, Any]], labels: pa.Table,
+                source: str | None = None) -> str:
+    """Write index, labels and, last, the commit record; returns the fingerprint.
+
+    ``source`` identifies what was packed; it is kept in the record.
+    """
     index = parquet_bytes(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
     write_bytes(join(uri, "labels.parquet"), parquet_bytes(labels.cast(LABELS_SCHEMA)))
     write_bytes(join(uri, "index.parquet"), index)
@@ -260,6 +264,7 @@ def commit_feed(uri: str, grid: Grid, rows: list[dict[str, Any]], labels: pa.Tab
         "format": FORMAT_VERSION,
         "grid": asdict(grid),
         "num_samples": len(rows),
+        "source": source,
         "index_sha256": sha256(index),
     }
     write_bytes(join(uri, "feed.json"), json.dumps(record, indent=1).encode())
