@@ -1,0 +1,111 @@
+"""Use exported weights on a feed.
+
+    python -m neurojepa.downstream embed --weights DIR --feed FEED --out DIR
+    python -m neurojepa.downstream probe --weights DIR --feed FEED --out DIR [--labels age sex]
+
+``embed`` writes embeddings.parquet.  ``probe`` fits linear probes on frozen embeddings of split
+``train`` and scores split ``test``, beside the same architecture at random initialisation; it
+writes results.json and report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+
+from neurojepa.errors import ConfigError, run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="neurojepa.downstream", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="task", required=True)
+    for task, text in (("embed", "write frozen embeddings"), ("probe", "linear probes")):
+        command = commands.add_parser(task, help=text)
+        command.add_argument("--weights", required=True, help="exported weights, or 'random' with "
+                             "--config: that architecture, untrained")
+        command.add_argument("--config", help="recipe of the architecture for --weights random")
+        command.add_argument("--feed", required=True)
+        command.add_argument("--out", required=True)
+        command.add_argument("--modality", help="only this modality; default: all")
+        command.add_argument("--cohort", help="only this cohort; default: all")
+    command.add_argument("--labels", nargs="+", default=["age", "diagnosis"],
+                         help="what to probe (default: age diagnosis)")
+    arguments = parser.parse_args(argv)
+    return {"embed": run_embed, "probe": run_probe}[arguments.task](arguments)
+
+
+def run_embed(arguments: argparse.Namespace) -> int:
+    import pyarrow as pa
+
+    from neurojepa.downstream.embed import embed, select_rows
+    from neurojepa.feed.format import join, parquet_bytes, write_bytes
+
+    feed, weights = _open(arguments)
+    rows = select_rows(feed, arguments.modality, arguments.cohort)
+    result = embed(weights.model, weights.config, feed, rows)
+    columns = {name: getattr(result, name) for name in
+               ("scan_id", "participant", "session", "modality", "split")}
+    table = pa.table({**columns, "embedding": list(result.values)})
+    write_bytes(join(arguments.out, "embeddings.parquet"), parquet_bytes(table))
+    print(f"{len(rows)} embeddings of {result.values.shape[1]} features in {arguments.out}")
+    return 0
+
+
+def run_probe(arguments: argparse.Namespace) -> int:
+    from neurojepa.downstream.embed import embed, select_rows
+    from neurojepa.downstream.probe import probe
+    from neurojepa.downstream.report import probe_page
+    from neurojepa.feed.format import join, write_bytes
+    from neurojepa.weights import untrained
+
+    feed, weights = _open(arguments)
+    rows = select_rows(feed, arguments.modality, arguments.cohort)
+    models = {"neurojepa": weights, "random init": untrained(weights.config, weights.grid)}
+    if arguments.weights == "random":
+        del models["neurojepa"]
+    labels, results = feed.labels(), {}
+    for name, each in models.items():
+        embeddings = embed(each.model, each.config, feed, rows)
+        results[name] = [probe(embeddings, label, embeddings.labels(labels, label))
+                         for label in arguments.labels]
+        for result in results[name]:
+            scores = ", ".join(f"{metric} {value}" for metric, value in result.scores.items())
+            print(f"{name}: {result.target}: {scores}", flush=True)
+    record = {
+        "weights": arguments.weights, "step": weights.step, "feed": feed.fingerprint,
+        "modality": arguments.modality, "cohort": arguments.cohort,
+        "results": {name: {result.target: {
+            **{metric: value.as_dict() for metric, value in result.scores.items()},
+            "num_train_people": result.num_train_people} for result in each}
+            for name, each in results.items()},
+    }
+    write_bytes(join(arguments.out, "report.html"), probe_page(results, record).encode())
+    write_bytes(join(arguments.out, "results.json"),
+                json.dumps(record, indent=1, default=float).encode())
+    return 0
+
+
+def _open(arguments: argparse.Namespace):
+    from neurojepa.config import load_config
+    from neurojepa.feed.format import open_feed
+    from neurojepa.weights import load, untrained
+
+    feed = open_feed(arguments.feed)
+    if arguments.weights == "random":
+        if not arguments.config:
+            raise ConfigError("--weights random needs --config RECIPE: whose architecture?")
+        config = load_config(arguments.config, [f"data.feed={arguments.feed}", "run.dir=unused"])
+        return feed, untrained(config, feed.grid)
+    weights = load(arguments.weights)
+    if not np.array_equal(weights.grid.affine, feed.grid.affine):
+        raise ConfigError(f"--feed {arguments.feed} is packed at grid {feed.grid.name}, the "
+                          f"weights were trained at {weights.grid.name}; pack the archive with "
+                          f"--grid {weights.grid.name}")
+    return feed, weights
+
+
+if __name__ == "__main__":
+    run_command(main)

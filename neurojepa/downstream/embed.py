@@ -1,0 +1,114 @@
+"""Frozen embeddings of a feed's scans: the mean of the target encoder's tokens, one row a scan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from neurojepa.config import AugmentConfig, RootConfig
+from neurojepa.errors import DataError
+from neurojepa.feed.format import MODALITIES, Feed
+from neurojepa.feed.loader import Batch, SampleReader
+from neurojepa.model.jepa import SparseJEPA
+from neurojepa.objective.views import make_views
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """n scans by D features, with what a probe needs to know of each scan."""
+
+    values: np.ndarray  # float32 [n, D]
+    scan_id: np.ndarray  # str [n], as all below
+    participant: np.ndarray
+    family: np.ndarray
+    session: np.ndarray
+    modality: np.ndarray
+    split: np.ndarray
+
+    def labels(self, table: pa.Table, name: str) -> np.ndarray:
+        """[n] array of str: the label of each scan's session, else of its person, else "".
+
+        Raises
+        ------
+        DataError
+            No one has a label of this name.
+        """
+        by_session, by_person = {}, {}
+        for row in table.to_pylist():
+            if row["name"] == name and row["value"]:
+                if row["session"]:
+                    by_session[row["participant"], row["session"]] = row["value"]
+                else:
+                    by_person[row["participant"]] = row["value"]
+        if not by_session and not by_person:
+            raise DataError(f"labels.parquet has no label {name!r}; it has "
+                            f"{sorted(set(table['name'].to_pylist()))}")
+        return np.array([by_session.get((person, session), by_person.get(person, ""))
+                         for person, session in zip(self.participant, self.session, strict=True)])
+
+
+def select_rows(feed: Feed, modality: str | None, cohort: str | None) -> np.ndarray:
+    """Row numbers of the feed's scans of a modality and cohort (None: any).
+
+    Raises
+    ------
+    DataError
+        Nothing is left; the message says what the feed has.
+    """
+    rows = [row for row, (m, c) in enumerate(zip(
+        feed.index["modality"].to_pylist(), feed.index["cohort"].to_pylist(), strict=True))
+        if modality in (None, m) and cohort in (None, c)]
+    if not rows:
+        raise DataError(f"{feed.uri}: no scan with modality {modality} and cohort {cohort}; it has "
+                        f"{sorted(set(feed.index['modality'].to_pylist()))} and "
+                        f"{sorted(set(feed.index['cohort'].to_pylist()))}")
+    return np.array(rows)
+
+
+@torch.no_grad()
+def embed(model: SparseJEPA, config: RootConfig, feed: Feed, rows: np.ndarray,
+          batch_size: int = 8) -> Embeddings:
+    """Embed scans of a feed without augmentation or masks.
+
+    Parameters
+    ----------
+    rows : [n] row numbers of ``feed.index``
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    config = without_augmentation(config)
+    values = []
+    for batch in _batches(feed, rows, batch_size):
+        views = make_views(batch.to(device), config, feed.grid, config.train.seed)
+        values.append(model.embed(views).cpu().numpy())
+    column = {name: np.array(feed.index[name].to_pylist())[rows]
+              for name in ("scan_id", "participant", "family", "session", "modality", "split")}
+    return Embeddings(values=np.concatenate(values), **column)
+
+
+def without_augmentation(config: RootConfig) -> RootConfig:
+    """The same config with every augmentation switched off, as evaluation wants it."""
+    objective = config.objective.model_copy(
+        update={"augment": AugmentConfig(gamma=0, noise=0, bias_field=0)})
+    return config.model_copy(update={"objective": objective})
+
+
+def _batches(feed: Feed, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
+    reader = SampleReader(feed)
+    with ThreadPoolExecutor(8) as pool:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start:start + batch_size]
+            voxels = np.stack(list(pool.map(reader.image, part.tolist())))
+            yield Batch(
+                voxels=torch.from_numpy(voxels),
+                modality=torch.tensor([MODALITIES.index(reader.columns["modality"][row])
+                                       for row in part]),
+                position=torch.zeros(len(part), dtype=torch.int64),
+                weight=torch.ones(len(part)),
+                scan_ids=[reader.columns["scan_id"][row] for row in part],
+            )

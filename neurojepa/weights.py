@@ -1,0 +1,134 @@
+"""Export a run's weights for use, and load them.
+
+    python -m neurojepa.weights export RUN --out DIR [--step N]
+
+DIR gets model.safetensors (fp32: encoder, its EMA ``target``, predictor, code, router biases),
+README.md (the model card) and, last, config.json (resolved config, grid, step, feed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+
+import torch
+
+from neurojepa.config import RootConfig, validate
+from neurojepa.errors import CheckpointError, DataError, run_command
+from neurojepa.feed.format import Grid, grid_from_record, join, read_bytes, sha256, write_bytes
+from neurojepa.model.jepa import SparseJEPA, build_model
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model with what it was trained on.  ``model`` is in evaluation mode, on the CPU, fp32."""
+
+    model: SparseJEPA
+    config: RootConfig
+    grid: Grid
+    step: int
+
+
+def export(run_dir: str, out: str, step: int | None = None) -> int:
+    """Write the weights of a committed checkpoint (default: the latest); returns its step.
+
+    Raises
+    ------
+    CheckpointError
+        The run has no committed checkpoint, or not that step, or it is damaged.
+    """
+    from safetensors.torch import save
+
+    from neurojepa.train.checkpoint import latest_step, open_checkpoint
+
+    if step is None:
+        step = latest_step(run_dir)
+    if step is None:
+        raise CheckpointError(f"{run_dir}: no committed checkpoint; train first, or check the path")
+    checkpoint = open_checkpoint(run_dir, step)
+    tensors = checkpoint.parameters("master")
+    tensors |= {"target." + name.removeprefix("encoder."): tensor
+                for name, tensor in checkpoint.parameters("ema").items()}
+    tensors |= checkpoint.buffers()
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    record = {"step": step, "grid": checkpoint.manifest["grid"],
+              "feed": checkpoint.manifest["feed"], "config": checkpoint.manifest["config"],
+              "sha256": sha256(data)}
+    write_bytes(join(out, "model.safetensors"), data)
+    write_bytes(join(out, "README.md"), _card(record, tensors).encode())
+    write_bytes(join(out, "config.json"), json.dumps(record, indent=1).encode())
+    return step
+
+
+def load(uri: str) -> Weights:
+    """Load exported weights; every tensor must be there and fit.
+
+    Raises
+    ------
+    DataError
+        Not an export, damaged, or of an architecture this version does not build.
+    """
+    from safetensors.torch import load as load_tensors
+
+    try:
+        record = json.loads(read_bytes(join(uri, "config.json")))
+    except (DataError, ValueError) as error:
+        raise DataError(f"{uri}: no exported weights here ({error}); make them with: "
+                        "python -m neurojepa.weights export RUN --out DIR") from error
+    data = read_bytes(join(uri, "model.safetensors"))
+    if sha256(data) != record["sha256"]:
+        raise DataError(f"{join(uri, 'model.safetensors')}: does not match the sha256 in "
+                        "config.json; export again")
+    grid = grid_from_record(record["grid"])
+    config = validate(record["config"], where=join(uri, "config.json"))
+    model = build_model(config, grid)
+    try:
+        model.load_state_dict(load_tensors(data), strict=True)
+    except RuntimeError as error:
+        raise DataError(f"{uri}: the weights do not fit the architecture in config.json: "
+                        f"{' '.join(str(error).split())}") from error
+    return Weights(model.eval(), config, grid, record["step"])
+
+
+def untrained(config: RootConfig, grid: Grid) -> Weights:
+    """The same architecture at its random initialisation (seeded by train.seed)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = build_model(config, grid)
+    return Weights(model.eval(), config, grid, 0)
+
+
+def _card(record: dict, tensors: dict[str, torch.Tensor]) -> str:
+    config, grid = record["config"], record["grid"]
+    encoder = sum(t.numel() for name, t in tensors.items() if name.startswith("encoder."))
+    return f"""# neurojepa weights
+
+- encoder: {config['model']['size']}, {encoder:,} parameters, patch
+  {config['model']['patch_voxels']}
+  voxels of {grid['spacing_mm']} mm, grid {' x '.join(map(str, grid['shape']))} centred at MNI
+  {tuple(grid['centre_mm'])} mm, axes x y z in RAS
+- trained for {record['step']} steps of {config['train']['global_batch']} scans; feed
+  {record['feed']}; prediction through a {config['objective']['sparse']['code']} code
+- use: `neurojepa.weights.load(DIR)`; `model.embed(tokens)` gives the mean of the target encoder's
+  tokens
+- not a medical device; check on your own scanners and people before drawing conclusions
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="neurojepa.weights", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("export", help="write a run's weights for use")
+    command.add_argument("run", help="run directory (path or URI)")
+    command.add_argument("--out", required=True, help="where to write them")
+    command.add_argument("--step", type=int, help="a committed step; default: the latest")
+    arguments = parser.parse_args(argv)
+    step = export(arguments.run, arguments.out, arguments.step)
+    print(f"exported step {step} of {arguments.run} to {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
