@@ -1,0 +1,100 @@
+"""Commands for operators: keep a run alive, and see what it is doing.
+
+    python -m cluster supervise --ranks 2 -- --config configs/demo.yaml run.dir=runs/demo
+    python -m cluster supervise --hostfile hosts -- --config configs/base.yaml
+    python -m cluster status runs/demo --json
+    python -m cluster watch s3://bucket/runs/base
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+from neurojepa.errors import ConfigError, run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one of the commands; returns its exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    # what follows -- is the training's; argparse would mix it with ours
+    split = words.index("--") if "--" in words else len(words)
+    options = _parser().parse_args(words[:split])
+    if options.command == "supervise":
+        return _supervise(options, words[split + 1:])
+    if split < len(words):
+        raise ConfigError(f"{options.command}: takes nothing after --")
+    return _watch(options) if options.command == "watch" else _status(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    supervise = commands.add_parser(
+        "supervise", help="start a training by deepspeed and restart it when it fails",
+        usage="%(prog)s [options] -- --config C [a.b=value ...]",
+        epilog="exit status: 0 finished, 75 stopped on request (queue it again), 2 gave up")
+    supervise.add_argument("--hostfile", help="lines 'HOST slots=N'; default: this machine")
+    supervise.add_argument("--master-addr", help="address of the hostfile's first host as the "
+                           "others see it (default: its name there)")
+    supervise.add_argument("--ranks", type=int, help="ranks on this machine (default: run.ranks)")
+    supervise.add_argument("--max-restarts", type=int, default=3, metavar="K",
+                           help="restarts in a row without a new checkpoint (default 3)")
+    supervise.add_argument("--hang-seconds", type=float, default=60, metavar="S",
+                           help="no step for this long (and for ten median steps) is a hang "
+                           "(default 60)")
+    supervise.add_argument("--start-seconds", type=float, default=600, metavar="S",
+                           help="longest time to the first step (default 600)")
+    status = commands.add_parser("status", help="one screen about a run")
+    status.add_argument("run", help="run directory, local or URI")
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    watch = commands.add_parser("watch", help="the status, refreshed until the run has finished")
+    watch.add_argument("run", help="run directory, local or URI")
+    watch.add_argument("--every", type=float, default=5, metavar="S",
+                       help="seconds between looks (default 5)")
+    return parser
+
+
+def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
+    from cluster.attempt import DeepSpeedLaunch
+    from cluster.rundir import run_of_arguments
+    from cluster.supervise import Supervisor, launcher_tools
+
+    if options.hostfile and options.ranks:
+        raise ConfigError("--ranks is for this machine; with --hostfile its slots count")
+    run_dir, settings = run_of_arguments(arguments)
+    launch = DeepSpeedLaunch(arguments, options.ranks or int(settings.get("run.ranks") or 1),
+                             options.hostfile, options.master_addr)
+    launch.hosts()  # reads the hostfile: a mistake in it shows before anything starts
+    launcher_tools(hostfile=options.hostfile is not None)
+    return Supervisor(launch, run_dir, options.max_restarts, options.hang_seconds,
+                      options.start_seconds, last_step=settings.get("train.steps")).run()
+
+
+def _status(options: argparse.Namespace) -> int:
+    from cluster.rundir import RunDir
+    from cluster.status import read_status, render
+
+    status = read_status(RunDir(options.run))
+    print(json.dumps(status) if options.json else render(status))
+    return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from cluster.rundir import RunDir
+    from cluster.status import read_status, render
+
+    while True:
+        status = read_status(RunDir(options.run))
+        clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
+        print(clear + render(status), flush=True)
+        if status["state"] == "finished":
+            return 0
+        time.sleep(options.every)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,160 @@
+"""One attempt at a run: how it is started, and what its heartbeats say.
+
+``DeepSpeedLaunch`` makes the command and environment; ``Progress`` turns successive heartbeats into
+the step of the slowest rank and the time it may stand still before it counts as hung.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import statistics
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.processes import TOKEN
+from cluster.rundir import Heartbeat
+from neurojepa.errors import ConfigError
+
+# Variables the ranks on other hosts need; DeepSpeed itself sends only PYTHON*.  Credentials stay
+# out: they would show on the ssh command line; hosts have their own (~/.aws or an instance role).
+EXPORTED = ("OMP_", "DS_", "GLOO_", "NCCL_", "FI_", "TORCH_", "NEUROJEPA_",
+            "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+# A host that vanishes ends its ssh within 8 s instead of never.
+SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=5 -o ServerAliveInterval=4 " \
+              "-o ServerAliveCountMax=2"
+
+
+@dataclass(frozen=True)
+class DeepSpeedLaunch:
+    """The ``deepspeed`` launcher on this machine, or on the hosts of a hostfile through pdsh.
+
+    Parameters
+    ----------
+    arguments
+        What follows ``python -m <module>``: ``--config C [a.b=v ...]``.
+    hostfile
+        Lines ``HOST slots=N``; None starts ``ranks`` processes on this machine.
+    master_addr
+        Address of rank 0's host as the others see it; the first host of the hostfile by default.
+    """
+
+    arguments: list[str]
+    ranks: int = 1
+    hostfile: str | None = None
+    master_addr: str | None = None
+    module: str = "neurojepa.pretrain"
+
+    def hosts(self) -> list[str]:
+        """The hosts of the hostfile, in its order; empty for a local start."""
+        if self.hostfile is None:
+            return []
+        try:
+            lines = Path(self.hostfile).read_text().splitlines()
+        except OSError as error:
+            raise ConfigError(f"{self.hostfile}: cannot read the hostfile "
+                              f"({error.strerror})") from error
+        hosts = []
+        for number, line in enumerate(lines, start=1):
+            text = line.partition("#")[0].strip()
+            if not text:
+                continue
+            match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+            if not match:
+                raise ConfigError(f"{self.hostfile}:{number}: {line!r} is not 'HOST slots=N'")
+            hosts.append(match[1])
+        if not hosts:
+            raise ConfigError(f"{self.hostfile}: names no host; add lines 'HOST slots=N'")
+        return hosts
+
+    def command(self) -> list[str]:
+        """The launcher's command line; every start takes another free port."""
+        start = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port",
+                 str(_free_port())]
+        hosts = self.hosts()
+        if not hosts:
+            # /dev/null: DeepSpeed would otherwise obey a /job/hostfile that happens to exist
+            return [*start, "--hostfile", "/dev/null", "--num_gpus", str(self.ranks),
+                    "--module", self.module, *self.arguments]
+        # the remote shell splits the command again; DeepSpeed itself quotes those with blanks
+        quoted = [item if " " in item else shlex.quote(item) for item in self.arguments]
+        return [*start, "--hostfile", str(self.hostfile), "--launcher", "pdsh", "--force_multi",
+                "--no_ssh_check", "--master_addr", self.master_addr or hosts[0],
+                "--module", self.module, *quoted]
+
+    def environment(self, token: str, scratch: Path) -> dict[str, str]:
+        """The launcher's environment, which marks all its processes with ``token``."""
+        environment = {name: value for name, value in os.environ.items()
+                       if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {TOKEN: token}
+        if self.hostfile is not None:
+            lines = [f"{name}={value}" for name, value in environment.items()
+                     if name.startswith(EXPORTED)]
+            for folder in (Path.home(), Path.cwd()):
+                own = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+                lines += own.read_text().splitlines() if own.is_file() else []
+            file = scratch / "deepspeed_env"
+            file.write_text("".join(f"{line}\n" for line in lines if "=" in line))
+            environment["DS_ENV_FILE"] = str(file)
+            environment["PDSH_SSH_ARGS_APPEND"] = ssh_options()
+        return environment
+
+
+def ssh_options() -> str:
+    """The user's own ssh options for pdsh, then ours (ssh takes the first of two)."""
+    return f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
+
+
+@dataclass
+class Progress:
+    """Where the slowest rank is and since when; ``before`` are heartbeats of earlier attempts.
+
+    Only changes are compared, so the hosts' clocks need not agree.
+    """
+
+    before: list[Heartbeat]
+    last_step: int | None = None  # the step after which the training has no more to do
+    step: int | None = None
+    beats: list[Heartbeat] = field(default_factory=list)
+    changed_at: float = field(default_factory=time.monotonic)
+    step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=101))
+    _slowest: Heartbeat | None = None
+
+    def update(self, beats: list[Heartbeat]) -> bool:
+        """Take in the current heartbeats; True if the slowest rank advanced."""
+        fresh = [beat for beat in beats if beat not in self.before]
+        if not fresh:
+            return False
+        slowest = min(fresh, key=lambda beat: beat.step)
+        advanced = len(fresh) > len(self.beats) or slowest.step != self.step
+        previous = self._slowest
+        if previous and previous.rank == slowest.rank and slowest.step > previous.step:
+            self.step_times_s.append((slowest.time - previous.time)
+                                     / (slowest.step - previous.step))
+        if previous is None or slowest.step != previous.step:
+            self._slowest = slowest
+        self.beats, self.step = fresh, slowest.step
+        if advanced:
+            self.changed_at = time.monotonic()
+        return advanced
+
+    def limit_s(self, hang_s: float, start_s: float) -> float:
+        """How long no step is normal: longer before the first step and after the last one."""
+        if self.step is None or (self.last_step is not None and self.step >= self.last_step):
+            return max(start_s, hang_s)
+        median = statistics.median(self.step_times_s) if self.step_times_s else 0.0
+        return max(hang_s, 10 * median)
+
+    @property
+    def silent_s(self) -> float:
+        return time.monotonic() - self.changed_at
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,191 @@
+"""The run directory as seen from outside: what training wrote, and the supervisor's own events.
+
+    config.yaml  metrics.jsonl  events.jsonl  latest          written by rank 0 of the training
+    heartbeat/rank-R.json                                     written by every rank at every step
+    logs/attempt-K.log                                        written by the supervisor
+
+It is a local directory or a URI that fsspec knows.  Reading never changes it and never needs the
+training to be alive.  A line that a kill cut short is left out; whole lines are never changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from neurojepa.errors import ClusterError, ConfigError
+
+TRAIN_EVENTS = ("start", "resume", "checkpoint", "skip", "stop", "finish")
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The last sign of life of one rank; ``time`` is that host's clock in seconds."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    time: float
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory by its path or URI."""
+
+    uri: str
+
+    @cached_property
+    def _store(self) -> tuple[Any, str]:
+        import fsspec
+
+        uncached = {"use_listings_cache": False} if self.uri.startswith("s3:") else {}
+        try:
+            fs, path = fsspec.core.url_to_fs(self.uri, **uncached)
+        except (ValueError, ImportError) as error:
+            raise ClusterError(f"{self.uri}: cannot open this kind of store ({error})") from error
+        return fs, path.rstrip("/")
+
+    @property
+    def local_path(self) -> str | None:
+        """The directory on this machine, or None where the run lives in an object store."""
+        fs, path = self._store
+        return path if "file" in fs.protocol else None
+
+    def read(self, name: str, tail_bytes: int | None = None) -> bytes | None:
+        """The content (or its last ``tail_bytes``) of a file below the run; None if absent."""
+        fs, path = self._store
+        start = None
+        try:
+            if tail_bytes is not None:
+                start = max(0, fs.size(f"{path}/{name}") - tail_bytes)
+            return fs.cat_file(f"{path}/{name}", start=start)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ClusterError(f"{self.uri}/{name}: cannot be read ({error}); check the store "
+                               "and its credentials") from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file below the run."""
+        fs, path = self._store
+        try:
+            fs.makedirs(os.path.dirname(f"{path}/{name}"), exist_ok=True)
+            fs.pipe_file(f"{path}/{name}", data)
+        except OSError as error:
+            raise ClusterError(f"{self.uri}/{name}: cannot be written ({error}); check space, "
+                               "rights and credentials") from error
+
+    def names(self, folder: str) -> list[str]:
+        """File names in a folder of the run; empty if it does not exist."""
+        fs, path = self._store
+        try:
+            found = fs.ls(f"{path}/{folder}", detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(os.path.basename(item.rstrip("/")) for item in found)
+
+    def rows(self, name: str, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+        """The rows of a .jsonl file, oldest first (only those in the tail, if that is given)."""
+        rows = []
+        for line in (self.read(name, tail_bytes) or b"").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut by a kill, by the tail's start, or being written just now
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+        return rows
+
+    def events(self) -> list[dict[str, Any]]:
+        return self.rows("events.jsonl")
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """The last heartbeat of every rank, by rank."""
+        beats = []
+        for name in self.names("heartbeat"):
+            if not (name.startswith("rank-") and name.endswith(".json")):
+                continue
+            try:
+                row = json.loads(self.read(f"heartbeat/{name}") or b"")
+                beats.append(Heartbeat(int(row["rank"]), str(row["host"]), int(row["pid"]),
+                                       int(row["step"]), float(row["time"])))
+            except ValueError:  # being rewritten just now; the next look finds it whole
+                continue
+        return sorted(beats, key=lambda beat: beat.rank)
+
+    def committed_step(self) -> int | None:
+        """The step of the last committed checkpoint, or None before the first."""
+        text = (self.read("latest") or b"").decode().strip()
+        if not text:
+            return None
+        name, _, number = text.rpartition("-")
+        if name != "step" or not number.isdigit():
+            raise ClusterError(f"{self.uri}/latest: holds {text!r}, expected step-N; "
+                               "put the name of the last good checkpoint there")
+        return int(number)
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration the training stored; empty before its first start."""
+        return yaml.safe_load(self.read("config.yaml") or b"") or {}
+
+    def append_event(self, event: str, step: int | None, **fields: Any) -> None:
+        """Add a row to events.jsonl; called only while no rank is alive to write there too."""
+        row = {"time": time.time(), "event": event, "step": step, "by": "supervisor", **fields}
+        data = (json.dumps(row) + "\n").encode()
+        before = self.read("events.jsonl") or b""
+        if before and not before.endswith(b"\n"):  # a kill cut the last row: keep ours apart
+            data = b"\n" + data
+        if self.local_path is None:
+            self.write("events.jsonl", before + data)
+            return
+        os.makedirs(self.local_path, exist_ok=True)
+        with open(f"{self.local_path}/events.jsonl", "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def run_of_arguments(arguments: list[str]) -> tuple[RunDir, dict[str, Any]]:
+    """The run directory and plain config tree that ``--config C [a.b=v ...]`` will use.
+
+    Only what a supervisor needs is read; the training validates the whole tree.
+
+    Raises
+    ------
+    ConfigError
+        No --config, an unreadable file, or no run.dir in it.
+    """
+    path = None
+    overrides = []
+    remaining = iter(arguments)
+    for item in remaining:
+        if item == "--config":
+            path = next(remaining, None)
+        elif item.startswith("--config="):
+            path = item.partition("=")[2]
+        elif "=" in item and not item.startswith("-"):
+            overrides.append(item)
+    if not path:
+        raise ConfigError("no --config after --; for example: supervise -- --config C.yaml")
+    try:
+        with open(path) as file:
+            tree = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    flat = {f"{section}.{key}": value for section, branch in (tree or {}).items()
+            if isinstance(branch, dict) for key, value in branch.items()}
+    for item in overrides:
+        key, _, text = item.partition("=")
+        flat[key] = yaml.safe_load(text)
+    if not flat.get("run.dir"):
+        raise ConfigError(f"{path}: run.dir is required; set it in the file or as run.dir=PATH")
+    return RunDir(str(flat["run.dir"])), flat

@@ -1,0 +1,123 @@
+"""What a run is doing, on one screen, from its run directory alone.
+
+``read_status`` makes plain data of the heartbeats, events and metrics; ``render`` makes the screen.
+States: running; stalled (no step for longer than is normal, or gone without a word); stopped (on
+request); failed (exited, or the supervisor gave up); finished.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
+from neurojepa.errors import ClusterError
+
+TAIL_BYTES = 262_144
+START_S = 600.0  # a start (imports, compilation, reading a checkpoint) may take this long
+SILENT_S = 60.0
+ENDED = {"finish": "finished", "finished": "finished", "stop": "stopped", "stopped": "stopped",
+         "exit": "failed", "give_up": "failed"}
+
+
+def read_status(run_dir: RunDir, now: float | None = None) -> dict[str, Any]:
+    """The state of a run as plain data (see the keys below); nothing is changed.
+
+    Raises
+    ------
+    ClusterError
+        There is no run there.
+    """
+    now = time.time() if now is None else now
+    events = run_dir.events()
+    beats = run_dir.heartbeats()
+    metrics = run_dir.rows("metrics.jsonl", TAIL_BYTES)
+    config = run_dir.config()
+    if not (events or beats or metrics or config):
+        raise ClusterError(f"{run_dir.uri}: no run here (no events.jsonl, heartbeat/ or "
+                           "config.yaml); give the run.dir of a training")
+    last = metrics[-1] if metrics else {}
+    step = max([beat.step for beat in beats] + [int(last.get("step", 0))])
+    steps = config.get("train", {}).get("steps")
+    step_s = last.get("step_s")
+    state = _state(events, beats, step_s, now)
+    return {
+        "run": run_dir.uri,
+        "state": state,
+        "step": step,
+        "steps": steps,
+        "loss": last.get("loss"),
+        "loss_step": last.get("step"),
+        "volumes_per_s": last.get("volumes_per_s"),
+        "step_s": step_s,
+        "eta_s": (steps - step) * step_s if state == "running" and steps and step_s else None,
+        "last_checkpoint": run_dir.committed_step(),
+        "restarts": sum(row.get("event") == "restart" for row in events),
+        "ranks": [{**vars(beat), "age_s": round(now - beat.time, 1)} for beat in beats],
+        "events": events[-8:],
+    }
+
+
+def _state(events: list[dict[str, Any]], beats: list[Heartbeat], step_s: float | None,
+           now: float) -> str:
+    """The last event that says what the run is doing, against the age of the last sign of life."""
+    telling = [row for row in events if row.get("event") in
+               {*TRAIN_EVENTS, *ENDED, "started", "restart", "hang"}]
+    event = telling[-1]["event"] if telling else None
+    if event == "hang":
+        return "stalled"
+    if event in ENDED:
+        return ENDED[event]
+    signs = [beat.time for beat in beats]
+    newest_start = max((row["time"] for row in telling
+                        if row["event"] in ("started", "restart", "start", "resume")), default=0.0)
+    if newest_start > max(signs, default=0.0):
+        return "running" if now - newest_start < START_S else "stalled"
+    # the slowest rank counts: the others may be waiting for it
+    return "running" if now - min(signs) < max(SILENT_S, 10 * (step_s or 0.0)) else "stalled"
+
+
+def render(status: dict[str, Any]) -> str:
+    """One screen of text."""
+    total = f"/{status['steps']}" if status["steps"] else ""
+    lines = [
+        status["run"],
+        f"  {status['state'].upper():9} step {status['step']}{total}"
+        f"   loss {_number(status['loss'])} (step {status['loss_step']})"
+        f"   {_number(status['volumes_per_s'])} volumes/s"
+        f"   ETA {_duration(status['eta_s'])}",
+        f"  last checkpoint: {_checkpoint(status['last_checkpoint'])}"
+        f"   restarts: {status['restarts']}",
+        "",
+        "  rank  host                 pid       step      last seen",
+    ]
+    lines += [f"  {rank['rank']:<5} {rank['host'][:20]:20} {rank['pid']:<9} {rank['step']:<9} "
+              f"{_duration(rank['age_s'])} ago" for rank in status["ranks"]]
+    lines += ["", "  last events"]
+    lines += [f"  {time.strftime('%F %T', time.localtime(row.get('time', 0)))}  "
+              f"{row.get('event'):11} step {row.get('step')}  {_facts(row)}".rstrip()
+              for row in status["events"]]
+    return "\n".join(lines)
+
+
+def _facts(row: dict[str, Any]) -> str:
+    shown = {key: value for key, value in row.items()
+             if key not in ("time", "event", "step", "by") and isinstance(value, int | float | str)}
+    return " ".join(f"{key}={value}" for key, value in shown.items())[:60]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _checkpoint(step: int | None) -> str:
+    return "none yet" if step is None else f"step {step}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,282 @@
+"""The supervisor against ranks that die, hang, refuse or are asked to stop; and the status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.attempt import DeepSpeedLaunch, Progress
+from cluster.processes import TOKEN, members, same_process
+from cluster.rundir import Heartbeat, RunDir, run_of_arguments
+from cluster.status import read_status, render
+from cluster.supervise import Supervisor
+from neurojepa.errors import ClusterError, ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+# starts toy ranks and passes on the first bad status, as deepspeed's launcher does
+LAUNCHER = """
+import os, subprocess, sys, time
+ranks = [subprocess.Popen([sys.executable, "-m", "tests.toy_rank", *sys.argv[2:]],
+                          env={**os.environ, "RANK": str(r)}) for r in range(int(sys.argv[1]))]
+while any(p.poll() is None for p in ranks) and not any(p.poll() for p in ranks):
+    time.sleep(0.05)
+for p in ranks:
+    if p.poll() is None:
+        p.terminate()
+    p.wait()
+sys.exit(max(p.returncode & 255 for p in ranks))
+"""
+
+
+@dataclass(frozen=True)
+class ToyLaunch:
+    arguments: list[str]
+    ranks: int = 2
+
+    def hosts(self) -> list[str]:
+        return []
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", LAUNCHER, str(self.ranks), *self.arguments]
+
+    def environment(self, token: str, scratch: Path) -> dict[str, str]:
+        return {**os.environ, TOKEN: token}
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Callable[..., tuple[Supervisor, RunDir]]:
+    def make(*options: str, steps: int = 8, **settings: float) -> tuple[Supervisor, RunDir]:
+        config = tmp_path / "toy.yaml"
+        config.write_text(yaml.safe_dump({"run": {"dir": str(tmp_path / "run")},
+                                          "train": {"steps": steps}}))
+        run_dir = RunDir(str(tmp_path / "run"))
+        launch = ToyLaunch(["--config", str(config), *options])
+        return Supervisor(launch, run_dir, **settings), run_dir  # type: ignore[arg-type]
+
+    return make
+
+
+def names(run_dir: RunDir) -> list[str]:
+    return [row["event"] for row in run_dir.events()]
+
+
+def soon(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def in_background(action: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_quiet_run_is_started_once_and_finishes(toy) -> None:
+    supervisor, run_dir = toy("toy.step_s=0.02")
+    assert supervisor.run() == 0
+    assert names(run_dir) == ["started", "start", "finish", "exit", "finished"]
+    status = read_status(run_dir)
+    assert (status["state"], status["step"], status["restarts"]) == ("finished", 8, 0)
+    assert "FINISHED" in render(status)
+
+
+def test_gives_up_and_names_the_step(toy) -> None:
+    supervisor, run_dir = toy("toy.crash=2", "toy.step_s=0.02", max_restarts=1)
+    with pytest.raises(ClusterError, match=r"gave up after 2 failures in a row at step 1 .*status "
+                                           r"3.*no checkpoint yet.*ToyError: rank . breaks"):
+        supervisor.run()
+    events = run_dir.events()
+    assert [row["event"] for row in events].count("restart") == 1
+    assert (events[-1]["event"], events[-1]["step"], events[-1]["failures"]) == ("give_up", 1, 2)
+    exits = [row for row in events if row["event"] == "exit"]
+    assert exits[0]["status"] == 3 and any("ToyError" in line for line in exits[0]["log"])
+    assert {rank["rank"] for rank in exits[0]["ranks"]} == {0, 1}
+    assert run_dir.names("logs") == ["attempt-1.log", "attempt-2.log"]
+    assert read_status(run_dir)["state"] == "failed"
+
+
+def test_failures_count_from_the_last_new_checkpoint(toy) -> None:
+    supervisor, run_dir = toy("toy.crash=5", "toy.step_s=0.02", max_restarts=1)
+    with pytest.raises(ClusterError, match="last checkpoint: step 4"):
+        supervisor.run()
+    # attempt 1 commits steps 2 and 4; attempts 2 (its failure is the second in a row) fails at 5
+    assert [row["failures"] for row in run_dir.events() if row["event"] == "restart"] == [1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_found_ended_and_restarted(toy, rank: int) -> None:
+    supervisor, run_dir = toy("toy.step_s=0.3", steps=10, hang_s=2.0)
+    frozen: list[int] = []
+
+    def freeze() -> None:
+        soon(lambda: any(b.rank == rank and b.step >= 2 for b in run_dir.heartbeats()))
+        frozen.append(run_dir.heartbeats()[rank].pid)
+        os.kill(frozen[0], signal.SIGSTOP)
+
+    thread = in_background(freeze)
+    assert supervisor.run() == 0
+    thread.join()
+    hang = next(row for row in run_dir.events() if row["event"] == "hang")
+    assert {item["rank"]: item["state"] for item in hang["ranks"]}[rank] == "stopped"
+    assert names(run_dir).count("restart") == 1 and names(run_dir)[-1] == "finished"
+    assert not same_process(frozen[0], time.time())
+
+
+def test_asked_to_stop_it_lets_the_ranks_stop_and_passes_their_status(toy) -> None:
+    supervisor, run_dir = toy("toy.step_s=0.2", steps=100)
+
+    def ask() -> None:
+        soon(lambda: len(run_dir.heartbeats()) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_background(ask)
+    assert supervisor.run() == 75
+    assert names(run_dir)[-1] == "stopped" and "stop" in names(run_dir)
+    assert read_status(run_dir)["state"] == "stopped"
+
+
+def test_deepspeed_rank_killed_by_pid_is_restarted_and_nothing_survives(tmp_path: Path) -> None:
+    config = tmp_path / "toy.yaml"
+    run_dir = RunDir(str(tmp_path / "run"))
+    config.write_text(yaml.safe_dump({"run": {"dir": run_dir.uri}, "train": {"steps": 12}}))
+    launch = DeepSpeedLaunch(["--config", str(config), "toy.step_s=0.25"], ranks=2,
+                             module="tests.toy_rank")
+    bystander = subprocess.Popen(["sleep", "300"])
+    tokens: list[str] = []
+
+    def kill() -> None:
+        soon(lambda: [b for b in run_dir.heartbeats() if b.rank == 1 and b.step >= 4], 60)
+        pid = run_dir.heartbeats()[1].pid
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            tokens.extend(item.decode().partition("=")[2] for item in file.read().split(b"\0")
+                          if item.startswith(TOKEN.encode()))
+        os.kill(pid, signal.SIGKILL)
+
+    thread = in_background(kill)
+    try:
+        assert Supervisor(launch, run_dir, last_step=12).run() == 0
+        thread.join()
+        events = run_dir.events()
+        exits = [row for row in events if row["event"] == "exit"]
+        assert [row["status"] for row in exits] == [247, 0]  # 247: deepspeed's word for SIGKILL
+        assert {"restart", "resume", "finished"} <= {row["event"] for row in events}
+        assert len(tokens) == 1 and members(tokens[0]) == []
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_second_supervisor_is_refused(toy, tmp_path: Path) -> None:
+    supervisor, _ = toy()
+    beat = {"rank": 0, "host": os.uname().nodename, "pid": os.getpid(), "step": 1,
+            "time": time.time()}
+    (tmp_path / "run" / "heartbeat").mkdir(parents=True)
+    (tmp_path / "run" / "heartbeat" / "rank-0.json").write_text(json.dumps(beat))
+    with pytest.raises(ClusterError, match=f"by process {os.getpid()} already"):
+        supervisor.run()
+
+
+def test_a_reused_pid_is_another_process() -> None:
+    assert same_process(os.getpid(), time.time())
+    assert not same_process(os.getpid(), time.time() - 86_400)
+
+
+def test_hang_limit_follows_the_median_step() -> None:
+    stale = Heartbeat(0, "a", 1, 90, 5.0)
+    progress = Progress(before=[stale], last_step=20)
+    assert not progress.update([stale]) and progress.limit_s(60, 600) == 600
+    for step in range(1, 12):
+        progress.update([Heartbeat(0, "a", 2, step, 100.0 + 9 * step)])
+    assert progress.step == 11 and progress.limit_s(60, 600) == pytest.approx(90)
+    assert not progress.update([Heartbeat(0, "a", 2, 11, 500.0)])
+    progress.update([Heartbeat(0, "a", 2, 20, 600.0)])
+    assert progress.limit_s(60, 600) == 600  # the last checkpoint may take its time
+
+
+def test_deepspeed_command_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# two\n10.0.0.1 slots=1\n10.0.0.2 slots=4\n")
+    launch = DeepSpeedLaunch(["--config", "c.yaml", "data.modalities=[T1w]"],
+                             hostfile=str(hostfile))
+    command = launch.command()
+    assert command[command.index("--master_addr") + 1] == "10.0.0.1"
+    assert command[-1] == "'data.modalities=[T1w]'"  # the remote shell would expand the brackets
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    environment = launch.environment("t0ken", tmp_path)
+    exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
+    assert {"NEUROJEPA_ATTEMPT=t0ken", "GLOO_SOCKET_IFNAME=eth0"} <= set(exported)
+    assert not any("hidden" in line for line in exported)
+    hostfile.write_text("10.0.0.1\n")
+    with pytest.raises(ConfigError, match=r"hosts:1: '10.0.0.1' is not 'HOST slots=N'"):
+        launch.hosts()
+
+
+def test_run_dir_of_the_arguments(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("run: {dir: a, ranks: 2}\ntrain: {steps: 5}\n")
+    run_dir, settings = run_of_arguments(["--config", str(config), "run.dir=b", "train.steps=7"])
+    assert (run_dir.uri, settings["run.ranks"], settings["train.steps"]) == ("b", 2, 7)
+    with pytest.raises(ConfigError, match=r"run\.dir is required"):
+        run_of_arguments([f"--config={config}", "run.dir="])
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        run_of_arguments(["--config", "nowhere.yaml"])
+
+
+def test_supervise_refuses_in_one_line(run_cli, tmp_path: Path) -> None:
+    for words in (["--hostfile", "nowhere", "--", "--config", "c"], ["--"], []):
+        done = run_cli("-m", "cluster", "supervise", *words)
+        assert done.returncode == 2 and done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_status_states(tmp_path: Path) -> None:
+    run_dir = RunDir(str(tmp_path))
+    with pytest.raises(ClusterError, match="no run here"):
+        read_status(run_dir)
+    (tmp_path / "config.yaml").write_text("train: {steps: 100}\n")
+    (tmp_path / "events.jsonl").write_text('{"time": 1000, "event": "start", "step": 0}\n{"cut')
+    assert read_status(run_dir, now=1010)["state"] == "running"
+    assert read_status(run_dir, now=9999)["state"] == "stalled"
+    row = {"step": 40, "loss": 0.5, "volumes_per_s": 4.0, "step_s": 2.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "heartbeat").mkdir()
+    for rank, beat in enumerate([1100.0, 1180.0]):
+        beat_row = {"rank": rank, "host": "a", "pid": 7, "step": 40, "time": beat}
+        (tmp_path / "heartbeat" / f"rank-{rank}.json").write_text(json.dumps(beat_row))
+    status = read_status(run_dir, now=1150)
+    assert (status["state"], status["eta_s"], status["loss"]) == ("running", 120.0, 0.5)
+    assert [rank["age_s"] for rank in status["ranks"]] == [50.0, -30.0]
+    assert read_status(run_dir, now=1190)["state"] == "stalled"  # rank 0 is silent
+    run_dir.append_event("give_up", 40)
+    assert run_dir.events()[-1]["event"] == "give_up"  # the cut line before it did no harm
+    assert read_status(run_dir, now=1190)["state"] == "failed"
+    (tmp_path / "latest").write_text("garbage")
+    with pytest.raises(ClusterError, match="holds 'garbage'"):
+        read_status(run_dir)
+
+
+def test_status_of_a_run_in_an_object_store(s3) -> None:
+    run_dir = RunDir(f"{s3.uri}/run-{os.getpid()}")
+    with pytest.raises(ClusterError, match="no run here"):
+        read_status(run_dir)
+    run_dir.append_event("started", None)
+    run_dir.append_event("exit", 3, status=1)
+    run_dir.write("latest", b"step-2")
+    status = read_status(run_dir)
+    assert (status["state"], status["last_checkpoint"]) == ("failed", 2)
+    assert [row["event"] for row in status["events"]] == ["started", "exit"]
