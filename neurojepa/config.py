@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from neurojepa.errors import ConfigError
 
@@ -49,14 +49,19 @@ class ModelConfig(Config):
     activation_checkpointing: int = Field(0, ge=0, description="0 none, k = every k-th block")
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class MaskConfig(Config):
     """Context and target masks drawn for every scan.
 
-    ``scales`` are (number of blocks, smallest, largest block volume as a share of the grid).
+    ``scales`` are (number of blocks, smallest, largest share of the brain); a block's volume is
+    such a share times a second random share, its depth.
     """
 
-    scales: list[tuple[int, float, float]] = [(32, 0.0, 0.2), (16, 0.2, 0.5), (4, 0.5, 0.7)]
-    aspect: tuple[float, float] = (0.75, 1.5)
+    scales: list[tuple[Annotated[int, Field(ge=1)], Share, Share]] = Field(
+        [(32, 0.0, 0.2), (16, 0.2, 0.5), (4, 0.5, 0.7)], min_length=1)
+    aspect: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.5)
     target_share: float = Field(0.75, gt=0, lt=1, description="share of the budget to predict")
 
 

@@ -50,7 +50,8 @@ class Encoder(nn.Module):
         rope = rotation(coords_BN3, self.head_dim)
         for i, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.checkpoint_every and i % self.checkpoint_every == 0:
-                x_BND, load_E = checkpoint(block, x_BND, rope, valid_BN, use_reentrant=False)
+                x_BND, load_E = checkpoint(block, x_BND, rope, valid_BN, use_reentrant=False,
+                                           preserve_rng_state=False)  # nothing here is drawn
             else:
                 x_BND, load_E = block(x_BND, rope, valid_BN)
             if load_E is not None and torch.is_grad_enabled():

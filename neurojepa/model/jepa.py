@@ -1,6 +1,7 @@
 """The sparse JEPA: predict the latents of hidden tokens from the visible ones.
 
-    context tokens -> encoder -> predictor -> code h -> Decoder(h) ~ z <- target encoder <- all tokens
+    context tokens -> encoder -> predictor -> code h -> Decoder(h)
+    all tokens -> target encoder -> layer norm -> z, which Decoder(h) is to match
 
 The target encoder is a copy of the encoder that gets no gradient; the trainer moves it by an
 exponential moving average.  Its output is layer-normed without affine, so the encoder cannot lower
@@ -84,8 +85,8 @@ class SparseJEPA(nn.Module):
         C = context_BMC.shape[-1]
         y_VCD = self.encoder(take(views.tokens_BNP, context_BMC).flatten(0, 1),
                              coords_VN3[:, :C], valid_VN[:, :C])
-        predicted = self.predictor(y_VCD, coords_VN3, valid_VN,
-                                   views.modality_B.repeat_interleave(masks, output_size=len(y_VCD)))
+        modality_V = views.modality_B[:, None].expand(-1, masks).flatten()
+        predicted = self.predictor(y_VCD, coords_VN3, valid_VN, modality_V)
         z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
         return self.code(predicted, z_VTD), z_VTD
 

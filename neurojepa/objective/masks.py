@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from neurojepa.config import MaskConfig
-from neurojepa.feed.format import Grid
 from neurojepa.objective import random
 
 FOREGROUND_SHARE = 0.1  # of brain voxels, above which a token counts as foreground
-_PLACE, _VOLUME, _ASPECT, _TIES = range(16, 20)  # random streams, apart from those of the views
+# random streams, apart from those of the views
+_PLACE, _SECTION, _DEPTH, _ASPECT, _TIES = range(16, 21)
 _SCALE_STRIDE = 1024  # streams of different scales never meet
 
 
 def draw_masks(coords_BN3: Tensor, foreground_BN: Tensor, valid_BN: Tensor, masks: MaskConfig,
-               grid: Grid, seed: int, position_B: Tensor) -> tuple[Tensor, Tensor]:
+               token_mm: float, seed: int, position_B: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one context/target split per scale.
 
     Parameters
@@ -38,19 +38,21 @@ def draw_masks(coords_BN3: Tensor, foreground_BN: Tensor, valid_BN: Tensor, mask
     coords_BN3 : token centres, mm.
     foreground_BN : share of brain voxels of each token.
     valid_BN : False where nothing was scanned.
+    token_mm : edge of a token.
     position_B : int64, the key of each sample's draws.
 
     Returns
     -------
-    context_BMC, target_BMT : int64 indices into N, ascending; T = round(N * target_share), C = N - T
+    context_BMC, target_BMT : int64 indices into N, ascending
+        T = round(N * target_share) and C = N - T
     """
     num_tokens = coords_BN3.shape[1]
     num_targets = round(num_tokens * masks.target_share)
     foreground_BN = (foreground_BN > FOREGROUND_SHARE) & valid_BN
     contexts, targets = [], []
     for scale, blocks in enumerate(masks.scales):
-        distance_BN = _distance_to_blocks(coords_BN3, foreground_BN, blocks, masks.aspect, grid,
-                                          seed, position_B, scale * _SCALE_STRIDE)
+        distance_BN = _distance_to_blocks(coords_BN3, foreground_BN, blocks, masks.aspect,
+                                          token_mm, seed, position_B, scale * _SCALE_STRIDE)
         ties_BN = random.uniform(seed, position_B, _TIES + scale * _SCALE_STRIDE, num_tokens)
         order_BN = _fill_in_proportion(distance_BN + 1e-3 * ties_BN, foreground_BN, valid_BN)
         targets.append(order_BN[:, :num_targets].sort(dim=1).values)
@@ -59,9 +61,13 @@ def draw_masks(coords_BN3: Tensor, foreground_BN: Tensor, valid_BN: Tensor, mask
 
 
 def _distance_to_blocks(coords_BN3: Tensor, foreground_BN: Tensor,
-                        blocks: tuple[int, float, float], aspect: tuple[float, float], grid: Grid,
-                        seed: int, position_B: Tensor, stream: int) -> Tensor:
-    """[B, N] mm: distance along the farthest axis to the union of the scale's random boxes."""
+                        blocks: tuple[int, float, float], aspect: tuple[float, float],
+                        token_mm: float, seed: int, position_B: Tensor, stream: int) -> Tensor:
+    """[B, N] mm: distance along the farthest axis to the union of the scale's random boxes.
+
+    A box takes a share of the foreground's volume: uniform between the scale's bounds, times a
+    second uniform share, as the cross-section and depth of V-JEPA's blocks.
+    """
     num_blocks, smallest, largest = blocks
 
     def draw(use: int, count: int) -> Tensor:
@@ -75,13 +81,14 @@ def _distance_to_blocks(coords_BN3: Tensor, foreground_BN: Tensor,
     rows_B1 = torch.arange(len(order_BN), device=order_BN.device)[:, None]
     centre_BK3 = coords_BN3[rows_B1, order_BN.gather(1, pick_BK)]
 
-    volume_BK = smallest + (largest - smallest) * draw(_VOLUME, num_blocks)
+    share_BK = (smallest + (largest - smallest) * draw(_SECTION, num_blocks)
+                ) * draw(_DEPTH, num_blocks)
     log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
     stretch_BK3 = (log_low + (log_high - log_low) * draw(_ASPECT, num_blocks * 3)
                    ).view(-1, num_blocks, 3)
     stretch_BK3 = torch.exp(stretch_BK3 - stretch_BK3.mean(-1, keepdim=True))  # volume unchanged
-    extent_3 = torch.tensor(grid.shape, device=coords_BN3.device) * grid.spacing_mm
-    half_BK3 = volume_BK[..., None] ** (1 / 3) * stretch_BK3 * extent_3 / 2
+    edge_mm_BK = (share_BK * places_B1) ** (1 / 3) * token_mm
+    half_BK3 = edge_mm_BK[..., None] * stretch_BK3 / 2
 
     beyond_BKN3 = (coords_BN3[:, None] - centre_BK3[:, :, None]).abs() - half_BK3[:, :, None]
     return beyond_BKN3.amax(-1).amin(1)

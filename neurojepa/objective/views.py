@@ -65,13 +65,14 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> 
     keep_BN = _choose_tokens(brain_Bn, scanned_Bn, config.model.token_budget, seed, batch.position)
 
     rows_B1 = torch.arange(len(keep_BN), device=keep_BN.device)[:, None]
-    coords_BN3 = patch_centres_mm(grid, patch).to(keep_BN.device)[keep_BN]
+    coords_BN3 = patch_centres_mm(grid, patch, keep_BN.device)[keep_BN]
     foreground_BN = brain_Bn[rows_B1, keep_BN].float() / patch**3
     valid_BN = scanned_Bn[rows_B1, keep_BN]
     tokens_BNP = _tokens(codes_BnP[rows_B1, keep_BN], keep_BN, grid, patch,
                          config.objective.augment, seed, batch.position)
     context_BMC, target_BMT = draw_masks(coords_BN3, foreground_BN, valid_BN,
-                                         config.objective.masks, grid, seed, batch.position)
+                                         config.objective.masks, patch * grid.spacing_mm,
+                                         seed, batch.position)
     shows_brain_B = (brain_Bn.sum(-1) > 0).float()
     return Views(tokens_BNP, coords_BN3, foreground_BN, valid_BN, context_BMC, target_BMT,
                  batch.modality, batch.weight * shows_brain_B)
@@ -84,9 +85,9 @@ def patchify(voxels: Tensor, patch: int) -> Tensor:
     return split.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, -1, patch**3)
 
 
-def patch_centres_mm(grid: Grid, patch: int) -> Tensor:
+def patch_centres_mm(grid: Grid, patch: int, device: torch.device | None = None) -> Tensor:
     """float32 [n, 3]: centres of all patches from the grid's centre, in the order of patchify."""
-    axes = [(torch.arange(size // patch) + 0.5) * patch * grid.spacing_mm
+    axes = [(torch.arange(size // patch, device=device) + 0.5) * patch * grid.spacing_mm
             - size * grid.spacing_mm / 2 for size in grid.shape]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
 
