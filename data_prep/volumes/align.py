@@ -60,7 +60,6 @@ class Placement:
     volume_factor: float  # brain volume in the template over its volume in the head
     dice: float  # of the affinely placed mask with the template's, where the head was scanned
     ncc: float | None  # T1w only
-    covered: float  # share of the template's brain that the field of view holds
 
 
 @cache
@@ -152,8 +151,15 @@ def _judge(affine: np.ndarray, head: Volume, mask: np.ndarray, modality: str) ->
     return Placement(
         rigid=nearest_rigid(affine, np.array(MNI_CENTRE_MM)), affine=affine,
         volume_factor=float(1 / np.linalg.det(affine[:3, :3])),
-        dice=dice(placed, target.mask & inside), ncc=ncc,
-        covered=float(inside[target.mask].mean()))
+        dice=dice(placed, target.mask & inside), ncc=ncc)
+
+
+def coverage(matrix: np.ndarray, volume: Volume) -> float:
+    """Share of the template's brain inside a field of view; ``matrix``: template to volume mm."""
+    target = template(2)
+    to_voxels = np.linalg.inv(volume.affine) @ matrix @ target.affine
+    voxels = np.argwhere(target.mask) @ to_voxels[:3, :3].T + to_voxels[:3, 3]
+    return float(((voxels > -0.5) & (voxels < np.array(volume.data.shape) - 0.5)).all(1).mean())
 
 
 # ---- within a person -----------------------------------------------------------------------------
@@ -225,7 +231,7 @@ def shrunk(data: np.ndarray, affine: np.ndarray, mm: float) -> sitk.Image:
 
 def _dilated(mask: np.ndarray, volume: Volume, mm: float = 4.0) -> np.ndarray:
     spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    size = [2 * int(round(mm / s)) + 1 for s in spacing]
+    size = [2 * round(mm / s) + 1 for s in spacing]
     return ndimage.maximum_filter(mask, size=size)
 
 

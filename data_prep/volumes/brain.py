@@ -20,6 +20,8 @@ from data_prep.volumes.geometry import resample, to_itk
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.read import ScanError, Volume, read_scan
 
+# A head is at least twice a brain; slabs of small heads come near, and deepbet decides on those.
+MAX_STRIPPED_ML = 2000.0
 MAX_INVALID_SHARE = 0.01  # of the brain's voxels that were NaN or Inf
 
 
@@ -42,7 +44,7 @@ def brain_mask(volume: Volume, preset: Preset, mask_uri: str | None = None
     elif (stripped := _stripped(volume, preset)) is not None:
         source, mask = "stripped", stripped
     else:
-        source, mask = "deepbet", _deepbet_mask(volume)
+        source, mask = "deepbet", _deepbet_mask(volume, preset.mask_cube)
     check_mask(mask, volume, preset, source)
     return mask, source
 
@@ -76,10 +78,9 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def _stripped(volume: Volume, preset: Preset) -> np.ndarray | None:
-    """The non-zero voxels, if they are one brain-sized piece; a head is twice as large."""
+    """The non-zero voxels, if they are one brain-sized piece."""
     inside = volume.data != 0
-    low, high = preset.brain_ml
-    if not low <= inside.sum() * volume.voxel_ml <= high:
+    if not preset.brain_ml[0] <= inside.sum() * volume.voxel_ml <= MAX_STRIPPED_ML:
         return None
     piece = largest_component(inside)
     if piece.sum() < 0.98 * inside.sum():
@@ -96,11 +97,11 @@ def _deepbet() -> Any:
     return BrainExtraction(no_gpu=True)
 
 
-def _deepbet_mask(volume: Volume) -> np.ndarray:
+def _deepbet_mask(volume: Volume, cube: int) -> np.ndarray:
     network = _deepbet()
     try:
         # A copy, since deepbet normalises in place.
-        probability = network.run_model(volume.data.copy())
+        probability = network.run_model(volume.data.copy(), shape=(cube, cube, cube))
         mask = network.postprocess(probability > 0.5)
     except (AssertionError, ValueError) as error:
         raise ScanError("no_brain_found", f"{volume.name}: deepbet finds no brain ({error}); is it "

@@ -8,22 +8,35 @@ import SimpleITK as sitk
 from data_prep.volumes.geometry import to_array, to_itk
 
 BIAS_FIELD_MM = 4.0
+BOX_MARGIN_MM = 8.0
 BIAS_FIELD_ITERATIONS = (50, 50, 50, 50)
 
 
 def correct_bias_field(data: np.ndarray, affine: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """N4 (Tustison et al., IEEE TMI 2010), fitted at about 4 mm inside the mask; float32."""
-    low = float(data.min())
-    image = to_itk((data - low).astype(np.float32), affine)  # N4 takes logarithms
-    inside = to_itk(mask.astype(np.uint8), affine)
-    factors = np.clip(np.round(BIAS_FIELD_MM / np.array(image.GetSpacing())), 1, None)
-    shrink = factors.astype(int).tolist()
+    """N4 (Tustison et al., IEEE TMI 2010), fitted at about 4 mm inside the mask; float32.
+
+    Only the box around the brain is corrected: it is where the field is known.
+    """
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    box = _box_around(mask, np.ceil(BOX_MARGIN_MM / spacing).astype(int))
+    low = float(data[box].min())
+    image = to_itk(data[box] - low, affine)  # N4 takes logarithms
+    inside = to_itk(mask[box].astype(np.uint8), affine)
+    shrink = np.clip(np.round(BIAS_FIELD_MM / spacing), 1, None).astype(int).tolist()
     method = sitk.N4BiasFieldCorrectionImageFilter()
     method.SetNumberOfThreads(1)
     method.SetMaximumNumberOfIterations(BIAS_FIELD_ITERATIONS)
     method.Execute(sitk.Shrink(image, shrink), sitk.Shrink(inside, shrink))
     bias = np.exp(to_array(method.GetLogBiasFieldAsImage(image)))
-    return ((data - low) / bias + low).astype(np.float32)
+    corrected = data.copy()
+    corrected[box] = (data[box] - low) / bias + low
+    return corrected
+
+
+def _box_around(mask: np.ndarray, margin: np.ndarray) -> tuple[slice, ...]:
+    inside = np.argwhere(mask)
+    low, high = inside.min(axis=0) - margin, inside.max(axis=0) + margin + 1
+    return tuple(slice(max(0, a), b) for a, b in zip(low.tolist(), high.tolist(), strict=True))
 
 
 def window(values: np.ndarray) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from data_prep.volumes.align import (
     Placement,
     average,
     check_session_shift,
+    coverage,
     dice,
     midpoint,
     place,
@@ -39,7 +40,7 @@ from neurojepa.feed.format import ARCHIVE_GRID
 
 AIR, BRAIN, NOT_SCANNED = 0, 1, 2
 MIN_SESSION_DICE = 0.8  # of the masks of two scans of one session, where both were scanned
-MIN_COVERED = 0.98  # of the template's brain inside the field of view, or the scan is flagged
+MIN_COVERED = 0.99  # of the template's brain inside the field of view, or the scan is flagged
 
 
 @dataclass
@@ -185,8 +186,7 @@ def _finish(groups: list[list[tuple[int, _Work]]], preset: Preset,
     for group, to_anchor in zip(groups, to_anchors, strict=True):
         for number, work in group:
             try:
-                matrix = work.to_anchor @ to_anchor @ placement.rigid
-                done[number] = _write(work, matrix, placement, preset)
+                done[number] = _write(work, work.to_anchor @ to_anchor, placement, preset)
             except ScanError as error:
                 done[number] = _rejected(work.scan, error)
 
@@ -212,8 +212,9 @@ def _place(anchors: list[_Work], preset: Preset) -> tuple[Placement, list[np.nda
                  preset), matrices
 
 
-def _write(work: _Work, matrix: np.ndarray, placement: Placement, preset: Preset) -> Prepared:
-    volume = work.volume
+def _write(work: _Work, to_scan: np.ndarray, placement: Placement, preset: Preset) -> Prepared:
+    """Interpolate a scan once; ``to_scan`` maps midpoint mm to the scan's mm."""
+    volume, matrix = work.volume, to_scan @ placement.rigid
     image = on_grid(to_itk(volume.data, volume.affine), matrix, ARCHIVE_GRID,
                     sitk.sitkBSpline3 if preset.spline else sitk.sitkLinear)
     # A spline swings below and above its data at sharp edges.
@@ -223,13 +224,23 @@ def _write(work: _Work, matrix: np.ndarray, placement: Placement, preset: Preset
                 sitk.sitkNearestNeighbor).astype(bool)
         for data in (work.brain, np.ones(work.brain.shape)))
     mask = np.where(brain, BRAIN, np.where(scanned, AIR, NOT_SCANNED)).astype(np.uint8)
-    label = None
-    if work.scan.label_uri:
-        source = read_scan(work.scan.label_uri, label=True)
-        label = on_grid(to_itk(np.rint(source.data).astype(np.int16), source.affine), matrix,
-                        ARCHIVE_GRID, sitk.sitkNearestNeighbor)
-    return Prepared(work.scan, work.scan_id, scale(image, brain), mask, label,
-                    _figures(work, matrix, mask, placement), _flags(work, placement, preset))
+    covered = coverage(to_scan @ placement.affine, volume)
+    figures = _figures(work, matrix, mask, placement) | {"template_covered": covered}
+    return Prepared(work.scan, work.scan_id, scale(image, brain), mask, _label(work.scan, matrix),
+                    figures, _flags(work, placement, covered, preset))
+
+
+def _label(scan: Scan, matrix: np.ndarray) -> np.ndarray | None:
+    """The label map that came with a scan, by world coordinates, nearest neighbour; int16."""
+    if not scan.label_uri:
+        return None
+    source = read_scan(scan.label_uri, label=True)
+    codes = np.rint(source.data)
+    if not -32768 <= codes.min() <= codes.max() <= 32767:
+        raise ScanError("label_range", f"{source.name}: codes {codes.min():g} to {codes.max():g} "
+                                       "do not fit 16 bits; renumber them")
+    return on_grid(to_itk(codes.astype(np.int16), source.affine), matrix, ARCHIVE_GRID,
+                   sitk.sitkNearestNeighbor)
 
 
 # ---- what is recorded ----------------------------------------------------------------------------
@@ -245,7 +256,6 @@ def _figures(work: _Work, matrix: np.ndarray, mask: np.ndarray, placement: Place
         "mask_dice_template": placement.dice,
         "mask_dice_session": work.session_dice,
         "ncc_template": placement.ncc if work.scan.modality == "T1w" else None,
-        "template_covered": placement.covered,
         "mask_source": work.mask_source,
         "orientation": volume.orientation,
         "spacing": "x".join(f"{s:g}" for s in volume.spacing),
@@ -255,13 +265,13 @@ def _figures(work: _Work, matrix: np.ndarray, mask: np.ndarray, placement: Place
     }
 
 
-def _flags(work: _Work, placement: Placement, preset: Preset) -> list[str]:
+def _flags(work: _Work, placement: Placement, covered: float, preset: Preset) -> list[str]:
     flags = list(work.volume.flags)
     if placement.dice < preset.flag_dice:
         flags.append("low_mask_dice")
     if placement.ncc is not None and placement.ncc < preset.flag_ncc:
         flags.append("low_ncc")
-    if placement.covered < MIN_COVERED:
+    if covered < MIN_COVERED:
         flags.append("brain_cut")
     return flags
 
