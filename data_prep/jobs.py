@@ -163,7 +163,7 @@ def _version() -> str:
     try:
         return metadata.version("neurojepa")
     except metadata.PackageNotFoundError:
-        return "uninstalled"
+        return "from an uninstalled source tree"
 
 
 def _input_sha256(uri: str) -> str | None:

@@ -63,7 +63,7 @@ def walk(source: str) -> list[Found]:
     """
     fs, root = open_store(source)
     try:
-        files = list(_walk_local(root) if is_local(fs) else _walk_remote(fs, root))
+        files = list(_walk_local(os.path.abspath(root)) if is_local(fs) else _walk_remote(fs, root))
     except (NotADirectoryError, FileNotFoundError) as error:
         raise DataError(f"{source}: no such folder; check --source") from error
     except store_errors() as error:
