@@ -145,12 +145,20 @@ def kill_half_way(run: Path) -> None:
     while not record.exists():
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             beat = json.loads((run / "heartbeat/rank-1.json").read_text())
-            if beat["step"] >= at:
+            if beat["step"] >= at and is_rank_of(run, beat["pid"]):
                 os.kill(beat["pid"], signal.SIGKILL)
                 record.write_text(json.dumps({"step": beat["step"], "pid": beat["pid"], "rank": 1}))
                 print(f"== killed rank 1 (process {beat['pid']}) at step {beat['step']}",
                       flush=True)
         time.sleep(0.02)
+
+
+def is_rank_of(run: Path, pid: int) -> bool:
+    """Whether a process is alive and a rank of this run: an old file may name a reused id."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return f"run.dir={run}".encode() in command
+    return False
 
 
 def scan_sources(folder: Path) -> list[tuple[str, Path]]:
