@@ -1,19 +1,21 @@
 """Checkpoints: every rank writes the fragments it owns; a manifest written last commits them.
 
-    checkpoints/step-N/rank-R.safetensors   the fragments of rank R: master, exp_avg, exp_avg_sq, ema
+    checkpoints/step-N/rank-R.safetensors   fragments of rank R: master, exp_avg, exp_avg_sq, ema
                        buffers.safetensors  router bias, atom usage (rank 0)
                        manifest.json        the commit: sizes, sha256, fragment table, config, step
     latest                                  "step-N", written after the manifest
 
 A directory without its manifest does not count, so a kill at any instant leaves the last committed
 checkpoint good.  Reading goes by parameter name and range, so the number of ranks and the ZeRO
-stage may change.  Operators may write an older committed step into ``latest`` to go back.
+stage may change.  Operators may write an older committed step into ``latest`` to go back; later
+ones are then dropped at the next save.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +39,7 @@ from neurojepa.feed.format import (
     store_errors,
     write_bytes,
 )
-from neurojepa.train.engine import STATE_KEYS, Engine, Fragment
+from neurojepa.train.engine import SOURCE, STATE_KEYS, Engine, Fragment
 from neurojepa.train.world import World
 
 FORMAT_VERSION = 1
@@ -83,8 +85,9 @@ def save(run_dir: str, engine: Engine, world: World, step: int, record: dict[str
         if world.rank == 0:
             write_bytes(join(uri, "manifest.json"), json.dumps(manifest).encode())
             write_bytes(join(run_dir, "latest"), f"step-{step}".encode())
-            for old in committed_steps(run_dir)[:-keep_last]:
-                remove(run_dir, old)
+            kept = [s for s in committed_steps(run_dir) if s <= step][-keep_last:]
+            for other in set(_steps(run_dir, "step-*")) - set(kept):
+                remove(run_dir, other)
 
     _together(world, commit)
 
@@ -122,7 +125,7 @@ def _together(world: World, action: Callable[[], T]) -> list[T]:
     problem = None
     try:
         result = action()
-    except (NeurojepaError, *store_errors()) as error:
+    except NeurojepaError as error:
         problem = f"rank {world.rank}: {error}"
     answers = world.gather((problem, result))
     problems = [problem for problem, _ in answers if problem]
@@ -145,9 +148,7 @@ def remove(run_dir: str, step: int) -> None:
 
 def committed_steps(run_dir: str) -> list[int]:
     """Steps that have a manifest, in ascending order."""
-    fs, path = open_store(join(run_dir, "checkpoints"))
-    found = fs.glob(join(path, "step-*", "manifest.json"))
-    return sorted(int(name.split("/")[-2].removeprefix("step-")) for name in found)
+    return _steps(run_dir, "step-*/manifest.json")
 
 
 def latest_step(run_dir: str) -> int | None:
@@ -194,20 +195,34 @@ class Checkpoint:
                                   f"of {fragment.name}; it is of another model")
         return values
 
+    def parameters(self, key: str) -> dict[str, Tensor]:
+        """Whole parameters, in their shapes, of ``key``: "master", or "ema" (the encoder's)."""
+        shapes = {name: tuple(shape) for name, shape, *_ in self.manifest["fragments"]}
+        if key == "ema":
+            shapes = {name: shape for name, shape in shapes.items() if name.startswith(SOURCE)}
+        return {name: self.read(Fragment(name, shape, 0, math.prod(shape), 0, 0), key).view(shape)
+                for name, shape in shapes.items()}
+
     def buffers(self) -> dict[str, Tensor]:
         """Router bias and other persistent buffers by name."""
         return self._file(BUFFERS)
 
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        """Whole parameters by name: "master" of all, "ema" of the encoder's; float32."""
+        shapes = {row[0]: row[1] for row in self.manifest["fragments"]}
+        whole = {}
+        for name, rows in self._table.items():
+            parts = [self._file(file).get(f"{name}|{start}|{key}") for start, _, file in rows]
+            if parts[0] is not None:
+                whole[name] = torch.cat([p for p in parts if p is not None]).view(shapes[name])
+        return whole
+
     def state_sha256(self) -> str:
         """A hash of masters, moments, EMA and buffers that does not depend on the sharding."""
         digest = hashlib.sha256(str(self.manifest["adam_step"]).encode())
-        for name in sorted(self._table):
-            for key in STATE_KEYS:
-                digest.update(f"{name}|{key}".encode())
-                for start, _, file in self._table[name]:
-                    stored = self._file(file).get(f"{name}|{start}|{key}")
-                    if stored is not None:  # only the encoder has an EMA
-                        digest.update(stored.numpy().tobytes())
+        for key in STATE_KEYS:
+            for name, tensor in sorted(self.tensors(key).items()):
+                digest.update(f"{name}|{key}".encode() + tensor.numpy().tobytes())
         for name, tensor in sorted(self.buffers().items()):
             digest.update(name.encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
@@ -294,6 +309,16 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _step_uri(run_dir: str, step: int) -> str:
     return join(run_dir, "checkpoints", f"step-{step}")
+
+
+def _steps(run_dir: str, pattern: str) -> list[int]:
+    fs, path = open_store(join(run_dir, "checkpoints"))
+    try:
+        found = fs.glob(join(path, pattern))
+    except store_errors() as error:
+        raise CheckpointError(f"{run_dir}: cannot be listed ({error}); check the store") from error
+    names = [name.removeprefix(path).split("/")[1].removeprefix("step-") for name in found]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _listed(steps: list[int]) -> str:

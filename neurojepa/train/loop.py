@@ -157,6 +157,7 @@ class Run:
         began = time.perf_counter()
         self.metrics.flush(self.loader.wait_s)  # rows first: a committed step has its row
         record = {"config": self.config.model_dump(mode="json"), "feed": self.feed.fingerprint,
+                  "grid": asdict(self.feed.grid),
                   "order": self.loader.order.fingerprint, "health": asdict(self.health)}
         checkpoint.save(self.config.run.dir, self.engine, self.world, self.step, record,
                         self.config.train.keep_last)
