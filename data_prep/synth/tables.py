@@ -1,0 +1,95 @@
+"""The tables and descriptions of the BIDS tree; volumes are read back from each person's table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+from data_prep.synth.cohort import Person
+from data_prep.synth.contrast import label_names
+from data_prep.synth.person import VOLUME_COLUMNS
+from neurojepa.feed.format import join, read_bytes
+
+BIDS_VERSION = "1.9.0"
+COMMIT = "dataset_description.json"
+COLUMNS = {
+    "age": {"Description": "age at the first visit", "Units": "years"},
+    "sex": {"Levels": {"F": "female", "M": "male"}},
+    "diagnosis": {"Levels": {"control": "healthy", "patient": "enlarged ventricles and smaller "
+                                                              "hippocampi than age predicts"}},
+    "site": {"Description": "scanner"},
+    "family_id": {"Description": "siblings share it"},
+    "split_group": {"Description": "anatomy that the person was made from; people of one group "
+                                   "must not be spread over training and test"},
+    "ventricle_ml": {"Description": "lateral ventricles (labels 4, 43) on the first visit's label "
+                                    "map", "Units": "ml"},
+    "hippocampus_ml": {"Description": "hippocampi (labels 17, 53), likewise", "Units": "ml"},
+    "brain_ml": {"Description": "all labels but 24, likewise", "Units": "ml"},
+}
+README = """\
+Synthetic heads made by `python -m data_prep synth`; nobody was scanned.
+
+Contrast, shading and noise are simulated on label maps, whose true volumes stand in
+participants.tsv and in each sessions.tsv.  Each scan shows a bright sphere of 12 mm beside the
+person's RIGHT temple, as a check of left and right.  People with the same split_group were
+deformed from the same anatomy.
+"""
+
+
+def sessions_path(person: Person) -> str:
+    return f"sub-{person.label}/sub-{person.label}_sessions.tsv"
+
+
+def sessions(person: Person, volumes: list[dict[str, float]]) -> bytes:
+    """A person's visits: age and true volumes."""
+    return _tsv([{"session_id": f"ses-{visit.session}", "age": visit.age, **measured}
+                 for visit, measured in zip(person.visits, volumes, strict=True)])
+
+
+def dataset_files(out: str, people: list[Person], origin: dict[str, str],
+                  recipe: dict[str, Any]) -> dict[str, bytes]:
+    """Files of the whole data set by path, the commit record last.
+
+    ``origin`` maps a participant's label to the anatomy the person was made from.
+    """
+    rows = []
+    for person in people:
+        first = _rows(read_bytes(join(out, sessions_path(person))))[0]
+        rows.append({
+            "participant_id": f"sub-{person.label}", "age": first["age"], "sex": person.sex,
+            "diagnosis": "patient" if person.patient else "control", "site": person.site.name,
+            "family_id": person.family or "n/a", "split_group": origin[person.label],
+            **{name: first[name] for name in VOLUME_COLUMNS}})
+    labels = [{"index": code, "name": f"{name} ({code})"}
+              for code, name in sorted(label_names().items())]
+    generator = [{"Name": "neurojepa data_prep synth", "Version": str(recipe["version"]),
+                  "Description": f"seed {recipe['seed']}, {recipe['participants']} people"}]
+    return {
+        "README": README.encode(),
+        "participants.json": _json(COLUMNS),
+        "participants.tsv": _tsv(rows),
+        "derivatives/labels/dseg.tsv": _tsv(labels),
+        "derivatives/labels/dataset_description.json": _json({
+            "Name": "True label maps", "BIDSVersion": BIDS_VERSION, "DatasetType": "derivative",
+            "GeneratedBy": generator}),
+        COMMIT: _json({"Name": "Synthetic heads", "BIDSVersion": BIDS_VERSION,
+                       "DatasetType": "raw", "License": "CC0", "GeneratedBy": generator}),
+    }
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _tsv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _rows(data: bytes) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(data.decode()), delimiter="\t"))
