@@ -59,20 +59,19 @@ class SparseJEPA(nn.Module):
             modality) are the parts that scans of that modality contribute.
         """
         coded, z_VTD = self._predict(views)
-        weight_VT = token_weights(take(views.foreground_BN, views.target_BMT),
-                                  take(views.valid_BN, views.target_BMT),
-                                  self.background_weight).flatten(0, 1)
-        B = len(views.weight_B)
+        weight_BMT = token_weights(take(views.foreground_BN, views.target_BMT),
+                                   take(views.valid_BN, views.target_BMT), self.background_weight)
 
         def per_sample(value_VT: Tensor) -> Tensor:
-            return (weight_VT * value_VT).sum(-1).view(B, -1).mean(1)
+            return (weight_BMT * value_VT.view_as(weight_BMT)).sum(-1).mean(1)
 
         prediction_B, sparsity_B = per_sample(coded.error), l1 * per_sample(coded.norm_h)
         loss_B = views.weight_B * (prediction_B + sparsity_B)
         metrics = _metrics(views, loss_B.detach(), {
             "prediction": prediction_B, "sparsity": sparsity_B, "l0": per_sample(coded.num_active)})
-        batch_wide = {**_explained(coded, z_VTD, weight_VT), "dead_atoms": self.code.dead_share()}
-        metrics |= {name: value * metrics["weight"] for name, value in batch_wide.items()}
+        weight_VT = (views.weight_B[:, None, None] * weight_BMT).flatten(0, 1)
+        whole = {**_batch_metrics(coded, z_VTD, weight_VT), "dead_atoms": self.code.dead_share()}
+        metrics |= {name: value * metrics["weight"] for name, value in whole.items()}
         return loss_B.sum(), metrics
 
     def _predict(self, views: Views) -> tuple[Coded, Tensor]:
@@ -154,7 +153,7 @@ def _metrics(views: Views, loss_B: Tensor, parts: dict[str, Tensor]) -> dict[str
 
 
 @torch.no_grad()
-def _explained(coded: Coded, z_VTD: Tensor, weight_VT: Tensor) -> dict[str, Tensor]:
+def _batch_metrics(coded: Coded, z_VTD: Tensor, weight_VT: Tensor) -> dict[str, Tensor]:
     """How much of the targets is predicted, and whether they still differ from each other.
 
     ``target_std`` is the mean over dimensions of the targets' standard deviation;

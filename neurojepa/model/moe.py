@@ -70,7 +70,8 @@ class MoE(nn.Module):
 
         The mean weight of 1 makes the layer start as a dense MLP of width top_k * hidden would.
         """
-        score_TE = F.linear(x_TD.float(), self.router.float()).softmax(-1)
+        precise = torch.promote_types(x_TD.dtype, torch.float32)  # bf16 would flip close choices
+        score_TE = F.linear(x_TD.to(precise), self.router.to(precise)).softmax(-1)
         expert_Tk = (score_TE.detach() + self.bias).topk(self.top_k, dim=-1).indices
         # a one-hot product, since the backward of a gather adds with atomics
         chosen_TkE = expert_Tk[..., None] == torch.arange(len(self.router), device=x_TD.device)

@@ -8,7 +8,6 @@ encoder never hears of: cross-modal prediction needs no other change.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neurojepa.feed.format import MODALITIES
@@ -50,7 +49,8 @@ class Predictor(nn.Module):
         x_BCd = self.embed(context_BCD)
         B, C, d = x_BCd.shape
         # a one-hot product: the backward of an embedding adds with atomics on a GPU
-        modality_Bd = self.modality(F.one_hot(modality_B, len(MODALITIES)).to(x_BCd.dtype))
+        known = torch.arange(len(MODALITIES), device=modality_B.device)
+        modality_Bd = self.modality((modality_B[:, None] == known).to(x_BCd.dtype))
         mask_BTd = (self.mask_token + modality_Bd)[:, None].expand(B, coords_BN3.shape[1] - C, d)
         x_BNd = torch.cat([x_BCd, mask_BTd], 1)
         rope = rotation(coords_BN3, self.head_dim)

@@ -1,0 +1,73 @@
+"""Counter-based random numbers: pure, apart by key, and distributed as they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from neurojepa.objective import random
+
+POSITIONS = torch.tensor([0, 1, 2, 10**12, -5])
+
+
+def test_equals_splitmix64_in_exact_integers():
+    """Against Python integers: wrapping and logical shifts on int64 tensors are right."""
+    drawn = random.bits(7, torch.tensor([3]), 2, 2)
+    state = _reference_start(7, 3, 2)
+    assert drawn.tolist() == [[_reference_mix(state), _reference_mix(state + 0x9E3779B97F4A7C15)]]
+
+
+def test_equal_in_any_batch_split_and_counter_form():
+    whole = random.bits(1, POSITIONS, 4, 6)
+    for i in range(len(POSITIONS)):
+        assert torch.equal(random.bits(1, POSITIONS[i:i + 1], 4, 6)[0], whole[i])
+    explicit = torch.tensor([[[5, 0], [2, 3]]]).expand(len(POSITIONS), 2, 2)
+    picked = random.bits(1, POSITIONS, 4, explicit)
+    assert torch.equal(picked[:, 0, 0], whole[:, 5]) and torch.equal(picked[:, 1, 0], whole[:, 2])
+
+
+@pytest.mark.parametrize("change", ["seed", "position", "stream"])
+def test_keys_are_independent(change: str):
+    a = random.uniform(0, torch.tensor([11]), 0, 4000)[0]
+    seed, position, stream = {"seed": (1, 11, 0), "position": (0, 12, 0), "stream": (0, 11, 1)}[
+        change]
+    b = random.uniform(seed, torch.tensor([position]), stream, 4000)[0]
+    assert not bool((a == b).all())
+    assert abs(np.corrcoef(a.numpy(), b.numpy())[0, 1]) < 0.06
+    assert abs(np.corrcoef(a[1:].numpy(), b[:-1].numpy())[0, 1]) < 0.06
+
+
+def test_distributions():
+    position = torch.arange(50)
+    u = random.uniform(3, position, 9, 4000).flatten()
+    assert u.min() >= 0 and u.max() < 1
+    counts = torch.histc(u, 20, 0, 1)
+    chi2 = ((counts - len(u) / 20) ** 2 / (len(u) / 20)).sum()
+    assert chi2 < 50  # 19 degrees of freedom: p ~ 1e-4
+    n = random.normal(3, position, 9, 4000)
+    assert abs(n.mean()) < 0.01 and abs(n.std() - 1) < 0.01 and n.abs().max() < 3.47
+    assert abs((n**3).mean()) < 0.03
+
+
+def test_integers_respect_their_bounds():
+    bound = torch.tensor([[1], [7], [320]])
+    drawn = random.integers(0, torch.arange(3), 1, 5000, bound)
+    assert (drawn >= 0).all() and (drawn < bound).all()
+    assert drawn[1].unique().tolist() == list(range(7))
+    assert drawn[2].max() == 319
+
+
+def _reference_mix(x: int) -> int:
+    mask = (1 << 64) - 1
+    x &= mask
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+    x ^= x >> 31
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _reference_start(seed: int, position: int, stream: int) -> int:
+    golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
+    start = _reference_mix((_reference_mix(seed) & mask) ^ (stream * golden & mask)) & mask
+    return _reference_mix((position * golden & mask) ^ start) & mask
