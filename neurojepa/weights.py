@@ -47,11 +47,13 @@ def export(run_dir: str, out: str, step: int | None = None) -> int:
     if step is None:
         raise CheckpointError(f"{run_dir}: no committed checkpoint; train first, or check the path")
     checkpoint = open_checkpoint(run_dir, step)
-    tensors = checkpoint.parameters("master")
+    buffers = checkpoint.buffers()
+    tensors = checkpoint.parameters("master") | buffers
+    # the target's weights are the EMA; its router biases follow the encoder's
+    followed = {name: buffer for name, buffer in buffers.items() if name.startswith("encoder.")}
     tensors |= {"target." + name.removeprefix("encoder."): tensor
-                for name, tensor in checkpoint.parameters("ema").items()}
-    tensors |= checkpoint.buffers()
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+                for name, tensor in (checkpoint.parameters("ema") | followed).items()}
+    data = save({name: tensor.clone() for name, tensor in tensors.items()})
     record = {"step": step, "grid": checkpoint.manifest["grid"],
               "feed": checkpoint.manifest["feed"], "config": checkpoint.manifest["config"],
               "sha256": sha256(data)}

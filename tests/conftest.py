@@ -52,7 +52,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
                 os.environ[name] = value
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_cli():
     """Run a command of the project in a fresh interpreter; returns the completed process."""
 

@@ -88,10 +88,11 @@ def _classification(embeddings: Embeddings, target: str, values: np.ndarray, tra
                     test: np.ndarray, num_people: int) -> ProbeResult:
     from sklearn.linear_model import LogisticRegression
 
-    names = sorted(set(values[train | test]))
+    names = sorted(set(values[train | test].tolist()))
     if len(names) != 2 or any(len(set(values[part])) != 2 for part in (train, test)):
         raise DataError(f"label {target!r}: a probe needs two classes in both splits; train has "
-                        f"{sorted(set(values[train]))}, test has {sorted(set(values[test]))}")
+                        f"{sorted(set(values[train].tolist()))}, test has "
+                        f"{sorted(set(values[test].tolist()))}")
     truth = (values == names[1]).astype(float)
     model = _tuned(LogisticRegression(max_iter=2000, class_weight="balanced"), "C",
                    np.logspace(-5, 1, 13), "neg_log_loss")
