@@ -248,7 +248,8 @@ def open_feed(uri: str) -> Feed:
     if sha256(data) != record["index_sha256"]:
         raise DataError(f"{join(uri, 'index.parquet')}: does not match feed.json; it was changed "
                         "after packing; pack the feed again")
-    return Feed(uri, grid_from_record(record["grid"]), pq.read_table(io.BytesIO(data)), record["index_sha256"][:16])
+    return Feed(uri, grid_from_record(record["grid"]), pq.read_table(io.BytesIO(data)),
+                record["index_sha256"][:16])
 
 
 def commit_feed(uri: str, grid: Grid, rows: list[dict[str, Any]], labels: pa.Table,
