@@ -103,7 +103,8 @@ def render(status: dict[str, Any]) -> str:
 def _facts(row: dict[str, Any]) -> str:
     shown = {key: value for key, value in row.items()
              if key not in ("time", "event", "step", "by") and isinstance(value, int | float | str)}
-    return " ".join(f"{key}={value}" for key, value in shown.items())[:60]
+    return " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={str(value)[:16]}"
+                    for key, value in shown.items())
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,82 @@
+"""Ranks as processes of this machine: they train, stop together, and fail together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.rundir import RunDir
+from neurojepa.train import launch
+from tests.launches import check_finished, losses, write_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("launch"))
+
+
+def test_two_local_ranks_train_as_one_does(recipe: Path, run_cli) -> None:
+    folder = recipe.parent
+    for name, options in (("alone", []), ("two", ["run.launcher=local", "run.ranks=2"])):
+        done = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe), *options,
+                       f"run.dir={folder / name}")
+        assert done.returncode == 0, done.stderr
+    assert losses(folder / "two") == pytest.approx(losses(folder / "alone"), abs=1e-5)
+    check_finished(folder / "two", run_cli)
+    again = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe), "run.launcher=local",
+                    "run.ranks=2", f"run.dir={folder / 'two'}")
+    assert again.returncode == 0 and "already finished" in again.stdout
+
+
+def test_sigterm_commits_everywhere_and_exits_75(recipe: Path) -> None:
+    run_dir = RunDir(str(recipe.parent / "stopped"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "neurojepa.pretrain", "--config", str(recipe), "train.steps=5000",
+         "run.launcher=local", "run.ranks=2", f"run.dir={run_dir.uri}"], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 90
+        while not any(beat.step >= 2 for beat in run_dir.heartbeats()):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+        process.wait()
+    last = run_dir.events()[-1]
+    assert last["event"] == "stop" and run_dir.committed_step() == last["step"]
+    for beat in run_dir.heartbeats():
+        assert not Path(f"/proc/{beat.pid}").exists()
+
+
+def test_a_failing_rank_ends_the_others(tmp_path: Path) -> None:
+    """Rank 1 fails at once, rank 0 would sleep for minutes and ignores SIGTERM."""
+    script = ("import os, signal, sys, time, pathlib\n"
+              "if os.environ['RANK'] == '1': sys.exit(7)\n"
+              "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+              f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+              "time.sleep(300)\n")
+    began = time.monotonic()
+    assert launch._local(2, [sys.executable, "-c", script]) == 7
+    assert time.monotonic() - began < launch.GRACE_S + 5
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+
+
+def test_a_killed_rank_gives_the_status_of_a_shell() -> None:
+    script = "import os; os.kill(os.getpid(), 9)"
+    assert launch._local(1, [sys.executable, "-c", script]) == 128 + 9
+
+
+def test_bad_input_is_one_clear_line(recipe: Path, run_cli) -> None:
+    done = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe), "run.launcher=slurm")
+    assert done.returncode == 2 and "run.launcher = 'slurm'" in done.stderr
+    assert done.stderr.count("\n") == 1
