@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from neurojepa.errors import ConfigError, run_command
 
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--seed", type=int, default=0)
     step.add_argument("--spacing-mm", type=float, default=2.0)
     step.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
-    step.add_argument("--anatomies", help="folder of label maps people are made from")
+    step.add_argument("--anatomies", type=Path, help="folder of label maps people are made from")
     step.set_defaults(run=_synth)
 
     step = steps.add_parser("index", help="list a cohort's scans, with pseudonyms and splits")

@@ -1,0 +1,226 @@
+"""prepare: records, restarts, quarantine, duplicates, adding; once over a real Ray, once on S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import jobs
+from data_prep.pool import Failure
+from data_prep.store import (
+    IMAGE_SCALE,
+    check_reachable,
+    list_slots,
+    open_archive,
+    read_volume,
+    slot,
+    write_volume,
+)
+from data_prep.verify import verify
+from neurojepa.errors import DataError
+from tests.fakes import QUICK, fake_prepare, make_manifest, volume
+
+TWO = {"p1/1/T1w": "one", "p1/2/T1w": "two", "p2/1/T1w": "three", "p2/1/T2w": "flag"}
+
+
+def run_here(function, arguments, workers=1, ray_address=None, unit=""):
+    """``run_tasks`` without Ray."""
+    outcomes = {name: function(*values) for name, values in arguments.items()}
+    return {name: outcome.message for name, outcome in outcomes.items()
+            if isinstance(outcome, Failure)}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Tasks run in this process; the people they were for."""
+    seen: list[str] = []
+
+    def run(function, arguments, *options, **more):
+        seen.extend(arguments)
+        return run_here(function, arguments)
+
+    monkeypatch.setattr(jobs, "run_tasks", run)
+    return seen
+
+
+def prepare(manifest: str, out: object, **options):
+    return jobs.prepare(manifest, str(out), QUICK, 2, prepare_one=fake_prepare, **options)
+
+
+def tree_bytes(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes()
+            for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_rows_figures_and_volumes(calls, tmp_path: Path):
+    counts = prepare(make_manifest(tmp_path, TWO | {"p3/1/T1w": "bad"}), tmp_path / "a")
+    assert counts == {"accepted": 3, "flagged": 1, "rejected": 1}
+    archive = open_archive(str(tmp_path / "a"))
+    rows = {row["uri"].rsplit("/", 1)[-1]: row for row in archive.rows}
+    flagged, bad = rows["fake_p2_1_T2w.txt"], rows["fake_p3_1_T1w.txt"]
+    assert (flagged["status"], flagged["reason"]) == ("flagged", "low_dice")
+    assert (bad["status"], bad["reason"], bad["scan_id"]) == ("rejected", "truncated", None)
+    assert "ends after 3 bytes" in bad["message"]
+    assert flagged["qc_snr"] == 10.0 and flagged["qc_odd"] is None and bad["qc_snr"] is None
+    provenance = json.loads(flagged["provenance"])
+    assert provenance["parameters"]["name"] == "quick" and len(provenance["input_sha256"]) == 64
+    arrays = read_volume(archive.uri, slot("p1", rows["fake_p1_1_T1w.txt"]["scan_id"]))
+    image, mask = volume("one")
+    assert np.abs(arrays["image"] * IMAGE_SCALE - image).max() <= IMAGE_SCALE / 2 + 1e-7
+    assert (arrays["mask"] == mask).all() and (arrays["label"] == mask * 17).all()
+    assert "label" not in read_volume(archive.uri, slot("p2", flagged["scan_id"]))
+    assert archive.labels.num_rows == 5 and verify(archive.uri) == 0
+
+
+def test_a_second_run_does_only_what_is_missing(calls, tmp_path: Path):
+    manifest, out = make_manifest(tmp_path, TWO), tmp_path / "a"
+    prepare(manifest, out)
+    whole = tree_bytes(out)
+    prepare(manifest, out)
+    assert calls == ["p1", "p2"] and tree_bytes(out) == whole
+    # a run killed before p2's record and the merge
+    for name in ("archive.json", "scans.parquet", next(n for n in whole if "results/p2" in n)):
+        (out / name).unlink()
+    with pytest.raises(DataError, match="no finished archive"):
+        open_archive(str(out))
+    prepare(manifest, out)
+    assert calls == ["p1", "p2", "p2"] and tree_bytes(out) == whole
+    make_manifest(tmp_path, TWO | {"p1/1/T1w": "changed"})
+    prepare(manifest, out)
+    assert calls[3:] == ["p1"] and verify(str(out)) == 0  # the voxels of "one" are gone, too
+
+
+def test_removed_voxels_are_made_again(calls, tmp_path: Path):
+    import shutil
+
+    manifest, out = make_manifest(tmp_path, TWO), tmp_path / "a"
+    prepare(manifest, out)
+    whole = tree_bytes(out)
+    shutil.rmtree(out / "volumes.zarr" / "p2")
+    prepare(manifest, out)
+    assert calls[2:] == ["p2"] and tree_bytes(out) == whole
+
+
+def test_another_manifest_adds(calls, tmp_path: Path):
+    out = tmp_path / "a"
+    prepare(make_manifest(tmp_path, TWO), out)
+    counts = prepare(make_manifest(tmp_path, {"q1/1/T1w": "q"}, "other", "n"), out)
+    assert counts == {"accepted": 4, "flagged": 1}
+    archive = open_archive(str(out))
+    assert {row["cohort"] for row in archive.rows} == {"fake", "other"}
+    assert set(archive.labels["participant"].to_pylist()) == {"p1", "p2", "q1"}
+
+
+def test_a_failing_person_is_quarantined_and_tried_again(calls, tmp_path: Path):
+    manifest, out = make_manifest(tmp_path, TWO | {"p3/1/T1w": "crash"}), tmp_path / "a"
+    counts = prepare(manifest, out)
+    row = next(row for row in open_archive(str(out)).rows if row["participant"] == "p3")
+    assert (row["status"], row["reason"]) == ("rejected", "worker_failed")
+    assert row["message"] == "ZeroDivisionError: a fault in the code" and counts["rejected"] == 1
+    prepare(manifest, out)
+    assert calls == ["p1", "p2", "p3", "p3"]
+
+
+def test_duplicates_never_take_two_slots(calls, tmp_path: Path):
+    out = tmp_path / "a"
+    manifest = make_manifest(tmp_path, TWO | {"p1/3/T1w": "one", "p3/1/T1w": "three"})
+    prepare(manifest, out)
+    rows = open_archive(str(out)).rows
+    reasons = {(row["participant"], row["session"]): row["reason"] for row in rows
+               if row["status"] == "rejected"}
+    ids = {(row["participant"], row["session"], row["modality"]): row["scan_id"] for row in rows}
+    assert reasons == {("p1", "3"): f"duplicate_of:p1/{ids['p1', '1', 'T1w']}",
+                       ("p3", "1"): f"duplicate_of:p2/{ids['p2', '1', 'T1w']}"}
+    assert len(list_slots(str(out))) == 4 and verify(str(out)) == 0
+    prepare(manifest, out)
+    assert calls == ["p1", "p2", "p3"]  # the duplicate's record still counts
+    make_manifest(tmp_path, {"p2/1/T1w": "unlike", "p3/1/T1w": "three"})
+    prepare(manifest, out)  # the original is gone: its duplicate takes the place
+    row = next(row for row in open_archive(str(out)).rows if row["participant"] == "p3")
+    assert row["status"] == "accepted" and verify(str(out)) == 0
+
+
+def test_nothing_usable_is_an_error(calls, tmp_path: Path):
+    with pytest.raises(DataError, match=r"none of 1 scans is usable.*ends after 3 bytes"):
+        prepare(make_manifest(tmp_path, {"p1/1/T1w": "bad"}), tmp_path / "a")
+
+
+def test_a_store_that_cannot_be_written_stops_the_run(calls, tmp_path: Path):
+    out = tmp_path / "a"
+    (out / "volumes.zarr").mkdir(parents=True)
+    (out / "volumes.zarr" / "p1").write_text("a file where a folder must be")
+    with pytest.raises(DataError, match=r"volumes\.zarr/p1/.*cannot be written"):
+        prepare(make_manifest(tmp_path, TWO), out)
+    assert not (out / "archive.json").exists()
+
+
+def test_a_killed_worker_leaves_the_same_bytes(tmp_path: Path, monkeypatch):
+    """Over a real Ray: the worker of p2 is killed with SIGKILL in the middle of its task."""
+    pid_file = tmp_path / "pid"
+    manifest = make_manifest(tmp_path, TWO | {"p2/1/T1w": f"kill:{pid_file}", "p3/1/T1w": "crash"})
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while not pid_file.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        killed.append(int(pid_file.read_text()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    counts = prepare(manifest, tmp_path / "a")
+    thread.join()
+    assert killed and killed[0] != os.getpid()
+    assert counts == {"accepted": 3, "flagged": 1, "rejected": 1}
+    monkeypatch.setattr(jobs, "run_tasks", run_here)
+    prepare(manifest, tmp_path / "b")  # nobody is killed now
+    assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
+
+
+def test_archive_on_s3(calls, tmp_path: Path, s3):
+    manifest, out = make_manifest(tmp_path, TWO | {"p3/1/T1w": "three"}), f"{s3.uri}/archive"
+    prepare(manifest, tmp_path / "a")
+    prepare(manifest, out)
+    there, here = open_archive(out), open_archive(str(tmp_path / "a"))
+    assert there.rows == here.rows and there.fingerprint == here.fingerprint
+    assert list_slots(out) == list_slots(here.uri)
+    assert verify(out) == 0
+    prepare(manifest, out)
+    assert calls == ["p1", "p2", "p3"] * 2
+
+
+def test_no_s3_is_one_clear_line_in_seconds(monkeypatch, run_cli, tmp_path: Path):
+    manifest = make_manifest(tmp_path, TWO)
+    begin = time.monotonic()
+    done = run_cli("-m", "data_prep", "prepare", "--manifest", manifest, "--out", "s3://b/a",
+                   env={"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x",
+                        "AWS_SECRET_ACCESS_KEY": "y"})
+    assert time.monotonic() - begin < 20
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "http://127.0.0.1:9 does not answer" in done.stderr
+    check_reachable(str(tmp_path))  # a local path needs nothing
+
+
+def test_missing_manifest(tmp_path: Path):
+    with pytest.raises(DataError, match=r"m\.parquet: not found"):
+        prepare(str(tmp_path / "m.parquet"), tmp_path / "a")
+
+
+def test_damaged_slots_are_named(tmp_path: Path):
+    out = str(tmp_path)
+    image, mask = volume("x")
+    write_volume(out, "p/s", image, mask, None)
+    shard = tmp_path / "volumes.zarr/p/s/image/c/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(DataError, match="p/s: cannot be read"):
+        read_volume(out, "p/s")
+    with pytest.raises(DataError, match="p/none: cannot be read"):
+        read_volume(out, "p/none")
