@@ -27,9 +27,11 @@ def quality(volume: Volume, mask: np.ndarray) -> Figures:
             Otsu's method (as in MRIQC, with classes instead of tissues): lower is better.
         qc_spread : interquartile range over median inside the brain.
     """
-    brain = volume.data[mask]
+    # An intercept may put the air below zero; signal is counted from there.
+    data = volume.data - min(0.0, float(volume.data.min()))
+    brain = data[mask]
     q1, median, q3 = (float(q) for q in np.percentile(brain, (25, 50, 75)))
-    snr, reason = _snr(volume, mask, median)
+    snr, reason = _snr(data, volume.affine, mask, median)
     return {
         "qc_mask_ml": float(mask.sum() * volume.voxel_ml),
         "qc_snr": snr,
@@ -39,12 +41,13 @@ def quality(volume: Volume, mask: np.ndarray) -> Figures:
     }
 
 
-def _snr(volume: Volume, mask: np.ndarray, median: float) -> tuple[float | None, str | None]:
-    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+def _snr(data: np.ndarray, affine: np.ndarray, mask: np.ndarray, median: float
+         ) -> tuple[float | None, str | None]:
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
     near = ndimage.maximum_filter(mask, [2 * int(np.ceil(AIR_DISTANCE_MM / s)) + 1
                                          for s in spacing])
-    air = volume.data[~near]
-    air = air[(air < AIR_LEVEL * median)]
+    air = data[~near]
+    air = air[air < AIR_LEVEL * median]
     if air.size < MIN_AIR_VOXELS:
         return None, "no air in the field of view"
     noisy = air[air != 0]  # scanners and defacing fill parts of the air with zeros

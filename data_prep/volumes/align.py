@@ -27,6 +27,7 @@ from data_prep.volumes.geometry import (
     resample,
     to_itk,
     to_matrix,
+    to_transform,
 )
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.read import ScanError, Volume
@@ -123,16 +124,19 @@ def _affine(head: Volume, mask: np.ndarray, modality: str, preset: Preset,
         fixed, moving = target.image, stripped(head.data, mask)
     else:
         fixed, moving = target.mask.astype(np.float32), mask.astype(np.float32)
-    start = sitk.AffineTransform(3)
-    start.SetCenter(MNI_CENTRE_MM)
-    start.SetTranslation((centre_of(mask, head.affine)
+    fixed_image = to_itk(fixed, target.affine)
+    moving_image = shrunk(moving, head.affine, 2.0 * preset.template_mm)
+    set_metric = (sitk.ImageRegistrationMethod.SetMetricAsCorrelation
+                  if metric == "correlation" else _mutual_information)
+    # Rotation first: from a turned head the 12 parameters at once stop too early.
+    rigid = sitk.Euler3DTransform()
+    rigid.SetCenter(MNI_CENTRE_MM)
+    rigid.SetTranslation((centre_of(mask, head.affine)
                           - centre_of(target.mask, target.affine)).tolist())
-    return _register(
-        to_itk(fixed, target.affine),
-        shrunk(moving, head.affine, 2.0 * preset.template_mm), start,
-        shrink=preset.shrink, sampling=preset.sampling,
-        set_metric=(sitk.ImageRegistrationMethod.SetMetricAsCorrelation
-                    if metric == "correlation" else _mutual_information))
+    coarse = _register(fixed_image, moving_image, rigid, shrink=preset.shrink[:-1],
+                       sampling=preset.sampling, set_metric=set_metric)
+    return _register(fixed_image, moving_image, to_transform(coarse, MNI_CENTRE_MM),
+                     shrink=preset.shrink, sampling=preset.sampling, set_metric=set_metric)
 
 
 def _judge(affine: np.ndarray, head: Volume, mask: np.ndarray, modality: str) -> Placement:

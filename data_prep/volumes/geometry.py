@@ -30,10 +30,14 @@ def to_array(image: sitk.Image) -> np.ndarray:
     return sitk.GetArrayFromImage(image).transpose(2, 1, 0)
 
 
-def to_transform(matrix: np.ndarray) -> sitk.AffineTransform:
+def to_transform(matrix: np.ndarray, centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
+                 ) -> sitk.AffineTransform:
+    """A 4x4 matrix as a transform; ``centre`` only conditions an optimiser's parameters."""
     transform = sitk.AffineTransform(3)
+    transform.SetCenter(centre)
     transform.SetMatrix(matrix[:3, :3].ravel().tolist())
-    transform.SetTranslation(matrix[:3, 3].tolist())
+    point = np.array(centre)
+    transform.SetTranslation((matrix[:3, :3] @ point + matrix[:3, 3] - point).tolist())
     return transform
 
 
