@@ -31,7 +31,7 @@ TISSUES: dict[str, tuple[tuple[int, ...], float, float, float]] = {
     "venous sinus": ((514,), 0.36, 0.30, 0.30),
     "bone": ((515,), 0.12, 0.06, 0.07),
     "marrow": ((516,), 0.55, 0.30, 0.34),
-    "marker": ((MARKER_CODE,), 1.50, 1.50, 1.50),
+    "marker": ((MARKER_CODE,), 2.00, 2.00, 2.00),
 }
 MODALITY_COLUMN = {"T1w": 1, "T2w": 2, "FLAIR": 3}
 UNKNOWN_TISSUE = 0.40

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 
 from data_prep.synth import contrast, warp
-from data_prep.synth.anatomy import FLUID, Anatomy
+from data_prep.synth.anatomy import FLUID, Anatomy, brain_centre
 from data_prep.synth.cohort import Person, Visit, wanted_ml
 
 MARKER_SIDE = +1  # sign of the marker's world x relative to the brain: +x is the person's right
@@ -61,7 +61,7 @@ def visit_head(anatomy: Anatomy, person: Person, visit: Visit, seed: int) -> np.
 
 
 def _add_marker(labels: np.ndarray) -> None:
-    centre = np.rint(ndimage.center_of_mass((labels > 0) & (labels < 256))).astype(int)
+    centre = np.rint(brain_centre(labels)).astype(int)
     temple = labels[:, centre[1] - 8:centre[1] + 8, centre[2] - 8:centre[2] + 8] > 0
     edge = np.flatnonzero(temple.any((1, 2)))[-1 if MARKER_SIDE > 0 else 0]
     middle = edge + MARKER_SIDE * (MARKER_GAP_MM + MARKER_RADIUS_MM)
@@ -139,7 +139,7 @@ def make_visit(anatomy: Anatomy, person: Person, visit: Visit, seed: int,
     """
     head = visit_head(anatomy, person, visit, seed)
     rng = np.random.default_rng([seed, 4, person.index, int(visit.session)])
-    centre = np.array(ndimage.center_of_mass((head > 0) & (head < 256)))
+    centre = brain_centre(head)
     lying = Pose(_rotation(rng, 4.0), centre, rng.uniform(-10, 10, 3))
     names, files = file_names(person, visit), {}
     volumes: dict[str, float] = {}
