@@ -1,4 +1,4 @@
-"""A tiny feed for tests, written without preparation: blobs on a small grid, and a config for it."""
+"""A tiny feed for tests, written without preparation (blobs on a small grid), and a config."""
 
 from __future__ import annotations
 

@@ -70,9 +70,8 @@ def save(run_dir: str, engine: Engine, world: World, step: int, record: dict[str
         On every rank, where any rank could not write; the earlier checkpoints stay.
     """
     uri = _step_uri(run_dir, step)
-    if world.rank == 0:
-        remove(run_dir, step)  # its manifest must not vouch for the files to come
-    world.gather(None)
+    # an older manifest of this step must not vouch for the files to come
+    _together(world, lambda: remove(run_dir, step) if world.rank == 0 else None)
     written = _together(world, lambda: _write_rank(uri, engine, world.rank))
     manifest = {
         "format": FORMAT_VERSION, "step": step, "adam_step": engine.adam_step,
@@ -127,6 +126,8 @@ def _together(world: World, action: Callable[[], T]) -> list[T]:
         result = action()
     except NeurojepaError as error:
         problem = f"rank {world.rank}: {error}"
+    except store_errors() as error:
+        problem = f"rank {world.rank}: the store failed ({error})"
     answers = world.gather((problem, result))
     problems = [problem for problem, _ in answers if problem]
     if problems:
@@ -163,7 +164,7 @@ def latest_step(run_dir: str) -> int | None:
     fs, path = open_store(join(run_dir, "latest"))
     if not fs.exists(path):  # killed between the first manifest and it
         return steps[-1] if steps else None
-    text = fs.cat_file(path).decode(errors="replace").strip()
+    text = read_bytes(join(run_dir, "latest")).decode(errors="replace").strip()
     number = text.removeprefix("step-")
     if not number.isdigit() or int(number) not in steps:
         raise CheckpointError(f"{path}: says {text!r}, committed here are {_listed(steps)}; write "
@@ -207,21 +208,11 @@ class Checkpoint:
         """Router bias and other persistent buffers by name."""
         return self._file(BUFFERS)
 
-    def tensors(self, key: str) -> dict[str, Tensor]:
-        """Whole parameters by name: "master" of all, "ema" of the encoder's; float32."""
-        shapes = {row[0]: row[1] for row in self.manifest["fragments"]}
-        whole = {}
-        for name, rows in self._table.items():
-            parts = [self._file(file).get(f"{name}|{start}|{key}") for start, _, file in rows]
-            if parts[0] is not None:
-                whole[name] = torch.cat([p for p in parts if p is not None]).view(shapes[name])
-        return whole
-
     def state_sha256(self) -> str:
         """A hash of masters, moments, EMA and buffers that does not depend on the sharding."""
         digest = hashlib.sha256(str(self.manifest["adam_step"]).encode())
         for key in STATE_KEYS:
-            for name, tensor in sorted(self.tensors(key).items()):
+            for name, tensor in sorted(self.parameters(key).items()):
                 digest.update(f"{name}|{key}".encode() + tensor.numpy().tobytes())
         for name, tensor in sorted(self.buffers().items()):
             digest.update(name.encode() + tensor.numpy().tobytes())

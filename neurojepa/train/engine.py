@@ -134,7 +134,8 @@ class Engine:
         for param in self._groups[i]:
             _, offset, length = self._zero.grad_position[self._zero.get_param_id(param)]
             # the same shape is partitioned the same way: no communication
-            self._target(param).ds_tensor.copy_(ema.narrow(0, offset, length))
+            target: Any = self._target(param)
+            target.ds_tensor.copy_(ema.narrow(0, offset, length))
 
     def _publish_replicated(self, i: int, ema: Tensor) -> None:
         local = ema.to(self._zero.bit16_groups_flat[i].dtype)

@@ -73,8 +73,8 @@ class Run:
                 "ranks, and each needs a scan per step; raise it or start fewer ranks")
         self.config, self.world = config, world
         self._stop = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+        self._handlers = {number: signal.signal(number, self._on_signal)
+                          for number in (signal.SIGTERM, signal.SIGUSR1)}
         self.feed = open_feed(config.data.feed)
         done = checkpoint.latest_step(config.run.dir)
         self.step = done or 0
@@ -135,6 +135,8 @@ class Run:
         for _ in range(self.loader.micro_steps):
             batch = next(micro_batches).to(self.world.device)
             views = make_views(batch, config, self.feed.grid, config.train.seed)
+            # fill-up repeats must not count as load of the experts
+            views.valid_BN &= views.weight_B[:, None] > 0
             loss, sums = self.engine.forward(views, rates.l1)
             self.engine.backward(loss * scale)
             applied = self.engine.step(rates.lr)
@@ -188,7 +190,9 @@ class Run:
         self._stop = True
 
     def close(self) -> None:
-        """Stop reading ahead and give the device back."""
+        """Stop reading ahead, give the device and the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         self.loader.close()
         self.metrics.close()
         self.engine.close()

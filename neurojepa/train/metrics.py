@@ -48,7 +48,7 @@ class Metrics:
         self._board: Any = None
         if world.rank == 0:
             self._keep_until(resumed)
-            if is_local(open_store(run_dir)[0]):  # TensorBoard's files are appended to, which stores cannot
+            if is_local(open_store(run_dir)[0]):  # event files are appended to; stores cannot
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._board = SummaryWriter(join(open_store(run_dir)[1], "tensorboard"),

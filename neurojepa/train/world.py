@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def start_world(deterministic: bool = False) -> World:
     # On the CPU DeepSpeed would compile this op (minutes, needs a compiler); gloo does its work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed 0.19 gathers by the older name, which torch 2.11 does not yet know otherwise.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
     with bounded_groups():
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False,
                                    verbose=False, timeout=COLLECTIVE_TIMEOUT)

@@ -1,0 +1,142 @@
+"""Checkpoints on disk: commit, damage, retention, free space, refusal of another run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from neurojepa.config import RootConfig
+from neurojepa.errors import CheckpointError, ConfigError
+from neurojepa.train import checkpoint
+from neurojepa.train.engine import Fragment
+from neurojepa.train.rows import append_rows, read_rows
+from tests.feeds import tiny_config, write_feed
+from tests.worker import job, run_ranks
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RootConfig, Path]:
+    """A run of 6 steps with a checkpoint every 2, of which 2 are kept."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = tiny_config(write_feed(str(folder / "feed")), folder / "run", steps=6,
+                         checkpoint_every=2, keep_last=2)
+    (process,) = run_ranks([job(config, folder)], folder)
+    assert process.returncode == 0, process.stdout
+    return config, folder / "run"
+
+
+@pytest.fixture
+def run(finished: tuple[RootConfig, Path], tmp_path: Path) -> Path:
+    """A copy of the run to spoil."""
+    return Path(shutil.copytree(finished[1], tmp_path / "run"))
+
+
+def test_only_the_last_ones_are_kept(run: Path) -> None:
+    assert checkpoint.committed_steps(str(run)) == [4, 6]
+    assert (run / "latest").read_text() == "step-6"
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_without_its_manifest_a_checkpoint_does_not_count(run: Path) -> None:
+    (run / "checkpoints" / "step-6" / "manifest.json").unlink()
+    assert checkpoint.committed_steps(str(run)) == [4]
+    with pytest.raises(CheckpointError, match=r"says 'step-6'.*step-4"):
+        checkpoint.latest_step(str(run))
+    (run / "latest").unlink()
+    assert checkpoint.latest_step(str(run)) == 4
+
+
+def test_an_empty_run_has_no_latest(tmp_path: Path) -> None:
+    assert checkpoint.latest_step(str(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_file_is_named_with_the_way_back(run: Path, damage: str) -> None:
+    file = run / "checkpoints" / "step-6" / "rank-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data if damage == "flip" else data[:-1])
+    with pytest.raises(CheckpointError, match=r"rank-00000.*step-6 is damaged.*step-4.*latest"):
+        checkpoint.open_checkpoint(str(run), 6).state_sha256()
+
+
+def test_reading_by_range_joins_what_ranks_wrote(run: Path) -> None:
+    found = checkpoint.open_checkpoint(str(run), 6)
+    name, whole = max(found.parameters("master").items(), key=lambda item: item[1].numel())
+    flat = whole.flatten()
+    part = found.read(Fragment(name, tuple(whole.shape), 5, 11, 0, 0), "master")
+    assert part.equal(flat[5:16])
+    with pytest.raises(CheckpointError, match="another model"):
+        found.read(Fragment(name, (), len(flat) - 2, 3, 0, 0), "master")
+    with pytest.raises(CheckpointError, match="0 of 1 values of nothing"):
+        found.read(Fragment("nothing", (1,), 0, 1, 0, 0), "master")
+
+
+def test_the_state_hash_sees_a_single_bit_and_no_file_layout(run: Path) -> None:
+    found = checkpoint.open_checkpoint(str(run), 6)
+    assert found.state_sha256() == read_rows(str(run / "events.jsonl"))[-1]["state_sha256"]
+    found.manifest["adam_step"] += 1
+    assert found.state_sha256() != read_rows(str(run / "events.jsonl"))[-1]["state_sha256"]
+
+
+def test_an_unreadable_manifest(run: Path) -> None:
+    manifest = run / "checkpoints" / "step-6" / "manifest.json"
+    manifest.write_text('{"format": 99}')
+    with pytest.raises(CheckpointError, match=r"manifest.json: format 99"):
+        checkpoint.open_checkpoint(str(run), 6)
+    manifest.write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.open_checkpoint(str(run), 6)
+
+
+def test_too_little_space_is_said_before_writing(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(1, 1, 3 * 2**20))
+    checkpoint._check_space(str(tmp_path / "step-1"), 2**20)
+    with pytest.raises(CheckpointError, match=r"3 MiB free.*needs 10 MiB"):
+        checkpoint._check_space(str(tmp_path / "step-1"), 10 * 2**20)
+
+
+def test_another_run_is_refused_with_both_values(finished: tuple[RootConfig, Path]) -> None:
+    config, run = finished
+    found = checkpoint.open_checkpoint(str(run), 6)
+    feed, order = found.manifest["feed"], found.manifest["order"]
+    tree = config.model_dump(mode="json")
+
+    def changed(section: str, **values: object) -> RootConfig:
+        return RootConfig.model_validate({**tree, section: {**tree[section], **values}})
+
+    for free in (config, changed("train", zero=3, micro_batch=1, log_every=1, steps=9),
+                 changed("run", ranks=4), changed("data", feed="elsewhere", read_threads=1)):
+        checkpoint.check_same_run(found, free, feed, order)
+    for section, values, message in (
+            ("model", {"size": "small"}, r"model.size: checkpoint 'tiny', now 'small'"),
+            ("train", {"seed": 5, "global_batch": 8},
+             r"train.global_batch: checkpoint 4, now 8; train.seed: checkpoint 0, now 5"),
+            ("train", {"steps": 5}, r"train.steps: checkpoint 6, now 5"),
+            ("data", {"weights": {"blobs/T1w": 1.0}}, r"data.weights: checkpoint {}, now")):
+        with pytest.raises(ConfigError, match=message):
+            checkpoint.check_same_run(found, changed(section, **values), feed, order)
+    with pytest.raises(ConfigError, match=f"feed fingerprint: checkpoint {feed}, now other"):
+        checkpoint.check_same_run(found, config, "other", order)
+    with pytest.raises(ConfigError, match=f"order fingerprint: checkpoint {order}, now other"):
+        checkpoint.check_same_run(found, config, feed, "other")
+
+
+def test_rows_survive_a_cut_last_line(tmp_path: Path) -> None:
+    uri = str(tmp_path / "sub" / "rows.jsonl")
+    append_rows(uri, [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": float("nan")}])
+    with open(uri, "a") as file:
+        file.write('{"step": 3, "lo')
+    assert read_rows(uri) == [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": None}]
+    append_rows(uri, [{"step": 3}])
+    lines = Path(uri).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]

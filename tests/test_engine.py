@@ -1,0 +1,202 @@
+"""The engine against a plain torch loop, and its state at other world sizes and ZeRO stages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neurojepa.config import RootConfig
+from neurojepa.feed.format import open_feed
+from neurojepa.feed.loader import Loader
+from neurojepa.model.jepa import build_model
+from neurojepa.model.moe import moe_layers, update_router_bias
+from neurojepa.objective.views import make_views
+from neurojepa.train.checkpoint import Checkpoint, open_checkpoint
+from neurojepa.train.engine import param_groups
+from neurojepa.train.rows import read_rows
+from neurojepa.train.schedule import rates_at
+from tests.feeds import tiny_config, write_feed
+from tests.worker import job, run_ranks
+
+VARIANTS = {f"{dtype}-zero{zero}": {"dtype": dtype, "zero": zero}
+            for dtype, zero in (("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3))}
+MIDDLE, END = 4, 8
+
+
+def plain_loop(config: RootConfig) -> dict[str, Any]:
+    """The same training in a few lines of torch, without DeepSpeed: what the engine must equal."""
+    torch.set_num_threads(1)
+    feed = open_feed(config.data.feed)
+    model = build_model(config, feed.grid)
+    adam = torch.optim.AdamW(param_groups(model, config.optim.weight_decay),
+                             betas=config.optim.betas)
+    loader = Loader(feed, config, rank=0, world=1, first_step=0)
+    batches, losses = iter(loader), []
+    for step in range(config.train.steps):
+        rates, total = rates_at(step, config), 0.0
+        for _ in range(loader.micro_steps):
+            views = make_views(next(batches), config, feed.grid, config.train.seed)
+            loss = model(views, rates.l1)[0] / config.train.global_batch
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_([p for g in adam.param_groups for p in g["params"]],
+                                       config.optim.grad_clip)
+        for group in adam.param_groups:
+            group["lr"] = rates.lr
+        adam.step()
+        adam.zero_grad()
+        with torch.no_grad():
+            for target, source in zip(model.target.parameters(), model.encoder.parameters(),
+                                      strict=True):
+                target.lerp_(source, 1 - rates.ema)
+        layers = moe_layers(model)
+        update_router_bias(layers, torch.stack([layer.load for layer in layers]),
+                           config.optim.router_bias_rate)
+        losses.append(total)
+    loader.close()
+    return {"losses": losses, "model": model}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of finished runs: every variant at 2 ranks, two at 1 rank, two poisoned."""
+    folder = tmp_path_factory.mktemp("engine")
+    feed = write_feed(str(folder / "feed"))
+
+    def named(name: str, **train: Any) -> dict[str, Any]:
+        return job(tiny_config(feed, folder / name, **train), folder)
+
+    two = [named(name, **train) for name, train in VARIANTS.items()]
+    two += [named("filled", dtype="fp32", micro_batch=3)]  # 2 of 6 places repeat, with weight 0
+    two += [{**named(f"poisoned{zero}", zero=zero), "poison": [2, 1]} for zero in (1, 3)]
+    expect_success(run_ranks(two, folder, ranks=2))
+    one = [named("one", zero=1, dtype="fp32"), named("one-bf16", zero=1, dtype="bf16")]
+    expect_success(run_ranks(one, folder))
+    return folder
+
+
+def expect_success(finished: list[Any]) -> None:
+    for process in finished:
+        assert process.returncode == 0, process.stdout
+
+
+def config_of(runs: Path, run: str, **train: Any) -> RootConfig:
+    return tiny_config(str(runs / "feed"), runs / run, **train)
+
+
+def losses(runs: Path, run: str) -> list[float]:
+    rows = read_rows(str(runs / run / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == list(range(1, END + 1))
+    return [row["loss"] for row in rows]
+
+
+def final(runs: Path, run: str) -> Checkpoint:
+    return open_checkpoint(str(runs / run), END)
+
+
+def test_engine_equals_the_plain_loop(runs: Path) -> None:
+    oracle = plain_loop(config_of(runs, "oracle", dtype="fp32"))
+    parameters = dict(oracle["model"].named_parameters())
+    for run in ("fp32-zero1", "fp32-zero2", "fp32-zero3", "one", "filled"):
+        assert losses(runs, run) == pytest.approx(oracle["losses"], abs=1e-5)
+        masters, ema = final(runs, run).parameters("master"), final(runs, run).parameters("ema")
+        assert set(masters) == {n for n in parameters if not n.startswith("target.")}
+        assert set(ema) == {n for n in parameters if n.startswith("encoder.")}
+        for name, tensor in ema.items():
+            target = parameters[name.replace("encoder.", "target.", 1)]
+            torch.testing.assert_close(tensor, target.detach(), atol=1e-5, rtol=0)
+        for name, tensor in masters.items():
+            torch.testing.assert_close(tensor, parameters[name].detach(), atol=1e-5, rtol=0)
+        stored = final(runs, run).buffers()
+        router_bias = {n: t for n, t in oracle["model"].named_buffers()
+                       if n.startswith("encoder.") and n.endswith(".bias")}
+        assert len(router_bias) == len(moe_layers(oracle["model"]))
+        for name, tensor in router_bias.items():
+            torch.testing.assert_close(stored[name], tensor)
+
+
+def test_bf16_follows_fp32_and_keeps_fp32_state(runs: Path) -> None:
+    for run in ("bf16-zero1", "bf16-zero3", "one-bf16"):
+        assert losses(runs, run) == pytest.approx(losses(runs, "one"), abs=2e-3)
+        tensors = {**final(runs, run).parameters("ema"), **final(runs, run).buffers()}
+        assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+def test_nan_on_one_rank_skips_the_step_on_all(runs: Path) -> None:
+    clean = losses(runs, "fp32-zero1")
+    for run in ("poisoned1", "poisoned3"):
+        rows = read_rows(str(runs / run / "metrics.jsonl"))
+        assert [row["skipped"] for row in rows] == [step == 2 for step in range(END)]
+        assert rows[2]["loss"] is None  # not finite
+        assert [row["loss"] for row in rows[:2]] == pytest.approx(clean[:2], abs=1e-5)
+        assert all(row["loss"] is not None for row in rows[3:])
+        assert final(runs, run).manifest["adam_step"] == END - 1
+        assert final(runs, run).manifest["health"]["skipped"] == 1
+        events = read_rows(str(runs / run / "events.jsonl"))
+        assert [e["step"] for e in events if e["event"] == "skip"] == [3]
+    assert losses_after(runs, "poisoned1") == pytest.approx(losses_after(runs, "poisoned3"),
+                                                            abs=1e-5)
+
+
+def losses_after(runs: Path, run: str) -> list[float]:
+    return [row["loss"] for row in read_rows(str(runs / run / "metrics.jsonl"))[3:]]
+
+
+def back_at_the_middle(runs: Path, run: str, copy: str) -> None:
+    """A copy of a run as it was at its middle checkpoint."""
+    shutil.copytree(runs / run, runs / copy)
+    shutil.rmtree(runs / copy / "checkpoints" / f"step-{END}")
+    (runs / copy / "latest").write_text(f"step-{MIDDLE}")
+
+
+def test_continuation_is_bit_equal_and_other_worlds_follow(runs: Path) -> None:
+    same = {f"{run}-again": run for run in VARIANTS}
+    other_two = {"one-at-2": ("one", {"zero": 2}), "one-to-3": ("one", {"zero": 3}),
+                 "1-to-3": ("fp32-zero1", {"zero": 3}), "3-to-2": ("fp32-zero3", {"zero": 2}),
+                 "bf16-3-to-1": ("bf16-zero3", {"zero": 1, "dtype": "bf16"})}
+    other_one = {"3-at-1": ("fp32-zero3", {"zero": 1}), "2-at-1": ("fp32-zero2", {"zero": 3}),
+                 "one-again": ("one", {"zero": 1})}
+    for copy, run in same.items():
+        back_at_the_middle(runs, run, copy)
+    for copy, (run, _) in {**other_two, **other_one}.items():
+        back_at_the_middle(runs, run, copy)
+    jobs = [job(config_of(runs, copy, **VARIANTS[run]), runs) for copy, run in same.items()]
+    jobs += [job(config_of(runs, copy, **train), runs) for copy, (_, train) in other_two.items()]
+    expect_success(run_ranks(jobs, runs, ranks=2))
+    jobs = [job(config_of(runs, copy, **train), runs) for copy, (_, train) in other_one.items()]
+    expect_success(run_ranks(jobs, runs))
+
+    for copy, run in {**same, "one-again": "one"}.items():
+        assert losses(runs, copy) == losses(runs, run), copy
+        assert final(runs, copy).state_sha256() == final(runs, run).state_sha256(), copy
+        assert finish_of(runs, copy)["state_sha256"] == finish_of(runs, run)["state_sha256"]
+    for copy, (run, train) in {**other_two, **other_one}.items():
+        tolerance = 2e-3 if train.get("dtype") == "bf16" else 1e-5
+        assert losses(runs, copy) == pytest.approx(losses(runs, run), abs=tolerance), copy
+
+
+def finish_of(runs: Path, run: str) -> dict[str, Any]:
+    return read_rows(str(runs / run / "events.jsonl"))[-1]
+
+
+def test_loading_elsewhere_restores_every_bit(runs: Path) -> None:
+    changes = {"a": ("fp32-zero1", {"zero": 3}), "b": ("fp32-zero3", {"zero": 2}),
+               "c": ("bf16-zero3", {"zero": 1, "dtype": "bf16"}),
+               "d": ("bf16-zero1", {"zero": 3, "dtype": "bf16"}), "e": ("one", {"zero": 3})}
+    jobs = []
+    for name, (run, train) in changes.items():
+        shutil.copytree(runs / run, runs / name)
+        jobs.append(job(config_of(runs, name, **train), runs, resave=str(runs / f"{name}-out")))
+    expect_success(run_ranks(jobs[:3], runs))  # 2 -> 1 ranks
+    expect_success(run_ranks(jobs[3:], runs, ranks=2))  # d: other stage, e: 1 -> 2 ranks
+    for name, (run, _) in changes.items():
+        out = open_checkpoint(str(runs / f"{name}-out"), END)
+        assert out.state_sha256() == final(runs, run).state_sha256(), name
+        assert out.manifest["world"] == (1 if name in "abc" else 2)
+        assert json.dumps(out.manifest["config"]["model"]) == json.dumps(
+            final(runs, run).manifest["config"]["model"])
