@@ -37,6 +37,7 @@ SEED = 20240
 IMAGE_MODALITIES = ("T1w", "FLAIR")  # correlate with the T1w template; others by silhouette
 MAX_SESSION_SHIFT_MM = 40.0  # of the brain's centre, between scans of one session
 MAX_ROTATION_DEG = 45.0
+MAX_TILT_DEG = 60.0  # of a head in its scanner
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def place(head: Volume, mask: np.ndarray, modality: str, preset: Preset) -> Plac
             affine = _affine(head, mask, modality, preset, metric)
         except RuntimeError:  # SimpleITK: the images no longer overlap
             continue
+        if np.linalg.det(affine[:3, :3]) <= 0 or rotation_deg(affine) > MAX_TILT_DEG:
+            continue  # the optimiser stepped through a mirror image or onto a head upside down
         found = _judge(affine, head, mask, modality)
         if best is None or found.dice > best.dice:
             best = found
@@ -98,7 +101,7 @@ def place(head: Volume, mask: np.ndarray, modality: str, preset: Preset) -> Plac
             break
     low, high = preset.volume_factor
     if best is None or best.dice < preset.min_dice or not low <= best.volume_factor <= high:
-        what = ("no overlap" if best is None else
+        what = ("no overlap, or turned over" if best is None else
                 f"mask Dice {best.dice:.3f} (limit {preset.min_dice}), volume factor "
                 f"{best.volume_factor:.2f} (limits {low} to {high})")
         raise ScanError("registration_failed", f"{head.name}: placement in MNI152 failed: {what}")
@@ -133,7 +136,7 @@ def _affine(head: Volume, mask: np.ndarray, modality: str, preset: Preset,
     rigid.SetCenter(MNI_CENTRE_MM)
     rigid.SetTranslation((centre_of(mask, head.affine)
                           - centre_of(target.mask, target.affine)).tolist())
-    coarse = _register(fixed_image, moving_image, rigid, shrink=preset.shrink[:-1],
+    coarse = _register(fixed_image, moving_image, rigid, shrink=preset.shrink,
                        sampling=preset.sampling, set_metric=set_metric)
     return _register(fixed_image, moving_image, to_transform(coarse, MNI_CENTRE_MM),
                      shrink=preset.shrink, sampling=preset.sampling, set_metric=set_metric)
