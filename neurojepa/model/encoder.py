@@ -24,7 +24,7 @@ class Encoder(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         size = SIZES[model.size]
-        self.dim, self.head_dim = size.dim, size.dim // size.heads
+        self.head_dim = size.dim // size.heads
         self.checkpoint_every = model.activation_checkpointing
         self.patch = nn.Linear(model.patch_voxels**3, size.dim)
         self.blocks = nn.ModuleList(
