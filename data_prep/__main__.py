@@ -1,4 +1,4 @@
-"""python -m data_prep synth | index | prepare | pack | verify
+"""python -m data_prep synth | index | prepare | pack | verify | withdraw
 
     python -m data_prep synth   --out cohort --participants 8
     python -m data_prep index   --cohort bids --source cohort --out cohort.parquet
@@ -68,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     step = steps.add_parser("verify", help="check a feed or an archive; exit 1 if damaged")
     step.add_argument("target", metavar="FEED|ARCHIVE")
     step.set_defaults(run=_verify)
+
+    step = steps.add_parser("withdraw", help="delete people who left a study")
+    step.add_argument("--list", required=True, dest="listing", metavar="CSV",
+                      help="columns cohort and participant (original ids)")
+    step.add_argument("--key", help="file of the pseudonym key that index used")
+    step.add_argument("targets", nargs="+", metavar="ARCHIVE|FEED")
+    step.set_defaults(run=_withdraw)
     return parser
 
 
@@ -119,6 +126,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     from data_prep.verify import verify
 
     return verify(arguments.target)
+
+
+def _withdraw(arguments: argparse.Namespace) -> int:
+    from data_prep.identity import load_key
+    from data_prep.withdraw import withdraw
+
+    withdraw(arguments.listing, arguments.targets, load_key(arguments.key, make=False))
+    return 0
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ DEFAULT_KEY_FILE = "~/.config/neurojepa/pseudonym.key"
 _SHORTEST_KEY = 16  # bytes
 
 
-def load_key(path: str | None) -> bytes:
+def load_key(path: str | None, make: bool = True) -> bytes:
     """The site's key from ``path``, else $NEUROJEPA_KEY_FILE, else the default place.
 
-    A file named by ``path`` must exist; the other two are made on first use (and say so).
+    A file named by ``path`` must exist; the other two are made on first use (and say so), unless
+    ``make`` is false.
 
     Raises
     ------
@@ -33,9 +34,9 @@ def load_key(path: str | None) -> bytes:
     """
     file = Path(path or os.environ.get(KEY_VARIABLE) or DEFAULT_KEY_FILE).expanduser()
     if not file.exists():
-        if path:
-            raise ConfigError(f"--key {path}: not found; name the key file of this site, or leave "
-                              f"--key out to have one made at {DEFAULT_KEY_FILE}")
+        if path or not make:
+            raise ConfigError(f"{file}: no such key; name the key file of this site by --key or "
+                              f"{KEY_VARIABLE} (index makes one at {DEFAULT_KEY_FILE})")
         _make_key(file)
     try:
         mode = file.stat().st_mode

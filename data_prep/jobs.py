@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import metadata
@@ -22,28 +22,22 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from data_prep.index import read_manifest, read_table, write_table
+from data_prep.index import read_manifest, read_table
 from data_prep.pool import Failure, run_tasks
-from data_prep.scan import SCAN_SCHEMA, Scan
+from data_prep.scan import Scan
 from data_prep.splits import check as check_splits
 from data_prep.store import (
-    ARCHIVE_FORMAT,
+    WITHDRAWN,
+    archive_rows,
     check_reachable,
+    commit_archive,
     list_slots,
     remove_volume,
     slot,
     write_volume,
 )
 from neurojepa.errors import DataError
-from neurojepa.feed.format import (
-    ARCHIVE_GRID,
-    LABELS_SCHEMA,
-    join,
-    open_store,
-    read_bytes,
-    sha256,
-    write_bytes,
-)
+from neurojepa.feed.format import join, open_store, read_bytes, sha256, write_bytes
 
 if TYPE_CHECKING:
     from data_prep.volumes.pipeline import Prepared, Rejected
@@ -51,7 +45,6 @@ if TYPE_CHECKING:
 
 PrepareOne = Callable[[list[Scan], "Preset"], "Sequence[Prepared | Rejected]"]
 Row = dict[str, Any]
-ROW_FIELDS = ("scan_id", "status", "reason", "message", "voxels_sha256", "provenance")
 _INPUTS = ("uri", "member", "size_bytes", "modified", "mask_uri", "label_uri", "modality",
            "session")
 
@@ -77,6 +70,9 @@ def prepare(manifest: str, out: str, preset: Preset, workers: int,
     people: dict[str, list[Scan]] = defaultdict(list)
     for scan in scans:
         people[scan.participant].append(scan)
+    for name in {row["participant"] for row in archive_rows(out) if row["reason"] == WITHDRAWN}:
+        if people.pop(name, None):
+            print(f"{name}: withdrawn, left out")
     records = {name: record_name(own, preset) for name, own in people.items()}
     done = _committed(out)
     failed = _run(out, {name: own for name, own in people.items() if records[name] not in done},
@@ -201,8 +197,7 @@ def _run(out: str, people: dict[str, list[Scan]], records: dict[str, str], prese
 def _merge(out: str, people: dict[str, list[Scan]], records: dict[str, str],
            failed: dict[str, str]) -> list[Row]:
     """All rows of the archive: earlier ones of other people, and these people's newest."""
-    fs, path = open_store(join(out, "scans.parquet"))
-    old = read_table(join(out, "scans.parquet")).to_pylist() if fs.exists(path) else []
+    old = archive_rows(out)
     rows = [dict(row) for row in old if row["participant"] not in people]
     readable = [name for name in people if name not in failed]
     with ThreadPoolExecutor(16) as pool:
@@ -239,24 +234,18 @@ def _reject_duplicates(out: str, rows: list[Row]) -> None:
             remove_volume(out, slot(row["participant"], row["scan_id"]))
 
 
-def _commit(out: str, rows: list[Row], labels: pa.Table, people: Any) -> Counter[str]:
-    """Write labels, rows and, last, archive.json; prints the counts."""
+def _commit(out: str, rows: list[Row], labels: pa.Table, people: Container[str]) -> Counter[str]:
+    """Write the archive's tables, with these people's labels replaced; prints the counts."""
     if problems := check_splits(rows):
         raise DataError(f"{out}: {problems[0]}" + (f" (and {len(problems) - 1} more)"
                                                    if len(problems) > 1 else ""))
     fs, path = open_store(join(out, "labels.parquet"))
     old = read_table(join(out, "labels.parquet")).to_pylist() if fs.exists(path) else []
-    merged = sorted((row for row in old if row["participant"] not in people), key=_label_key)
-    merged = sorted(merged + labels.to_pylist(), key=_label_key)
-    labels_bytes = write_table(join(out, "labels.parquet"),
-                               pa.Table.from_pylist(merged, schema=LABELS_SCHEMA))
-    scans_bytes = write_table(join(out, "scans.parquet"), _scans_table(rows))
+    kept = [row for row in old if row["participant"] not in people]
+    mine = [row for row in labels.to_pylist() if row["participant"] in people]
+    commit_archive(out, rows, kept + mine)
     counts = Counter(row["status"] for row in rows)
     reasons = Counter(row["reason"].split(":")[0] for row in rows if row["status"] == "rejected")
-    write_bytes(join(out, "archive.json"), json.dumps({
-        "format": ARCHIVE_FORMAT, "grid": asdict(ARCHIVE_GRID), "counts": dict(sorted(
-            counts.items())), "scans_sha256": sha256(scans_bytes),
-        "labels_sha256": sha256(labels_bytes)}, indent=1).encode())
     print(f"{out}: {counts['accepted']} accepted, {counts['flagged']} flagged, "
           f"{counts['rejected']} rejected of {len(rows)} scans")
     for reason, count in reasons.most_common():
@@ -265,21 +254,3 @@ def _commit(out: str, rows: list[Row], labels: pa.Table, people: Any) -> Counter
         example = next((row["message"] for row in rows), "the manifest is empty")
         raise DataError(f"{out}: none of {len(rows)} scans is usable; the first one: {example}")
     return counts
-
-
-def _label_key(row: Row) -> tuple[str, ...]:
-    return row["participant"], row["session"], row["name"]
-
-
-def _scans_table(rows: list[Row]) -> pa.Table:
-    """Rows as a table: Scan columns, ROW_FIELDS, then every figure that occurs."""
-    fixed = [*SCAN_SCHEMA, *(pa.field(name, pa.string()) for name in ROW_FIELDS)]
-    names = {field.name for field in fixed}
-    figures = sorted({name for row in rows for name in row} - names)
-    text = {name for name in figures if any(isinstance(row.get(name), str) for row in rows)}
-    for row in rows:
-        for name in text:
-            row[name] = None if row.get(name) is None else str(row[name])
-    schema = pa.schema(fixed + [pa.field(name, pa.string() if name in text else pa.float64())
-                                for name in figures])
-    return pa.Table.from_pylist(rows, schema=schema)

@@ -19,28 +19,35 @@ import json
 import os
 import socket
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 
-from data_prep.index import read_table
+from data_prep.index import read_table, write_table
+from data_prep.scan import SCAN_SCHEMA
 from neurojepa.errors import DataError
 from neurojepa.feed.format import (
     ARCHIVE_GRID,
+    LABELS_SCHEMA,
     is_local,
     join,
     open_store,
     read_bytes,
     sha256,
     store_errors,
+    write_bytes,
 )
 
 ARCHIVE_FORMAT = 1
 IMAGE_SCALE = 1.0 / 32767
 _CHUNK = (60, 72, 60)  # 27 of them in a shard: a crop reads a part
+ROW_FIELDS = ("scan_id", "status", "reason", "message", "voxels_sha256", "provenance")
+WITHDRAWN = "withdrawn"  # the reason of a row whose person has left; prepare skips the person
+Row = dict[str, Any]
 ARRAYS = {"image": np.int16, "mask": np.uint8, "label": np.int16}
 
 
@@ -49,7 +56,7 @@ class Archive:
     """A committed archive: one row per scan, and labels."""
 
     uri: str
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     labels: pa.Table
     fingerprint: str
 
@@ -103,6 +110,35 @@ def open_archive(uri: str) -> Archive:
     fingerprint = sha256((record["scans_sha256"] + record["labels_sha256"]).encode())[:16]
     return Archive(uri, read_table(join(uri, "scans.parquet")).to_pylist(),
                    read_table(join(uri, "labels.parquet")), fingerprint)
+
+
+def archive_rows(uri: str) -> list[Row]:
+    """Rows of scans.parquet, committed or not; none where there is no table yet."""
+    fs, path = open_store(join(uri, "scans.parquet"))
+    return read_table(join(uri, "scans.parquet")).to_pylist() if fs.exists(path) else []
+
+
+def commit_archive(uri: str, rows: list[Row], labels: list[Row]) -> None:
+    """Write labels, rows and, last, archive.json.
+
+    The columns are Scan's, ROW_FIELDS, and then every other name that occurs in a row: figures.
+    """
+    fixed = [*SCAN_SCHEMA, *(pa.field(name, pa.string()) for name in ROW_FIELDS)]
+    figures = sorted({name for row in rows for name in row} - {field.name for field in fixed})
+    text = {name for name in figures if any(isinstance(row.get(name), str) for row in rows)}
+    rows = [row | {name: str(row[name]) for name in text if row.get(name) is not None}
+            for row in rows]
+    schema = pa.schema(fixed + [pa.field(name, pa.string() if name in text else pa.float64())
+                                for name in figures])
+    labels = sorted(labels, key=lambda row: (row["participant"], row["session"], row["name"]))
+    labels_bytes = write_table(join(uri, "labels.parquet"),
+                               pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
+    scans_bytes = write_table(join(uri, "scans.parquet"), pa.Table.from_pylist(rows, schema=schema))
+    counts = Counter(row["status"] for row in rows)
+    write_bytes(join(uri, "archive.json"), json.dumps({
+        "format": ARCHIVE_FORMAT, "grid": asdict(ARCHIVE_GRID),
+        "counts": dict(sorted(counts.items())), "scans_sha256": sha256(scans_bytes),
+        "labels_sha256": sha256(labels_bytes)}, indent=1).encode())
 
 
 def slot(participant: str, scan_id: str) -> str:

@@ -53,7 +53,7 @@ def pack(archive_uri: str, out: str, grid: Grid, max_shard_bytes: int) -> None:
     check_reachable(out)
     archive = open_archive(archive_uri)
     source = sha256(f"{archive.fingerprint} {grid} {max_shard_bytes}".encode())[:16]
-    if _source_of(out) == source:
+    if _is_packed(out, source):
         print(f"{out}: already packed from this archive")
         return
     rows = [row for row in archive.rows if row["status"] != "rejected"]
@@ -75,7 +75,7 @@ def pack(archive_uri: str, out: str, grid: Grid, max_shard_bytes: int) -> None:
               if (row["participant"], row["session"]) in sessions]
     fingerprint = commit_feed(out, grid, samples, archive.labels.from_pylist(
         labels, schema=archive.labels.schema), source=source)
-    _remove_shards_except(out, {row["shard"] for row in samples})
+    remove_shards_except(out, {row["shard"] for row in samples})
     print(f"{out}: {len(samples)} scans at {grid.name}, fingerprint {fingerprint}")
 
 
@@ -194,19 +194,24 @@ def read_tar(data: bytes, name: str) -> list[tarfile.TarInfo]:
         raise DataError(f"{name}: not a whole tar ({error}); pack the feed again") from error
 
 
-def _source_of(out: str) -> str | None:
-    """What a whole feed at ``out`` was packed from; None where there is none, or a damaged one."""
+def source_of(uri: str) -> str | None:
+    """What a committed feed was packed from."""
+    return json.loads(read_bytes(join(uri, "feed.json"))).get("source")
+
+
+def _is_packed(uri: str, source: str) -> bool:
+    """Whether a whole feed of this source is there; a damaged one is packed anew."""
     try:
-        feed = open_feed(out)
-        source = json.loads(read_bytes(join(out, "feed.json"))).get("source")
+        shards = set(open_feed(uri).index["shard"].to_pylist())
     except DataError:
-        return None  # it is packed anew
-    fs, root = open_store(out)
+        return False
+    fs, root = open_store(uri)
     there = {path[len(root.rstrip("/")) + 1:] for path in fs.find(root)}
-    return source if set(feed.index["shard"].to_pylist()) <= there else None
+    return source_of(uri) == source and shards <= there
 
 
-def _remove_shards_except(out: str, kept: set[str]) -> None:
+def remove_shards_except(out: str, kept: set[str]) -> None:
+    """Delete the shards that the committed index no longer names."""
     fs, root = open_store(join(out, "shards"))
     for path in fs.find(root):
         if f"shards/{path.rsplit('/', 1)[-1]}" not in kept:
