@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,12 +36,15 @@ def ray_cluster() -> Iterator[dict[str, str]]:
     """A head node with two CPUs; yields the environment of its clients."""
     folder = tempfile.mkdtemp(prefix="ry")  # short: Ray puts unix sockets below it
     port, dashboard = free_port(), free_port()
-    environment = {**os.environ, **LOOPBACK}
+    # a token of its own: Ray would otherwise enforce or ignore the user's, head and client apart
+    environment = {**os.environ, **LOOPBACK, "RAY_AUTH_MODE": "token",
+                   "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
     environment.pop("RAY_ADDRESS", None)
     # --block: the node's processes stay below this one, so they can be ended by pid
     head = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--port", str(port), "--num-cpus", "2",
          "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
+         "--dashboard-agent-listen-port", str(free_port()),  # 52365 may be another Ray's
          "--object-store-memory", "200000000", "--temp-dir", folder], cwd=ROOT, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -74,9 +78,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [RAY, "job", "submit", "--", sys.executable, "-m", "neurojepa.pretrain", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    """Submit and wait; a young cluster has no agent to take jobs yet, so that is tried again."""
+    command = [RAY, "job", "submit", "--", sys.executable, "-m", "neurojepa.pretrain", *arguments]
+    end = time.monotonic() + 60
+    while True:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
+                              timeout=150)
+        if "No available agent" not in done.stderr or time.monotonic() > end:
+            return done
+        time.sleep(1)
 
 
 def test_a_ray_job_trains_as_local_ranks_do(ray_cluster, recipe: Path, run_cli) -> None:
