@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     step.set_defaults(run=_index)
 
     step = steps.add_parser("prepare", help="scans -> quality-checked volumes in MNI space")
-    step.add_argument("--manifest", required=True)
+    step.add_argument("--manifest", required=True, nargs="+")
     step.add_argument("--out", required=True, help="archive to make or add to")
     step.add_argument("--preset", default="default", choices=["quick", "default"])
     step.add_argument("--workers", type=_positive, default=os.cpu_count() or 1,

@@ -1,4 +1,4 @@
-"""prepare: a manifest -> the archive, as Ray tasks, one per person.
+"""prepare: manifests -> the archive, as Ray tasks, one per person.
 
 A task prepares all scans of a person, writes their voxels, and commits a record
 ``results/<participant>-<hash of inputs and preset>.json`` last.  The driver starts tasks only for
@@ -49,9 +49,9 @@ _INPUTS = ("uri", "member", "size_bytes", "modified", "mask_uri", "label_uri", "
            "session")
 
 
-def prepare(manifest: str, out: str, preset: Preset, workers: int,
+def prepare(manifests: Sequence[str], out: str, preset: Preset, workers: int,
             ray_address: str | None = None, prepare_one: PrepareOne | None = None) -> Counter[str]:
-    """Prepare a manifest's scans into an archive; returns its number of scans by status.
+    """Prepare the scans of manifests into an archive; returns its number of scans by status.
 
     Parameters
     ----------
@@ -61,14 +61,15 @@ def prepare(manifest: str, out: str, preset: Preset, workers: int,
     Raises
     ------
     DataError
-        The manifest or a store cannot be read or written, people are in two splits, or no scan of
+        A manifest or a store cannot be read or written, people are in two splits, or no scan of
         the archive is usable.
     """
-    check_reachable(manifest)
-    check_reachable(out)
-    scans, labels = read_manifest(manifest)
+    for uri in (*manifests, out):
+        check_reachable(uri)
+    read = [read_manifest(manifest) for manifest in manifests]
+    labels = pa.concat_tables([table for _, table in read])
     people: dict[str, list[Scan]] = defaultdict(list)
-    for scan in scans:
+    for scan in {(scan.uri, scan.member): scan for scans, _ in read for scan in scans}.values():
         people[scan.participant].append(scan)
     for name in {row["participant"] for row in archive_rows(out) if row["reason"] == WITHDRAWN}:
         if people.pop(name, None):

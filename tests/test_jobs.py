@@ -51,7 +51,7 @@ def calls(monkeypatch) -> list[str]:
 
 
 def prepare(manifest: str, out: object, **options):
-    return jobs.prepare(manifest, str(out), QUICK, 2, prepare_one=fake_prepare, **options)
+    return jobs.prepare([manifest], str(out), QUICK, 2, prepare_one=fake_prepare, **options)
 
 
 def tree_bytes(root: Path) -> dict[str, bytes]:
@@ -116,6 +116,15 @@ def test_another_manifest_adds(calls, tmp_path: Path):
     archive = open_archive(str(out))
     assert {row["cohort"] for row in archive.rows} == {"fake", "other"}
     assert set(archive.labels["participant"].to_pylist()) == {"p1", "p2", "q1"}
+
+
+def test_two_manifests_at_once_are_like_one_after_the_other(calls, tmp_path: Path):
+    manifests = [make_manifest(tmp_path, TWO),
+                 make_manifest(tmp_path, {"q1/1/T1w": "q"}, "other", "n")]
+    jobs.prepare(manifests, str(tmp_path / "a"), QUICK, 1, prepare_one=fake_prepare)
+    for manifest in manifests:
+        prepare(manifest, tmp_path / "b")
+    assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
 
 
 def test_a_failing_person_is_quarantined_and_tried_again(calls, tmp_path: Path):

@@ -48,7 +48,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
                 ("fake", {"p1/1/T1w": "one", "p1/2/T1w": "two", "p2/1/T2w": "flag",
                           "p3/1/T1w": "bad"}),
                 ("other", {"q1/1/T1w": "four", "q2/1/FLAIR": "five"})):
-            jobs.prepare(make_manifest(root, contents, cohort, cohort), out, QUICK, 1,
+            jobs.prepare([make_manifest(root, contents, cohort, cohort)], out, QUICK, 1,
                          prepare_one=fake_prepare)
     return out
 
@@ -272,7 +272,7 @@ def test_a_withdrawn_person_is_gone_for_good(tmp_path: Path, monkeypatch, capsys
     manifest = make_manifest(tmp_path, {f"{left}/1/T1w": "one", f"{left}/2/T1w": "two",
                                         f"{stays}/1/T1w": "three"})
     archive, feed = str(tmp_path / "a"), str(tmp_path / "f")
-    jobs.prepare(manifest, archive, QUICK, 1, prepare_one=fake_prepare)
+    jobs.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)
     pack(archive, feed, THREE, 256 * MIB)
     kept = SampleReader(open_feed(feed)).image(
         open_feed(feed).index["participant"].to_pylist().index(stays))
@@ -287,7 +287,7 @@ def test_a_withdrawn_person_is_gone_for_good(tmp_path: Path, monkeypatch, capsys
     files = [path for path in [*Path(archive).rglob("*"), *Path(feed).rglob("*")]
              if left in path.name]
     assert files == [] and len(list(Path(feed).glob("shards/*"))) == 1
-    jobs.prepare(manifest, archive, QUICK, 1, prepare_one=fake_prepare)  # does not bring it back
+    jobs.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)  # does not bring it back
     tombs = [row for row in open_archive(archive).rows if row["participant"] == left]
     assert len(tombs) == 2 and all(
         (row["status"], row["reason"], row["scan_id"], row["site"], row["qc_snr"])
