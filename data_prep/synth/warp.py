@@ -18,6 +18,7 @@ from scipy import ndimage
 COARSE_MM = 3
 SQUARINGS = 5  # 2^5 steps: each moves less than half a node for the velocities used here
 VENTRICLES, HIPPOCAMPI = (4, 43), (17, 53)
+FACTOR_LIMIT = 4.5  # of a structure's volume: at sevenfold growth the field comes close to folding
 TIME_LIMIT = np.array([12.0, 5.0])  # of the two focal flows: beyond it walls meet other structures
 
 
@@ -142,9 +143,10 @@ class Shaper:
         """The field after which ventricles and hippocampi have ``wanted_ml`` [2].
 
         A secant iteration on log volume, to 3 % of the soft masks (hard labels differ by some
-        10 %).  Where a wish is out of reach the flow stops at TIME_LIMIT.  So the true volumes
-        are measured from the final labels, never taken from here.
+        10 %).  A wish beyond FACTOR_LIMIT is met as far as that.  So the true volumes are
+        measured from the final labels, never taken from here.
         """
+        wanted_ml = np.clip(wanted_ml, self.volumes / FACTOR_LIMIT, self.volumes * FACTOR_LIMIT)
         times, measured = np.zeros(2), self.volumes
         slopes = self.slopes
         for _ in range(5):
