@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     if already_finished(config):
+        from neurojepa.train.checkpoint import check_same_recipe
+
+        check_same_recipe(config)
         if os.environ.get("RANK", "0") == "0":
             print(f"{config.run.dir}: already finished at step {config.train.steps}; choose "
                   "another run.dir or raise train.steps")
@@ -39,8 +42,11 @@ def main(argv: list[str] | None = None) -> int:
 
         return launch(config, argv)
     from neurojepa.train.loop import train
+    from neurojepa.train.world import leave_world
 
-    return train(config)
+    status = train(config)
+    leave_world()
+    return status
 
 
 def already_finished(config: RootConfig) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from neurojepa.config import OptimConfig, RootConfig, dump_config
+from neurojepa.errors import ConfigError
 from neurojepa.pretrain import main
 from neurojepa.train.checkpoint import committed_steps, latest_step
 from neurojepa.train.rows import read_rows
@@ -95,6 +96,8 @@ def test_finished_refused_and_extended(feed: str, tmp_path: Path,
     assert process.wait(timeout=100) == 0
     assert main(["--config", path]) == 0
     assert "already finished at step 3" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"train.seed: checkpoint 0, now 1"):
+        main(["--config", path, "train.seed=1"])
 
     refused = start("--config", path, "optim.lr=0.01", "train.steps=4")
     extended = start("--config", path, "train.steps=4")

@@ -265,6 +265,17 @@ def open_checkpoint(run_dir: str, step: int) -> Checkpoint:
     return Checkpoint(run_dir, step, manifest)
 
 
+def check_same_recipe(config: RootConfig) -> None:
+    """Refuse a recipe other than that of the latest checkpoint in run.dir, as ``check_same_run``.
+
+    The feed is not opened, so its content is not compared.
+    """
+    step = latest_step(config.run.dir)
+    if step is not None:
+        found = open_checkpoint(config.run.dir, step)
+        check_same_run(found, config, found.manifest["feed"], found.manifest["order"])
+
+
 def check_same_run(checkpoint: Checkpoint, config: RootConfig, feed: str, order: str) -> None:
     """Refuse to continue a run with another model, recipe or order of samples.
 

@@ -75,13 +75,18 @@ def start_world(deterministic: bool = False) -> World:
     # On the CPU DeepSpeed would compile this op (minutes, needs a compiler); gloo does its work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
-    # DeepSpeed 0.19 gathers by the older name, which torch 2.11 does not yet know otherwise.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
+    # DeepSpeed 0.19 calls collectives by their older names; torch 2.11 has no others.
+    warnings.filterwarnings("ignore", message=r"`torch.distributed\.\w+_tensor` is deprecated")
     with bounded_groups():
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False,
                                    verbose=False, timeout=COLLECTIVE_TIMEOUT)
         control = dist.new_group(backend="gloo")
     return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def leave_world() -> None:
+    """Leave the process group at the end of a process, when all ranks do."""
+    dist.destroy_process_group()
 
 
 @contextmanager
