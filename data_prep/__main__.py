@@ -1,4 +1,4 @@
-"""python -m data_prep synth | index | prepare | pack | verify | withdraw
+"""python -m data_prep synth | index | prepare | pack | verify | withdraw | report
 
     python -m data_prep synth   --out cohort --participants 8
     python -m data_prep index   --cohort bids --source cohort --out cohort.parquet
@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--key", help="file of the pseudonym key that index used")
     step.add_argument("targets", nargs="+", metavar="ARCHIVE|FEED")
     step.set_defaults(run=_withdraw)
+
+    step = steps.add_parser("report", help="an archive's quality as an HTML page")
+    step.add_argument("archive")
+    step.add_argument("--out", required=True, help="page to write, *.html")
+    step.set_defaults(run=_report)
     return parser
 
 
@@ -133,6 +138,13 @@ def _withdraw(arguments: argparse.Namespace) -> int:
     from data_prep.withdraw import withdraw
 
     withdraw(arguments.listing, arguments.targets, load_key(arguments.key, make=False))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from data_prep.report import report
+
+    report(arguments.archive, arguments.out)
     return 0
 
 

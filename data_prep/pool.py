@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -112,6 +113,8 @@ def _ray(workers: int, address: str | None) -> Iterator[Any]:
         os.environ.update(_ONE_THREAD)  # inherited by the workers
     import ray
 
+    if address:
+        _check_address(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         try:
@@ -122,10 +125,22 @@ def _ray(workers: int, address: str | None) -> Iterator[Any]:
                 ray.init(address=address, runtime_env={"env_vars": _ONE_THREAD}, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"reached at {address}" if address else "started"
-            raise ClusterError(f"Ray cannot be {where} ({error}); check --ray-address and the free "
-                               "memory") from error
+            raise ClusterError(f"Ray cannot be {where} ({error}); check --ray-address and free "
+                               "memory; a cluster with tokens needs RAY_AUTH_MODE=token") from error
         yield ray
     finally:
         ray.shutdown()
         if directory:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _check_address(address: str) -> None:
+    """Fail at once where nothing listens; Ray itself tries for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return  # "auto": Ray looks the address up
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ClusterError(f"--ray-address {address}: no Ray answers there ({error}); start the "
+                           "cluster or correct the address") from error

@@ -24,7 +24,7 @@ from data_prep.store import (
     write_volume,
 )
 from data_prep.verify import verify
-from neurojepa.errors import DataError
+from neurojepa.errors import ClusterError, DataError
 from tests.fakes import QUICK, fake_prepare, make_manifest, volume
 
 TWO = {"p1/1/T1w": "one", "p1/2/T1w": "two", "p2/1/T1w": "three", "p2/1/T2w": "flag"}
@@ -216,6 +216,11 @@ def test_no_s3_is_one_clear_line_in_seconds(monkeypatch, run_cli, tmp_path: Path
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "http://127.0.0.1:9 does not answer" in done.stderr
     check_reachable(str(tmp_path))  # a local path needs nothing
+
+
+def test_no_ray_at_the_address_is_said_at_once(tmp_path: Path):
+    with pytest.raises(ClusterError, match=r"127\.0\.0\.1:9: no Ray answers there"):
+        prepare(make_manifest(tmp_path, TWO), tmp_path / "a", ray_address="127.0.0.1:9")
 
 
 def test_missing_manifest(tmp_path: Path):

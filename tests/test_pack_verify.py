@@ -15,6 +15,7 @@ import webdataset as wds
 
 from data_prep import jobs
 from data_prep.identity import pseudonym
+from data_prep.report import report
 from data_prep.store import IMAGE_SCALE, open_archive, read_volume, slot
 from data_prep.tars import pack, resample
 from data_prep.verify import verify
@@ -302,6 +303,19 @@ def test_a_bad_withdrawal_list_stops(tmp_path: Path, text: str, message: str):
     listing.write_text(text)
     with pytest.raises(DataError, match=message):
         withdraw(str(listing), [str(tmp_path)], b"0123456789abcdef")
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+def test_report_counts_and_shows_without_names(archive: str, tmp_path: Path):
+    report(archive, str(tmp_path / "r.html"))
+    page = (tmp_path / "r.html").read_text()
+    assert "6 scans of 5 people: 4 accepted, 1 flagged, 1 rejected" in page
+    assert "<td>fake</td><td>T1w</td><td>2</td><td>0</td><td>1</td>" in page
+    assert "<td>rejected</td><td>truncated</td><td>1</td>" in page
+    assert "<td>flagged</td><td>low_dice</td><td>1</td>" in page
+    assert page.count("<img src='data:image/png;base64,") == 3
+    assert "http" not in page and ".txt" not in page
 
 
 # ---- the whole way -------------------------------------------------------------------------------
