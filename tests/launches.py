@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 from cluster.rundir import RunDir
@@ -10,6 +14,7 @@ from neurojepa.config import dump_config
 from tests.feeds import tiny_config, write_feed
 
 STEPS = 4
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_recipe(folder: Path) -> Path:
@@ -18,6 +23,20 @@ def write_recipe(folder: Path) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(dump_config(tiny_config(feed, folder / "run", steps=STEPS,
                                               checkpoint_every=2, log_every=1)))
+    return recipe
+
+
+@cache
+def reference(session_folder: Path) -> Path:
+    """The recipe, beside it ``local``: its run by two local ranks; made once per test session."""
+    folder = session_folder / "launches"
+    folder.mkdir()
+    recipe = write_recipe(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "neurojepa.pretrain", "--config", str(recipe), "run.launcher=local",
+         "run.ranks=2", f"run.dir={recipe.parent / 'local'}"], cwd=ROOT, capture_output=True,
+        text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
     return recipe
 
 

@@ -13,26 +13,24 @@ import pytest
 
 from cluster.rundir import RunDir
 from neurojepa.train import launch
-from tests.launches import check_finished, losses, write_recipe
+from tests.launches import check_finished, losses, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("launch"))
+    return reference(tmp_path_factory.getbasetemp())
 
 
 def test_two_local_ranks_train_as_one_does(recipe: Path, run_cli) -> None:
-    folder = recipe.parent
-    for name, options in (("alone", []), ("two", ["run.launcher=local", "run.ranks=2"])):
-        done = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe), *options,
-                       f"run.dir={folder / name}")
-        assert done.returncode == 0, done.stderr
-    assert losses(folder / "two") == pytest.approx(losses(folder / "alone"), abs=1e-5)
-    check_finished(folder / "two", run_cli)
+    alone, local = recipe.parent / "alone", recipe.parent / "local"
+    done = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe), f"run.dir={alone}")
+    assert done.returncode == 0, done.stderr
+    assert losses(local) == pytest.approx(losses(alone), abs=1e-5)
+    check_finished(local, run_cli)
     again = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe), "run.launcher=local",
-                    "run.ranks=2", f"run.dir={folder / 'two'}")
+                    "run.ranks=2", f"run.dir={local}")
     assert again.returncode == 0 and "already finished" in again.stdout
 
 
