@@ -108,7 +108,7 @@ def test_physical_scale_is_kept(tmp_path):
         turned, _ = moved(affine, 8, (5, -10, 4), zoom=0.92 * zoom)
         prepared = prepare_one(save(tmp_path / f"{zoom}.nii.gz", data, turned))
         sizes[zoom] = prepared.figures["brain_ml_archive"]
-        assert sizes[zoom] == pytest.approx(prepared.figures["brain_ml_native"], rel=0.005)
+        assert sizes[zoom] == pytest.approx(prepared.figures["brain_ml_native"], rel=0.01)
         assert prepared.figures["affine_volume_factor"] == pytest.approx((0.92 * zoom) ** -3, rel=0.03)
     assert sizes[1.1] / sizes[1.0] == pytest.approx(1.1 ** 3, rel=0.02)
     assert sizes[0.9] / sizes[1.0] == pytest.approx(0.9 ** 3, rel=0.02)
