@@ -56,7 +56,7 @@ def test_midpoint_of_two_visits_is_halfway():
     motion[:3, 3] = CENTRE - motion[:3, :3] @ CENTRE + [0, 0, 8]  # about the brain's centre
     halfway = midpoint([np.eye(4), motion], CENTRE)
     assert rotation_deg(halfway) == pytest.approx(10)
-    np.testing.assert_allclose((halfway @ np.r_[CENTRE, 1])[:3], CENTRE + [0, 0, 4], atol=1e-9)
+    np.testing.assert_allclose((halfway @ np.r_[CENTRE, 1])[:3], CENTRE + np.array([0, 0, 4]), atol=1e-9)
 
 
 # ---- recovery of known motions -------------------------------------------------------------------
@@ -109,7 +109,8 @@ def test_physical_scale_is_kept(tmp_path):
         prepared = prepare_one(save(tmp_path / f"{zoom}.nii.gz", data, turned))
         sizes[zoom] = prepared.figures["brain_ml_archive"]
         assert sizes[zoom] == pytest.approx(prepared.figures["brain_ml_native"], rel=0.01)
-        assert prepared.figures["affine_volume_factor"] == pytest.approx((0.92 * zoom) ** -3, rel=0.03)
+        factor = prepared.figures["affine_volume_factor"]
+        assert factor == pytest.approx((0.92 * zoom) ** -3, rel=0.03)
     assert sizes[1.1] / sizes[1.0] == pytest.approx(1.1 ** 3, rel=0.02)
     assert sizes[0.9] / sizes[1.0] == pytest.approx(0.9 ** 3, rel=0.02)
 
