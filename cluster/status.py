@@ -86,7 +86,7 @@ def render(status: dict[str, Any]) -> str:
         f"   loss {_number(status['loss'])} (step {status['loss_step']})"
         f"   {_number(status['volumes_per_s'])} volumes/s"
         f"   ETA {_duration(status['eta_s'])}",
-        f"  last checkpoint: {_checkpoint(status['last_checkpoint'])}"
+        f"  last checkpoint: {_step(status['last_checkpoint']) or 'none yet'}"
         f"   restarts: {status['restarts']}",
         "",
         "  rank  host                 pid       step      last seen",
@@ -95,7 +95,7 @@ def render(status: dict[str, Any]) -> str:
               f"{_duration(rank['age_s'])} ago" for rank in status["ranks"]]
     lines += ["", "  last events"]
     lines += [f"  {time.strftime('%F %T', time.localtime(row.get('time', 0)))}  "
-              f"{row.get('event'):11} step {row.get('step')}  {_facts(row)}".rstrip()
+              f"{row.get('event'):11} {_step(row.get('step')):12} {_facts(row)}".rstrip()
               for row in status["events"]]
     return "\n".join(lines)
 
@@ -111,8 +111,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _checkpoint(step: int | None) -> str:
-    return "none yet" if step is None else f"step {step}"
+def _step(step: int | None) -> str:
+    return "" if step is None else f"step {step}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -219,8 +219,8 @@ class Supervisor:
         self._event("give_up", outcome.step, failures=failures, status=outcome.status,
                     committed=committed)
         cause = next((line for line in reversed(outcome.log_lines) if "rror" in line), "")
-        raise ClusterError(f"{self.run_dir.uri}: gave up after {failures} failures in a row at "
-                           f"{step} ({how}; {last}); see logs/ there. {cause}".rstrip())
+        raise ClusterError(f"{self.run_dir.uri}: gave up after {failures} failure(s) in a row "
+                           f"at {step} ({how}; {last}); see logs/ there. {cause}".rstrip())
 
     def _refuse_running(self) -> None:
         """Two trainings in one run directory would overwrite each other's checkpoints."""

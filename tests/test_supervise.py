@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster import processes
 from cluster.attempt import DeepSpeedLaunch, Progress
-from cluster.processes import TOKEN, members, same_process
+from cluster.processes import TOKEN, members, pid_space, same_process
 from cluster.rundir import Heartbeat, RunDir, run_of_arguments
 from cluster.status import read_status, render
 from cluster.supervise import Supervisor
@@ -95,7 +96,7 @@ def test_a_quiet_run_is_started_once_and_finishes(toy) -> None:
 
 def test_gives_up_and_names_the_step(toy) -> None:
     supervisor, run_dir = toy("toy.crash=2", "toy.step_s=0.02", max_restarts=1)
-    with pytest.raises(ClusterError, match=r"gave up after 2 failures in a row at step 1 .*status "
+    with pytest.raises(ClusterError, match=r"gave up after 2 failure.s. in a row at step 1 .*status "
                                            r"3.*no checkpoint yet.*ToyError: rank . breaks"):
         supervisor.run()
     events = run_dir.events()
@@ -114,6 +115,17 @@ def test_failures_count_from_the_last_new_checkpoint(toy) -> None:
         supervisor.run()
     # attempt 1 commits steps 2 and 4; attempts 2 (its failure is the second in a row) fails at 5
     assert [row["failures"] for row in run_dir.events() if row["event"] == "restart"] == [1]
+
+
+def test_a_start_that_refuses_its_input_is_not_repeated(tmp_path: Path) -> None:
+    class Refusing(ToyLaunch):
+        def command(self) -> list[str]:
+            return [sys.executable, "-c", "import sys; print('error: no such feed'); sys.exit(2)"]
+
+    run_dir = RunDir(str(tmp_path / "run"))
+    with pytest.raises(ClusterError, match=r"gave up .* at its start .*no such feed"):
+        Supervisor(Refusing([]), run_dir).run()
+    assert names(run_dir) == ["started", "exit", "give_up"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -188,6 +200,21 @@ def test_a_second_supervisor_is_refused(toy, tmp_path: Path) -> None:
     (tmp_path / "run" / "heartbeat" / "rank-0.json").write_text(json.dumps(beat))
     with pytest.raises(ClusterError, match=f"by process {os.getpid()} already"):
         supervisor.run()
+
+
+def test_signals_from_another_host_reach_the_ranks_of_that_attempt_only() -> None:
+    ours, other = (subprocess.Popen(["sleep", "300"], env={**os.environ, TOKEN: t, "RANK": "0"})
+                   for t in ("aa11", "bb22"))
+    try:
+        soon(lambda: members("aa11"))
+        assert processes.main(["aa11", "9", pid_space()]) == 0  # the caller did it itself
+        assert [item.pid for item in members("aa11")] == [ours.pid]
+        assert processes.main(["aa11", "9", "another-boot/1"]) == 0
+        assert ours.wait(10) == -signal.SIGKILL and other.poll() is None
+    finally:
+        for process in (ours, other):
+            process.kill()
+            process.wait()
 
 
 def test_a_reused_pid_is_another_process() -> None:
