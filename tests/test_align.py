@@ -56,7 +56,8 @@ def test_midpoint_of_two_visits_is_halfway():
     motion[:3, 3] = CENTRE - motion[:3, :3] @ CENTRE + [0, 0, 8]  # about the brain's centre
     halfway = midpoint([np.eye(4), motion], CENTRE)
     assert rotation_deg(halfway) == pytest.approx(10)
-    np.testing.assert_allclose((halfway @ np.r_[CENTRE, 1])[:3], CENTRE + np.array([0, 0, 4]), atol=1e-9)
+    where = (halfway @ np.r_[CENTRE, 1])[:3]
+    np.testing.assert_allclose(where - CENTRE, (0, 0, 4), atol=1e-9)
 
 
 # ---- recovery of known motions -------------------------------------------------------------------
