@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     if already_finished(config):
-        from neurojepa.train.checkpoint import check_same_recipe
+        from neurojepa.train.resume import check_same_recipe
 
         check_same_recipe(config)
         if os.environ.get("RANK", "0") == "0":

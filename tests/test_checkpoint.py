@@ -13,6 +13,7 @@ from neurojepa.config import RootConfig
 from neurojepa.errors import CheckpointError, ConfigError
 from neurojepa.train import checkpoint
 from neurojepa.train.engine import Fragment
+from neurojepa.train.resume import check_same_run
 from neurojepa.train.rows import append_rows, read_rows
 from tests.feeds import tiny_config, write_feed
 from tests.worker import job, run_ranks
@@ -116,7 +117,7 @@ def test_another_run_is_refused_with_both_values(finished: tuple[RootConfig, Pat
 
     for free in (config, changed("train", zero=3, micro_batch=1, log_every=1, steps=9),
                  changed("run", ranks=4), changed("data", feed="elsewhere", read_threads=1)):
-        checkpoint.check_same_run(found, free, feed, order)
+        check_same_run(found, free, feed, order)
     for section, values, message in (
             ("model", {"size": "small"}, r"model.size: checkpoint 'tiny', now 'small'"),
             ("train", {"seed": 5, "global_batch": 8},
@@ -124,11 +125,11 @@ def test_another_run_is_refused_with_both_values(finished: tuple[RootConfig, Pat
             ("train", {"steps": 5}, r"train.steps: checkpoint 6, now 5"),
             ("data", {"weights": {"blobs/T1w": 1.0}}, r"data.weights: checkpoint {}, now")):
         with pytest.raises(ConfigError, match=message):
-            checkpoint.check_same_run(found, changed(section, **values), feed, order)
+            check_same_run(found, changed(section, **values), feed, order)
     with pytest.raises(ConfigError, match=f"feed fingerprint: checkpoint {feed}, now other"):
-        checkpoint.check_same_run(found, config, "other", order)
+        check_same_run(found, config, "other", order)
     with pytest.raises(ConfigError, match=f"order fingerprint: checkpoint {order}, now other"):
-        checkpoint.check_same_run(found, config, feed, "other")
+        check_same_run(found, config, feed, "other")
 
 
 def test_rows_survive_a_cut_last_line(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from neurojepa.train import checkpoint
 from neurojepa.train.engine import Engine
 from neurojepa.train.health import Health
 from neurojepa.train.metrics import Heartbeat, Metrics
+from neurojepa.train.resume import check_same_run
 from neurojepa.train.schedule import rates_at
 from neurojepa.train.world import World, start_world
 
@@ -99,8 +100,7 @@ class Run:
         if step is None:
             return None
         found = checkpoint.open_checkpoint(self.config.run.dir, step)
-        checkpoint.check_same_run(found, self.config, self.feed.fingerprint,
-                                  self.loader.order.fingerprint)
+        check_same_run(found, self.config, self.feed.fingerprint, self.loader.order.fingerprint)
         return found
 
     def to_end(self) -> int:
