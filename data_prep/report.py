@@ -113,11 +113,12 @@ def _histograms(rows: list[Row]) -> Any:
             values = [row[name] for row in rows
                       if row["status"] == status and row.get(name) is not None]
             if values:
-                axes.hist(values, bins="auto", color=colour, alpha=0.7, label=status)
+                axes.hist(values, bins=20, color=colour, alpha=0.7, label=status)
         axes.set_xlabel(title)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("scans")
-    figure.axes[0].legend(frameon=False)
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.axes[0].legend(frameon=False)
     return figure
 
 
