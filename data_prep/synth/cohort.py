@@ -73,7 +73,7 @@ def draw_person(seed: int, index: int) -> Person:
     rng = np.random.default_rng([seed, 2, index])
     age = float(np.clip(shared_age + rng.normal(0, 4), 20, 85)) if siblings else rng.uniform(20, 85)
     sex = "M" if rng.random() < 0.5 else "F"
-    patient = bool(rng.random() < (1 / 3 if age >= 55 else 0.05))
+    patient = bool(rng.random() < (0.5 if age >= 55 else 0.15))
     # men's heads are 4 % larger in each direction than women's; the rest is individual
     size = (0.02 if sex == "M" else -0.02) + rng.normal(0, 0.02)
     scale = np.exp(size + rng.normal(0, 0.01, 3))
