@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
         path = run / "heartbeat" / f"rank-{rank}.json"
         path.with_suffix(".new").write_text(json.dumps(beat))
         path.with_suffix(".new").rename(path)
+        while len(list(path.parent.glob("*.json"))) < int(os.environ["WORLD_SIZE"]):
+            time.sleep(0.01)  # all ranks have begun
         if step % 2 == 0 and rank == 0:
             (run / "latest").write_text(f"step-{step}")
         if stopping:
