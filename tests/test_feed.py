@@ -106,7 +106,7 @@ def test_a_feed_without_its_commit_record_or_with_a_changed_index_is_refused(
     assert record["num_samples"] == 11
     index = tmp_path / "feed/index.parquet"
     index.write_bytes(index.read_bytes() + b"x")
-    with pytest.raises(DataError, match="does not match feed.json"):
+    with pytest.raises(DataError, match=r"does not match feed\.json"):
         open_feed(uri)
     (tmp_path / "feed/feed.json").unlink()
     with pytest.raises(DataError, match="no committed feed here"):

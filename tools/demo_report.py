@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.store import IMAGE_SCALE, open_archive, read_volume, slot
 from neurojepa.config import RootConfig, load_config
+from neurojepa.errors import ClusterError
 from neurojepa.feed.format import ARCHIVE_GRID, MODALITIES, NOT_SCANNED, Feed, Grid, open_feed
 from neurojepa.feed.loader import Batch, SampleReader
 from neurojepa.report import figure, page, paragraph, section, table, tiles
@@ -25,6 +26,9 @@ def write_report(out: Path, archive_uri: str, feed_uri: str,
                  seconds: dict[str, float]) -> dict[str, Any]:
     """Write OUT/report.html and, last, OUT/summary.json; returns the summary."""
     archive, feed = open_archive(archive_uri), open_feed(feed_uri)
+    if not (out / "run/killed.json").exists():
+        raise ClusterError(f"{out / 'run'}: finished before a rank could be killed; remove this "
+                           "folder and run the demo again")
     killed = json.loads((out / "run/killed.json").read_text())
     probe = json.loads((out / "probe/results.json").read_text())
     events = read_rows(str(out / "run/events.jsonl"))
@@ -208,26 +212,30 @@ def _scans(archive_uri: str, rows: list[dict[str, Any]]) -> str:
 
 def _montage(archive_uri: str, rows: list[dict[str, Any]], columns: int = 3) -> Any:
     lines = -(-len(rows) // columns)
+    x, y, _ = ARCHIVE_GRID.shape
     plot, axes = _pyplot().subplots(lines, 3 * columns, squeeze=False, layout="constrained",
-                                    figsize=(3.7 * columns, 1.75 * lines))
+                                    width_ratios=[y, x, x] * columns,
+                                    figsize=(3.7 * columns, 1.45 * lines))
     for axis in axes.flat:
         axis.axis("off")
-    middle = [size // 2 for size in ARCHIVE_GRID.shape]
     for number, row in enumerate(rows):
         line, first = divmod(number, columns)
         arrays = read_volume(archive_uri, slot(row["participant"], row["scan_id"]))
-        planes = [(np.index_exp[middle[0]], "sagittal"), (np.index_exp[:, middle[1]], "coronal"),
-                  (np.index_exp[:, :, middle[2]], "axial")]
-        for k, (plane, _) in enumerate(planes):
+        images, masks = _planes(arrays["image"]), _planes(arrays["mask"] == 1)
+        for k, (image, mask) in enumerate(zip(images, masks, strict=True)):
             axis = axes[line][3 * first + k]
-            axis.imshow(arrays["image"][plane].T * IMAGE_SCALE, cmap="gray", origin="lower",
-                        vmin=0, vmax=1)
-            axis.contour((arrays["mask"][plane] == 1).T, levels=[0.5], colors=[ORANGE],
-                         linewidths=0.6)
+            axis.imshow(image.T * IMAGE_SCALE, cmap="gray", origin="lower", vmin=0, vmax=1)
+            axis.contour(mask.T, levels=[0.5], colors=[ORANGE], linewidths=0.6)
             if k == 1:
                 axis.set_title(f"{row['cohort']} · {row['modality']}"
                                + (f" · {row['reason']}" if row["reason"] else ""), fontsize=6.5)
     return plot
+
+
+def _planes(volume: np.ndarray) -> list[np.ndarray]:
+    """The sagittal, coronal and axial slice through the middle of [X, Y, Z]."""
+    x, y, z = (size // 2 for size in volume.shape)
+    return [volume[x], volume[:, y], volume[:, :, z]]
 
 
 def _quarantine(rows: list[dict[str, Any]]) -> str:

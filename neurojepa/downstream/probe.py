@@ -74,8 +74,10 @@ def probe(embeddings: Embeddings, target: str, values: np.ndarray) -> ProbeResul
 def _regression(embeddings: Embeddings, target: str, truth: np.ndarray, train: np.ndarray,
                 test: np.ndarray, num_people: int) -> ProbeResult:
     from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GroupKFold
 
-    model = _tuned(Ridge(), "alpha", np.logspace(-1, 5, 13), "neg_mean_squared_error")
+    folds = GroupKFold(5, shuffle=True, random_state=0)
+    model = _tuned(Ridge(), "alpha", np.logspace(-1, 5, 13), "neg_mean_squared_error", folds)
     model.fit(embeddings.values[train], truth[train], groups=embeddings.participant[train])
     predicted = model.predict(embeddings.values[test])
     who = embeddings.participant[test]
@@ -87,6 +89,8 @@ def _regression(embeddings: Embeddings, target: str, truth: np.ndarray, train: n
 def _classification(embeddings: Embeddings, target: str, values: np.ndarray, train: np.ndarray,
                     test: np.ndarray, num_people: int) -> ProbeResult:
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss, make_scorer
+    from sklearn.model_selection import StratifiedGroupKFold
 
     names = sorted(set(values[train | test].tolist()))
     if len(names) != 2 or any(len(set(values[part])) != 2 for part in (train, test)):
@@ -94,8 +98,15 @@ def _classification(embeddings: Embeddings, target: str, values: np.ndarray, tra
                         f"{sorted(set(values[train].tolist()))}, test has "
                         f"{sorted(set(values[test].tolist()))}")
     truth = (values == names[1]).astype(float)
+    rarer = min(len(set(embeddings.participant[train & (truth == side)])) for side in (0, 1))
+    if rarer < 2:
+        raise DataError(f"label {target!r}: one class of split train has {rarer} person; choosing "
+                        "the penalty by cross-validation needs at least 2")
+    folds = StratifiedGroupKFold(min(5, rarer), shuffle=True, random_state=0)
+    loss = make_scorer(log_loss, response_method="predict_proba", greater_is_better=False,
+                       labels=[0, 1])  # a fold may hold one class alone
     model = _tuned(LogisticRegression(max_iter=2000, class_weight="balanced"), "C",
-                   np.logspace(-5, 1, 13), "neg_log_loss")
+                   np.logspace(-5, 1, 13), loss, folds)
     model.fit(embeddings.values[train], truth[train], groups=embeddings.participant[train])
     predicted = model.predict_proba(embeddings.values[test])[:, 1]
     scores = {"auroc": score(auroc, truth[test], predicted, embeddings.participant[test])}
@@ -103,15 +114,16 @@ def _classification(embeddings: Embeddings, target: str, values: np.ndarray, tra
                        (names[0], names[1]))
 
 
-def _tuned(estimator, parameter: str, grid: np.ndarray, scoring: str):
+def _tuned(estimator, parameter: str, grid: np.ndarray, scoring, folds):
     """Standardise, then the estimator with its penalty chosen over folds of people."""
-    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import StandardScaler
 
     pipeline = Pipeline([("scale", StandardScaler()), ("model", estimator)])
-    return GridSearchCV(pipeline, {f"model__{parameter}": grid}, scoring=scoring,
-                        cv=GroupKFold(n_splits=5, shuffle=True, random_state=0))
+    # a fold that cannot be scored is an error: without scores the first penalty would win
+    return GridSearchCV(pipeline, {f"model__{parameter}": grid}, scoring=scoring, cv=folds,
+                        error_score="raise")
 
 
 def _as_numbers(values: np.ndarray) -> np.ndarray | None:
