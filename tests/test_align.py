@@ -7,10 +7,15 @@ import json
 import numpy as np
 import pytest
 
+from data_prep.synth.anatomy import anatomy_names, load_anatomy, ventricle_ml
+from data_prep.synth.cohort import choose_anatomy, draw_person
+from data_prep.synth.person import file_names, make_visit
 from data_prep.volumes.align import midpoint, nearest_rigid, register_rigid, rotation_deg, template
+from data_prep.volumes.brain import brain_mask
+from data_prep.volumes.geometry import centre_of
 from data_prep.volumes.pipeline import Prepared, prepare_person
 from data_prep.volumes.preset import PRESETS
-from data_prep.volumes.read import Volume
+from data_prep.volumes.read import ScanError, Volume, read_scan
 from neurojepa.feed.format import ARCHIVE_GRID, MNI_CENTRE_MM
 from tests.synthetic_head import brain, moved, save, scan
 
@@ -135,3 +140,37 @@ def test_what_is_no_brain_fails_to_register(tmp_path):
     assert not isinstance(rejected, Prepared)
     assert rejected.reason == "registration_failed"
     assert "slab.nii.gz" in rejected.message and "Dice" in rejected.message
+
+
+# ---- scans of one session ------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("index", "visit"), [(6, 0), (13, 1), (25, 0)])
+def test_thick_t2w_slices_stay_with_their_t1w(shared_data, tmp_path, index: int, visit: int):
+    """Heads on which a mask-limited metric ran 25 mm away, or ends a little below its start."""
+    labels = shared_data / "labels"
+    person = draw_person(0, index)
+    name = choose_anatomy(person, {name: ventricle_ml(name, labels)
+                                   for name in anatomy_names(labels)})
+    files, _ = make_visit(load_anatomy(name, labels), person, person.visits[visit], 0, 2.0)
+    names = file_names(person, person.visits[visit])
+    scans = {}
+    for modality in ("T1w", "T2w"):
+        path = tmp_path / f"{modality}.nii.gz"
+        path.write_bytes(files[names[modality]])
+        scans[modality] = read_scan(str(path))
+    mask, _ = brain_mask(scans["T1w"], QUICK, None)
+    matrix = register_rigid(scans["T1w"], mask, scans["T2w"], QUICK)
+    centre = centre_of(mask, scans["T1w"].affine)
+    shift = np.linalg.norm(matrix[:3, :3] @ centre + matrix[:3, 3] - centre)
+    # made with 0.7 mm along each axis and 0.5 degrees of motion, in voxels of 2 x 2 x 3 mm
+    assert shift < 4 and rotation_deg(matrix) < 3
+
+
+def test_scans_of_a_session_that_do_not_overlap_are_refused():
+    target = template(2)
+    noise = np.random.default_rng(0).normal(size=target.mask.shape).astype(np.float32)
+    fixed = Volume("fixed", target.image, target.affine)
+    far = target.affine.copy()
+    far[:3, 3] += 400
+    with pytest.raises(ScanError, match="do not overlap"):
+        register_rigid(fixed, target.mask, Volume("noise", noise, far), QUICK)
