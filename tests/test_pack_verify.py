@@ -345,3 +345,9 @@ def test_the_commands_on_a_synthetic_cohort(run_cli, tmp_path: Path, s3):
     labels = {row["name"] for row in opened.labels().to_pylist()}
     assert {"age", "sex", "diagnosis", "ventricle_ml"} <= labels
     assert json.loads(rows[0]["provenance"])["parameters"]["name"] == "quick"
+
+
+def test_pack_offers_every_training_grid():
+    from data_prep.__main__ import GRIDS
+
+    assert GRIDS == list(TRAINING_GRIDS)
