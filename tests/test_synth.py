@@ -257,7 +257,7 @@ def test_cohort_is_plausible_and_a_prefix_of_a_larger_one():
     assert people[:10] != [cohort.draw_person(4, index) for index in range(10)]
     share = np.mean([len(p.visits) == 2 for p in people])
     assert 0.18 < share < 0.32
-    assert 0.25 < np.mean([p.patient for p in people if p.visits[0].age >= 55]) < 0.42
+    assert 0.4 < np.mean([p.patient for p in people if p.visits[0].age >= 55]) < 0.6
     size = {sex: np.mean([np.prod(p.head_scale) for p in people if p.sex == sex]) for sex in "MF"}
     assert 1.08 < size["M"] / size["F"] < 1.17
     ages = [p.visits[0].age for p in people]
