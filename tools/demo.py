@@ -104,7 +104,7 @@ class Demo:
         self.command("neurojepa.weights", "export", str(self.out / "run"), "--out",
                      str(self.out / "weights"))
         self.command("neurojepa.downstream", "probe", "--weights", str(self.out / "weights"),
-                     "--feed", self.feed, "--cohort", "synthetic", "--out",
+                     "--feed", self.feed, "--cohort", "synthetic", "--modality", "T1w", "--out",
                      str(self.out / "probe"))
 
     def report(self) -> None:

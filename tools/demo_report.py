@@ -132,7 +132,7 @@ def _probe(probe: dict[str, Any]) -> str:
             for metric, s in scores.items() if metric != "num_train_people"]
     rows.sort(key=lambda row: (row[0], row[1]))
     return section(
-        "Linear probes on frozen embeddings",
+        "Linear probes on frozen embeddings of T1w scans",
         table(["target", "metric", "model", "value [95 % interval]", "test people", "train people"],
               rows),
         paragraph("People tested come from anatomies that were not trained on; intervals resample "
