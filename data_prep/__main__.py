@@ -17,7 +17,6 @@ from pathlib import Path
 
 from neurojepa.errors import ConfigError, run_command
 
-
 GRIDS = ["1.5mm", "3mm", "paper"]  # of TRAINING_GRIDS, whose import would slow --help
 
 

@@ -350,4 +350,4 @@ def test_the_commands_on_a_synthetic_cohort(run_cli, tmp_path: Path, s3):
 def test_pack_offers_every_training_grid():
     from data_prep.__main__ import GRIDS
 
-    assert GRIDS == list(TRAINING_GRIDS)
+    assert list(TRAINING_GRIDS) == GRIDS
