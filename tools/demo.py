@@ -163,11 +163,14 @@ def is_rank_of(run: Path, pid: int) -> bool:
 
 def scan_sources(folder: Path) -> list[tuple[str, Path]]:
     """Folders below (and with) ``folder`` that hold scans: BIDS datasets, or files by suffix."""
-    sources = []
-    for path in [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]:
-        loose = any(file.name.split(".")[0].endswith(SCAN_SUFFIXES) for file in path.iterdir())
-        if (path / "dataset_description.json").exists() or loose:
-            sources.append((path.name, path))
+    folders = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
+    sources = [(path.name, path) for path in folders
+               if (path / "dataset_description.json").exists()
+               or any(file.name.split(".")[0].endswith(SCAN_SUFFIXES) for file in path.iterdir())]
+    left = [path.name for path in folders[1:] if (path.name, path) not in sources]
+    if left:
+        print(f"{folder}: nothing taken from {', '.join(left)}: no BIDS dataset and no file named "
+              f"{' or '.join('*' + suffix for suffix in SCAN_SUFFIXES)}")
     return sources
 
 
