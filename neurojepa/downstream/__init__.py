@@ -1,1 +1,1 @@
-
+"""Using exported weights: embeddings, probes, their statistics and report."""

@@ -1,1 +1,1 @@
-
+"""tokens -> latents: encoder with sparse experts, predictor, sparse code."""

@@ -1,1 +1,1 @@
-
+"""Training: launch, loop, engine, checkpoints, metrics."""
