@@ -25,16 +25,19 @@ if ! "$python" -m venv --help >/dev/null 2>&1 || ! "$python" -c 'import ensurepi
     fi
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-pip=".venv/bin/python -m pip --disable-pip-version-check -q"
+pip=".venv/bin/python -m pip --disable-pip-version-check -qq"
 torch=$(grep '^torch==' constraints.txt)
 
 # PyPI's build of torch is for CUDA. Without an accelerator take the CPU build (a tenth of the
-# size): from the machine's own package mirror where it has one, else from PyTorch's index.
+# size): from the machine's own package mirror where it has one, else from PyTorch's index. PyPI's
+# build runs on a CPU too, so it is the last resort.
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     $pip install "$torch"
 elif ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     $pip install "$torch+cpu" 2>/dev/null ||
-        $pip install --extra-index-url https://download.pytorch.org/whl/cpu "$torch+cpu"
+        $pip install --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu \
+            "$torch+cpu" 2>/dev/null ||
+        $pip install "$torch"
 fi
 $pip install -c constraints.txt -e '.[dev]'
 rm -f .venv/installed-*
