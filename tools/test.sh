@@ -20,4 +20,4 @@ fi
 
 .venv/bin/ruff check .
 .venv/bin/mypy
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest "$@"
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
