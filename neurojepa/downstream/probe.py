@@ -105,7 +105,7 @@ def _classification(embeddings: Embeddings, target: str, values: np.ndarray, tra
     folds = StratifiedGroupKFold(min(5, rarer), shuffle=True, random_state=0)
     loss = make_scorer(log_loss, response_method="predict_proba", greater_is_better=False,
                        labels=[0, 1])  # a fold may hold one class alone
-    model = _tuned(LogisticRegression(max_iter=2000, class_weight="balanced"), "C",
+    model = _tuned(LogisticRegression(max_iter=10_000, class_weight="balanced"), "C",
                    np.logspace(-5, 0, 11), loss, folds)
     model.fit(embeddings.values[train], truth[train], groups=embeddings.participant[train])
     predicted = model.predict_proba(embeddings.values[test])[:, 1]
