@@ -10,7 +10,7 @@ With code "identity" it is the plain dense JEPA loss, L1 or L2, by a linear map 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ USAGE_DECAY = 0.99  # per forward: an atom silent for a few hundred forwards cou
 DEAD_USAGE = 0.1
 
 
-@dataclass
-class Coded:
+class Coded(NamedTuple):
     """Prediction and loss parts per token, all float32."""
 
     predicted: Tensor  # [..., D]
