@@ -190,8 +190,10 @@ def _committed(out: str) -> set[str]:
 def _run(out: str, people: dict[str, list[Scan]], records: dict[str, str], preset: Preset,
          workers: int, ray_address: str | None, prepare_one: PrepareOne | None) -> dict[str, str]:
     """Prepare people; returns a message for each one whose task failed."""
+    # people with most scans first, so that all workers end at about the same time
+    longest_first = sorted(people.items(), key=lambda item: (-len(item[1]), item[0]))
     arguments = {name: (out, records[name], scans, preset, prepare_one)
-                 for name, scans in sorted(people.items())}
+                 for name, scans in longest_first}
     return run_tasks(prepare_and_write, arguments, workers, ray_address, unit="people")
 
 
