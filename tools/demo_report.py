@@ -205,8 +205,9 @@ def _scans(archive_uri: str, rows: list[dict[str, Any]]) -> str:
     for title, group in (("real scans", real), ("synthetic scans", made)):
         if group:
             parts.append(figure(_montage(archive_uri, group),
-                                f"All {len(group)} usable {title}, orange: brain mask. Left is "
-                                "left." if group is real else f"{len(group)} {title}."))
+                                f"All {len(group)} usable {title}, orange: brain mask. The head's "
+                                "left is on the left, as each scan's header has it." if group is real
+                                else f"{len(group)} {title}."))
     return section("Scans in MNI152 space, at true size", *parts)
 
 
