@@ -204,10 +204,10 @@ def _scans(archive_uri: str, rows: list[dict[str, Any]]) -> str:
     parts = []
     for title, group in (("real scans", real), ("synthetic scans", made)):
         if group:
-            parts.append(figure(_montage(archive_uri, group),
-                                f"All {len(group)} usable {title}, orange: brain mask. The head's "
-                                "left is on the left, as each scan's header has it." if group is real
-                                else f"{len(group)} {title}."))
+            sides = (", orange: brain mask. The head's left is on the left, as each scan's header "
+                     "has it." if group is real else ".")
+            caption = f"{len(group)} usable {title}{sides}"
+            parts.append(figure(_montage(archive_uri, group), caption))
     return section("Scans in MNI152 space, at true size", *parts)
 
 
