@@ -10,12 +10,26 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from neurojepa.errors import DataError
+
+
+class ScanError(DataError):
+    """A scan that cannot be used; ``code`` names the reason in the quarantine table."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan as the cohort delivers it.  Unknown values are None, never 0."""
+    """One scan as the cohort delivers it.  Unknown values are None, never 0.
 
-    uri: str  # file (or archive) that holds the voxels
+    A series of DICOM files is named by its folder: ``uri`` (or ``member``) ends in "/".  The
+    ``*_uri`` fields name companions; one inside an archive is written ARCHIVE::MEMBER.
+    """
+
+    uri: str  # file, archive, or folder of a DICOM series
     cohort: str
     participant: str  # keyed pseudonym
     family: str  # people that must share a split: family, or the person alone
@@ -23,20 +37,38 @@ class Scan:
     modality: str  # T1w, T2w, FLAIR, PET, BOLD
     split: str  # train, val, test: by family
     member: str | None = None  # path inside uri when uri is an archive
+    reason: str | None = None  # why the cohort rules the scan out: rejected without being read
     age_at_scan: float | None = None  # years
     sex: str | None = None  # F, M
     site: str | None = None
     scanner: str | None = None
     field_strength: float | None = None  # tesla
-    tracer: str | None = None
+    tracer: str | None = None  # of a PET, as PET_TRACERS of volumes/pet.py spells it
+    processing: str | None = None  # before delivery: fmriprep, xcp_d, fix, a PET level; None: raw
     mask_uri: str | None = None  # brain mask delivered with the scan
     label_uri: str | None = None  # label map delivered with the scan
+    transform_uri: str | None = None  # FLIRT matrix (text) of the scan to MNI152 at 1 mm
+    confounds_uri: str | None = None  # motion of a BOLD series: fMRIPrep confounds, mcf.par, FD
+    surface_uri: str | None = None  # midthickness of a CIFTI file: LEFT.surf.gii;RIGHT.surf.gii
+    facts: str | None = None  # JSON: what preparation needs of the sidecar (FACTS below)
     size_bytes: int | None = None
     modified: float | None = None  # seconds since the epoch
 
+
+# Sidecar keys kept in ``facts``: BIDS names, whatever the cohort calls them.
+FACTS = ("FrameTimesStart", "FrameDuration", "Units", "TimeZero", "RepetitionTime", "EchoTime",
+         "SliceThickness", "MRAcquisitionType", "ContrastBolusIngredient", "Defaced",
+         "RadionuclideHalfLife", "InjectedRadioactivity", "InjectedRadioactivityUnits",
+         "BodyWeight")
 
 SCAN_SCHEMA = pa.schema([
     (name, pa.float64() if name in ("age_at_scan", "field_strength", "modified")
      else pa.int64() if name == "size_bytes" else pa.string())
     for name in Scan.__dataclass_fields__
 ])
+
+
+def split_member(uri: str) -> tuple[str, str | None]:
+    """ARCHIVE::MEMBER to its two parts; a plain URI has no member."""
+    archive, separator, member = uri.partition("::")
+    return archive, member if separator else None

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from data_prep.scan import ScanError
 from data_prep.synth.anatomy import load_anatomy
 from data_prep.synth.cohort import draw_person
 from data_prep.synth.person import file_names, make_visit
@@ -15,7 +16,7 @@ from data_prep.volumes.brain import brain_mask
 from data_prep.volumes.geometry import centre_of
 from data_prep.volumes.pipeline import Prepared, prepare_person
 from data_prep.volumes.preset import PRESETS
-from data_prep.volumes.read import ScanError, Volume, read_scan
+from data_prep.volumes.read import Volume, read_scan
 from neurojepa.feed.format import ARCHIVE_GRID, MNI_CENTRE_MM
 from tests.synthetic_head import brain, moved, save, scan
 

@@ -12,7 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_prep.volumes.read import ScanError, Volume, read_scan
+from data_prep.scan import ScanError
+from data_prep.volumes.read import Volume, read_scan
 from neurojepa.errors import DataError
 from neurojepa.feed.format import write_bytes
 from tests.synthetic_head import ellipsoid, save

@@ -10,24 +10,73 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from data_prep.scan import Scan
 from neurojepa.errors import DataError
-from neurojepa.feed.format import is_local, open_store, read_bytes, store_errors
+from neurojepa.feed.format import is_local, join, open_store, read_bytes, store_errors
 
 MISSING = {"", "n/a", "na", "nan", "none", "null"}
+T = TypeVar("T")
+
+
+@dataclass
+class Findings:
+    """Scans of one participant, by the source's own id; a participant may come up several times.
+
+    ``scans`` have empty ``family`` and ``split``.  ``ties`` are tags: people with a common tag must
+    share a split.  ``labels`` are (session, name, value).
+    """
+
+    participant: str
+    scans: list[Scan] = field(default_factory=list)
+    ties: list[str] = field(default_factory=list)
+    labels: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+class Source:
+    """A source being indexed: its files in order, its tables, and what an earlier index knew.
+
+    A reader is ``read_cohort(source: Source, cohort: str) -> Iterator[Findings]``: it yields people
+    while it walks, and counts in ``source.notes`` whatever it saw and did not use.
+    """
+
+    def __init__(self, uri: str, remembered: dict[str, tuple[int | None, float | None, Any]]
+                 | None = None) -> None:
+        self.uri = uri
+        self.notes: Counter[str] = Counter()
+        self._remembered = remembered or {}
+        self.seen: dict[str, tuple[int | None, float | None, Any]] = {}
+
+    def walk(self, under: str = "") -> Iterator[Found]:
+        """Every file below ``under``, ordered by path; paths are relative to the source.
+
+        Raises DataError where the source is missing, no folder, or cannot be listed.
+        """
+        prefix = f"{under.rstrip('/')}/" if under else ""
+        yield from (Found(prefix + found.path, found.uri, found.size_bytes, found.modified)
+                    for found in walk(join(self.uri, under) if under else self.uri))
+
+    def opened(self, found: Found, make: Callable[[Found], T]) -> T:
+        """``make(found)``, or its value from the earlier index where the file has not changed.
+
+        For what needs a file to be opened: listings of archives, sidecars, DICOM headers.  The
+        value is plain JSON (lists, dicts with string keys, strings, numbers, None).
+        """
+        old = self._remembered.get(found.uri)
+        if old is not None and old[:2] == (found.size_bytes, found.modified):
+            value = old[2]
+        else:
+            value = make(found)
+        self.seen[found.uri] = (found.size_bytes, found.modified, value)
+        return value
 
 
 @dataclass
 class CohortTables:
-    """A source as found; participants by the source's own ids.
-
-    ``scans`` have empty ``family`` and ``split``.  ``ties`` are (participant, tag): people with a
-    common tag must share a split.  ``labels`` are (participant, session, name, value).  ``notes``
-    counts whatever was seen and not used, by kind.
-    """
+    """A source as found; participants by the source's own ids.  (Being replaced by Findings.)"""
 
     scans: list[Scan] = field(default_factory=list)
     ties: list[tuple[str, str]] = field(default_factory=list)

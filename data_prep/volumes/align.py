@@ -22,6 +22,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
+from data_prep.scan import ScanError
 from data_prep.volumes.geometry import (
     centre_of,
     nearest_rotation,
@@ -31,7 +32,7 @@ from data_prep.volumes.geometry import (
     to_transform,
 )
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.read import ScanError, Volume
+from data_prep.volumes.read import Volume
 from neurojepa.feed.format import MNI_CENTRE_MM
 
 SEED = 20240

@@ -16,9 +16,10 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
+from data_prep.scan import ScanError
 from data_prep.volumes.geometry import resample, to_itk
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.read import ScanError, Volume, read_scan
+from data_prep.volumes.read import Volume, read_scan
 
 # A head is at least twice a brain; slabs of small heads come near, and deepbet decides on those.
 MAX_STRIPPED_ML = 2000.0

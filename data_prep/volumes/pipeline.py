@@ -19,7 +19,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from data_prep.qc import Figures, quality
-from data_prep.scan import Scan
+from data_prep.scan import Scan, ScanError
 from data_prep.volumes.align import (
     Placement,
     average,
@@ -35,7 +35,7 @@ from data_prep.volumes.brain import brain_mask, check_mask
 from data_prep.volumes.geometry import centre_of, on_grid, resample, to_itk
 from data_prep.volumes.intensity import correct_bias_field, scale
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.read import ScanError, Volume, read_scan
+from data_prep.volumes.read import Volume, read_scan
 from neurojepa.feed.format import ARCHIVE_GRID
 
 AIR, BRAIN, NOT_SCANNED = 0, 1, 2

@@ -23,6 +23,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from data_prep.scan import ScanError
 from data_prep.volumes.sniff import Kind, sniff
 from neurojepa.errors import DataError
 from neurojepa.feed.format import open_store
@@ -34,14 +35,6 @@ MIN_EXTENT_MM = 60.0
 MAX_SHEAR = 0.02  # largest difference between a voxel axis and its nearest rotation
 MAX_FORM_DISTANCE_MM = 2.0  # sform against qform, at the corners of the field of view
 NEGATIVE_SHARE = 0.01
-
-
-class ScanError(DataError):
-    """A scan that cannot be used; ``code`` names the reason in the quarantine table."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass

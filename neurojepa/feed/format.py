@@ -33,7 +33,8 @@ from neurojepa.errors import DataError
 
 FORMAT_VERSION = 1
 AIR, NOT_SCANNED = 0, 255
-MODALITIES = ("T1w", "T2w", "FLAIR", "PET", "BOLD")
+# BOLD is the temporal mean of a series; the maps computed from one count as contrasts of their own.
+MODALITIES = ("T1w", "T2w", "FLAIR", "PET", "BOLD", "tSNR", "ALFF", "fALFF")
 _CHECK_STORE = "check the store and AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
 MNI_CENTRE_MM = (0.0, -17.0, 6.0)  # centre of the MNI152 brain (RAS)
 
