@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 PrepareOne = Callable[[list[Scan], "Preset"], "Sequence[Prepared | Rejected]"]
 Row = dict[str, Any]
 _INPUTS = ("uri", "member", "size_bytes", "modified", "mask_uri", "label_uri", "modality",
-           "session")
+           "session", "reason", "tracer", "processing", "transform_uri", "confounds_uri",
+           "surface_uri", "facts")
 
 
 def prepare(manifests: Sequence[str], out: str, preset: Preset, workers: int,
@@ -214,7 +215,7 @@ def _merge(out: str, people: dict[str, list[Scan]], records: dict[str, str],
                 "figures": {}, "status": "rejected", "reason": "worker_failed",
                 "message": failed[name]}
             figures = row.pop("figures")
-            rows.append(row | figures | asdict(scan))
+            rows.append(asdict(scan) | row | figures)  # the row's reason is the final one
     rows.sort(key=lambda row: (row["cohort"], row["participant"], row["session"], row["uri"],
                                row["member"] or ""))
     kept = {(row["participant"], row.get("scan_id")) for row in rows}

@@ -123,7 +123,8 @@ def commit_archive(uri: str, rows: list[Row], labels: list[Row]) -> None:
 
     The columns are Scan's, ROW_FIELDS, and then every other name that occurs in a row: figures.
     """
-    fixed = [*SCAN_SCHEMA, *(pa.field(name, pa.string()) for name in ROW_FIELDS)]
+    fixed = [*SCAN_SCHEMA, *(pa.field(name, pa.string()) for name in ROW_FIELDS
+                             if name not in SCAN_SCHEMA.names)]
     figures = sorted({name for row in rows for name in row} - {field.name for field in fixed})
     text = {name for name in figures if any(isinstance(row.get(name), str) for row in rows)}
     rows = [row | {name: str(row[name]) for name in text if row.get(name) is not None}

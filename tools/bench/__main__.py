@@ -1,0 +1,42 @@
+"""python -m tools.bench NAME [--quick] [--official DIR]
+
+Prints what was measured beside its peer and, as the last line, one JSON object.  DIR is a checkout
+of the official Neuro-JEPA repository (the folder that holds src/); without it the stand-in that a
+benchmark names is measured and the official figures are null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+import tools.bench
+from neurojepa.errors import ConfigError, run_command
+
+HELPERS = {"__main__", "common"}
+NAMES = sorted(module.name for module in pkgutil.iter_modules(tools.bench.__path__)
+               if module.name not in HELPERS and not module.name.startswith("_"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--quick", action="store_true", help="smaller, for a first look")
+    parser.add_argument("--official", type=Path, metavar="DIR")
+    arguments = parser.parse_args(argv)
+    official = arguments.official
+    if official is not None and not (official / "src/neurojepa").is_dir():
+        raise ConfigError(f"--official {official}: holds no src/neurojepa; name a checkout of the "
+                          "official repository")
+    module = importlib.import_module(f"tools.bench.{arguments.name}")
+    print(json.dumps(module.run(arguments.quick, None if official is None else str(official))))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
