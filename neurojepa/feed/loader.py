@@ -55,9 +55,9 @@ class SampleReader:
         self.fs, self.root = open_store(feed.uri)
         self.columns = {name: feed.index[name].to_pylist() for name in feed.index.column_names}
 
-    def image(self, row: int) -> np.ndarray:
-        """uint8 codes [X, Y, Z] of a sample."""
-        return self._array(row, "")
+    def image(self, row: int, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 codes [X, Y, Z] of a sample, in ``out`` if it is given."""
+        return self._array(row, "", out)
 
     def label(self, row: int) -> np.ndarray:
         """Label map [X, Y, Z] of a sample.  Raises DataError where the scan has none."""
@@ -66,7 +66,7 @@ class SampleReader:
                             "map; choose scans whose label_length is set")
         return self._array(row, "label_")
 
-    def _array(self, row: int, kind: str) -> np.ndarray:
+    def _array(self, row: int, kind: str, out: np.ndarray | None = None) -> np.ndarray:
         shard = self.columns["shard"][row]
         start = self.columns[kind + "offset"][row]
         end = start + self.columns[kind + "length"][row]
@@ -79,7 +79,7 @@ class SampleReader:
         if sha256(data) != self.columns[kind + "sha256"][row]:
             raise DataError(f"{name}: content differs from its hash in the index; the shard is "
                             "damaged; run: python -m data_prep verify FEED")
-        return decode_array(data, self.feed.grid.shape, name)
+        return decode_array(data, self.feed.grid.shape, name, out)
 
 
 class Loader:
@@ -102,15 +102,13 @@ class Loader:
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="feed")
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead: deque[tuple[np.ndarray, np.ndarray, np.ndarray, list[Future[np.ndarray]]]] = deque()
+        ahead: deque[tuple[Batch, list[Future[np.ndarray]]]] = deque()
         for positions, weights in self._plan():
-            rows = self.order.rows(positions)
-            ahead.append((positions, weights, rows,
-                          [self._pool.submit(self.reader.image, int(row)) for row in rows]))
+            ahead.append(self._begin(positions, weights))
             if len(ahead) > self.prefetch:
-                yield self._collect(*ahead.popleft())
+                yield self._finish(*ahead.popleft())
         while ahead:
-            yield self._collect(*ahead.popleft())
+            yield self._finish(*ahead.popleft())
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -126,20 +124,28 @@ class Loader:
                 place = np.where(real, place, place % self.global_batch)
                 yield step * self.global_batch + place, real.astype(np.float32)
 
-    def _collect(self, positions: np.ndarray, weights: np.ndarray, rows: np.ndarray,
-                 images: list[Future[np.ndarray]]) -> Batch:
-        begin = time.perf_counter()
-        voxels = torch.from_numpy(np.stack([image.result() for image in images]))
-        self.wait_s += time.perf_counter() - begin
+    def _begin(self, positions: np.ndarray,
+               weights: np.ndarray) -> tuple[Batch, list[Future[np.ndarray]]]:
+        """A batch whose voxels are being read, straight into (pinned) memory of its own."""
+        pinned = torch.cuda.is_available()
+        rows = self.order.rows(positions)
         columns = self.reader.columns
         batch = Batch(
-            voxels=voxels,
-            modality=torch.tensor([MODALITIES.index(columns["modality"][row]) for row in rows]),
-            position=torch.from_numpy(positions.astype(np.int64)),
-            weight=torch.from_numpy(weights),
+            voxels=torch.empty(len(rows), *self.reader.feed.grid.shape, dtype=torch.uint8,
+                               pin_memory=pinned),
+            modality=torch.tensor([MODALITIES.index(columns["modality"][row]) for row in rows],
+                                  pin_memory=pinned),
+            position=torch.tensor(positions, dtype=torch.int64, pin_memory=pinned),
+            weight=torch.tensor(weights, pin_memory=pinned),
             scan_ids=[columns["scan_id"][row] for row in rows],
         )
-        if torch.cuda.is_available():
-            for name in ("voxels", "modality", "position", "weight"):
-                setattr(batch, name, getattr(batch, name).pin_memory())
+        voxels = batch.voxels.numpy()
+        return batch, [self._pool.submit(self.reader.image, int(row), voxels[place])
+                       for place, row in enumerate(rows)]
+
+    def _finish(self, batch: Batch, images: list[Future[np.ndarray]]) -> Batch:
+        begin = time.perf_counter()
+        for image in images:
+            image.result()
+        self.wait_s += time.perf_counter() - begin
         return batch

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,9 @@ def machine() -> str:
     """The machine in a line, for tables of results."""
     import torch
 
-    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
-                 if line.startswith("model name")), platform.machine())
+    cpu = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in cpu if line.startswith("model name")),
+                platform.machine())
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (f"{name}, {os.cpu_count()} cores{gpu}, Python {platform.python_version()}, torch "
             f"{torch.__version__}")

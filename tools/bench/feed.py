@@ -13,6 +13,7 @@ import io
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import zstandard
 
 from neurojepa.config import validate
-from neurojepa.feed.format import TRAINING_GRIDS, Feed, encode_array, join, open_feed, open_store
+from neurojepa.feed.format import TRAINING_GRIDS, Feed, join, open_feed, open_store
 from neurojepa.feed.loader import Loader
 from tools.bench.common import Spent, best, brains, clock, machine, print_table
 from tools.store import serve_s3
@@ -161,7 +162,14 @@ def _reading(place: str, uri: str, repeats: int) -> tuple[str, float, float, flo
                     pass
         return total / best(repeats + 1, work).wall_s / 1e6
 
-    raw, whole = through(plain), through(reader.image)
+    memory = threading.local()  # as the loader, which decodes into its batches
+
+    def sample(row: int) -> None:
+        if not hasattr(memory, "voxels"):
+            memory.voxels = np.empty(feed.grid.shape, np.uint8)
+        reader.image(row, memory.voxels)
+
+    raw, whole = through(plain), through(sample)
     return place, raw, whole, whole / raw
 
 
