@@ -1,22 +1,17 @@
-"""One scan file -> one Volume in canonical orientation, or a ScanError with a code.
+"""One scan file -> one Volume or Series in canonical orientation, or a ScanError with a code.
 
-    bytes (local or object store, perhaps a member of a zip or tar) -> magic -> header checks
+    bytes (file, archive member, DICOM series; local or object store) -> magic -> header checks
     -> voxels (slope and intercept applied) -> the voxel axes turned to the closest of R, A, S
 
-The name is never trusted: the first bytes decide what a file is.  A header is judged before
-anything of the size it claims is allocated.  World coordinates are never changed: axes are only
-permuted and flipped, and the affine with them.  What is odd but legal becomes a flag; what cannot
-be a brain scan is refused with the file, the field, the value and a code for the quarantine table.
+World coordinates are never changed: axes are only permuted and flipped, and the affine with them.
+What is odd but legal becomes a flag; what cannot be a brain scan is refused with the file, the
+field, the value and a code for the quarantine table.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import tarfile
-import zipfile
-import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,17 +19,20 @@ import nibabel as nib
 import numpy as np
 
 from data_prep.scan import ScanError
-from data_prep.volumes.sniff import Kind, sniff
-from neurojepa.errors import DataError
-from neurojepa.feed.format import open_store
+from data_prep.volumes.decode import Decoded, decode
+from data_prep.volumes.timing import repetition_time
 
-MAX_FILE_BYTES = 2 << 30
 MAX_VOXELS = 1 << 28  # 1 GiB as float32; a 0.5 mm head has half of it
+MAX_SERIES_VOXELS = 5 << 28  # 5 GiB as float32; 1,200 volumes on the MNI grid at 2 mm have 4.3
 MIN_SLICES = 20
 MIN_EXTENT_MM = 60.0
+MAX_EXTENT_MM = 400.0
 MAX_SHEAR = 0.02  # largest difference between a voxel axis and its nearest rotation
 MAX_FORM_DISTANCE_MM = 2.0  # sform against qform, at the corners of the field of view
 NEGATIVE_SHARE = 0.01
+INT16_JUMP = 1 << 15  # half the range of int16: neighbours in a real image do not differ by it
+MIN_WRAPPED_VOXELS = 10
+MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 
 
 @dataclass
@@ -51,6 +49,7 @@ class Volume:
     qform_code: int | None = None
     flags: list[str] = field(default_factory=list)
     invalid: np.ndarray | None = None  # bool [x, y, z]: voxels that were NaN or Inf, now 0
+    facts: dict[str, object] = field(default_factory=dict)  # of a DICOM series, BIDS keys
 
     @property
     def voxel_ml(self) -> float:
@@ -62,20 +61,52 @@ class Volume:
 
         File name, compression, storage order and byte order do not enter.
         """
+        return content_id(self.data, self.affine)
+
+
+@dataclass
+class Series:
+    """Volumes over time (BOLD), over frames (PET), or one alone, with one affine."""
+
+    name: str
+    data: np.ndarray  # float32 [x, y, z, t], axes closest to R, A, S
+    affine: np.ndarray  # float64 [4, 4]
+    tr_s: float | None = None  # repetition time; None where neither header nor sidecar knows
+    facts: dict[str, object] = field(default_factory=dict)  # keys of FACTS in data_prep/scan.py
+    flags: list[str] = field(default_factory=list)
+    orientation: str = "RAS"
+    spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
+    dtype: str = "float32"
+
+    @property
+    def scan_id(self) -> str:
+        """As ``Volume.scan_id``; a series of one volume has the id of that volume."""
+        data = self.data[..., 0] if self.data.shape[3] == 1 else self.data
+        return content_id(data, self.affine)
+
+    def volume(self, data: np.ndarray) -> Volume:
+        """A map [x, y, z] computed from the series, as a Volume on its grid."""
+        return Volume(self.name, np.ascontiguousarray(data, np.float32), self.affine,
+                      self.orientation, self.spacing, self.dtype, flags=list(self.flags))
+
+
+def content_id(data: np.ndarray, affine: np.ndarray) -> str:
+    """24 hex digits of what an image holds: shape, values, affine."""
+    digest = hashlib.sha256(np.array(data.shape, "<i4").tobytes())
+    for part in data:  # slab by slab: a series is large
         # Adding 0.0 turns -0.0, which a flip of the axes produces, into 0.0.
-        digest = hashlib.sha256(np.array(self.data.shape, "<i4").tobytes())
-        digest.update(np.ascontiguousarray(self.data + np.float32(0), "<f4").tobytes())
-        digest.update((np.round(self.affine, 4) + 0.0).astype("<f8").tobytes())
-        return digest.hexdigest()[:24]
+        digest.update(np.ascontiguousarray(part + np.float32(0), "<f4").tobytes())
+    digest.update((np.round(affine, 4) + 0.0).astype("<f8").tobytes())
+    return digest.hexdigest()[:24]
 
 
 def read_scan(uri: str, member: str | None = None, *, label: bool = False,
               max_voxels: int = MAX_VOXELS) -> Volume:
-    """Read NIfTI-1/2 (.nii, .nii.gz, .hdr + .img) or MGH/MGZ from any store.
+    """Read NIfTI-1/2 (.nii, .nii.gz, .hdr + .img), MGH/MGZ or a DICOM series from any store.
 
     Parameters
     ----------
-    uri : path or URI of the file, or of the zip or tar that holds it
+    uri : path or URI of the file, of the zip or tar that holds it, or of a DICOM folder with "/"
     member : path inside the archive
     label : the file is a mask or label map: few slices, constants and negatives are allowed
     max_voxels : headers that claim more are refused before anything is allocated
@@ -83,181 +114,120 @@ def read_scan(uri: str, member: str | None = None, *, label: bool = False,
     Raises
     ------
     ScanError
-        With ``code``: missing, missing_member, too_large, empty, not_nifti, not_downloaded,
-        truncated, unsupported_dtype, cifti, not_3d, unknown_orientation, singular_affine,
-        sheared_affine, too_few_slices, small_field_of_view, all_zero, constant.
+        With ``code``: missing, too_large, empty, not_nifti, not_downloaded, truncated,
+        unsupported_dtype, cifti, not_3d, unknown_orientation, singular_affine, sheared_affine,
+        too_few_slices, small_field_of_view, all_zero, constant, integer_wrap; those of
+        ``cohorts.archive.read_member`` and of ``volumes.dicom.to_nifti``.
     DataError
         The store itself cannot be read.
     """
-    name = f"{uri}::{member}" if member else uri
-    raw = _fetch(uri, member)
-    pair = None
-    named_image = (member or uri).lower().removesuffix(".gz").endswith(".img")
-    if named_image:
-        raw, pair = _fetch(*_partner(uri, member)), raw
-    kind, head = sniff(raw, name, ScanError)
-    if kind is Kind.PAIR and pair is None:
-        pair = _fetch(*_partner(uri, member))
-    header = _header(kind, head, name)
-    shape = _check_header(header, kind, name, max_voxels)
-    image = _load(kind, header, shape, raw, pair, name)
-    volume = _canonical(image, shape, name)
-    _check_affine(volume)
-    _clean(volume)
+    found = decode(uri, member, max_voxels)
+    if len(found.shape) != 3:
+        raise ScanError("not_3d", f"{found.name}: shape {found.shape}, a 3D volume is expected")
     if not label:
-        _check_content(volume)
+        _check_wrap(found)
+    volume = _canonical(found)
+    finite = np.isfinite(volume.data)
+    if not finite.all():
+        volume.invalid = ~finite
+        volume.data[volume.invalid] = 0
+        volume.flags.append("non_finite_cleaned")
+    if not label:
+        check_content(volume)
     return volume
 
 
-# ---- bytes ---------------------------------------------------------------------------------------
+def read_series(uri: str, member: str | None = None, facts: Mapping[str, object] | None = None, *,
+                max_voxels: int = MAX_SERIES_VOXELS) -> Series:
+    """Read a 4D scan (t = 1 for a 3D one); containers and stores as ``read_scan``.
 
-def _fetch(uri: str, member: str | None) -> bytes:
-    fs, path = open_store(uri)
-    try:
-        size = fs.size(path)
-        if size is not None and size > MAX_FILE_BYTES:
-            raise ScanError("too_large", f"{uri}: {size} bytes, the limit is {MAX_FILE_BYTES}")
-        data = fs.cat_file(path)
-    except FileNotFoundError as error:
-        raise ScanError("missing", f"{uri}: not found; index the source again") from error
-    except OSError as error:
-        raise DataError(f"{uri}: cannot be read ({error}); check the store") from error
-    return _member(data, uri, member) if member else data
+    Parameters
+    ----------
+    facts : what the sidecar says (keys of FACTS); it is believed before the header
 
+    Returns
+    -------
+    Series
+        Its flags may hold tr_disagrees (the sidecar's time was kept), tr_implausible,
+        tr_unit_guessed, and those of ``read_scan``.
 
-def _member(data: bytes, uri: str, member: str) -> bytes:
-    """One named member of a zip or tar, never more than the limit of it."""
-    try:
-        if data[:2] == b"PK":
-            with zipfile.ZipFile(io.BytesIO(data)) as archive, archive.open(member) as file:
-                content = file.read(MAX_FILE_BYTES + 1)
-        else:
-            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-                extracted = tar.extractfile(member)
-                if extracted is None:
-                    raise KeyError(member)
-                content = extracted.read(MAX_FILE_BYTES + 1)
-    except KeyError as error:
-        raise ScanError("missing_member", f"{uri}: has no member {member}") from error
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-        raise ScanError("truncated", f"{uri}: damaged archive ({error}); fetch it again") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise ScanError("too_large", f"{uri}::{member}: over the limit of {MAX_FILE_BYTES} bytes")
-    return content
-
-
-def _partner(uri: str, member: str | None) -> tuple[str, str | None]:
-    """The .img that belongs to a .hdr, or the other way round."""
-    path = member or uri
-    stem, _, ending = path.removesuffix(".gz").rpartition(".")
-    other = {"hdr": "img", "img": "hdr", "HDR": "IMG", "IMG": "HDR"}.get(ending)
-    if other is None:
-        raise ScanError("not_nifti", f"{path}: header of a .hdr/.img pair under another name; "
-                                     "rename it to .hdr")
-    partner = f"{stem}.{other}{'.gz' if path.endswith('.gz') else ''}"
-    return (uri, partner) if member else (partner, None)
+    Raises
+    ------
+    ScanError, DataError
+        As ``read_scan``.
+    """
+    found = decode(uri, member, max_voxels)
+    _check_wrap(found)
+    first = _canonical(found)
+    count = found.shape[3] if len(found.shape) == 4 else 1
+    axes, finite = nib.io_orientation(found.image.affine), True
+    # Time is the slowest axis in memory, as in the file, so that reading is one pass.
+    data = np.moveaxis(np.empty((count, *first.data.shape), np.float32), 0, 3)
+    for t in range(count):
+        data[..., t] = nib.apply_orientation(_voxels(found, t), axes)
+        finite &= bool(np.isfinite(data[..., t]).all())
+    if not finite:
+        np.nan_to_num(data, copy=False, nan=0, posinf=0, neginf=0)
+        first.flags.append("non_finite_cleaned")
+    first.data = data.mean(axis=3)  # one frame may well be empty, before the tracer arrives
+    check_content(first)
+    known = {**found.facts, **(facts or {})}
+    frames = count == 1 or "FrameTimesStart" in known  # of PET, whose steps are no constant
+    tr_s, flags = (None, []) if frames else repetition_time(found.image.header, known)
+    return Series(found.name, data, first.affine, tr_s, known, first.flags + flags,
+                  first.orientation, first.spacing, first.dtype)
 
 
-def _inflate(data: bytes, limit: int, name: str) -> bytes:
-    """At most ``limit`` bytes of a gzip stream; plain bytes pass through."""
-    if data[:2] != b"\x1f\x8b":
-        return data
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            return file.read(limit)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ScanError("truncated", f"{name}: damaged gzip stream ({error}); fetch it "
-                                     "again") from error
+# ---- voxels and axes -----------------------------------------------------------------------------
+
+def _voxels(found: Decoded, t: int = 0) -> np.ndarray:
+    """One volume in the file's own axes, slope and intercept applied; float32."""
+    proxy = found.image.dataobj
+    data = np.asanyarray(proxy[..., t]) if len(found.shape) == 4 else np.asanyarray(proxy)
+    return data.reshape(found.shape[:3]).astype(np.float32)
 
 
-# ---- header --------------------------------------------------------------------------------------
-
-def _header(kind: Kind, head: bytes, name: str) -> Any:
-    classes = {Kind.NIFTI1: nib.Nifti1Header, Kind.PAIR: nib.nifti1.Nifti1PairHeader,
-               Kind.NIFTI2: nib.Nifti2Header}
-    try:
-        if kind is Kind.MGH:
-            return nib.freesurfer.MGHImage.header_class.from_fileobj(io.BytesIO(head), check=False)
-        # The binary block alone: extensions may be longer than the bytes at hand.
-        return classes[kind](head[:classes[kind].template_dtype.itemsize], check=False)
-    except Exception as error:  # nibabel raises many kinds on damaged headers
-        raise ScanError("not_nifti", f"{name}: header cannot be parsed ({error})") from error
-
-
-def _check_header(header: Any, kind: Kind, name: str, max_voxels: int) -> tuple[int, ...]:
-    """Shape without trailing axes of length 1; refuses before any allocation."""
-    try:
-        shape = tuple(int(n) for n in header.get_data_shape())
-        dtype = header.get_data_dtype()
-        int(header.get_data_offset())
-    except Exception as error:
-        raise ScanError("not_nifti", f"{name}: dim, datatype or vox_offset is not valid "
-                                     f"({error})") from error
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if kind is not Kind.MGH and 3000 <= int(header["intent_code"]) < 3100:
-        raise ScanError("cifti", f"{name}: intent code {int(header['intent_code'])} is CIFTI "
-                                 "(grayordinates), not a volume")
-    if min(shape, default=0) < 1 or np.prod(shape, dtype=float) > max_voxels:
-        raise ScanError("too_large", f"{name}: header claims {shape} voxels, the limit is "
-                                     f"{max_voxels} in all")
-    if len(shape) != 3:
-        raise ScanError("not_3d", f"{name}: shape {shape}, a 3D volume is expected")
-    if dtype.fields is not None or dtype.kind == "c":
-        raise ScanError("unsupported_dtype", f"{name}: datatype {dtype} (colour or complex) is no "
-                                             "intensity")
-    codes = ((header["goodRASFlag"],) if kind is Kind.MGH
-             else (header["sform_code"], header["qform_code"]))
-    if not any(int(code) for code in codes):
-        raise ScanError("unknown_orientation", f"{name}: sform and qform codes are 0, so left and "
-                                               "right are unknown; restore the header")
-    return shape
-
-
-def _load(kind: Kind, header: Any, shape: tuple[int, ...], raw: bytes, pair: bytes | None,
-          name: str) -> Any:
-    offset = int(header.get_data_offset())
-    needed = offset + int(np.prod(shape)) * header.get_data_dtype().itemsize
-    # MGH files carry a footer with scan parameters after the voxels.
-    content = _inflate(pair if pair is not None else raw, needed + 4096, name)
-    if len(content) < needed:
-        raise ScanError("truncated", f"{name}: {len(content)} bytes, the header promises {needed}; "
-                                     "fetch it again")
-    try:
-        if pair is not None:
-            files = {"header": _inflate(raw, 1 << 20, name), "image": content}
-            return nib.Nifti1Pair.from_file_map(
-                {key: nib.FileHolder(fileobj=io.BytesIO(data)) for key, data in files.items()})
-        classes: dict[Kind, Any] = {Kind.NIFTI1: nib.Nifti1Image, Kind.NIFTI2: nib.Nifti2Image,
-                                    Kind.MGH: nib.freesurfer.MGHImage}
-        return classes[kind].from_bytes(content)
-    except Exception as error:
-        raise ScanError("not_nifti", f"{name}: cannot be decoded ({error})") from error
-
-
-# ---- content -------------------------------------------------------------------------------------
-
-def _canonical(image: Any, shape: tuple[int, ...], name: str) -> Volume:
+def _canonical(found: Decoded) -> Volume:
+    """The first volume, its axes turned to the closest of R, A, S."""
+    image, name, shape = found.image, found.name, found.shape[:3]
     affine = np.asarray(image.affine, np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+    size = np.prod(np.linalg.norm(affine[:3, :3], axis=0))
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * size:
         raise ScanError("singular_affine", f"{name}: affine {affine[:3].round(3).tolist()} maps "
                                            "voxels onto a plane; restore the header")
-    axes = nib.io_orientation(affine)
-    data = np.asanyarray(image.dataobj).reshape(shape).astype(np.float32)
-    data = nib.apply_orientation(data, axes)
     header = image.header
     nifti = isinstance(header, nib.Nifti1Header)
+    affine, flags = _in_mm(affine, header, shape) if nifti else (affine, [])
+    axes = nib.io_orientation(affine)
     volume = Volume(
-        name=name, data=np.ascontiguousarray(data),
+        name=name, data=np.ascontiguousarray(nib.apply_orientation(_voxels(found), axes)),
         affine=affine @ nib.orientations.inv_ornt_aff(axes, shape),
         orientation="".join(nib.aff2axcodes(affine)),
         spacing=tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0).round(4)),
         dtype=str(image.get_data_dtype()),
         sform_code=int(header["sform_code"]) if nifti else None,
-        qform_code=int(header["qform_code"]) if nifti else None)
+        qform_code=int(header["qform_code"]) if nifti else None,
+        flags=found.flags + flags, facts=dict(found.facts))
     if nifti and volume.sform_code and volume.qform_code:
         _compare_forms(volume, header, shape)
+    _check_shear(volume)
     return volume
+
+
+def _in_mm(affine: np.ndarray, header: Any, shape: tuple[int, ...]
+           ) -> tuple[np.ndarray, list[str]]:
+    """An affine in metres or micrometres to mm, where that gives the size of a head."""
+    try:
+        factor = MM[header.get_xyzt_units()[0]]
+    except KeyError:  # a code that the format does not know
+        return affine, ["space_unit_ignored"]
+    if factor == 1:
+        return affine, []
+    scaled = np.diag([factor, factor, factor, 1.0]) @ affine
+    extent = np.linalg.norm(scaled[:3, :3], axis=0) * shape
+    if not MIN_EXTENT_MM <= extent.max() <= 2 * MAX_EXTENT_MM:
+        return affine, ["space_unit_ignored"]
+    return scaled, ["space_unit_converted"]
 
 
 def _compare_forms(volume: Volume, header: Any, shape: tuple[int, ...]) -> None:
@@ -269,7 +239,7 @@ def _compare_forms(volume: Volume, header: Any, shape: tuple[int, ...]) -> None:
         volume.flags.append("sform_qform_disagree")
 
 
-def _check_affine(volume: Volume) -> None:
+def _check_shear(volume: Volume) -> None:
     linear = volume.affine[:3, :3]
     axes = linear / np.linalg.norm(linear, axis=0)
     u, _, v = np.linalg.svd(axes)
@@ -279,15 +249,10 @@ def _check_affine(volume: Volume) -> None:
                                           f"{MAX_SHEAR}); resample it to an orthogonal grid")
 
 
-def _clean(volume: Volume) -> None:
-    finite = np.isfinite(volume.data)
-    if not finite.all():
-        volume.invalid = ~finite
-        volume.data[volume.invalid] = 0
-        volume.flags.append("non_finite_cleaned")
+# ---- content -------------------------------------------------------------------------------------
 
-
-def _check_content(volume: Volume) -> None:
+def check_content(volume: Volume) -> None:
+    """Raise ScanError where a volume cannot be a brain scan; flag what is odd about it."""
     shape, name = volume.data.shape, volume.name
     low, high = float(volume.data.min()), float(volume.data.max())
     if low == high:
@@ -300,7 +265,34 @@ def _check_content(volume: Volume) -> None:
     if extent.min() < MIN_EXTENT_MM:
         raise ScanError("small_field_of_view", f"{name}: covers {extent.min():.0f} mm (limit "
                                                f"{MIN_EXTENT_MM:.0f} mm)")
-    if extent.max() > 400:
+    if extent.max() > MAX_EXTENT_MM:
         volume.flags.append("huge_field_of_view")
     if (volume.data < 0).mean() > NEGATIVE_SHARE:
         volume.flags.append("negative_values")
+
+
+def _check_wrap(found: Decoded) -> None:
+    """Refuse int16 values above 32767 that were stored as negative ones.
+
+    Such tissue shows as islands of negative values whose rim jumps by more than half of the type's
+    range.  What they were cannot be told from one scan, so nothing is repaired.
+    """
+    proxy = found.image.dataobj
+    scaling = (getattr(proxy, "slope", 1), getattr(proxy, "inter", 0))
+    if proxy.dtype != np.int16 or scaling != (1, 0):
+        return  # with a slope, writers spread any image over the whole range of the type
+    stored = _voxels(found, found.shape[3] // 2 if len(found.shape) == 4 else 0)
+    if stored.max() - stored.min() < INT16_JUMP:
+        return
+    from scipy import ndimage
+
+    islands, count = ndimage.label(stored < 0)
+    rim = ndimage.maximum_filter(stored, size=3) - stored >= INT16_JUMP
+    border = np.ones(stored.shape, bool)
+    border[1:-1, 1:-1, 1:-1] = False
+    enclosed = np.setdiff1d(islands[rim & (stored < 0)], islands[border])
+    wrapped = int(np.isin(islands, enclosed).sum()) if count else 0
+    if wrapped >= MIN_WRAPPED_VOXELS:
+        raise ScanError("integer_wrap", f"{found.name}: {wrapped} voxels inside bright tissue are "
+                        f"negative (down to {stored.min():g}): values above 32767 wrapped around "
+                        "in int16; convert it again from its source")

@@ -29,6 +29,9 @@ def sniff(data: bytes, name: str, error: Callable[[str, str], Exception]) -> tup
     if data.startswith(b"version https://git-lfs") or b"/annex/objects/" in data[:512]:
         raise error("not_downloaded", f"{name}: a pointer of git-lfs or git-annex, not the scan; "
                                       "download its content first")
+    if data[128:132] == b"DICM":
+        raise error("not_nifti", f"{name}: one DICOM file; give the folder of its series, with a "
+                                 "\"/\" at the end")
     head = _head(data, name, error)
     sizes = {struct.unpack(order, head[:4])[0] for order in ("<i", ">i")} if len(head) > 3 else {0}
     if 348 in sizes and len(head) >= 348:
