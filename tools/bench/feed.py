@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from neurojepa.config import validate
 from neurojepa.feed.format import TRAINING_GRIDS, Feed, join, open_feed, open_store
 from neurojepa.feed.loader import Loader
 from tools.bench.common import Spent, best, brains, clock, machine, print_table
+from tools.bench.official import OFFICIAL_SCALES, official_modules
 from tools.store import serve_s3
 
 READ_THREADS = 8
@@ -234,27 +235,12 @@ def _load(item: dict[str, str]) -> dict[str, Any]:
 def _host_work(official: str | None) -> tuple[Callable[..., Any], Callable[..., Any], str]:
     """The augmentation and the collation with masks that the host does there."""
     if official:
-        from types import SimpleNamespace
-
-        sys.path.insert(0, str(Path(official) / "src"))
-        ours = {name: sys.modules.pop(name) for name in list(sys.modules)
-                if name.split(".")[0] == "neurojepa"}
-        try:
-            import importlib
-
-            transforms = importlib.import_module("neurojepa.data.transforms")
-            masking = importlib.import_module("neurojepa.masks.masking")
-        finally:
-            sys.path.pop(0)
-            for name in [n for n in sys.modules if n.split(".")[0] == "neurojepa"]:
-                del sys.modules[name]
-            sys.modules.update(ours)
+        transforms, masking = official_modules(official, "neurojepa.data.transforms",
+                                               "neurojepa.masks.masking")
         config = SimpleNamespace(data=SimpleNamespace(img_size=(96, 108, 96)))
-        scales = [{"spatial_scale": spatial, "depth_scale": (0.0, 1.0), "num_blocks": blocks,
-                   "aspect_ratio": (0.75, 1.5), "total_mask_ratio": 0.75} for blocks, spatial in
-                  ((32, (0.0, 0.2)), (16, (0.2, 0.5)), (4, (0.5, 0.7)))]
         return (transforms.jepa3d_transforms(config),
-                masking.MaskCollator(scales, (96, 108, 96), (12, 12, 12), foreground_aware=True),
+                masking.MaskCollator(OFFICIAL_SCALES, (96, 108, 96), (12, 12, 12),
+                                     foreground_aware=True),
                 "official: cache, augmentation, masks")
     from monai import transforms as monai
     from torch.utils.data import default_collate
