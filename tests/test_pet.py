@@ -1,0 +1,224 @@
+"""PET: late frames by hand, reference regions by place, ratios that keep their scale."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from data_prep.scan import ScanError
+from data_prep.volumes.align import template
+from data_prep.volumes.geometry import on_grid, to_itk
+from data_prep.volumes.pet import (
+    PET_TRACERS,
+    is_suvr,
+    mean_frame,
+    reference_region,
+    suvr,
+    tracer_name,
+)
+from data_prep.volumes.pet_table import REGIONS
+from data_prep.volumes.read import Series
+from neurojepa.feed.format import ARCHIVE_GRID
+
+BQ = {"Units": "Bq/mL"}
+
+
+def series(values: list[float]) -> Series:
+    """Frames of 24 x 24 x 24 voxels of 8 mm; frame t is values[t] times a fixed pattern."""
+    pattern = 1 + np.arange(24**3, dtype=np.float32).reshape(24, 24, 24) % 7
+    data = pattern[..., None] * np.array(values, np.float32)
+    return Series("pet", data, np.diag([8.0, 8.0, 8.0, 1.0]))
+
+
+def late(frames: Series, facts: dict[str, object], **more) -> tuple[float, dict, list[str]]:
+    """The value of the mean frame in units of the pattern, figures and flags."""
+    volume, figures, flags = mean_frame(frames, facts, **more)
+    return float(volume.data.min()), figures, flags
+
+
+def code(call, *arguments, **more) -> str:
+    with pytest.raises(ScanError) as caught:
+        call(*arguments, **more)
+    return caught.value.code
+
+
+# ---- tracers -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("FDG", "FDG"), ("18F-FDG", "FDG"), ("[18F]AV-45", "AV45"), ("Florbetapir", "AV45"),
+    ("18FAV1451", "AV1451"), ("flortaucipir", "AV1451"), ("11C-PiB", "PIB"), ("[11C]DASB", "DASB"),
+    ("18F", None), ("water", None), ("", None), (None, None),
+])
+def test_tracers_are_known_by_their_spellings(text, name):
+    assert tracer_name(text) == name
+
+
+def test_every_tracer_has_a_region_a_window_and_a_range():
+    for tracer in PET_TRACERS.values():
+        low, high = tracer.window_min
+        assert tracer.region in REGIONS and 0 < low < high and tracer.suvr_max > 1
+
+
+# ---- frames --------------------------------------------------------------------------------------
+
+def test_late_frames_are_weighted_by_their_duration():
+    facts = {**BQ, "FrameTimesStart": [0, 1800, 3000, 3300, 3900],
+             "FrameDuration": [1800, 1200, 300, 600, 300]}
+    value, figures, flags = late(series([9, 8, 1, 4, 100]), facts, tracer="AV45")
+    assert value == pytest.approx((300 * 1 + 600 * 4 + 300 * 100) / 1200)
+    assert figures == {"pet_frames": "3 of 5", "pet_window_min": "50-70",
+                       "pet_frame_motion": "not corrected"}
+    assert flags == []
+
+
+def test_a_frame_counts_when_half_of_it_is_inside_the_window():
+    facts = {**BQ, "FrameTimesStart": [0, 2700, 3300, 3900, 4500],
+             "FrameDuration": [2700, 600, 600, 600, 600]}
+    value, figures, _ = late(series([9, 1, 2, 3, 100]), facts, tracer="AV45")
+    assert value == pytest.approx(2) and figures["pet_window_min"] == "45-75"
+
+
+def test_frames_of_a_real_sidecar(shared_data):
+    path = next((shared_data / "pet/bids-pet002-sidecars").rglob("*_pet.json"))
+    sidecar = json.loads(path.read_text())
+    value, figures, flags = late(series([float(t) for t in range(36)]), sidecar,
+                                 tracer=sidecar["TracerName"])
+    assert value == pytest.approx(34)  # 60 to 90 minutes: the last three, 10 minutes each
+    assert figures["pet_frames"] == "3 of 36" and flags == []
+
+
+def test_a_single_frame_passes_unchanged():
+    value, figures, flags = late(series([3]), BQ)
+    assert (value, flags) == (3, []) and figures["pet_frame_motion"] == "single frame"
+
+
+def test_static_frames_may_lack_times_or_count_from_their_own_start():
+    value, _, flags = late(series([1, 2, 3, 6]), BQ, tracer="FDG")
+    assert value == pytest.approx(3) and flags == ["frame_times_missing"]
+    facts = {**BQ, "FrameTimesStart": [0, 300, 600, 900], "FrameDuration": 4 * [300]}
+    value, _, flags = late(series([1, 2, 3, 6]), facts, tracer="AV45")
+    assert value == pytest.approx(3) and flags == ["frames_outside_window"]
+
+
+def test_an_empty_frame_is_left_out_and_named():
+    facts = {**BQ, "FrameTimesStart": [3000, 3300, 3600], "FrameDuration": 3 * [300]}
+    value, figures, flags = late(series([2, 0, 4]), facts, tracer="AV45")
+    assert value == pytest.approx(3)
+    assert flags == ["empty_frames"] and figures["pet_frames"] == "2 of 3"
+
+
+@pytest.mark.parametrize(("facts", "count", "reason"), [
+    ({}, 7, "bad_frames"),  # dynamic without times
+    ({"FrameTimesStart": [0, 60]}, 2, "bad_frames"),
+    ({"FrameTimesStart": [0, 60], "FrameDuration": [60, 60]}, 3, "bad_frames"),
+    ({"FrameTimesStart": [60, 0], "FrameDuration": [60, 60]}, 2, "bad_frames"),
+    ({"FrameTimesStart": [0, 600000], "FrameDuration": [600000, 600000]}, 2, "bad_frames"),  # ms
+    ({"FrameTimesStart": [0, "x"], "FrameDuration": [60, 60]}, 2, "bad_frames"),
+    ({"FrameTimesStart": [0, 60, 120], "FrameDuration": 3 * [60]}, 3, "no_late_frames"),
+    ({"Units": "1/min"}, 1, "unknown_units"),
+    ({"Units": None}, 1, "unknown_units"),
+])
+def test_frames_and_units_that_cannot_be_used_are_refused(facts, count, reason):
+    assert code(mean_frame, series([1.0] * count), {**BQ, **facts}, "AV45") == reason
+
+
+def test_a_dynamic_scan_of_an_unknown_tracer_is_refused():
+    facts = {**BQ, "FrameTimesStart": [0, 3000], "FrameDuration": [3000, 600]}
+    assert code(mean_frame, series([1, 2]), facts, "water") == "unknown_tracer"
+
+
+def test_units_are_judged_by_what_is_known():
+    assert late(series([1]), {"Units": "kBq/ml"})[2] == []
+    assert late(series([1]), {}, processing="Coreg, Avg")[2] == ["units_missing"]
+    assert late(series([1]), {"Units": "SUVR"})[2] == ["already_suvr"]
+    assert is_suvr({}, "ucb-suvr") and not is_suvr({"Units": "SUV"})
+
+
+# ---- reference and ratio -------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def brain() -> np.ndarray:
+    return _placed(np.eye(4))
+
+
+def _placed(matrix: np.ndarray) -> np.ndarray:
+    target = template(2)
+    return on_grid(to_itk(target.mask.astype(np.uint8), target.affine), matrix, ARCHIVE_GRID,
+                   sitk.sitkNearestNeighbor).astype(bool)
+
+
+def _centre(region: np.ndarray) -> np.ndarray:
+    return np.argwhere(region).mean(0) + ARCHIVE_GRID.affine[:3, 3]
+
+
+@pytest.mark.parametrize(("tracer", "centre", "ml"), [
+    ("AV45", (0, -64, -36), (120, 220)), ("DASB", (0, -64, -36), (90, 190)),
+    ("AV1451", (0, -62, -46), (45, 100)), ("FDG", (0, -29, -32), (5, 15)),
+])
+def test_the_approximate_region_lies_in_the_posterior_fossa(brain, tracer, centre, ml):
+    region, source = reference_region(tracer, None, brain)
+    assert source == "approximate" and not (region & ~brain).any()
+    np.testing.assert_allclose(_centre(region), centre, atol=6)
+    assert ml[0] < region.sum() / 1000 < ml[1]
+
+
+def test_the_approximate_region_follows_the_size_of_the_head(brain):
+    whole, _ = reference_region("AV45", None, brain)
+    to_template = np.diag([1.25, 1.25, 1.25, 1.0])  # a head of 0.8 times the template's size
+    small, _ = reference_region("AV45", None, _placed(to_template), to_template)
+    assert small.sum() == pytest.approx(whole.sum() * 0.8**3, rel=0.05)
+    np.testing.assert_allclose(_centre(small), 0.8 * _centre(whole), atol=2)
+
+
+def test_labels_are_used_where_they_are_freesurfers(brain):
+    atlas, _ = reference_region("DASB", None, brain)
+    label = np.where(atlas, 8, 0).astype(np.int16)
+    label[95:] = np.where(atlas[95:], 47, 0)
+    label[60] = 0
+    region, source = reference_region("DASB", label, brain)
+    assert source == "labels"
+    np.testing.assert_array_equal(region, atlas & (label > 0))
+    elsewhere = np.zeros_like(label)
+    elsewhere[100:130, 90:120, 70:90] = 47  # a hippocampus in another code system
+    assert reference_region("DASB", elsewhere, brain)[1] == "approximate"
+
+
+def test_a_region_that_was_not_scanned_is_refused(brain):
+    cut = brain.copy()
+    cut[:, :, :80] = False
+    assert code(reference_region, "AV45", None, cut) == "no_reference"
+    assert code(reference_region, "water", None, brain) == "unknown_tracer"
+
+
+def test_the_ratio_keeps_its_scale_between_people(brain):
+    reference, _ = reference_region("AV45", None, brain)
+    high = PET_TRACERS["AV45"].suvr_max
+    for uptake in (1.1, 1.8):
+        image = np.where(reference, 5000.0, np.where(brain, 5000.0 * uptake, 9e9))
+        scaled, figures = suvr(image.astype(np.float32), reference, brain, "florbetapir")
+        np.testing.assert_allclose(scaled[brain & ~reference], uptake / high, rtol=1e-5)
+        np.testing.assert_allclose(scaled[reference], 1 / high, rtol=1e-5)
+        assert scaled.dtype == np.float32 and not scaled[~brain].any()
+        assert figures["pet_reference_mean"] == pytest.approx(5000)
+        assert figures["pet_suvr_median"] == pytest.approx(uptake)
+        assert figures["pet_clipped"] == 0
+
+
+def test_values_above_the_range_are_counted(brain):
+    image = np.where(brain, 1.0, 0).astype(np.float32)
+    image[:80] *= 10
+    scaled, figures = suvr(image, None, brain, "AV45")
+    assert scaled.max() == 1 and 0.3 < figures["pet_clipped"] < 0.7
+    assert figures["pet_reference_ml"] is None
+
+
+def test_no_ratio_is_invented(brain):
+    image = np.where(brain, 900.0, 0).astype(np.float32)
+    reference, _ = reference_region("AV45", None, brain)
+    assert code(suvr, image, None, brain, "AV45") == "unknown_units"  # no SUVR is 900
+    assert code(suvr, image, reference, brain, "water") == "unknown_tracer"
+    image[reference] = 0
+    assert code(suvr, image, reference, brain, "AV45") == "no_reference"
