@@ -1,0 +1,11 @@
+"""Quality of a scan: figures in native space, what the scan is, and which thresholds it crosses.
+
+Figures are always stored; a figure that cannot be measured is None, with ``<name>_reason``.
+Thresholds live in ``data_prep/qc.yaml``.
+"""
+
+from data_prep.qc.describe import describe
+from data_prep.qc.figures import FIGURES, Figures, quality
+from data_prep.qc.judge import flags, outlier_flags, rejection
+
+__all__ = ["FIGURES", "Figures", "describe", "flags", "outlier_flags", "quality", "rejection"]
