@@ -17,6 +17,12 @@ from pathlib import Path
 
 from neurojepa.errors import ConfigError, run_command
 
+COHORTS = {
+    "ukb": "UK Biobank: bulk zips by field and instance, or a RAP project's Bulk folder; tables",
+    "abcd": "ABCD: NBDC releases (BIDS and tables), NDA packages, derivatives of collection 3165",
+    "adni": "ADNI: the tree as LONI delivers it, NIfTI or DICOM, and its CSV tables",
+    "bids": "any BIDS dataset with its derivatives, or a folder of loose *_T1w.nii.gz files",
+}
 GRIDS = ["1.5mm", "3mm", "paper"]  # of TRAINING_GRIDS, whose import would slow --help
 
 
@@ -41,11 +47,24 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--anatomies", type=Path, help="folder of label maps people are made from")
     step.set_defaults(run=_synth)
 
-    step = steps.add_parser("index", help="list a cohort's scans, with pseudonyms and splits")
-    step.add_argument("--cohort", choices=["bids"], required=True,
-                      help="kind of source; bids also takes a folder of loose *_T1w.nii.gz files")
-    step.add_argument("--source", required=True)
-    step.add_argument("--out", required=True, help="manifest to write, *.parquet")
+    step = steps.add_parser(
+        "index", help="list a cohort's scans, with pseudonyms and splits",
+        description="List the scans of a cohort as delivered; archives are read in place and no "
+                    "voxels are decoded.  Run again with the same --out, only what is new or "
+                    "changed is opened, and people keep their splits.",
+        epilog="cohorts:\n" + "\n".join(f"  {name:5s} {text}" for name, text in COHORTS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    step.add_argument("--cohort", choices=list(COHORTS), required=True, metavar="COHORT",
+                      help="kind of source, see below")
+    step.add_argument("--source", required=True, help="folder or s3:// prefix of the cohort")
+    step.add_argument("--table", action="append", default=[], metavar="URI",
+                      help="a table of the cohort that lies outside the source; may be repeated")
+    step.add_argument("--links", metavar="CSV", help="columns cohort, participant, person: the "
+                      "same people in several cohorts, who then share a split")
+    step.add_argument("--beside", action="append", default=[], metavar="MANIFEST",
+                      help="manifest of another cohort in --links, whose splits hold for its "
+                           "people here too; may be repeated")
+    step.add_argument("--out", required=True, help="manifest to write or renew, *.parquet")
     step.add_argument("--name", help="cohort name in all tables (default: the source's last part)")
     step.add_argument("--key", help="file of the pseudonym key (default: $NEUROJEPA_KEY_FILE, "
                       "else one made once at ~/.config/neurojepa/pseudonym.key)")
@@ -107,7 +126,7 @@ def _index(arguments: argparse.Namespace) -> int:
     from data_prep.index import index
 
     index(arguments.cohort, arguments.source, arguments.out, load_key(arguments.key),
-          arguments.name)
+          arguments.name, arguments.table, arguments.links, arguments.beside)
     return 0
 
 

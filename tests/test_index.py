@@ -1,197 +1,276 @@
-"""Indexing: BIDS names, sidecars, tables and derivatives become Scans; loose files too."""
+"""index: manifests with pseudonyms and splits, and what a second index keeps of the first."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.cohorts.base import CohortTables
-from data_prep.cohorts.bids import parse_name, read_cohort
-from data_prep.index import build_manifest, index, read_manifest
+from data_prep.cohorts.base import Source, parse_table
+from data_prep.identity import pseudonym
+from data_prep.index import index, labels_path, read_manifest, read_table, write_table
 from data_prep.scan import Scan
-from neurojepa.errors import DataError
-
-KEY = b"0123456789abcdef0123456789abcdef"
-
-
-def write(root: Path, files: dict[str, str | bytes]) -> Path:
-    """Files of a tree; contents need not be images, for none is opened."""
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return root
+from neurojepa.errors import ConfigError, DataError
+from tests.trees import DESCRIPTION, KEY, write
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    description = json.dumps({"Name": "t", "BIDSVersion": "1.9.0"})
     return write(tmp_path / "cohort", {
-        "dataset_description.json": description,
-        "T1w.json": json.dumps({"MagneticFieldStrength": 1.5, "Manufacturer": "Acme"}),
-        "participants.tsv": "\ufeffparticipant_id\tage\tsex\tdiagnosis\tsite\tfamily_id\t"
-                            "note\tbmi\r\n"
-                            "sub-007\t61.5\tF\tpatient\tA\tf1\tfree text\t21\r\n"
-                            "sub-8\t89+\tmale\tcontrol\tn/a\tf1\tn/a\tn/a\r\n"
-                            "sub-gone\t50\tM\tcontrol\tA\tn/a\tn/a\t30\r\n",
-        "sub-007/sub-007_sessions.tsv": "session_id\tage\nses-a\t62\nses-b\tn/a\n",
-        "sub-007/ses-a/anat/ses-a_sub-007_run-1_T1w.nii.gz": "x",
-        "sub-007/ses-a/anat/sub-007_ses-a_run-1_T1w.json": json.dumps(
-            {"MagneticFieldStrength": 3}),
+        "dataset_description.json": DESCRIPTION,
+        "participants.tsv": "participant_id\tage\tfamily_id\tsplit_group\n"
+                            "sub-007\t61.5\tf1\tn/a\nsub-8\t60\tf1\tg\nsub-9\t40\tn/a\tg\n",
+        "sub-007/ses-a/anat/sub-007_ses-a_T1w.nii.gz": "x",
+        "sub-007/ses-a/anat/sub-007_ses-a_T1w.json": '{"MagneticFieldStrength": 3}',
         "sub-007/ses-a/anat/sub-007_ses-a_FLAIR.nii.gz": "x",
-        "sub-007/ses-a/anat/sub-007_ses-a_part-phase_T1w.nii.gz": "x",
-        "sub-007/ses-b/anat/sub-007_ses-b_T1w.nii": "x",
-        "sub-007/ses-a/func/sub-007_ses-a_task-rest_bold.nii.gz": "x",
-        "sub-8/anat/sub-8_T1w.nii.gz": "x",
-        "sub-8/anat/sub-9_T1w.nii.gz": "x",
-        "sub-10/anat/sub-10_run-1_T1w.nii.gz": "x",
-        "sub-10/anat/sub-10_run-2_T1w.nii.gz": "x",
-        "derivatives/labels/dataset_description.json": description,
-        "derivatives/labels/sub-007/ses-a/anat/sub-007_ses-a_space-T1w_dseg.nii.gz": "x",
-        "derivatives/labels/sub-8/anat/sub-8_space-orig_desc-brain_mask.nii.gz": "x",
-        "derivatives/labels/sub-007/ses-b/anat/sub-007_ses-b_space-common_dseg.nii.gz": "x",
-        "derivatives/labels/sub-10/anat/sub-10_space-T1w_dseg.nii.gz": "x",
-    })
+        "sub-8/anat/sub-8_T1w.nii.gz": "x", "sub-8/anat/sub-8_UNIT1.nii.gz": "x",
+        "sub-9/anat/sub-9_T1w.nii.gz": "x", "sub-10/anat/sub-10_T1w.nii.gz": "x"})
 
 
-def by_name(tables: CohortTables) -> dict[str, Scan]:
-    return {scan.uri.rsplit("/", 1)[-1].split(".")[0]: scan for scan in tables.scans}
+def indexed(tree: Path, out: Path, **arguments: object) -> dict[str, Scan]:
+    """Index a tree; its scans by their file's name up to the suffix."""
+    index("bids", str(tree), str(out), KEY, **arguments)  # type: ignore[arg-type]
+    return {scan.uri.rsplit("/", 1)[-1].split(".")[0]: scan for scan in read_manifest(str(out))[0]}
 
 
-def test_entities_may_come_in_any_order():
-    name = parse_name("run-2_sub-01_acq-x-y_ses-b_T2w.nii.gz")
-    assert name.entities == {"run": "2", "sub": "01", "acq": "x-y", "ses": "b"}
-    assert name.suffix == "T2w"
+def person(number: str, cohort: str = "cohort") -> str:
+    return pseudonym(KEY, cohort, number)
 
 
-def test_scans_with_inherited_facts_and_tables(tree: Path):
-    scans = by_name(read_cohort(str(tree), "c"))
-    assert set(scans) == {"ses-a_sub-007_run-1_T1w", "sub-007_ses-a_FLAIR", "sub-007_ses-b_T1w",
-                          "sub-8_T1w", "sub-10_run-1_T1w", "sub-10_run-2_T1w"}
-    first, second = scans["ses-a_sub-007_run-1_T1w"], scans["sub-007_ses-b_T1w"]
-    assert (first.participant, first.session, first.modality) == ("007", "a", "T1w")
-    assert (first.field_strength, second.field_strength) == (3.0, 1.5)  # the nearer sidecar wins
-    assert first.scanner == "Acme" and scans["sub-007_ses-a_FLAIR"].scanner is None
-    assert (first.age_at_scan, second.age_at_scan) == (62.0, 61.5)  # session, else person
-    assert (first.sex, scans["sub-8_T1w"].sex) == ("F", "M")
-    assert scans["sub-8_T1w"].age_at_scan is None and scans["sub-8_T1w"].session == "1"
-    assert scans["sub-8_T1w"].site is None and first.site == "A"
-    assert first.size_bytes == 1 and first.modified
-
-
-def test_derivatives_only_in_the_scans_own_space(tree: Path):
-    tables = read_cohort(str(tree), "c")
-    scans = by_name(tables)
-    assert scans["ses-a_sub-007_run-1_T1w"].label_uri.endswith("space-T1w_dseg.nii.gz")
-    assert scans["sub-8_T1w"].mask_uri.endswith("desc-brain_mask.nii.gz")
-    assert scans["sub-007_ses-b_T1w"].label_uri is None  # space-common
-    assert scans["sub-10_run-1_T1w"].label_uri is None  # which run?
-    assert scans["sub-007_ses-a_FLAIR"].label_uri is None
-
-
-def test_what_is_not_used_is_counted(tree: Path):
-    notes = read_cohort(str(tree), "c").notes
-    assert notes == {
-        "not taken: suffix bold": 1,
-        "not taken: phase, real or imaginary part": 1,
-        "not taken: file name and folder name different people": 1,
-        "derivative not used: in the space common, not in a scan's": 1,
-        "derivative not used: fits several scans": 1,
-        "age is not a number of years (such as 89+): unknown": 1,
-        "people without a row in participants.tsv": 1,
-        "participants.tsv rows without a scan that is taken": 1,
-    }
-
-
-def test_labels_of_each_session_without_free_text(tree: Path):
-    labels = read_cohort(str(tree), "c").labels
-    assert ("007", "a", "age", "62.0") in labels and ("007", "b", "age", "61.5") in labels
-    assert ("8", "1", "diagnosis", "control") in labels and ("007", "a", "bmi", "21") in labels
-    assert {name for _, _, name, _ in labels} == {"age", "sex", "diagnosis", "bmi"}
-    assert len(labels) == len(set(labels))
+def set_split(out: Path, **splits: str) -> None:
+    """Change the splits of people in a manifest, by label after an underscore."""
+    rows = read_table(str(out)).to_pylist()
+    changed = {person(label[1:]): split for label, split in splits.items()}
+    for row in rows:
+        row["split"] = changed.get(row["participant"], row["split"])
+    write_table(str(out), read_table(str(out)).from_pylist(rows))
 
 
 def test_manifest_has_pseudonyms_families_and_splits(tree: Path, tmp_path: Path, capsys):
-    out = str(tmp_path / "m.parquet")
-    index("bids", str(tree), out, KEY)
-    scans, labels = read_manifest(out)
-    assert {scan.cohort for scan in scans} == {"cohort"}
+    out = tmp_path / "m.parquet"
+    scans = indexed(tree, out)
+    assert {scan.cohort for scan in scans.values()} == {"cohort"}
+    assert scans["sub-007_ses-a_T1w"].participant == person("007")
     text = pq.read_table(out).drop(["uri", "label_uri", "mask_uri"]).to_pylist()
-    assert "007" not in json.dumps(text) and all(len(s.participant) == 16 for s in scans)
-    families = {scan.uri.split("/sub-")[1].split("/")[0]: scan.family for scan in scans}
-    assert families["007"] == families["8"] != families["10"]  # f1 unites two people
-    alone = next(scan for scan in scans if "/sub-10/" in scan.uri)
+    assert "007" not in json.dumps(text)
+    families = {name.split("_")[0]: scan.family for name, scan in scans.items()}
+    # f1 unites two people, and g one of them with a third
+    assert families["sub-007"] == families["sub-8"] == families["sub-9"] != families["sub-10"]
+    alone = scans["sub-10_T1w"]
     assert alone.family == alone.participant
-    assert set(labels["participant"].to_pylist()) == {
-        scan.participant for scan in scans if "/sub-10/" not in scan.uri}
+    labels = pq.read_table(labels_path(str(out)))
+    assert sorted(set(labels["participant"].to_pylist())) == sorted(map(person, ["007", "8", "9"]))
+    assert labels.to_pylist() == sorted(labels.to_pylist(), key=lambda row: (
+        row["participant"], row["session"], row["name"]))
     printed = capsys.readouterr().out
-    assert "6 scans" in printed and "1 x not taken: suffix bold" in printed
-    first = Path(out).read_bytes()
-    index("bids", str(tree), out, KEY)
-    assert Path(out).read_bytes() == first
+    assert "5 scans (4 T1w, 1 FLAIR) of 4 people in 2 groups" in printed.replace(
+        "1 FLAIR, 4 T1w", "4 T1w, 1 FLAIR") and "1 x not taken: suffix UNIT1" in printed
 
 
-def test_split_group_and_family_act_together():
-    scans = [Scan(f"{p}.nii", "c", p, "", "1", "T1w", "") for p in "abcd"]
-    tables = CohortTables(scans, ties=[("a", "family_id:1"), ("b", "family_id:1"),
-                                       ("b", "split_group:g"), ("c", "split_group:g")])
-    rows = build_manifest(tables, "c", KEY)[0].to_pylist()
-    families = {row["uri"][0]: row["family"] for row in rows}
-    assert families["a"] == families["b"] == families["c"] != families["d"]
+def test_equal_sources_give_equal_bytes(tree: Path, tmp_path: Path):
+    first, second = tmp_path / "1" / "m.parquet", tmp_path / "2" / "m.parquet"
+    for out in (first, second):
+        index("bids", str(tree), str(out), KEY)
+    for name in ("m.parquet", "m.labels.parquet", "m.seen.parquet"):
+        assert (first.parent / name).read_bytes() == (second.parent / name).read_bytes()
+    before = first.read_bytes()
+    index("bids", str(tree), str(first), KEY)
+    assert first.read_bytes() == before
 
 
-def test_loose_files(tmp_path: Path):
-    root = write(tmp_path / "ixi", {
-        "IXI012_T1w.nii.gz": "x", "sub/IXI012_ses-2_FLAIR.nii.gz": "x", "sub-3_T2w.nii": "x",
-        "IXI012_desc-x_dseg.nii.gz": "x", "T1w.nii.gz": "x", "README.md": "x",
-        "other/dataset_description.json": "{}", "other/sub-1/anat/sub-1_T1w.nii.gz": "x",
-        "other/derivatives/y/dataset_description.json": "{}"})
-    tables = read_cohort(str(root), "ixi")
-    assert sorted((s.participant, s.session, s.modality) for s in tables.scans) == [
-        ("3", "1", "T2w"), ("IXI012", "1", "T1w"), ("IXI012", "2", "FLAIR")]
-    assert tables.notes == {"BIDS dataset inside, not entered: other": 1,
-                            "not taken: file without a _T1w, _T2w or _FLAIR ending": 2}
+def test_a_second_index_opens_only_what_changed(tree: Path, tmp_path: Path, capsys, monkeypatch):
+    opened = []
+    parse = Source.read
+    monkeypatch.setattr(Source, "read", lambda self, found: opened.append(found.name) or parse(
+        self, found))
+    out = tmp_path / "m.parquet"
+    sidecar = tree / "sub-007/ses-a/anat/sub-007_ses-a_T1w.json"
+    assert indexed(tree, out)["sub-007_ses-a_T1w"].field_strength == 3
+    assert opened == [sidecar.name] and "earlier" not in capsys.readouterr().out
+
+    opened.clear()
+    write(tree, {"sub-8/anat/sub-8_T1w.nii.gz": "longer", "sub-8/anat/sub-8_FLAIR.nii.gz": "x"})
+    (tree / "sub-10/anat/sub-10_T1w.nii.gz").unlink()
+    again = indexed(tree, out)
+    assert opened == [] and again["sub-007_ses-a_T1w"].field_strength == 3
+    assert "1 new, 1 changed, 1 gone, 3 unchanged" in capsys.readouterr().out
+
+    sidecar.write_text('{"MagneticFieldStrength": 1.5}')
+    assert indexed(tree, out)["sub-007_ses-a_T1w"].field_strength == 1.5
+    assert opened == [sidecar.name]
+    os.utime(sidecar, (1, 1))  # same size, another time
+    indexed(tree, out)
+    assert opened == [sidecar.name] * 2
 
 
-def test_a_dangling_annex_link_is_passed_on(tree: Path):
-    link = tree / "sub-8" / "anat" / "sub-8_T2w.nii.gz"
-    link.symlink_to("../../.git/annex/objects/aa/bb/key")
-    assert "sub-8_T2w" in by_name(read_cohort(str(tree), "c"))
+def test_people_keep_their_split_when_groups_are_renamed(tree: Path, tmp_path: Path):
+    out = tmp_path / "m.parquet"
+    first = indexed(tree, out)
+    for other in ("test", "train"):  # one of them is not what the hash says
+        set_split(out, _10=other, _007="val", _8="val", _9="val")
+        # a tag that comes earlier in the alphabet renames the group
+        write(tree, {"participants.tsv": "participant_id\tfamily_id\tsplit_group\nsub-007\tf1\t\n"
+                                         "sub-8\tf1\tg\nsub-9\ta\tg\nsub-11\ta\t\n",
+                     "sub-11/anat/sub-11_T1w.nii.gz": "x"})
+        again = indexed(tree, out)
+        assert again["sub-8_T1w"].family != first["sub-8_T1w"].family
+        assert {again[name].split for name in ("sub-007_ses-a_T1w", "sub-8_T1w", "sub-9_T1w",
+                                               "sub-11_T1w")} == {"val"}
+        assert again["sub-10_T1w"].split == other
 
 
-def test_a_link_up_the_tree_ends(tree: Path):
-    (tree / "sub-8" / "loop").symlink_to(tree)
-    assert len(read_cohort(str(tree), "c").scans) == 6
+@pytest.mark.parametrize("one, other, united", [
+    ("train", "test", "test"), ("val", "train", "val"), ("test", "val", "test")])
+def test_united_groups_are_never_trained_on_if_one_was_tested(tree: Path, tmp_path: Path, capsys,
+                                                              one, other, united):
+    out = tmp_path / "m.parquet"
+    indexed(tree, out)
+    set_split(out, _10=one, _007=other, _8=other, _9=other)
+    write(tree, {"participants.tsv": "participant_id\tfamily_id\tsplit_group\nsub-007\tf1\t\n"
+                                     "sub-8\tf1\tg\nsub-9\t\tg\nsub-10\tf1\t\n"})
+    capsys.readouterr()
+    assert {scan.split for scan in indexed(tree, out).values()} == {united}
+    moved = 1 if united == other else 3
+    assert f"noted {moved} x people moved to another split" in capsys.readouterr().out
 
 
-def test_the_same_from_s3(tree: Path, s3):
+def test_linked_people_share_a_split_across_cohorts(tmp_path: Path):
+    numbers = [f"{number:02d}" for number in range(30)]
+    trees = {name: write(tmp_path / name, {
+        "dataset_description.json": DESCRIPTION,
+        **{f"sub-{name}{one}/anat/sub-{name}{one}_T1w.nii.gz": "x" for one in numbers}})
+        for name in "ab"}
+    links = write(tmp_path, {"links.csv": "\ufeffcohort,participant,person\n" + "".join(
+        f"{name},{name}{one},person {one}\n" for name in "ab" for one in numbers[:20])})
+    table = str(links / "links.csv")
+    scans = {name: indexed(trees[name], tmp_path / f"{name}.parquet", links=table)
+             for name in "ab"}
+    pairs = [(scans["a"][f"sub-a{one}_T1w"], scans["b"][f"sub-b{one}_T1w"]) for one in numbers]
+    assert all(one.split == other.split and one.family == other.family
+               for one, other in pairs[:20])
+    assert len({one.split for one, _ in pairs[:20]}) > 1
+    assert all(one.family == one.participant for one, _ in pairs[20:])
+    assert any(one.split != other.split for one, other in pairs[20:])
+
+
+def test_splits_and_families_of_a_linked_cohort_hold(tmp_path: Path):
+    """Cohort a knows that 1 and 2 are siblings, b has only 2: both must be where a put them."""
+    siblings = write(tmp_path / "a", {
+        "dataset_description.json": DESCRIPTION,
+        "participants.tsv": "participant_id\tfamily_id\nsub-1\tf\nsub-2\tf\n",
+        "sub-1/anat/sub-1_T1w.nii.gz": "x", "sub-2/anat/sub-2_T1w.nii.gz": "x"})
+    single = write(tmp_path / "b", {"dataset_description.json": DESCRIPTION,
+                                    "sub-22/anat/sub-22_T1w.nii.gz": "x"})
+    table = str(write(tmp_path, {"links.csv": "cohort,participant,person\na,1,p\na,2,q\nb,22,q\n"})
+                / "links.csv")
+    beside, out = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    for split in ("train", "val", "test"):
+        indexed(siblings, beside)
+        rows = [{**row, "split": split} for row in read_table(str(beside)).to_pylist()]
+        write_table(str(beside), read_table(str(beside)).from_pylist(rows))
+        a = indexed(siblings, beside, links=table)["sub-2_T1w"]
+        b = indexed(single, out, links=table, beside=[str(beside)])["sub-22_T1w"]
+        assert a.split == b.split == split and a.family == b.family
+        out.unlink()
+        beside.unlink()
+
+
+def test_a_label_with_two_values_is_left_out(tree: Path, tmp_path: Path, monkeypatch, capsys):
+    from data_prep.cohorts import bids
+
+    def twice(source, cohort):
+        for found in bids_reader(source, cohort):
+            found.labels += [("1", "x", "1"), ("1", "y", "1")]
+            yield found
+            found.scans, found.labels = [], [("1", "x", "2"), ("1", "y", "1")]
+            yield found
+
+    bids_reader = bids.read_cohort
+    monkeypatch.setattr(bids, "read_cohort", twice)
+    out = tmp_path / "m.parquet"
+    assert len(indexed(tree, out)) == 5
+    names = read_table(labels_path(str(out)))["name"].to_pylist()
+    assert "x" not in names and names.count("y") == 4
+    assert "noted 4 x labels with two values" in capsys.readouterr().out
+
+
+# ---- walking -------------------------------------------------------------------------------------
+
+def test_a_walk_is_ordered_and_streams(tmp_path: Path, monkeypatch):
+    names = ["b.txt", "b/z.txt", "a/2/x", "a/10/x", "a-b/x", "a.txt", ".git/x", "a/.hidden/x"]
+    source = Source(str(write(tmp_path / "s", dict.fromkeys(names, "x"))))
+    paths = [found.path for found in source.walk()]
+    assert paths == sorted(names[:6]) and [f.path for f in source.walk("a")] == paths[2:4]
+    assert [found.path for found in source.walk(starting="b")] == ["b.txt", "b/z.txt"]
+    assert [found.name for found in source.listing()[0]] == ["a.txt", "b.txt"]
+    assert source.listing()[1] == ["a-b", "a", "b"] and source.listing("a")[1] == ["10", "2"]
+    entered = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: entered.append(path) or scandir(path))
+    next(source.walk())
+    assert [os.path.basename(path) for path in entered] == ["s", "a-b"]
+
+
+def test_s3_is_walked_by_pages(s3, tmp_path: Path):
     import s3fs
 
-    s3fs.S3FileSystem().put(str(tree) + "/", f"{s3.uri}/bids/cohort/", recursive=True)
-    there, here = (read_cohort(source, "c") for source in (f"{s3.uri}/bids/cohort", str(tree)))
-    assert by_name(there).keys() == by_name(here).keys()
-    assert there.labels == here.labels and there.notes == here.notes
-    assert all(scan.uri.startswith("s3://") and scan.size_bytes for scan in there.scans)
+    names = [f"walk/s/{folder}/{number}" for folder in ("a", "b") for number in range(600)]
+    fs = s3fs.S3FileSystem()
+    fs.pipe({f"{s3.uri}/{name}": b"x" for name in [*names, "walk/s/.git/x", "walk/sub/x"]})
+    source = Source(f"{s3.uri}/walk/s")
+    found = list(source.walk())
+    assert [one.path for one in found] == sorted(name[7:] for name in names)
+    assert found[0].uri == f"{s3.uri}/walk/s/a/0" and found[0].size_bytes == 1
+    assert source.listing() == ([], ["a", "b"])
+    assert len(list(source.walk("b"))) == 600 == len(list(source.walk(starting="b")))
+    source.fetch(found[:3])
+    assert source.read(found[0]) == b"x"
+    with pytest.raises(DataError, match="no files there"):
+        list(Source(f"{s3.uri}/walk/nothing").walk())
 
 
-@pytest.mark.parametrize("files, message", [
-    ({}, "no such folder"),
-    ({"x/readme.txt": "x"}, "no T1w, T2w, FLAIR scan found"),
-    ({"dataset_description.json": "{}", "sub-1/anat/sub-1_T1w.nii.gz": "x",
-      "participants.tsv": "id\tage\n1\t2\n"}, "no column participant_id"),
-    ({"dataset_description.json": "{}", "sub-1/anat/sub-1_T1w.nii.gz": "x",
-      "participants.tsv": "participant_id\nsub-1\t2\n"}, "line 2: more cells"),
-])
-def test_bad_sources_are_named(tmp_path: Path, files: dict, message: str):
-    with pytest.raises(DataError, match=message) as error:
-        read_cohort(str(write(tmp_path / "bad", files)), "c")
-    assert "bad" in str(error.value)
+def test_tables_with_marks_and_short_rows():
+    rows = parse_table("\ufeffa\tb\r\n1\tn/a\r\n\r\n2\r\n3\tx\t\r\n".encode(), "t.tsv")
+    assert rows == [{"a": "1", "b": None}, {"a": "2", "b": None}, {"a": "3", "b": "x"}]
 
 
-def test_command_line_errors_are_one_line(run_cli, tmp_path: Path):
+# ---- errors --------------------------------------------------------------------------------------
+
+def test_a_source_without_scans_is_an_error(tmp_path: Path):
+    root = write(tmp_path / "s", {"x/readme.txt": "x", "x_dseg.nii": "x"})
+    with pytest.raises(DataError, match=r"s: no scan found \(1 x not taken: file without"):
+        index("bids", str(root), str(tmp_path / "m.parquet"), KEY)
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+@pytest.mark.parametrize("name, message", [
+    ("m.parquet", r"m\.parquet: not a Parquet table"),
+    ("m.seen.parquet", r"m\.seen\.parquet: not a table of an index")])
+def test_a_damaged_earlier_index_is_named(tree: Path, tmp_path: Path, name: str, message: str):
+    write(tmp_path, {name: "not parquet"})
+    with pytest.raises(DataError, match=message):
+        index("bids", str(tree), str(tmp_path / "m.parquet"), KEY)
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path):
+    write(tmp_path, {"m.parquet": "not parquet", "m.labels.parquet": ""})
+    with pytest.raises(DataError, match=r"m\.parquet: not a Parquet table"):
+        read_manifest(str(tmp_path / "m.parquet"))
+    with pytest.raises(ConfigError, match="must end in"):
+        labels_path("m.csv")
+
+
+def test_links_need_their_columns(tree: Path, tmp_path: Path):
+    write(tmp_path, {"links.csv": "cohort,participant\ncohort,8\n"})
+    with pytest.raises(DataError, match=r"links\.csv: needs the columns"):
+        index("bids", str(tree), str(tmp_path / "m.parquet"), KEY,
+              links=str(tmp_path / "links.csv"))
+
+
+def test_command_line(run_cli, tmp_path: Path):
     key = tmp_path / "key"
     key.write_bytes(KEY)
     key.chmod(0o600)
@@ -200,17 +279,5 @@ def test_command_line_errors_are_one_line(run_cli, tmp_path: Path):
                    "--key", str(key))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
     assert list(tmp_path.iterdir()) == [key]
-
-
-def test_a_damaged_manifest_is_named(tmp_path: Path):
-    write(tmp_path, {"m.parquet": "not parquet", "m.labels.parquet": ""})
-    with pytest.raises(DataError, match=r"m\.parquet: not a Parquet table"):
-        read_manifest(str(tmp_path / "m.parquet"))
-
-
-def test_real_tree(shared_data: Path):
-    tables = read_cohort(str(shared_data / "bids-ms"), "ms")
-    assert len(tables.scans) == 10 and {scan.participant for scan in tables.scans} == {
-        "ms01", "ms03", "ms04", "ms20"}
-    assert all(scan.mask_uri is None for scan in tables.scans)  # theirs lie in space-common
-    assert ("ms01", "2", "days_since_first", "203") in tables.labels
+    told = run_cli("-m", "data_prep", "index", "--help").stdout
+    assert all(f"\n  {cohort} " in told for cohort in ("ukb", "abcd", "adni", "bids"))

@@ -10,16 +10,20 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from data_prep.scan import Scan
 from neurojepa.errors import DataError
 from neurojepa.feed.format import is_local, join, open_store, read_bytes, store_errors
 
 MISSING = {"", "n/a", "na", "nan", "none", "null"}
+POINTERS = (b"version https://git-lfs", b"/annex/objects/")  # how the text in a file's place begins
+POINTER_BYTES = range(20, 1000)  # an LFS pointer has about 130 bytes, one of git-annex 60 to 300
 T = TypeVar("T")
+Known = tuple[int | None, float | None, Any]  # size, modification time, value
 
 
 @dataclass
@@ -36,28 +40,139 @@ class Findings:
     labels: list[tuple[str, str, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file of a source: path below the source, full URI, and what the store tells about it."""
+
+    path: str
+    uri: str
+    size_bytes: int | None  # None: a link that leads nowhere, as git-annex leaves without content
+    modified: float | None  # seconds since the epoch
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def folder(self) -> str:
+        return self.path.rpartition("/")[0]
+
+
+class Memory(Protocol):
+    """What an index knows of opened files by URI: a dict, or the table of data_prep/seen.py."""
+
+    def get(self, uri: str, /) -> Known | None: ...
+    def __setitem__(self, uri: str, known: Known, /) -> None: ...
+
+
 class Source:
     """A source being indexed: its files in order, its tables, and what an earlier index knew.
 
     A reader is ``read_cohort(source: Source, cohort: str) -> Iterator[Findings]``: it yields people
-    while it walks, and counts in ``source.notes`` whatever it saw and did not use.
+    while it walks, and counts in ``source.notes`` whatever it saw and did not use.  ``tables`` are
+    URIs of tables that lie elsewhere.
     """
 
-    def __init__(self, uri: str, remembered: dict[str, tuple[int | None, float | None, Any]]
-                 | None = None) -> None:
+    def __init__(self, uri: str, remembered: Memory | None = None, tables: Sequence[str] = (),
+                 seen: Memory | None = None) -> None:
         self.uri = uri
+        self.tables = list(tables)
         self.notes: Counter[str] = Counter()
-        self._remembered = remembered or {}
-        self.seen: dict[str, tuple[int | None, float | None, Any]] = {}
+        self.seen: Memory = {} if seen is None else seen
+        self._remembered: Memory = {} if remembered is None else remembered
+        self._fetched: dict[str, bytes] = {}
+        self._fs, root = open_store(uri)
+        self._local = is_local(self._fs)
+        self._root = os.path.abspath(root) if self._local else root.rstrip("/")
 
-    def walk(self, under: str = "") -> Iterator[Found]:
-        """Every file below ``under``, ordered by path; paths are relative to the source.
+    def walk(self, under: str = "", starting: str = "") -> Iterator[Found]:
+        """Every file below the folder ``under``; paths are relative to the source.
 
-        Raises DataError where the source is missing, no folder, or cannot be listed.
+        Files of a folder come together, names in order with a folder sorted as NAME/ (an object
+        store's own order may differ where a file and a folder share the beginning of a name).
+        Hidden folders are left out.  ``starting``: only what begins so directly below ``under``.
+
+        Raises
+        ------
+        DataError
+            The folder is missing, holds no file, or cannot be listed.
         """
-        prefix = f"{under.rstrip('/')}/" if under else ""
-        yield from (Found(prefix + found.path, found.uri, found.size_bytes, found.modified)
-                    for found in walk(join(self.uri, under) if under else self.uri))
+        empty = True
+        with _naming_errors(join(self.uri, under) if under else self.uri):
+            for found in (self._walk_local if self._local else self._walk_remote)(under, starting):
+                empty = False
+                yield found
+        if empty and not under and not starting:
+            raise DataError(f"{self.uri}: no files there; check --source")
+
+    def listing(self, under: str = "") -> tuple[list[Found], list[str]]:
+        """Files and names of folders directly in the folder ``under``, in order.
+
+        Raises
+        ------
+        DataError
+            The folder is missing or cannot be listed.
+        """
+        prefix = f"{under}/" if under else ""
+        with _naming_errors(self.uri + "/" + under):
+            if self._local:
+                entries = _entries(f"{self._root}/{under}")
+                return ([self._found(entry) for entry in entries if not entry.is_dir()],
+                        [entry.name for entry in entries
+                         if entry.is_dir() and not entry.name.startswith(".")])
+            infos = [(info["name"][len(self._root) + 1:].rstrip("/"), info) for info in
+                     self._fs.ls(f"{self._root}/{under}".rstrip("/"), detail=True)]
+            infos.sort(key=lambda pair: pair[0])
+            return ([self._object(path, info) for path, info in infos
+                     if info["type"] == "file" and len(path) > len(prefix)],
+                    [path[len(prefix):] for path, info in infos
+                     if info["type"] == "directory" and not path[len(prefix):].startswith(".")])
+
+    def _walk_local(self, under: str, starting: str) -> Iterator[Found]:
+        """Depth first with scandir; the entries of the open folders are all that is held."""
+        pending = [_Folder(f"{self._root}/{under}" if under else self._root)]
+        while pending:
+            entry = next(pending[-1].entries, None)
+            if entry is None:
+                pending.pop()
+            elif len(pending) == 1 and not entry.name.startswith(starting):
+                continue
+            elif not entry.is_dir():
+                yield self._found(entry)
+            elif not entry.name.startswith("."):
+                folder = _Folder(entry.path)
+                if all(folder.identity != above.identity for above in pending):  # a link back up
+                    pending.append(folder)
+
+    def _found(self, entry: os.DirEntry[str]) -> Found:
+        path = entry.path[len(self._root) + 1:]
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            return Found(path, entry.path, None, None)
+        return Found(path, entry.path, status.st_size, status.st_mtime)
+
+    def _walk_remote(self, under: str, starting: str) -> Iterator[Found]:
+        """Flat listings, a page at a time: a request for 1,000 files, whatever the folders."""
+        folder = f"{self._root}/{under}" if under else self._root
+        bucket, _, prefix = f"{folder}/{starting}".partition("/")
+        page = {"IsTruncated": True}
+        while page["IsTruncated"]:
+            token = page.get("NextContinuationToken")
+            page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix,
+                                    **({"ContinuationToken": token} if token else {}))
+            for info in page.get("Contents", []):
+                path = f"{bucket}/{info['Key']}"[len(self._root) + 1:]
+                *folders, name = path.split("/")
+                if name and not any(folder.startswith(".") for folder in folders):
+                    yield self._object(path, info)
+
+    def _object(self, path: str, info: dict[str, Any]) -> Found:
+        modified = info.get("LastModified")
+        return Found(path, self._fs.unstrip_protocol(f"{self._root}/{path}"),
+                     info.get("Size", info.get("size")), modified.timestamp() if modified else None)
+
+    # ---- contents --------------------------------------------------------------------------------
 
     def opened(self, found: Found, make: Callable[[Found], T]) -> T:
         """``make(found)``, or its value from the earlier index where the file has not changed.
@@ -73,113 +188,104 @@ class Source:
         self.seen[found.uri] = (found.size_bytes, found.modified, value)
         return value
 
+    def fetch(self, files: Sequence[Found]) -> None:
+        """Read small files that ``opened`` will ask for, all at once where each costs a request.
 
-@dataclass
-class CohortTables:
-    """A source as found; participants by the source's own ids.  (Being replaced by Findings.)"""
+        What was fetched before is dropped.
+        """
+        self._fetched.clear()
+        wanted = [found.uri for found in files if (old := self._remembered.get(found.uri)) is None
+                  or old[:2] != (found.size_bytes, found.modified)]
+        if not self._local and wanted:
+            with _naming_errors(self.uri):
+                contents = self._fs.cat(wanted, on_error="return")
+            if isinstance(contents, bytes):  # of a single path
+                contents = {self._fs._strip_protocol(wanted[0]): contents}
+            self._fetched = {self._fs.unstrip_protocol(path): data
+                             for path, data in contents.items() if isinstance(data, bytes)}
 
-    scans: list[Scan] = field(default_factory=list)
-    ties: list[tuple[str, str]] = field(default_factory=list)
-    labels: list[tuple[str, str, str, str]] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
+    def read(self, found: Found) -> bytes:
+        """The whole of a small file, or DataError naming it."""
+        if found.uri in self._fetched:
+            return self._fetched[found.uri]
+        if not self._local:
+            return read_bytes(found.uri)
+        try:
+            with open(found.uri, "rb", buffering=0) as file:
+                return file.readall()
+        except OSError as error:
+            raise DataError(f"{found.uri}: cannot be read ({error.strerror})") from error
+
+    def not_downloaded(self, found: Found) -> bool:
+        """Whether git-annex or Git LFS left a dangling link or a few bytes of text in its place."""
+        if found.size_bytes is None:
+            return True
+        return found.size_bytes in POINTER_BYTES and self.opened(found, self._is_pointer)
+
+    def _is_pointer(self, found: Found) -> bool:
+        return self.read(found).startswith(POINTERS)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A file of a source: path below the source, full URI, and what the store tells about it."""
+class _Folder:
+    """A local folder being walked: its entries in order, and what it is (a link may lead up)."""
 
-    path: str
-    uri: str
-    size_bytes: int | None
-    modified: float | None
-
-    @property
-    def name(self) -> str:
-        return self.path.rsplit("/", 1)[-1]
-
-    @property
-    def folder(self) -> str:
-        return self.path.rpartition("/")[0]
+    def __init__(self, path: str) -> None:
+        status = os.stat(path)
+        self.identity = (status.st_dev, status.st_ino)
+        self.entries = iter(_entries(path))
 
 
-def walk(source: str) -> list[Found]:
-    """Every file below a local folder or an object-store prefix, by path.
+def _entries(path: str) -> list[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        return sorted(entries, key=lambda entry: f"{entry.name}/" if entry.is_dir() else entry.name)
 
-    Raises
-    ------
-    DataError
-        The source is missing, not a folder, or cannot be listed.
-    """
-    fs, root = open_store(source)
+
+@contextmanager
+def _naming_errors(uri: str) -> Iterator[None]:
+    """Turns what a store raises while it is listed into a DataError naming the place."""
     try:
-        files = list(_walk_local(os.path.abspath(root)) if is_local(fs) else _walk_remote(fs, root))
+        yield
     except (NotADirectoryError, FileNotFoundError) as error:
-        raise DataError(f"{source}: no such folder; check --source") from error
+        raise DataError(f"{uri}: no such folder; check --source") from error
     except store_errors() as error:
-        raise DataError(f"{source}: cannot be listed ({error}); check access to it") from error
-    if not files:
-        raise DataError(f"{source}: no files there; check --source")
-    return sorted(files, key=lambda found: found.path)
+        raise DataError(f"{uri}: cannot be listed ({error}); check access to it") from error
 
 
-def _walk_local(root: str) -> Iterator[Found]:
-    """Depth first with scandir: one system call a folder, also with millions of files."""
-    seen: set[tuple[int, int]] = set()
-    pending = [root]
-    while pending:
-        folder = pending.pop()
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up the tree
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    if not entry.name.startswith("."):
-                        pending.append(entry.path)
-                    continue
-                # a dangling link (git-annex without content) is passed on; prepare rejects it
-                info = entry.stat(follow_symlinks=os.path.exists(entry.path))
-                yield Found(os.path.relpath(entry.path, root), entry.path, info.st_size,
-                            info.st_mtime)
-
-
-def _walk_remote(fs, root: str) -> Iterator[Found]:  # type: ignore[no-untyped-def]
-    for path, info in fs.find(root, detail=True).items():
-        modified = info.get("LastModified") or info.get("mtime")
-        yield Found(path[len(root.rstrip("/")) + 1:], fs.unstrip_protocol(path), info.get("size"),
-                    modified.timestamp() if hasattr(modified, "timestamp") else modified)
-
-
-def read_tsv(uri: str) -> list[dict[str, str | None]]:
-    """Rows of a tab-separated table as strings; a byte-order mark and ``n/a`` are understood.
+def read_tsv(uri: str, delimiter: str = "\t") -> list[dict[str, str | None]]:
+    """Rows of a delimited table as strings; a byte-order mark and ``n/a`` are understood.
 
     Raises
     ------
     DataError
-        The table cannot be decoded or a row has more cells than the header.
+        The table cannot be read or a row has more cells than the header.
     """
-    data = read_bytes(uri)
+    return parse_table(read_bytes(uri), uri, delimiter)
+
+
+def parse_table(data: bytes, uri: str, delimiter: str = "\t") -> list[dict[str, str | None]]:
+    """As ``read_tsv``, of bytes already read; text that is not UTF-8 counts as Latin-1."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    header = [name.strip() for name in next(lines, [])]
     rows = []
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
-    for number, row in enumerate(reader, 2):
-        if None in row:
+    for number, cells in enumerate(lines, 2):
+        if any(cells[len(header):]):
             raise DataError(f"{uri} line {number}: more cells than the header has; fix the row")
-        cells = {name.strip(): (value or "").strip() for name, value in row.items()}
-        if any(cells.values()):
-            rows.append({name: None if value.lower() in MISSING else value
-                         for name, value in cells.items()})
+        values = [None if value.strip().lower() in MISSING else value.strip()
+                  for value in cells[:len(header)]]
+        if any(values):
+            values += [None] * (len(header) - len(values))
+            rows.append(dict(zip(header, values, strict=True)))
     return rows
 
 
-def as_float(value: str | float | None) -> float | None:
+def as_float(value: object) -> float | None:
     """A finite number, or None."""
     try:
-        number = float(value) if value is not None else None
+        number = float(value) if value is not None else None  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
     return number if number is not None and abs(number) < float("inf") else None

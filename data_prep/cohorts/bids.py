@@ -1,279 +1,352 @@
-"""A BIDS tree, or a folder of loose NIfTI files, to Scans.
+"""A BIDS tree, or a folder of loose files, to Scans.
 
 BIDS: a folder with dataset_description.json.  Entities may come in any order, sessions are
-optional, JSON sidecars are inherited from the levels above, participants.tsv and sessions.tsv give
-age, sex, site and labels.  Below derivatives/, ``*_dseg`` becomes a scan's label map and
-``*_desc-brain_mask`` its brain mask, but only where it lies in the scan's own space.  The columns
-``family_id`` and ``split_group`` of participants.tsv tie people to one split.
+optional, JSON sidecars are inherited from the levels above, participants.tsv, sessions.tsv,
+scans.tsv and phenotype/*.tsv give age, sex, site, labels and exclusions.  The columns
+``family_id`` and ``split_group`` of participants.tsv tie people to one split.  Derivatives are
+looked for below derivatives/ and sourcedata/ at any depth: see bids_derived.py.
 
-Loose files: without dataset_description.json, files named *_T1w, *_T2w or *_FLAIR are taken; the
-participant is the name before the first underscore and nothing else is known about them.  BIDS
-datasets inside such a folder are left alone and reported.
+Loose files: without dataset_description.json, files named *_T1w, *_T2w, *_FLAIR, *_pet or *_bold
+are taken; the participant is the name before the first underscore, and a sidecar of the same name
+is read.  BIDS datasets inside such a folder are left alone and reported.
+
+A person's files are held at a time, never the tree's.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
 
-from data_prep.cohorts.base import CohortTables, Found, as_float, read_tsv, walk
-from data_prep.scan import Scan
-from neurojepa.errors import DataError
-from neurojepa.feed.format import join, read_bytes
+from data_prep.cohorts.base import Findings, Found, Source, as_float, parse_table
+from data_prep.cohorts.bids_derived import (
+    Companions,
+    Taken,
+    choose_runs,
+    cleaned_series,
+    is_derived,
+    take_maps,
+)
+from data_prep.cohorts.bids_names import (
+    ANATOMICAL,
+    MODALITIES,
+    SERIES,
+    VOLUMES,
+    Image,
+    Name,
+    habits,
+    is_phantom,
+    parse_name,
+    tracer_name,
+)
+from data_prep.cohorts.bids_tables import Row, Tables
+from data_prep.scan import FACTS, Scan
 
-TAKEN = ("T1w", "T2w", "FLAIR")
-TIES = ("family_id", "split_group")
-SEXES = {"f": "F", "female": "F", "w": "F", "m": "M", "male": "M"}
-_NIFTI = re.compile(r"\.nii(\.gz)?$")
-_ENTITY = re.compile(r"^([A-Za-z0-9]+)-(.+)$")
-# entities by which a derivative may differ from the scan it belongs to
-_DERIVED = {"space", "desc", "label", "seg", "atlas", "res", "den"}
-Table = dict[str, dict[str, str | None]]
-
-
-@dataclass(frozen=True)
-class Name:
-    """A BIDS file name taken apart: entities in any order, and the suffix."""
-
-    entities: dict[str, str]
-    suffix: str
-
-
-def parse_name(name: str) -> Name:
-    """Entities and suffix of a file name, its extension removed.
-
-    >>> parse_name("sub-1_T1w.nii.gz")
-    Name(entities={'sub': '1'}, suffix='T1w')
-    """
-    *parts, suffix = re.sub(r"\.(nii\.gz|nii|json)$", "", name).split("_")
-    matches = [match for part in parts if (match := _ENTITY.match(part))]
-    return Name({match[1]: match[2] for match in matches}, suffix)
+_KEPT = {*FACTS, "MagneticFieldStrength", "Manufacturer", "ManufacturersModelName",
+         "InstitutionName", "TracerName"}
+_DERIVATIVE_DEPTH = 5  # folders between the dataset and a derivative's sub-*
+_DESCRIPTION = "dataset_description.json"
+Sidecars = dict[tuple[str, str], list[Image]]  # by folder and suffix
 
 
-def read_cohort(source: str, cohort: str) -> CohortTables:
-    """Walk a BIDS tree or a folder of loose files, local or on an object store.
+def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
+    """People of a BIDS tree or a folder of loose files, local or on an object store.
 
     Raises
     ------
     DataError
-        The source is missing, holds no scan that is taken, or one of its tables is damaged.
+        The source is missing or empty, or one of its tables is damaged.
     """
-    files = walk(source)
-    is_bids = any(found.path == "dataset_description.json" for found in files)
-    tables = _Bids(source, cohort, files).read() if is_bids else _read_loose(cohort, files)
-    if not tables.scans:
-        seen = "; ".join(f"{count} {note}" for note, count in sorted(tables.notes.items()))
-        raise DataError(f"{source}: no {', '.join(TAKEN)} scan found ({seen or 'no NIfTI file'}); "
-                        "name a BIDS dataset or a folder of *_T1w.nii.gz files")
-    return tables
+    files, folders = source.listing()
+    if any(found.name == _DESCRIPTION for found in files):
+        yield from _Dataset(source, cohort, files, folders).people()
+    else:
+        yield from _read_loose(source, cohort)
 
 
-def _read_loose(cohort: str, files: list[Found]) -> CohortTables:
-    datasets = {found.folder for found in files if found.name == "dataset_description.json"}
-    tables = CohortTables()
-    outermost = [one for one in sorted(datasets)
-                 if not any(one.startswith(other + "/") for other in datasets)]
-    for dataset in outermost:
-        tables.notes[f"BIDS dataset inside, not entered: {dataset}"] += 1
+def _read_loose(source: Source, cohort: str, folder: str = "") -> Iterator[Findings]:
+    files, folders = source.listing(folder)
+    if any(found.name == _DESCRIPTION for found in files):
+        source.notes[f"BIDS dataset inside, not entered: {folder}"] += 1
+        return
+    reader = _Reader(source, cohort)
+    sidecars = {found.name.removesuffix(".json"): found for found in files
+                if found.name.endswith(".json")}
     for found in files:
-        if any(found.path.startswith(dataset + "/") for dataset in outermost):
-            continue
-        if not _NIFTI.search(found.name):
-            continue
         name = parse_name(found.name)
-        if name.suffix not in TAKEN or "_" not in found.name:
-            tables.notes["not taken: file without a _T1w, _T2w or _FLAIR ending"] += 1
+        if name.extension not in (*VOLUMES, SERIES):
             continue
+        if name.suffix not in MODALITIES or "_" not in found.name:
+            source.notes["not taken: file without a _T1w, _T2w, _FLAIR, _pet or _bold ending"] += 1
+            continue
+        sidecar = sidecars.get(found.name.removesuffix("." + name.extension))
         participant = found.name.split("_")[0].removeprefix("sub-")
-        tables.scans.append(_scan(found, cohort, participant, name))
-    return tables
+        taken = reader.take(Image(found, name), reader.load(sidecar) if sidecar else {})
+        yield Findings(participant, [reader.scan(taken, participant)])
+    for inner in folders:
+        yield from _read_loose(source, cohort, f"{folder}/{inner}" if folder else inner)
 
 
-def _scan(found: Found, cohort: str, participant: str, name: Name) -> Scan:
-    return Scan(uri=found.uri, cohort=cohort, participant=participant, family="", split="",
-                session=name.entities.get("ses", "1"), modality=name.suffix,
-                size_bytes=found.size_bytes, modified=found.modified)
+class _Reader:
+    """One file to a scan."""
+
+    def __init__(self, source: Source, cohort: str) -> None:
+        self.source, self.cohort = source, cohort
+        self.notes = source.notes
+
+    def load(self, sidecar: Found) -> dict[str, Any]:
+        """The facts of a sidecar that are kept; none, with a note, where it cannot be read."""
+        facts = self.source.opened(sidecar, self._parse)
+        if facts is None:
+            self.notes["JSON sidecar unreadable, its facts are unknown"] += 1
+        return facts or {}
+
+    def _parse(self, found: Found) -> dict[str, Any] | None:
+        if found.size_bytes is None:
+            return None
+        try:
+            content = json.loads(self.source.read(found).decode("utf-8-sig"))
+        except ValueError:
+            return None
+        if not isinstance(content, dict):
+            return None
+        return {key: value for key, value in content.items()
+                if key in _KEPT and value is not None}
+
+    def take(self, image: Image, facts: dict[str, Any], processing: str | None = None) -> Taken:
+        entities = image.name.entities
+        for unknown in entities.keys() - set(habits()["entities"]):
+            self.notes[f"taken, with an entity that BIDS does not know: {unknown}"] += 1
+        modality = MODALITIES[image.name.suffix]
+        return Taken(
+            image, modality, facts, processing=processing,
+            reason="not_downloaded" if self.source.not_downloaded(image.found) else None,
+            tracer=tracer_name(entities.get("trc"), facts.get("TracerName"))
+            if modality == "PET" else None)
+
+    def scan(self, taken: Taken, participant: str, age: float | None = None,
+             sex: str | None = None, site: str | None = None) -> Scan:
+        facts, found = taken.facts, taken.image.found
+        scanner = " ".join(str(facts[part]) for part in ("Manufacturer", "ManufacturersModelName")
+                           if facts.get(part))
+        kept = {key: facts[key] for key in FACTS if key in facts}
+        site = site or (str(facts["InstitutionName"]) if facts.get("InstitutionName") else None)
+        return Scan(
+            uri=found.uri, cohort=self.cohort, participant=participant, family="", split="",
+            session=taken.session, modality=taken.modality, reason=taken.reason, age_at_scan=age,
+            sex=sex, site=site, scanner=scanner or None, tracer=taken.tracer,
+            field_strength=as_float(facts.get("MagneticFieldStrength")),
+            processing=taken.processing, mask_uri=taken.mask_uri, label_uri=taken.label_uri,
+            confounds_uri=taken.confounds_uri, surface_uri=taken.surface_uri,
+            facts=json.dumps(kept) if kept else None, size_bytes=found.size_bytes,
+            modified=found.modified)
 
 
-class _Bids:
+class _Dataset(_Reader):
     """One reading of a BIDS tree."""
 
-    def __init__(self, source: str, cohort: str, files: list[Found]) -> None:
-        self.source, self.cohort = source, cohort
-        self.tables = CohortTables()
-        self.notes: Counter[str] = self.tables.notes
-        self.raw = [f for f in files if re.match(r"sub-[^/]+/", f.path)]
-        self.derived = [f for f in files if f.path.startswith("derivatives/")
-                        and _NIFTI.search(f.name)]
-        self.paths = {found.path for found in files}
-        self.sidecars: dict[tuple[str, str], list[tuple[Name, Found]]] = defaultdict(list)
-        for found in files:
-            if found.name.endswith(".json") and not found.path.startswith("derivatives/"):
-                name = parse_name(found.name)
-                self.sidecars[found.folder, name.suffix].append((name, found))
-        self._json: dict[str, dict[str, object]] = {}
+    def __init__(self, source: Source, cohort: str, files: list[Found],
+                 folders: list[str]) -> None:
+        super().__init__(source, cohort)
+        by_name = {found.name: found for found in files}
+        phenotypes = source.listing("phenotype")[0] if "phenotype" in folders else []
+        self.tables = Tables(source, by_name.get("participants.tsv"), [
+            *(found.uri for found in phenotypes if found.name.endswith(".tsv")), *source.tables])
+        self.sidecars = {"": _sidecars(files)}  # of the tops of the dataset and its derivatives
+        self.derivatives: dict[str, list[str]] = defaultdict(list)  # folders of each person
+        for folder in ("derivatives", "sourcedata"):
+            if folder in folders:
+                self._find_derivatives(folder, _DERIVATIVE_DEPTH)
+        self._loaded: dict[str, dict[str, Any]] = {}  # the tops' sidecars
 
-    def read(self) -> CohortTables:
-        people = self._table("participants.tsv", "participant_id", "sub-")
-        found_scans = [pair for found in self.raw if (pair := self._take(found))]
-        self._match_derivatives(found_scans)
-        for participant in sorted({scan.participant for scan, _ in found_scans}):
-            own = [(scan, name) for scan, name in found_scans if scan.participant == participant]
-            self._describe(participant, people.get(participant), own)
-        if missing := set(people) - {scan.participant for scan, _ in found_scans}:
-            self.notes["participants.tsv rows without a scan that is taken"] += len(missing)
-        return self.tables
+    def _find_derivatives(self, folder: str, depth: int) -> None:
+        files, folders = self.source.listing(folder)
+        if any(name.startswith("sub-") for name in folders):
+            self.sidecars[folder] = _sidecars(files)
+        for name in folders:
+            if name.startswith("sub-"):
+                self.derivatives[name.split("_")[0].removeprefix("sub-")].append(f"{folder}/{name}")
+            elif not name.startswith("fsaverage"):
+                if depth:
+                    self._find_derivatives(f"{folder}/{name}", depth - 1)
+                else:
+                    self.notes["folder of derivatives not entered: too deep"] += 1
+
+    def people(self) -> Iterator[Findings]:
+        files = self.source.walk(starting="sub-")
+        for folder, own in groupby(files, key=lambda found: found.path.partition("/")[0]):
+            label = folder.removeprefix("sub-")
+            if findings := self._person(label, list(own)):
+                yield findings
+        if self.derivatives:
+            self.notes["people with derivatives but no raw folder"] = len(self.derivatives)
+        self.tables.finish()
+
+    def _person(self, label: str, files: list[Found]) -> Findings | None:
+        derived = [found for folder in self.derivatives.pop(label, [])
+                   for found in self.source.walk(folder)]
+        sidecars = [found for found in (*files, *derived) if found.name.endswith(".json")]
+        tables = [found for found in files if found.name.endswith(("_scans.tsv", "_sessions.tsv"))]
+        self.source.fetch([*sidecars, *tables])
+        inherited = _sidecars(sidecars)
+        raw, processed, others = self._sort(label, files, derived)
+        taken = self._take(raw, processed, inherited)
+        used = {id(one.image) for one in taken}
+        Companions(taken, self.notes).give(
+            [image for image in processed if id(image) not in used
+             and not cleaned_series(image) and not self._is_gone(image)], others)
+        if not taken:
+            return None
+        self._rule_out(label, taken, tables, {found.path for found in files})
+        return self._describe(label, taken, tables)
 
     # ---- files
 
-    def _take(self, found: Found) -> tuple[Scan, Name] | None:
-        """The scan of a raw file, or None with a note."""
-        if not _NIFTI.search(found.name):
-            return None
-        name = parse_name(found.name)
-        subject = found.path.split("/")[0].removeprefix("sub-")
-        if name.suffix not in TAKEN:
-            self.notes[f"not taken: suffix {name.suffix}"] += 1
-            return None
-        if name.entities.get("part", "mag") != "mag":
-            self.notes["not taken: phase, real or imaginary part"] += 1
-            return None
-        if name.entities.get("sub") != subject:
-            self.notes["not taken: file name and folder name different people"] += 1
-            return None
-        scan = _scan(found, self.cohort, subject, name)
-        facts = self._sidecar(found, name)
-        field_strength = as_float(facts.get("MagneticFieldStrength"))  # type: ignore[arg-type]
-        scanner = " ".join(str(facts[part]) for part in ("Manufacturer", "ManufacturersModelName")
-                           if facts.get(part))
-        return replace(scan, field_strength=field_strength, scanner=scanner or None,
-                       site=str(facts["InstitutionName"]) if facts.get("InstitutionName")
-                       else None), name
-
-    def _sidecar(self, found: Found, name: Name) -> dict[str, object]:
-        """JSON facts of a file: merged from the dataset's root downward, nearer ones win."""
-        merged: dict[str, object] = {}
-        parts = found.folder.split("/")
-        for depth in range(len(parts) + 1):
-            folder = "/".join(parts[:depth])
-            applicable = [(other, path) for other, path in self.sidecars[folder, name.suffix]
-                          if other.entities.items() <= name.entities.items()]
-            for _, path in sorted(applicable, key=lambda pair: len(pair[0].entities)):
-                merged.update(self._load_json(path.uri))
-        return merged
-
-    def _load_json(self, uri: str) -> dict[str, object]:
-        if uri not in self._json:
-            try:
-                content = json.loads(read_bytes(uri).decode("utf-8-sig"))
-            except (ValueError, DataError):
-                content = None
-            if not isinstance(content, dict):
-                self.notes["JSON sidecar unreadable, its facts are unknown"] += 1
-                content = {}
-            self._json[uri] = content
-        return self._json[uri]
-
-    def _match_derivatives(self, scans: list[tuple[Scan, Name]]) -> None:
-        """Give label maps and masks to the scans in whose space they lie; changes ``scans``."""
-        places: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-        for place, (scan, _) in enumerate(scans):
-            places[scan.participant, scan.session, scan.modality].append(place)
-        for found in self.derived:
+    def _sort(self, label: str, files: list[Found], derived: list[Found]
+              ) -> tuple[list[Image], list[Image], list[Image]]:
+        """Raw images, processed images, and the surfaces and tables that go with them."""
+        raw: list[Image] = []
+        processed: list[Image] = []
+        others: list[Image] = []
+        for place, found in [("raw", one) for one in files] + [("derived", one) for one in derived]:
+            if found.name == "aseg.mgz" and found.folder.endswith("/mri"):
+                processed.append(Image(found, _freesurfer_name(found)))
+                continue
             name = parse_name(found.name)
-            target = {"dseg": "label_uri", "mask": "mask_uri"}.get(name.suffix)
-            if not target or (target == "mask_uri" and name.entities.get("desc") != "brain"):
-                self.notes[f"derivative not used: {name.suffix}"] += 1
+            if name.extension.endswith((".gii", "tsv")):
+                others.append(Image(found, name))
+            elif name.extension not in VOLUMES and not name.extension.endswith(".nii"):
                 continue
-            space = name.entities.get("space", "orig")
-            modality = "T1w" if space == "orig" else space  # BIDS: no space, that of the T1w
-            if modality not in TAKEN:
-                self.notes[f"derivative not used: in the space {space}, not in a scan's"] += 1
-                continue
-            key = name.entities.get("sub", ""), name.entities.get("ses", "1"), modality
-            own = {(k, v) for k, v in name.entities.items() if k not in _DERIVED}
-            fitting = [place for place in places[key]
-                       if own <= scans[place][1].entities.items()]
-            if len(fitting) != 1:
-                self.notes[f"derivative not used: fits {'several scans' if fitting else 'no scan'}"
+            elif "sub" not in name.entities and place == "derived":
+                self.notes["derivative not used: a file of FreeSurfer or without a name of BIDS"
                            ] += 1
-                continue
-            scan, scan_name = scans[fitting[0]]
-            if getattr(scan, target):
-                self.notes[f"derivative not used: the scan has another {name.suffix}"] += 1
-                continue
-            changes: dict[str, str] = {target: found.uri}
-            scans[fitting[0]] = replace(scan, **changes), scan_name  # type: ignore[arg-type]
+            elif name.entities.get("sub") != label:
+                self.notes["not taken: file name and folder name different people"] += 1
+            else:
+                (processed if place == "derived" or is_derived(name) else raw).append(
+                    Image(found, name))
+        return raw, processed, others
+
+    def _is_gone(self, image: Image) -> bool:
+        gone = self.source.not_downloaded(image.found)
+        if gone:
+            self.notes["derivative not used: not downloaded"] += 1
+        return gone
+
+    def _take(self, raw: list[Image], processed: list[Image], inherited: Sidecars) -> list[Taken]:
+        own: dict[str, dict[str, Any]] = {}
+        taken = [self.take(image, self._facts(image, inherited, own))
+                 for image in self._first_echoes(raw)]
+        have = {one.modality for one in taken}
+        for image in processed:
+            name = image.name
+            program = cleaned_series(image)
+            if (not program and name.suffix in ANATOMICAL and name.suffix not in have
+                    and name.entities.get("desc") == "preproc" and "space" not in name.entities):
+                program = habits()["cleaned"]["preproc"]
+            if program:
+                taken.append(self.take(image, self._facts(image, inherited, own), program))
+        runs = choose_runs([one for one in taken if one.modality == "BOLD"], self.notes)
+        return [*(one for one in taken if one.modality != "BOLD"), *runs,
+                *take_maps(processed, runs)]
+
+    def _first_echoes(self, raw: list[Image]) -> Iterator[Image]:
+        """Raw images of a kind that is taken; of several echoes the first."""
+        echoes: dict[tuple[str, frozenset[tuple[str, str]]], list[Image]] = defaultdict(list)
+        for image in raw:
+            if image.name.suffix not in MODALITIES:
+                self.notes[f"not taken: suffix {image.name.suffix}"] += 1
+            elif image.name.entities.get("part", "mag") != "mag":
+                self.notes["not taken: phase, real or imaginary part"] += 1
+            else:
+                echoes[image.name.suffix, image.name.without("echo")].append(image)
+        for images in echoes.values():
+            images.sort(key=lambda image: image.name.entities.get("echo", "").zfill(4))
+            if "echo" in images[-1].name.entities and len(images) > 1:
+                self.notes["not taken: further echo of a scan"] += len(images) - 1
+                images = images[:1]
+            yield from images
+
+    def _facts(self, image: Image, inherited: Sidecars, own: dict[str, dict[str, Any]]
+               ) -> dict[str, Any]:
+        """Facts of the sidecars that apply: merged from the dataset's top down, nearer ones win."""
+        merged: dict[str, Any] = {}
+        folder, name = image.found.folder, image.name
+        top = max((top for top in self.sidecars if not top or folder.startswith(top + "/")),
+                  key=len)
+        levels = [top]
+        for part in folder[len(top):].strip("/").split("/"):
+            levels.append(f"{levels[-1]}/{part}" if levels[-1] else part)
+        for level in levels:
+            known, loaded = (self.sidecars[top], self._loaded) if level == top else (inherited, own)
+            fitting = [sidecar for sidecar in known.get((level, name.suffix), ())
+                       if sidecar.name.entities.items() <= name.entities.items()]
+            if len(fitting) > 1:
+                self.notes["several sidecars of one level apply, against BIDS: the one with most "
+                           "entities wins"] += 1
+                fitting.sort(key=lambda sidecar: len(sidecar.name.entities))
+            for sidecar in fitting:
+                uri = sidecar.found.uri
+                if uri not in loaded:
+                    loaded[uri] = self.load(sidecar.found)
+                merged.update(loaded[uri])
+        return merged
 
     # ---- tables
 
-    def _table(self, path: str, column: str, prefix: str) -> Table:
-        """Rows of a table of the source by id without prefix; empty where there is no table."""
-        if path not in self.paths:
-            return {}
-        uri = join(self.source, path)
-        table: Table = {}
-        for row in read_tsv(uri):
-            if column not in row:
-                raise DataError(f"{uri}: has no column {column}; add it or remove the table")
-            identity = (row[column] or "").removeprefix(prefix)
-            if identity in table:
-                self.notes[f"{path.rsplit('/', 1)[-1]}: repeated row, the first is used"] += 1
-            else:
-                table[identity] = row
-        return table
+    def _rows(self, found: Found) -> list[Row]:
+        """Rows of a small table of one person, without its times."""
+        return self.source.opened(found, lambda one: [
+            {name: value for name, value in row.items() if name != "acq_time"}
+            for row in parse_table(self.source.read(one), one.uri)])
 
-    def _describe(self, participant: str, person: dict[str, str | None] | None,
-                  scans: Iterable[tuple[Scan, Name]]) -> None:
-        """Add a person's scans with age, sex and site, their labels and ties."""
-        folder = f"sub-{participant}"
-        sessions = self._table(f"{folder}/{folder}_sessions.tsv", "session_id", "ses-")
-        if person is None:
-            self.notes["people without a row in participants.tsv"] += 1
-            person = {}
-        for column in TIES:
-            if value := person.get(column):
-                self.tables.ties.append((participant, f"{column}:{value}"))
-        labelled: set[str] = set()
-        for scan, _ in scans:
-            facts = {**person, **{name: value for name, value in sessions.get(
-                scan.session, {}).items() if value is not None}}
-            age, sex = self._age(facts), self._sex(facts)
-            site = facts.get("site") or facts.get("site_id") or scan.site
-            self.tables.scans.append(replace(scan, age_at_scan=age, sex=sex, site=site))
-            if scan.session in labelled:
+    def _rule_out(self, label: str, taken: list[Taken], tables: list[Found],
+                  paths: set[str]) -> None:
+        """Set the reason of scans that the cohort, or the deny list of phantoms, rules out."""
+        by_path = {one.image.found.path: one for one in taken}
+        for table in tables:
+            if not table.name.endswith("_scans.tsv"):
                 continue
-            labelled.add(scan.session)
-            for name, value in _labels(facts, age, sex).items():
-                self.tables.labels.append((participant, scan.session, name, value))
+            for row in self._rows(table):
+                path = f"{table.folder}/{row.get('filename')}"  # relative to the table
+                one = by_path.get(path)
+                if path not in paths:
+                    self.notes["scans.tsv names a file that is not there"] += 1
+                for column, values in habits()["unusable"].items():
+                    if one and (row.get(column) or "").lower() in values:
+                        one.reason = "cohort_unusable"
+        if is_phantom(label):
+            for one in taken:
+                one.reason = "phantom"
 
-    def _age(self, facts: dict[str, str | None]) -> float | None:
-        age = as_float(facts.get("age"))
-        if facts.get("age") is not None and (age is None or not 0 <= age <= 120):
-            self.notes["age is not a number of years (such as 89+): unknown"] += 1
-            return None
-        return age
+    def _describe(self, label: str, taken: list[Taken], tables: list[Found]) -> Findings:
+        """The scans with age, sex and site, and labels and ties."""
+        sessions = {(row.get("session_id") or "").removeprefix("ses-"): row
+                    for table in tables if table.name.endswith("_sessions.tsv")
+                    for row in self._rows(table)}
+        person = self.tables.person(label, sessions)
+        findings = Findings(label, ties=person.ties())
+        for session, own in groupby(sorted(taken, key=lambda one: one.session),
+                                    key=lambda one: one.session):
+            told = person.describe(session)
+            findings.scans += [self.scan(one, label, told.age, told.sex, told.site) for one in own]
+            findings.labels += [(session, name, value) for name, value in told.labels.items()]
+        return findings
 
-    def _sex(self, facts: dict[str, str | None]) -> str | None:
-        value = facts.get("sex") or facts.get("gender")
-        sex = SEXES.get((value or "").lower())
-        if value and not sex:
-            self.notes["sex is neither F nor M: unknown"] += 1
-        return sex
+
+def _sidecars(files: Iterable[Found]) -> Sidecars:
+    sidecars: Sidecars = defaultdict(list)
+    for found in files:
+        if found.name.endswith(".json"):
+            name = parse_name(found.name)
+            sidecars[found.folder, name.suffix].append(Image(found, name))
+    return sidecars
 
 
-def _labels(facts: dict[str, str | None], age: float | None, sex: str | None) -> dict[str, str]:
-    """Labels of one session: age, sex, diagnosis, and every column that holds a number.
-
-    Free text stays out: it may name people.
-    """
-    labels = {name: str(value) for name, value in (("age", age), ("sex", sex)) if value is not None}
-    for name, value in facts.items():
-        skip = name in ("participant_id", "session_id", "age", "sex", "gender", *TIES)
-        known = name in ("diagnosis", "group", "dx")
-        if value is not None and not skip and (known or as_float(value) is not None):
-            labels[name] = value
-    return labels
+def _freesurfer_name(found: Found) -> Name:
+    """The name of SUBJECT/mri/aseg.mgz, where SUBJECT is sub-X or sub-X_ses-Y."""
+    subject = found.folder.split("/")[-2]
+    return Name({**parse_name(subject + "_dseg").entities, "desc": "freesurfer"}, "dseg", "mgz")

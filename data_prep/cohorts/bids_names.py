@@ -1,0 +1,80 @@
+"""BIDS file names taken apart, and the habits of bids.yaml."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.cohorts.base import Found
+
+ANATOMICAL = ("T1w", "T2w", "FLAIR")
+MODALITIES = {**{suffix: suffix for suffix in ANATOMICAL}, "pet": "PET", "bold": "BOLD"}
+VOLUMES = ("nii.gz", "nii", "mgz")
+SERIES = "dtseries.nii"  # the one kind of CIFTI file that is a run's
+# entities by which a derivative may differ from the scan it belongs to
+DERIVED = {"space", "desc", "label", "seg", "atlas", "res", "den", "hemi"}
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """Entities of a file name in any order, its suffix, and its extension without first dot."""
+
+    entities: dict[str, str]
+    suffix: str
+    extension: str
+
+    def without(self, *names: str) -> frozenset[tuple[str, str]]:
+        """The entities but those named: what files of one run have in common."""
+        return frozenset((key, value) for key, value in self.entities.items() if key not in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A file, and its name taken apart."""
+
+    found: Found
+    name: Name
+
+
+def parse_name(name: str) -> Name:
+    """Entities, suffix and extension of a file name.
+
+    >>> parse_name("sub-1_T1w.nii.gz")
+    Name(entities={'sub': '1'}, suffix='T1w', extension='nii.gz')
+    """
+    *parts, last = name.split("_")
+    suffix, _, extension = last.partition(".")
+    entities = {}
+    for part in parts:
+        key, _, value = part.partition("-")
+        if value and key.isalnum():
+            entities[key] = value
+    return Name(entities, suffix, extension)
+
+
+@cache
+def habits() -> dict[str, Any]:
+    """The table bids.yaml."""
+    return yaml.safe_load((Path(__file__).parent / "bids.yaml").read_text())
+
+
+@cache
+def is_phantom(label: str) -> bool:
+    """Whether a participant's label stands on the deny list."""
+    return any(re.fullmatch(pattern, label.lower()) for pattern in habits()["phantoms"])
+
+
+@cache
+def tracer_name(*spellings: str | None) -> str | None:
+    """The first spelling that is known, as PET_TRACERS has it; else the first given, as it is."""
+    for spelling in spellings:
+        plain = re.sub(r"[^a-z0-9]", "", (spelling or "").lower())
+        for tracer, known in habits()["tracers"].items():
+            if plain in known:
+                return tracer
+    return next((spelling for spelling in spellings if spelling), None)

@@ -1,0 +1,39 @@
+"""Trees of files for the readers of cohorts; contents need not be images, for none is opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_prep.cohorts.base import Findings, Source
+from data_prep.cohorts.bids import read_cohort
+from data_prep.scan import Scan
+
+KEY = b"0123456789abcdef0123456789abcdef"
+DESCRIPTION = json.dumps({"Name": "t", "BIDSVersion": "1.9.0"})
+
+
+def write(root: Path, files: dict[str, str | bytes]) -> Path:
+    """Write files by path below ``root``, which is returned."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+class Read:
+    """A BIDS source read through: scans by file name without extension, labels and notes."""
+
+    def __init__(self, source: Path | str, **arguments: object) -> None:
+        self.source = Source(str(source), **arguments)  # type: ignore[arg-type]
+        self.found: list[Findings] = list(read_cohort(self.source, "c"))
+        self.notes = dict(self.source.notes)
+        self.labels = [(one.participant, *label) for one in self.found for label in one.labels]
+        self.ties = [(one.participant, tag) for one in self.found for tag in one.ties]
+        self.scans: dict[str, Scan] = {}
+        for one in self.found:
+            for scan in one.scans:
+                name = scan.uri.rsplit("/", 1)[-1].split(".")[0]
+                assert name not in self.scans and scan.participant == one.participant
+                self.scans[name] = scan
