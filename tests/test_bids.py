@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cohorts.bids_names import is_phantom, parse_name, tracer_name
+from data_prep.cohorts.bids_names import is_phantom, parse_name
 from neurojepa.errors import DataError
 from tests.trees import DESCRIPTION, Read, write
 
@@ -186,6 +186,8 @@ def test_pet_with_tracer_and_frames(tmp_path: Path):
         **DATASET,
         "sub-1/ses-a/pet/sub-1_ses-a_trc-18FFDG_pet.nii.gz": "x",
         "sub-1/ses-b/pet/sub-1_ses-b_pet.nii.gz": "x",
+        "sub-1/ses-c/pet/sub-1_ses-c_pet.nii.gz": "x",
+        "sub-1/ses-c/pet/sub-1_ses-c_trc-new1_pet.nii.gz": "x",
         "sub-1/ses-b/pet/sub-1_ses-b_pet.json": json.dumps({
             "TracerName": "[18F]AV-45", "FrameTimesStart": [0, 300], "Units": "Bq/mL",
             "FrameDuration": [300, 300], "TimeZero": "10:00:00", "Manufacturer": "Acme"})}))
@@ -194,7 +196,8 @@ def test_pet_with_tracer_and_frames(tmp_path: Path):
     facts = json.loads(second.facts)
     assert facts["FrameDuration"] == [300, 300] and facts["Units"] == "Bq/mL"
     assert "Manufacturer" not in facts and second.scanner == "Acme"
-    assert tracer_name("DASB", None) == "DASB" and tracer_name(None, None) is None
+    assert read.scans["sub-1_ses-c_pet"].tracer is None
+    assert read.scans["sub-1_ses-c_trc-new1_pet"].tracer == "new1"
 
 
 FMRIPREP, XCPD = "derivatives/fmriprep/sub-1/func/sub-1_task-rest", "derivatives/xcp/sub-1/func/"
@@ -231,7 +234,7 @@ def test_cleaned_bold_first_with_mask_and_confounds(tmp_path: Path):
         XCPD + "sub-1_task-rest_space-T1w_desc-denoisedSmoothed_bold.nii.gz")
     scan = read.scans.pop("sub-1_task-rest_space-T1w_desc-preproc_bold")
     assert set(read.scans) == {"sub-1_task-tap_echo-1_bold"}
-    assert scan.processing == "fmriprep" and json.loads(scan.facts) == {"RepetitionTime": 2.0}
+    assert scan.processing == "fmriprep:T1w" and json.loads(scan.facts) == {"RepetitionTime": 2.0}
     assert scan.mask_uri.endswith("rest_space-T1w_desc-brain_mask.nii.gz")
     assert scan.confounds_uri.endswith("desc-confounds_timeseries.tsv")
     notes = {note: count for note, count in read.notes.items() if "people" not in note}
@@ -252,7 +255,7 @@ def test_cifti_series_with_its_surfaces(tmp_path: Path):
         XCPD + "sub-1_task-rest_space-fsLR_den-91k_stat-alff_boldmap.dscalar.nii",
         XCPD + "sub-1_task-other_space-fsLR_den-91k_stat-alff_boldmap.dscalar.nii")
     scan = read.scans["sub-1_task-rest_space-fsLR_den-91k_desc-denoised_bold"]
-    assert (scan.modality, scan.processing) == ("BOLD", "xcp_d")
+    assert (scan.modality, scan.processing) == ("BOLD", "xcp_d:fsLR")
     left, right = scan.surface_uri.split(";")
     assert left.endswith(surface.format("", "L")) and right.endswith(surface.format("", "R"))
     assert scan.confounds_uri.endswith("_motion.tsv")
@@ -330,6 +333,15 @@ def test_exclusions_of_scans_tsv_and_phantoms(tmp_path: Path):
     assert "2001" not in json.dumps(read.source.seen)
     labels = ("qa01", "ACR", "012", "tester", "quality")
     assert [label for label in labels if is_phantom(label)] == ["qa01", "ACR"]
+
+
+def test_a_contrast_agent_in_the_name_alone(tmp_path: Path):
+    anat = "sub-1/anat/sub-1"
+    read = Read(write(tmp_path / "d", {
+        **DATASET, f"{anat}_ce-gad_T1w.nii.gz": "x", f"{anat}_ce-x_run-2_T1w.nii.gz": "x",
+        f"{anat}_ce-x_run-2_T1w.json": '{"ContrastBolusIngredient": "IODINE"}'}))
+    assert [json.loads(scan.facts)["ContrastBolusIngredient"] for scan in read.scans.values()] == [
+        "GADOLINIUM", "IODINE"]
 
 
 def test_an_unknown_entity_is_taken_and_noted(tmp_path: Path):

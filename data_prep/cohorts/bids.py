@@ -15,13 +15,12 @@ A person's files are held at a time, never the tree's.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
-from data_prep.cohorts.base import Findings, Found, Source, as_float, parse_table
+from data_prep.cohorts.base import Findings, Found, Source, parse_table
 from data_prep.cohorts.bids_derived import (
     Companions,
     Taken,
@@ -40,13 +39,10 @@ from data_prep.cohorts.bids_names import (
     habits,
     is_phantom,
     parse_name,
-    tracer_name,
 )
+from data_prep.cohorts.bids_scan import Reader
 from data_prep.cohorts.bids_tables import Row, Tables
-from data_prep.scan import FACTS, Scan
 
-_KEPT = {*FACTS, "MagneticFieldStrength", "Manufacturer", "ManufacturersModelName",
-         "InstitutionName", "TracerName"}
 _DERIVATIVE_DEPTH = 5  # folders between the dataset and a derivative's sub-*
 _DESCRIPTION = "dataset_description.json"
 Sidecars = dict[tuple[str, str], list[Image]]  # by folder and suffix
@@ -72,7 +68,7 @@ def _read_loose(source: Source, cohort: str, folder: str = "") -> Iterator[Findi
     if any(found.name == _DESCRIPTION for found in files):
         source.notes[f"BIDS dataset inside, not entered: {folder}"] += 1
         return
-    reader = _Reader(source, cohort)
+    reader = Reader(source, cohort)
     sidecars = {found.name.removesuffix(".json"): found for found in files
                 if found.name.endswith(".json")}
     for found in files:
@@ -90,62 +86,7 @@ def _read_loose(source: Source, cohort: str, folder: str = "") -> Iterator[Findi
         yield from _read_loose(source, cohort, f"{folder}/{inner}" if folder else inner)
 
 
-class _Reader:
-    """One file to a scan."""
-
-    def __init__(self, source: Source, cohort: str) -> None:
-        self.source, self.cohort = source, cohort
-        self.notes = source.notes
-
-    def load(self, sidecar: Found) -> dict[str, Any]:
-        """The facts of a sidecar that are kept; none, with a note, where it cannot be read."""
-        facts = self.source.opened(sidecar, self._parse)
-        if facts is None:
-            self.notes["JSON sidecar unreadable, its facts are unknown"] += 1
-        return facts or {}
-
-    def _parse(self, found: Found) -> dict[str, Any] | None:
-        if found.size_bytes is None:
-            return None
-        try:
-            content = json.loads(self.source.read(found).decode("utf-8-sig"))
-        except ValueError:
-            return None
-        if not isinstance(content, dict):
-            return None
-        return {key: value for key, value in content.items()
-                if key in _KEPT and value is not None}
-
-    def take(self, image: Image, facts: dict[str, Any], processing: str | None = None) -> Taken:
-        entities = image.name.entities
-        for unknown in entities.keys() - set(habits()["entities"]):
-            self.notes[f"taken, with an entity that BIDS does not know: {unknown}"] += 1
-        modality = MODALITIES[image.name.suffix]
-        return Taken(
-            image, modality, facts, processing=processing,
-            reason="not_downloaded" if self.source.not_downloaded(image.found) else None,
-            tracer=tracer_name(entities.get("trc"), facts.get("TracerName"))
-            if modality == "PET" else None)
-
-    def scan(self, taken: Taken, participant: str, age: float | None = None,
-             sex: str | None = None, site: str | None = None) -> Scan:
-        facts, found = taken.facts, taken.image.found
-        scanner = " ".join(str(facts[part]) for part in ("Manufacturer", "ManufacturersModelName")
-                           if facts.get(part))
-        kept = {key: facts[key] for key in FACTS if key in facts}
-        site = site or (str(facts["InstitutionName"]) if facts.get("InstitutionName") else None)
-        return Scan(
-            uri=found.uri, cohort=self.cohort, participant=participant, family="", split="",
-            session=taken.session, modality=taken.modality, reason=taken.reason, age_at_scan=age,
-            sex=sex, site=site, scanner=scanner or None, tracer=taken.tracer,
-            field_strength=as_float(facts.get("MagneticFieldStrength")),
-            processing=taken.processing, mask_uri=taken.mask_uri, label_uri=taken.label_uri,
-            confounds_uri=taken.confounds_uri, surface_uri=taken.surface_uri,
-            facts=json.dumps(kept) if kept else None, size_bytes=found.size_bytes,
-            modified=found.modified)
-
-
-class _Dataset(_Reader):
+class _Dataset(Reader):
     """One reading of a BIDS tree."""
 
     def __init__(self, source: Source, cohort: str, files: list[Found],

@@ -56,14 +56,16 @@ def is_derived(name: Name) -> bool:
 
 
 def cleaned_series(image: Image) -> str | None:
-    """The program that made a cleaned BOLD series in a space that is taken, else None."""
+    """Processing of a cleaned BOLD series in a space that is taken ("fmriprep:T1w"), else None."""
     name, made = image.name, habits()["cleaned"]
     space, desc = name.entities.get("space", ""), name.entities.get("desc", "")
-    if name.suffix != "bold":
-        return None
     if name.extension == SERIES:  # fMRIPrep gives its CIFTI series no desc
-        return made.get(desc or "preproc") if space in ("fsLR", "") else None
-    return made.get(desc) if name.extension in VOLUMES and space in habits()["spaces"] else None
+        program = made.get(desc or "preproc") if space in ("fsLR", "") else None
+    else:
+        program = made.get(desc) if space in habits()["spaces"] else None
+    if name.suffix != "bold" or not program or name.extension not in (*VOLUMES, SERIES):
+        return None
+    return f"{program}:{space}" if space else program
 
 
 def choose_runs(series: list[Taken], notes: Counter[str]) -> list[Taken]:
@@ -88,14 +90,14 @@ def _rank(taken: Taken) -> tuple[bool, bool, bool, int, int, str]:
     cleaned, spaces = list(habits()["cleaned"].values()), habits()["spaces"]
     space = name.entities.get("space", "")
     return (taken.reason is not None, taken.processing is None, taken.is_cifti,
-            cleaned.index(taken.processing) if taken.processing else 0,
+            cleaned.index(taken.processing.partition(":")[0]) if taken.processing else 0,
             spaces.index(space) if space in spaces else 0, taken.image.found.path)
 
 
 def take_maps(images: list[Image], series: list[Taken]) -> list[Taken]:
     """CIFTI maps of runs of which no series is there (else they are computed from it)."""
     have = {taken.image.name.without(*_RUN) for taken in series}
-    return [Taken(image, modality, processing="xcp_d") for image in images
+    return [Taken(image, modality, processing="xcp_d:fsLR") for image in images
             if image.name.extension == "dscalar.nii"
             and (modality := MAPS.get(image.name.entities.get("stat", image.name.suffix)))
             and image.name.without(*_RUN) not in have]

@@ -67,14 +67,3 @@ def habits() -> dict[str, Any]:
 def is_phantom(label: str) -> bool:
     """Whether a participant's label stands on the deny list."""
     return any(re.fullmatch(pattern, label.lower()) for pattern in habits()["phantoms"])
-
-
-@cache
-def tracer_name(*spellings: str | None) -> str | None:
-    """The first spelling that is known, as PET_TRACERS has it; else the first given, as it is."""
-    for spelling in spellings:
-        plain = re.sub(r"[^a-z0-9]", "", (spelling or "").lower())
-        for tracer, known in habits()["tracers"].items():
-            if plain in known:
-                return tracer
-    return next((spelling for spelling in spellings if spelling), None)
