@@ -9,10 +9,11 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.cohorts import archive
-from data_prep.cohorts.archive import list_members, read_member, read_members
+from data_prep.cohorts.archive import first_member, list_members, read_member, read_members
 from data_prep.scan import ScanError
 from neurojepa.feed.format import write_bytes
 
@@ -169,6 +170,14 @@ def test_what_is_no_archive_is_named(path: Path, data: bytes, code: str):
     with pytest.raises(ScanError) as caught:
         list_members(str(path))
     assert caught.value.code == "missing"
+
+
+def test_the_first_wanted_member_of_a_tar_needs_only_its_beginning(path: Path):
+    noise = np.random.default_rng(0).bytes(1 << 20)
+    path.write_bytes(make_tar({"a.json": b"{}", "T1w.nii": noise, "rest": noise})[:1 << 19])
+    assert first_member(str(path), lambda name: name.endswith(".nii")) == "T1w.nii"
+    path.write_bytes(make_tar(CONTENT))
+    assert first_member(str(path), lambda name: name.endswith(".mgz")) is None
 
 
 def test_a_large_zip_on_s3_is_listed_by_its_end(s3, monkeypatch: pytest.MonkeyPatch):

@@ -49,6 +49,14 @@ def list_members(uri: str) -> list[dict[str, Any]]:
     return [{"name": member.name, "size": member.size} for member in _members(uri)]
 
 
+def first_member(uri: str, wanted: Callable[[str], bool]) -> str | None:
+    """Name of the first wanted member; a tar.gz is unpacked up to its header and no further.
+
+    Raises as ``list_members``, of what comes before that member in a tar, of all of a zip.
+    """
+    return next((member.name for member in _members(uri) if wanted(member.name)), None)
+
+
 def read_member(uri: str, member: str, limit: int) -> bytes:
     """The bytes of one member, or a ScanError where it has more than ``limit``.
 
