@@ -1,6 +1,6 @@
 """Placement in MNI152: where the head is, with its physical size kept.
 
-    anchor's stripped brain --12-dof affine, correlation--> template
+    anchor's stripped brain --12-dof affine, correlation (or the cohort's own)--> template
         -> the rotation and translation nearest to it (no scale, no shear)
     other scans of the session --6-dof, mutual information--> anchor
     visits of a person --6-dof, mutual information--> their midpoint --> template
@@ -14,7 +14,7 @@ Every registration runs on one thread with a fixed sampling, so that it is repea
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from data_prep.volumes.preset import Preset
 from data_prep.volumes.read import Volume
 from neurojepa.feed.format import MNI_CENTRE_MM
 
+SetMetric = Callable[[sitk.ImageRegistrationMethod], None]
 SEED = 20240
 IMAGE_MODALITIES = ("T1w", "FLAIR")  # correlate with the T1w template; others by silhouette
 MAX_SESSION_SHIFT_MM = 40.0  # of the brain's centre, between scans of one session
@@ -67,6 +68,7 @@ class Placement:
     volume_factor: float  # brain volume in the template over its volume in the head
     dice: float  # of the affinely placed mask with the template's, where the head was scanned
     ncc: float | None  # T1w only
+    source: str = "registration"  # or "cohort": the transform that came with the scan
 
 
 @cache
@@ -86,6 +88,8 @@ def template(mm: int) -> Template:
 def place(head: Volume, mask: np.ndarray, modality: str, preset: Preset) -> Placement:
     """Place a head in template space, with one retry by mutual information.
 
+    T1w and FLAIR correlate with the template's image, other modalities are held by silhouette.
+
     Raises
     ------
     ScanError
@@ -97,20 +101,44 @@ def place(head: Volume, mask: np.ndarray, modality: str, preset: Preset) -> Plac
             affine = _affine(head, mask, modality, preset, metric)
         except RuntimeError:  # SimpleITK: the images no longer overlap
             continue
-        if np.linalg.det(affine[:3, :3]) <= 0 or rotation_deg(affine) > MAX_TILT_DEG:
+        if not upright(affine):
             continue  # the optimiser stepped through a mirror image or onto a head upside down
-        found = _judge(affine, head, mask, modality)
+        found = judge(affine, head, mask, modality)
         if best is None or found.dice > best.dice:
             best = found
         if best.dice >= preset.flag_dice:
             break
-    low, high = preset.volume_factor
-    if best is None or best.dice < preset.min_dice or not low <= best.volume_factor <= high:
-        what = ("no overlap, or turned over" if best is None else
-                f"mask Dice {best.dice:.3f} (limit {preset.min_dice}), volume factor "
-                f"{best.volume_factor:.2f} (limits {low} to {high})")
+    what = "no overlap, or turned over" if best is None else fault(best, preset, preset.min_dice)
+    if best is None or what:
         raise ScanError("registration_failed", f"{head.name}: placement in MNI152 failed: {what}")
     return best
+
+
+def place_given(affine: np.ndarray, head: Volume, mask: np.ndarray, modality: str,
+                preset: Preset) -> Placement | str:
+    """Placement by the cohort's own affine (template mm to head mm), or what is wrong with it.
+
+    It has to be as good as a placement that nobody would flag: registering anew is the cheaper
+    mistake.
+    """
+    if not upright(affine):
+        return "mirrored or turned over"
+    found = judge(affine, head, mask, modality)
+    return fault(found, preset, preset.flag_dice) or replace(found, source="cohort")
+
+
+def upright(affine: np.ndarray) -> bool:
+    """Whether an affine neither mirrors nor turns a head by more than people lie in a scanner."""
+    return bool(np.linalg.det(affine[:3, :3]) > 0) and rotation_deg(affine) <= MAX_TILT_DEG
+
+
+def fault(placement: Placement, preset: Preset, min_dice: float) -> str:
+    """What is wrong with a placement; empty where it passes."""
+    low, high = preset.volume_factor
+    if placement.dice >= min_dice and low <= placement.volume_factor <= high:
+        return ""
+    return (f"mask Dice {placement.dice:.3f} (limit {min_dice}), volume factor "
+            f"{placement.volume_factor:.2f} (limits {low} to {high})")
 
 
 def nearest_rigid(affine: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -132,22 +160,36 @@ def _affine(head: Volume, mask: np.ndarray, modality: str, preset: Preset,
         fixed, moving = target.image, stripped(head.data, mask)
     else:
         fixed, moving = target.mask.astype(np.float32), mask.astype(np.float32)
-    fixed_image = to_itk(fixed, target.affine)
-    moving_image = shrunk(moving, head.affine, 2.0 * preset.template_mm)
-    set_metric = (sitk.ImageRegistrationMethod.SetMetricAsCorrelation
-                  if metric == "correlation" else _mutual_information)
-    # Rotation first: from a turned head the 12 parameters at once stop too early.
+    return _two_steps(fixed, moving, head.affine, centre_of(mask, head.affine), preset,
+                      sitk.ImageRegistrationMethod.SetMetricAsCorrelation
+                      if metric == "correlation" else _mutual_information)
+
+
+def whole_head_affine(head: Volume, inside: np.ndarray, preset: Preset) -> np.ndarray:
+    """12-dof affine by mutual information of a whole head with the template's brain, [4, 4].
+
+    Template mm to head mm; ``inside``: bool, the head, whose centre is where the search begins.
+    SimpleITK's RuntimeError where the images lose each other.
+    """
+    return _two_steps(template(preset.template_mm).image, head.data, head.affine,
+                      centre_of(inside, head.affine), preset, _mutual_information)
+
+
+def _two_steps(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, centre: np.ndarray,
+               preset: Preset, set_metric: SetMetric) -> np.ndarray:
+    """Rotation first: from a turned head the 12 parameters at once stop too early."""
+    target = template(preset.template_mm)
+    images = to_itk(fixed, target.affine), shrunk(moving, affine, 2.0 * preset.template_mm)
     rigid = sitk.Euler3DTransform()
     rigid.SetCenter(MNI_CENTRE_MM)
-    rigid.SetTranslation((centre_of(mask, head.affine)
-                          - centre_of(target.mask, target.affine)).tolist())
-    coarse = _register(fixed_image, moving_image, rigid, shrink=preset.shrink,
-                       sampling=preset.sampling, set_metric=set_metric).matrix
-    return _register(fixed_image, moving_image, to_transform(coarse, MNI_CENTRE_MM),
-                     shrink=preset.shrink, sampling=preset.sampling, set_metric=set_metric).matrix
+    rigid.SetTranslation((centre - centre_of(target.mask, target.affine)).tolist())
+    coarse = _register(*images, rigid, shrink=preset.shrink, sampling=preset.sampling,
+                       set_metric=set_metric).matrix
+    return _register(*images, to_transform(coarse, MNI_CENTRE_MM), shrink=preset.shrink,
+                     sampling=preset.sampling, set_metric=set_metric).matrix
 
 
-def _judge(affine: np.ndarray, head: Volume, mask: np.ndarray, modality: str) -> Placement:
+def judge(affine: np.ndarray, head: Volume, mask: np.ndarray, modality: str) -> Placement:
     """Compare with the template at 2 mm, counting only what the head's field of view holds."""
     target = template(2)
     grid = (target.mask.shape, target.affine)
@@ -180,25 +222,49 @@ def register_rigid(fixed: Volume, mask: np.ndarray, moving: Volume, preset: Pres
                    start: np.ndarray | None = None) -> np.ndarray:
     """Rigid transform between two scans of a person: fixed mm to moving mm, [4, 4].
 
+    ``register_rigid_from`` with one start (default: the scanner's coordinates).
+    """
+    return register_rigid_from([np.eye(4) if start is None else start], fixed, mask, moving, preset)
+
+
+def register_rigid_from(starts: list[np.ndarray], fixed: Volume, mask: np.ndarray, moving: Volume,
+                        preset: Preset) -> np.ndarray:
+    """The best rigid transform from several starts: fixed mm to moving mm, [4, 4].
+
     Mattes mutual information, seen through the fixed scan's brain mask, dilated to hold skull and
-    scalp: the inside of a T2w alone is too uniform to pull a coarse optimiser the right way.  From
-    ``start`` (default: the scanner's coordinates), coarse to fine; where that goes astray, once
-    more on the fine level alone.
+    scalp: the inside of a T2w alone is too uniform to pull a coarse optimiser the right way.
+    Coarse to fine; where that goes astray, once more on the fine level alone.
 
     Raises
     ------
     ScanError
-        registration_failed: both attempts lose a good part of the information at the start.
+        registration_failed: all attempts lose a good part of the information at their start.
     """
-    grid_mm = preset.rigid_mm
-    initial = sitk.Euler3DTransform()
-    initial.SetCenter(centre_of(mask, fixed.affine).tolist())
-    if start is not None:
-        initial.SetTranslation((start[:3, 3] + (start[:3, :3] - np.eye(3))
-                                @ np.array(initial.GetCenter())).tolist())
-    images = (shrunk(fixed.data, fixed.affine, grid_mm),
-              shrunk(moving.data, moving.affine, grid_mm))
+    images = (shrunk(fixed.data, fixed.affine, preset.rigid_mm),
+              shrunk(moving.data, moving.affine, preset.rigid_mm))
     seen = to_itk(_dilated(mask, fixed).astype(np.uint8), fixed.affine)
+    centre, found, what = centre_of(mask, fixed.affine), [], ""
+    for start in starts:
+        try:
+            found.append(_register_rigid(start, centre, images, seen))
+        except _AstrayError as error:
+            what = str(error)
+    if not found:
+        raise ScanError("registration_failed", f"{moving.name}: registration to {fixed.name} went "
+                        f"astray ({what})")
+    return min(found, key=lambda one: one.value).matrix
+
+
+class _AstrayError(Exception):
+    """A registration that ended worse than it began; the message says by how much."""
+
+
+def _register_rigid(start: np.ndarray, centre: np.ndarray, images: tuple[sitk.Image, sitk.Image],
+                    seen: sitk.Image) -> _Registered:
+    initial = sitk.Euler3DTransform()
+    initial.SetCenter(centre.tolist())
+    initial.SetMatrix(start[:3, :3].ravel().tolist(), 1e-6)
+    initial.SetTranslation((start[:3, 3] + start[:3, :3] @ centre - centre).tolist())
     what = ""
     for shrink in ((2, 1), (1,)):
         try:
@@ -208,10 +274,9 @@ def register_rigid(fixed: Volume, mask: np.ndarray, moving: Volume, preset: Pres
             what = "the images do not overlap"
             continue
         if found.value <= MIN_KEPT * found.start_value:
-            return found.matrix
-        what = (f"mutual information {-found.value:.3f}, {-found.start_value:.3f} at the start")
-    raise ScanError("registration_failed", f"{moving.name}: registration to {fixed.name} went "
-                    f"astray ({what})")
+            return found
+        what = f"mutual information {-found.value:.3f}, {-found.start_value:.3f} at the start"
+    raise _AstrayError(what)
 
 
 def check_session_shift(matrix: np.ndarray, centre: np.ndarray, name: str) -> None:
@@ -278,7 +343,7 @@ class _Registered(NamedTuple):
 
 def _register(fixed: sitk.Image, moving: sitk.Image, start: sitk.Transform, *,
               shrink: tuple[int, ...], sampling: float,
-              set_metric: Callable[[sitk.ImageRegistrationMethod], None],
+              set_metric: SetMetric,
               step_mm: float = 2.0, mask: sitk.Image | None = None) -> _Registered:
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)  # sums over threads are not repeatable

@@ -2,7 +2,8 @@
 
     1. a mask that came with the scan, carried over by world coordinates
     2. the scan itself, when it is already stripped (zero outside a brain-sized region)
-    3. deepbet (Fisch et al., Artif. Intell. Med. 2024), whose weights come inside its wheel
+    3. the preset's tool: deepbet (Fisch et al., Artif. Intell. Med. 2024), whose weights come
+       inside its wheel, or an external command (brain_tools.py)
 
 The result is checked: an implausible volume means that stripping failed or that this is no head.
 """
@@ -16,19 +17,21 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from data_prep.scan import ScanError
+from data_prep.scan import ScanError, split_member
+from data_prep.volumes.brain_tools import external_mask
 from data_prep.volumes.geometry import resample, to_itk
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.read import Volume, read_scan
 
 # A head is at least twice a brain; slabs of small heads come near, and deepbet decides on those.
 MAX_STRIPPED_ML = 2000.0
+BRIGHT_SMOOTH_MM = 2.0
 MAX_INVALID_SHARE = 0.01  # of the brain's voxels that were NaN or Inf
 
 
 def brain_mask(volume: Volume, preset: Preset, mask_uri: str | None = None
                ) -> tuple[np.ndarray, str]:
-    """Brain mask of a volume and its source: "given", "stripped" or "deepbet".
+    """Brain mask of a volume and its source: "given", "stripped" or the preset's ``mask_tool``.
 
     Returns
     -------
@@ -38,14 +41,19 @@ def brain_mask(volume: Volume, preset: Preset, mask_uri: str | None = None
     Raises
     ------
     ScanError
-        implausible_mask, non_finite, or what reading the given mask raised.
+        implausible_mask, non_finite, no_brain_found, mask_tool_failed, or what reading the given
+        mask raised.
+    ConfigError
+        The preset's external command is not installed.
     """
     if mask_uri:
-        source, mask = "given", carried(read_scan(mask_uri, label=True), volume)
+        source, mask = "given", carried(read_scan(*split_member(mask_uri), label=True), volume)
     elif (stripped := _stripped(volume, preset)) is not None:
         source, mask = "stripped", stripped
-    else:
+    elif preset.mask_tool == "deepbet":
         source, mask = "deepbet", _deepbet_mask(volume, preset.mask_cube)
+    else:
+        source, mask = preset.mask_tool, carried(external_mask(volume, preset.mask_tool), volume)
     check_mask(mask, volume, preset, source)
     return mask, source
 
@@ -87,6 +95,29 @@ def _stripped(volume: Volume, preset: Preset) -> np.ndarray | None:
     if piece.sum() < 0.98 * inside.sum():
         return None
     return ndimage.binary_fill_holes(piece)
+
+
+def silhouette(volume: Volume, mask_uri: str | None, preset: Preset) -> np.ndarray:
+    """The brain of a PET or EPI image, bool [x, y, z]: a given mask, the non-zero voxels, or what
+    is bright (Otsu's threshold), in one piece and without holes.
+
+    Good enough to find the head by; scalp hardly shows in these images, but necks do.
+
+    Raises
+    ------
+    ScanError
+        What reading the given mask raised.
+    """
+    if mask_uri:
+        return carried(read_scan(*split_member(mask_uri), label=True), volume)
+    stripped = _stripped(volume, preset)
+    if stripped is not None:
+        return stripped
+    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    smooth = ndimage.gaussian_filter(volume.data, BRIGHT_SMOOTH_MM / spacing)
+    bright = sitk.OtsuThreshold(sitk.GetImageFromArray(smooth), 0, 1)
+    opened = ndimage.binary_opening(sitk.GetArrayFromImage(bright) > 0, iterations=2)
+    return ndimage.binary_fill_holes(largest_component(opened))
 
 
 @cache

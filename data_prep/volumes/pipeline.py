@@ -5,202 +5,147 @@
 Alignment is what makes the person the unit of work.  Each session has one anchor (its finest
 T1w, else its finest other scan); the session's other scans are registered to it rigidly.  With
 several sessions the anchors meet at their midpoint, whose mean image is placed in MNI152, so that
-no visit is favoured.  The matrices are multiplied and every scan is interpolated once.
+no visit is favoured.  The matrices are multiplied and every scan is interpolated once.  PET and
+BOLD come last, one at a time, and go where the anchors went (functional.py).
 
 Every scan comes back, as Prepared or as Rejected; nothing is replaced by a stand-in.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import SimpleITK as sitk
 
-from data_prep.qc import Figures, quality
 from data_prep.scan import Scan, ScanError
 from data_prep.volumes.align import (
     Placement,
     average,
-    check_session_shift,
-    coverage,
-    dice,
     midpoint,
     place,
+    place_given,
     register_rigid,
-    template,
 )
-from data_prep.volumes.brain import brain_mask, check_mask
-from data_prep.volumes.geometry import centre_of, on_grid, resample, to_itk
-from data_prep.volumes.intensity import correct_bias_field, scale
+from data_prep.volumes.functional import Anchor, prepare_functional
+from data_prep.volumes.output import write_scan
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.read import Volume, read_scan
-from neurojepa.feed.format import ARCHIVE_GRID
+from data_prep.volumes.published import prepare_published
+from data_prep.volumes.read import read_scan
+from data_prep.volumes.results import Prepared, Rejected, rejected
+from data_prep.volumes.session import Numbered, Work, anchor_rank, join_session
 
-AIR, BRAIN, NOT_SCANNED = 0, 1, 2
-MIN_SESSION_DICE = 0.8  # of the masks of two scans of one session, where both were scanned
-MIN_COVERED = 0.99  # of the template's brain inside the field of view, or the scan is flagged
+__all__ = ["Prepared", "Rejected", "prepare_person"]
 
-
-@dataclass
-class Prepared:
-    """A scan on ARCHIVE_GRID."""
-
-    scan: Scan
-    scan_id: str  # of the scan as read, see Volume.scan_id
-    image: np.ndarray  # float32 [180, 216, 180], brain in [0, 1], 0 outside
-    mask: np.ndarray  # uint8 codes: 0 air, 1 brain, 2 not scanned
-    label: np.ndarray | None  # int16, where the scan came with a label map
-    figures: Figures
-    flags: list[str]
-
-
-@dataclass
-class Rejected:
-    """A scan that cannot be used, and why."""
-
-    scan: Scan
-    reason: str  # code
-    message: str  # one line: file, field, value
-
-
-@dataclass
-class _Work:
-    """A scan on its way."""
-
-    scan: Scan
-    volume: Volume
-    scan_id: str
-    mask: np.ndarray | None = None
-    mask_source: str = ""
-    to_anchor: np.ndarray = field(default_factory=lambda: np.eye(4))  # anchor mm to this scan's mm
-    session_dice: float | None = None
-
-    @property
-    def brain(self) -> np.ndarray:
-        assert self.mask is not None
-        return self.mask
+FUNCTIONAL = ("PET", "BOLD")
+Results = dict[int, Sequence[Prepared | Rejected]]  # by the scan's place in the caller's list
 
 
 def prepare_person(scans: list[Scan], preset: Preset) -> list[Prepared | Rejected]:
-    """Prepare every scan of one person; their order is kept.
+    """Prepare every scan of one person.
 
     Parameters
     ----------
     scans : all scans of one participant, of one or more sessions
     preset : one of ``PRESETS``
 
+    Returns
+    -------
+    list
+        At least one result per scan, in the order of the scans; a BOLD series gives one for each
+        of its maps.
+
     Raises
     ------
     DataError
         The store cannot be read (a damaged or missing scan is Rejected instead).
+    ConfigError
+        The preset's mask tool is not installed.
     """
     people = {scan.participant for scan in scans}
     assert len(people) <= 1, f"scans of {len(people)} people in one call"
     # A task is one core, and results must not depend on the number of threads.
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    done: dict[int, Prepared | Rejected] = {}
-    sessions: dict[str, list[tuple[int, _Work]]] = {}
+    done: Results = {}
+    wanted: list[tuple[int, Scan]] = []
     for number, scan in enumerate(scans):
+        if scan.reason:
+            done[number] = [Rejected(scan, scan.reason, f"{scan.uri}: ruled out by the cohort, "
+                                                        "not read")]
+        else:
+            wanted.append((number, scan))
+    if preset.published:
+        done |= {number: [_one(prepare_published, scan, preset)] for number, scan in wanted}
+    else:
+        anchors = _structural(
+            [item for item in wanted if item[1].modality not in FUNCTIONAL], preset, done)
+        for number, scan in wanted:
+            if scan.modality in FUNCTIONAL:
+                done[number] = prepare_functional(scan, anchors, preset)
+    return [result for number in range(len(scans)) for result in done[number]]
+
+
+def _one(prepare: Callable[[Scan, Preset], Prepared], scan: Scan, preset: Preset
+         ) -> Prepared | Rejected:
+    try:
+        return prepare(scan, preset)
+    except ScanError as error:
+        return rejected(scan, error)
+
+
+# ---- structural scans ----------------------------------------------------------------------------
+
+def _structural(scans: list[tuple[int, Scan]], preset: Preset, done: Results) -> list[Anchor]:
+    """Prepare the structural scans into ``done``; returns where PET and BOLD can be brought."""
+    sessions: dict[str, list[Numbered]] = {}
+    for number, scan in scans:
         try:
             volume = read_scan(scan.uri, scan.member)
             sessions.setdefault(scan.session, []).append(
-                (number, _Work(scan, volume, volume.scan_id)))
+                (number, Work(scan, volume, volume.scan_id)))
         except ScanError as error:
-            done[number] = _rejected(scan, error)
-    groups = [_session(sorted(work, key=_anchor_rank), preset, done)
-              for _, work in sorted(sessions.items())]
-    _finish([group for group in groups if group], preset, done)
-    return [done[number] for number in range(len(scans))]
-
-
-# ---- sessions ------------------------------------------------------------------------------------
-
-def _anchor_rank(item: tuple[int, _Work]) -> tuple[bool, float, float, str]:
-    """T1w first, then the finest voxels; the name decides ties, so that order does not matter."""
-    volume = item[1].volume
-    return (item[1].scan.modality != "T1w", max(volume.spacing), volume.voxel_ml, volume.name)
-
-
-def _session(ranked: list[tuple[int, _Work]], preset: Preset,
-             done: dict[int, Prepared | Rejected]) -> list[tuple[int, _Work]]:
-    """Masks and registrations inside a session; the first of the result is the anchor."""
-    kept: list[tuple[int, _Work]] = []
-    for number, work in ranked:
-        try:
-            if kept:
-                _join(work, kept[0][1], preset)
-            else:
-                _mask(work, preset)
-            kept.append((number, work))
-        except ScanError as error:
-            done[number] = _rejected(work.scan, error)
-    return kept
-
-
-def _mask(work: _Work, preset: Preset) -> None:
-    work.mask, work.mask_source = brain_mask(work.volume, preset, work.scan.mask_uri)
-    if preset.bias_field:
-        volume = work.volume
-        work.volume = replace(
-            volume, data=correct_bias_field(volume.data, volume.affine, work.mask))
-
-
-def _join(work: _Work, anchor: _Work, preset: Preset) -> None:
-    """Register a scan to its session's anchor, and give it a mask."""
-    if not preset.share_mask or work.scan.mask_uri:
-        _mask(work, preset)
-    work.to_anchor = register_rigid(anchor.volume, anchor.brain, work.volume, preset)
-    check_session_shift(work.to_anchor, centre_of(anchor.brain, anchor.volume.affine),
-                        work.volume.name)
-    volume, inverse = work.volume, np.linalg.inv(work.to_anchor)
-    moved, covered = (
-        resample(to_itk(data, anchor.volume.affine), inverse, volume.data.shape, volume.affine,
-                 sitk.sitkNearestNeighbor).astype(bool)
-        for data in (anchor.brain.astype(np.uint8), np.ones(anchor.brain.shape, np.uint8)))
-    if work.mask is None:
-        work.mask, work.mask_source = moved, "anchor"
-        check_mask(work.mask, volume, preset, work.mask_source)
-        return
-    work.session_dice = dice(moved, work.mask & covered)
-    if work.session_dice < MIN_SESSION_DICE:
-        raise ScanError("registration_failed", f"{volume.name}: brain mask has Dice "
-                        f"{work.session_dice:.2f} with its session's anchor (limit "
-                        f"{MIN_SESSION_DICE})")
-
-
-# ---- person --------------------------------------------------------------------------------------
-
-def _finish(groups: list[list[tuple[int, _Work]]], preset: Preset,
-            done: dict[int, Prepared | Rejected]) -> None:
-    """Place the person in the template and write every scan that is left."""
+            done[number] = [rejected(scan, error)]
+    groups: list[list[Numbered]] = []
+    for _, group in sorted(sessions.items()):
+        kept, lost = join_session(sorted(group, key=anchor_rank), preset)
+        done |= {number: [result] for number, result in lost.items()}
+        if kept:
+            groups.append(kept)
     if not groups:
-        return
+        return []
     try:
         placement, to_anchors = _place([group[0][1] for group in groups], preset)
     except ScanError as error:
-        for number, work in (item for group in groups for item in group):
-            done[number] = _rejected(work.scan, error)
-        return
-    for group, to_anchor in zip(groups, to_anchors, strict=True):
-        for number, work in group:
-            try:
-                done[number] = _write(work, work.to_anchor @ to_anchor, placement, preset)
-            except ScanError as error:
-                done[number] = _rejected(work.scan, error)
+        done |= {number: [rejected(work.scan, error)] for group in groups for number, work in group}
+        return []
+    return [_write_session(group, to_anchor, placement, preset, done)
+            for group, to_anchor in zip(groups, to_anchors, strict=True)]
 
 
-def _place(anchors: list[_Work], preset: Preset) -> tuple[Placement, list[np.ndarray]]:
+def _write_session(group: list[Numbered], to_anchor: np.ndarray, placement: Placement,
+                   preset: Preset, done: Results) -> Anchor:
+    label = None
+    for number, work in group:
+        try:
+            result = write_scan(work, work.to_anchor @ to_anchor, placement, preset)
+            label = result.label if label is None else label
+            done[number] = [result]
+        except ScanError as error:
+            done[number] = [rejected(work.scan, error)]
+    return Anchor(group[0][1], to_anchor, placement, label)
+
+
+def _place(anchors: list[Work], preset: Preset) -> tuple[Placement, list[np.ndarray]]:
     """The person's placement, and for each anchor the matrix from midpoint mm to anchor mm."""
     first = anchors[0]
     if len(anchors) == 1:
-        return place(first.volume, first.brain, first.scan.modality, preset), [np.eye(4)]
-    centre = centre_of(first.brain, first.volume.affine)
+        return first.placement or place(first.volume, first.brain, first.scan.modality,
+                                        preset), [np.eye(4)]
+    centre = first.centre
     from_first = [np.eye(4)]
     for other in anchors[1:]:
         start = np.eye(4)
-        start[:3, 3] = centre_of(other.brain, other.volume.affine) - centre
+        start[:3, 3] = other.centre - centre
         from_first.append(register_rigid(first.volume, first.brain, other.volume, preset, start))
     to_midpoint = midpoint(from_first, centre)
     matrices = [matrix @ np.linalg.inv(to_midpoint) for matrix in from_first]
@@ -208,73 +153,11 @@ def _place(anchors: list[_Work], preset: Preset) -> tuple[Placement, list[np.nda
     head, mask = average([a.volume for a in anchors], [a.brain for a in anchors], matrices, middle,
                          f"midpoint of {len(anchors)} visits with {first.volume.name}")
     modalities = {anchor.scan.modality for anchor in anchors}
-    return place(head, mask, modalities.pop() if len(modalities) == 1 else "mixed",
-                 preset), matrices
-
-
-def _write(work: _Work, to_scan: np.ndarray, placement: Placement, preset: Preset) -> Prepared:
-    """Interpolate a scan once; ``to_scan`` maps midpoint mm to the scan's mm."""
-    volume, matrix = work.volume, to_scan @ placement.rigid
-    image = on_grid(to_itk(volume.data, volume.affine), matrix, ARCHIVE_GRID,
-                    sitk.sitkBSpline3 if preset.spline else sitk.sitkLinear)
-    # A spline swings below and above its data at sharp edges.
-    image = np.clip(image, volume.data.min(), volume.data.max())
-    brain, scanned = (
-        on_grid(to_itk(data.astype(np.uint8), volume.affine), matrix, ARCHIVE_GRID,
-                sitk.sitkNearestNeighbor).astype(bool)
-        for data in (work.brain, np.ones(work.brain.shape)))
-    mask = np.where(brain, BRAIN, np.where(scanned, AIR, NOT_SCANNED)).astype(np.uint8)
-    covered = coverage(to_scan @ placement.affine, volume)
-    figures = _figures(work, matrix, mask, placement) | {"template_covered": covered}
-    return Prepared(work.scan, work.scan_id, scale(image, brain), mask, _label(work.scan, matrix),
-                    figures, _flags(work, placement, covered, preset))
-
-
-def _label(scan: Scan, matrix: np.ndarray) -> np.ndarray | None:
-    """The label map that came with a scan, by world coordinates, nearest neighbour; int16."""
-    if not scan.label_uri:
-        return None
-    source = read_scan(scan.label_uri, label=True)
-    codes = np.rint(source.data)
-    if not -32768 <= codes.min() <= codes.max() <= 32767:
-        raise ScanError("label_range", f"{source.name}: codes {codes.min():g} to {codes.max():g} "
-                                       "do not fit 16 bits; renumber them")
-    return on_grid(to_itk(codes.astype(np.int16), source.affine), matrix, ARCHIVE_GRID,
-                   sitk.sitkNearestNeighbor)
-
-
-# ---- what is recorded ----------------------------------------------------------------------------
-
-def _figures(work: _Work, matrix: np.ndarray, mask: np.ndarray, placement: Placement) -> Figures:
-    volume = work.volume
-    return {
-        **quality(volume, work.brain),
-        "brain_ml_native": float(work.brain.sum() * volume.voxel_ml),
-        "brain_ml_archive": float((mask == BRAIN).sum() / 1000),
-        "tiv_ml": template(2).brain_ml / placement.volume_factor,
-        "affine_volume_factor": placement.volume_factor,
-        "mask_dice_template": placement.dice,
-        "mask_dice_session": work.session_dice,
-        "ncc_template": placement.ncc if work.scan.modality == "T1w" else None,
-        "mask_source": work.mask_source,
-        "orientation": volume.orientation,
-        "spacing": "x".join(f"{s:g}" for s in volume.spacing),
-        "stored_dtype": volume.dtype,
-        "archive_to_scan": json.dumps(matrix.round(6).tolist()),  # mm to mm, RAS
-        "template_affine": json.dumps(placement.affine.round(6).tolist()),
-    }
-
-
-def _flags(work: _Work, placement: Placement, covered: float, preset: Preset) -> list[str]:
-    flags = list(work.volume.flags)
-    if placement.dice < preset.flag_dice:
-        flags.append("low_mask_dice")
-    if placement.ncc is not None and placement.ncc < preset.flag_ncc:
-        flags.append("low_ncc")
-    if covered < MIN_COVERED:
-        flags.append("brain_cut")
-    return flags
-
-
-def _rejected(scan: Scan, error: ScanError) -> Rejected:
-    return Rejected(scan, error.code, str(error))
+    modality = modalities.pop() if len(modalities) == 1 else "mixed"
+    # Visits whose own transforms passed: their mean, since each favours one visit.
+    given = [np.linalg.inv(matrix) @ anchor.placement.affine
+             for anchor, matrix in zip(anchors, matrices, strict=True) if anchor.placement]
+    found = (place_given(np.mean(given, axis=0), head, mask, modality, preset) if given else "none")
+    if isinstance(found, str):
+        found = place(head, mask, modality, preset)
+    return found, matrices

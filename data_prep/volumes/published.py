@@ -1,0 +1,110 @@
+"""Preset ``paper``: the order of the published Neuro-JEPA scripts, for comparison with them.
+
+    reorient -> crop the neck -> N4 -> 12-dof affine to MNI152 -> cubic spline -> brain extraction
+    -> 0.5th to 99.5th percentile of the whole volume to [0, 1]
+
+Each scan goes alone, so that visits and contrasts of a person do not coincide, and the affine
+takes head size away.  What differs from the scripts, which need FSL and FreeSurfer: mutual
+information stands for FLIRT's correlation ratio (and the search for turns of 90 degrees is left
+out: headers say how a head lies); the preset's mask tool for SynthStrip; the template is nilearn's
+MNI152 brain for all contrasts; the volume has the 180 x 216 x 180 mm of the published crop but
+lies on the archive grid.  And a registration that fails is rejected instead of passed on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import SimpleITK as sitk
+
+from data_prep.scan import Scan, ScanError
+from data_prep.volumes.align import coverage, fault, judge, upright, whole_head_affine
+from data_prep.volumes.brain import brain_mask
+from data_prep.volumes.geometry import on_grid, resample, to_array, to_itk
+from data_prep.volumes.intensity import correct_bias_field, to_unit
+from data_prep.volumes.output import (
+    judged,
+    label_map,
+    mask_codes,
+    placement_figures,
+    placement_flags,
+    scanned,
+    source_figures,
+)
+from data_prep.volumes.preset import Preset
+from data_prep.volumes.read import Volume, read_scan
+from data_prep.volumes.results import Prepared
+from data_prep.volumes.session import native_figures
+from neurojepa.feed.format import ARCHIVE_GRID
+
+HEAD_MM = 170.0  # kept below the top of the head, as FSL's robustfov does
+MIN_HEAD_SHARE = 0.02  # of a slice that is head, for it to count as the top
+PERCENTILES = (0.5, 99.5)  # of the whole volume, air included
+
+
+def prepare_published(scan: Scan, preset: Preset) -> Prepared:
+    """One T1w, T2w or FLAIR in the published order.
+
+    Raises
+    ------
+    ScanError
+        not_in_preset, registration_failed, and those of reading and brain extraction.
+    """
+    if scan.modality not in ("T1w", "T2w", "FLAIR"):
+        raise ScanError("not_in_preset", f"{scan.uri}: the published order has no step for "
+                                         f"{scan.modality}; prepare it with the default preset")
+    read = read_scan(scan.uri, scan.member)
+    head, inside = crop_neck(read)
+    head = replace(head, data=correct_bias_field(head.data, head.affine, inside))
+    matrix = _affine(head, inside, preset)
+    image = on_grid(to_itk(head.data, head.affine), matrix, ARCHIVE_GRID, sitk.sitkBSpline3)
+    image = np.clip(image, head.data.min(), head.data.max())
+    placed = Volume(read.name, image, ARCHIVE_GRID.affine)
+    brain, source = brain_mask(placed, preset)
+    placement = judge(np.eye(4), placed, brain, scan.modality)
+    placement = replace(placement, affine=matrix, rigid=matrix,
+                        volume_factor=float(1 / np.linalg.det(matrix[:3, :3])))
+    if what := fault(placement, preset, preset.min_dice):
+        raise ScanError("registration_failed", f"{read.name}: placement in MNI152 failed: {what}")
+    figures = native_figures(scan, read, _native(brain, matrix, read)) | source_figures(read)
+    figures |= placement_figures(placement, matrix) | {
+        "brain_ml_archive": float(brain.sum() / 1000), "mask_source": source,
+        "ncc_template": placement.ncc, "template_covered": coverage(matrix, read)}
+    flags = [*read.flags, *placement_flags(placement, preset),
+             *judged(figures, scan.modality, read.name)]
+    low, high = np.percentile(np.where(brain, image, 0), PERCENTILES)
+    return Prepared(scan, read.scan_id, to_unit(image, brain, low, high),
+                    mask_codes(brain, scanned(read, matrix)), label_map(scan, matrix), figures,
+                    flags)
+
+
+def crop_neck(volume: Volume) -> tuple[Volume, np.ndarray]:
+    """The upper HEAD_MM of a head, and where in it the head is (Otsu's threshold; bool)."""
+    bright = to_array(sitk.OtsuThreshold(to_itk(volume.data, volume.affine), 0, 1)) > 0
+    height = np.linalg.norm(volume.affine[:3, 2])
+    filled = np.flatnonzero(bright.mean(axis=(0, 1)) > MIN_HEAD_SHARE)
+    top = int(filled[-1]) if filled.size else volume.data.shape[2] - 1
+    low = max(0, top - round(HEAD_MM / height))
+    affine = volume.affine.copy()
+    affine[:3, 3] += affine[:3, 2] * low
+    return replace(volume, data=np.ascontiguousarray(volume.data[:, :, low:]), affine=affine,
+                   invalid=None), bright[:, :, low:]
+
+
+def _affine(head: Volume, inside: np.ndarray, preset: Preset) -> np.ndarray:
+    try:
+        matrix = whole_head_affine(head, inside, preset)
+    except RuntimeError as error:  # SimpleITK: the images no longer overlap
+        raise ScanError("registration_failed", f"{head.name}: placement in MNI152 failed: no "
+                                               "overlap") from error
+    if not upright(matrix):
+        raise ScanError("registration_failed", f"{head.name}: placement in MNI152 failed: mirrored "
+                                               "or turned over")
+    return matrix
+
+
+def _native(brain: np.ndarray, matrix: np.ndarray, volume: Volume) -> np.ndarray:
+    """The brain mask of the archive grid on the scan's own, for figures of quality."""
+    return resample(to_itk(brain.astype(np.uint8), ARCHIVE_GRID.affine), np.linalg.inv(matrix),
+                    volume.data.shape, volume.affine, sitk.sitkNearestNeighbor).astype(bool)

@@ -1,0 +1,39 @@
+"""What becomes of a scan: voxels on the archive grid, or a reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.qc import Figures
+from data_prep.scan import Scan, ScanError
+
+AIR, BRAIN, NOT_SCANNED = 0, 1, 2
+
+
+@dataclass
+class Prepared:
+    """A scan on ARCHIVE_GRID."""
+
+    scan: Scan
+    scan_id: str  # of the scan as read, see Volume.scan_id; maps of a series add "-" and their name
+    image: np.ndarray  # float32 [180, 216, 180], brain in [0, 1], 0 outside
+    mask: np.ndarray  # uint8 codes: 0 air, 1 brain, 2 not scanned
+    label: np.ndarray | None  # int16, where the scan came with a label map
+    figures: Figures
+    flags: list[str]
+    parcels: np.ndarray | None = None  # float32 [parcels, time], of a CIFTI series
+
+
+@dataclass
+class Rejected:
+    """A scan that cannot be used, and why."""
+
+    scan: Scan
+    reason: str  # code
+    message: str  # one line: file, field, value
+
+
+def rejected(scan: Scan, error: ScanError) -> Rejected:
+    return Rejected(scan, error.code, str(error))
