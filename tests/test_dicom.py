@@ -100,6 +100,14 @@ def test_same_series_from_zip_tar_and_store(tmp_path: Path, s3):
     assert to_nifti(f"{s3.uri}/dicom/I1/") == expected
 
 
+def test_names_and_endings_do_not_matter(tmp_path: Path):
+    folder = write_series(tmp_path, DEPTHS)
+    expected = to_nifti(f"{folder}/")
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(folder / f"{9 - number}.{('nii', 'IMA', 'nii.gz')[number % 3]}")
+    assert to_nifti(f"{folder}/") == expected
+
+
 def test_mixed_series_is_refused(tmp_path: Path):
     folder = write_series(tmp_path, DEPTHS)
     slice_of(16, 8, series="1.2.4").save_as(folder / "other.dcm")
