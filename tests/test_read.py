@@ -390,3 +390,10 @@ def test_real_series_keep_their_volumes_and_time(shared_data):
     assert series.data.shape == stored.shape and series.flags == ["tr_disagrees"]
     np.testing.assert_allclose(series.data[..., 7], stored.dataobj[..., 7])
     np.testing.assert_allclose(series.affine, stored.affine)
+
+
+def test_a_folder_of_dicom_files_is_a_series_with_its_facts(shared_data):
+    folder = str(shared_data / "dicom/bold_2vols/")
+    series = read_series(folder if folder.endswith("/") else f"{folder}/")
+    assert series.data.shape == (80, 80, 35, 2)
+    assert series.tr_s == pytest.approx(series.facts["RepetitionTime"])

@@ -22,6 +22,7 @@ from data_prep.volumes.intensity import scale
 from data_prep.volumes.motion import Motion, estimate_motion, parse_motion
 from data_prep.volumes.read import Series, Volume
 from data_prep.volumes.temporal import (
+    Plan,
     displacement_figures,
     make_plan,
     normalise,
@@ -62,21 +63,13 @@ def bold_maps(series: Series, processing: str | None, confounds: bytes | None,
     BoldMaps
         Flags may hold minimal, short_series, no_tr, demeaned, bad_confounds, cleaned_here.
     """
-    motion, source, figures, flags = known_motion(series.name, series.data.shape[3], processing,
-                                                  confounds)
     mean = series.data.mean(axis=3)
     if brain is None:
         brain = _bright(mean) if (mean > 0).any() else mean != 0
     whole = np.array([series.data[..., t][brain].mean() for t in range(series.data.shape[3])])
-    known = motion is not None and motion.parameters is not None
-    aligned, cleaned = _named(processing, ALIGNED), _named(processing, CLEANED)
-    here = aligned and not cleaned and known
-    plan = make_plan(len(whole), series.tr_s, whole, motion, remove_motion=here)
-    plan.flags += ["cleaned_here"] if here else [] if cleaned else ["minimal"]
-    reason = None
-    if motion is None and aligned:
-        reason = "the series is motion-corrected and came without a motion table"
-    elif motion is None and len(whole) > 1:
+    plan, motion = plan_for(series.name, whole, series.tr_s, processing, confounds)
+    source, reason = "table", "the series is motion-corrected and came without a motion table"
+    if motion is None and len(whole) > 1 and not _named(processing, ALIGNED):
         motion, source = estimate_motion(series), "estimated"
     # Only the brain is worth the time: most of a field of view is air.
     near = ndimage.binary_dilation(brain, iterations=MARGIN_VOXELS)
@@ -84,21 +77,30 @@ def bold_maps(series: Series, processing: str | None, confounds: bytes | None,
     maps = {name: series.volume(_spread(values, near)) for name, values in kept.items()}
     if "BOLD" in maps:  # the mean image is there to be aligned: with its air
         maps["BOLD"] = series.volume(series.data[..., plan.first:].mean(axis=3))
-    return BoldMaps(maps, {**figures, **plan.figures,
-                           **displacement_figures(motion, plan, source, reason)},
-                    flags + plan.flags)
+    return BoldMaps(maps, plan.figures | displacement_figures(motion, plan, source, reason),
+                    plan.flags)
 
 
-def known_motion(name: str, count: int, processing: str | None, confounds: bytes | None
-                 ) -> tuple[Motion | None, str | None, Figures, list[str]]:
-    """The motion table that came with a series, its source, and figures and flags of it."""
-    figures: Figures = {"bold_processing": processing or "raw"}
-    if confounds is None:
-        return None, None, figures, []
-    try:
-        return parse_motion(confounds, count, name), "table", figures, []
-    except ScanError as error:  # the series itself is good
-        return None, None, {**figures, "confounds_reason": str(error)}, ["bad_confounds"]
+def plan_for(name: str, whole: np.ndarray, tr_s: float | None, processing: str | None,
+             confounds: bytes | None) -> tuple[Plan, Motion | None]:
+    """How to treat a series after what was done before, and its motion table where one fits.
+
+    ``whole`` is the brain's mean over time [t].
+    """
+    motion, figures, flags = None, {"bold_processing": processing or "raw"}, []
+    if confounds is not None:
+        try:
+            motion = parse_motion(confounds, len(whole), name)
+        except ScanError as error:  # the series itself is good
+            figures["confounds_reason"] = str(error)
+            flags.append("bad_confounds")
+    cleaned = _named(processing, CLEANED)
+    here = (_named(processing, ALIGNED) and not cleaned and motion is not None
+            and motion.parameters is not None)
+    plan = make_plan(len(whole), tr_s, whole, motion, remove_motion=here)
+    plan.figures |= figures
+    plan.flags += flags + (["cleaned_here"] if here else [] if cleaned else ["minimal"])
+    return plan, motion
 
 
 def _named(processing: str | None, words: tuple[str, ...]) -> bool:

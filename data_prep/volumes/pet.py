@@ -27,6 +27,7 @@ __all__ = ["PET_TRACERS", "check_units", "is_suvr", "mean_frame", "reference_reg
 
 MIN_WINDOW_SHARE = 0.5  # of a frame inside the window, to be used
 MAX_FRAME_S = 7200.0  # longer "seconds" are milliseconds
+MAX_CLIPPED = 0.01  # of the brain above the tracer's range, or the scan is flagged
 MIN_REFERENCE_LEVEL = 0.1  # of the brain's median
 SUVR_MEDIAN = (0.2, 5.0)  # of a brain, where a file says that it holds SUVR
 
@@ -170,7 +171,7 @@ def suvr(image: np.ndarray, reference: np.ndarray | None, brain: np.ndarray, tra
     -------
     image : float32 in [0, 1]; times ``pet_suvr_max`` it is the SUVR
     figures : pet_suvr_max, pet_reference_mean (native unit), pet_reference_ml, pet_suvr_median,
-        pet_clipped (share of the brain above the range; over 1 % deserves a flag)
+        pet_clipped (share of the brain above the range; over MAX_CLIPPED deserves a flag)
 
     Raises
     ------

@@ -18,7 +18,12 @@ def repetition_time(header: Any, facts: Mapping[str, object]) -> tuple[float | N
     The sidecar's RepetitionTime (seconds, as BIDS has it) is believed before the header, whose
     field converters and resampling tools often lose.  None where neither has a usable value.
     """
-    header_s, flags = _header_time(header)
+    return choose_time(*_header_time(header), facts)
+
+
+def choose_time(header_s: float | None, flags: list[str], facts: Mapping[str, object]
+                ) -> tuple[float | None, list[str]]:
+    """The sidecar's time or else the header's, and ``flags`` with what is odd about them."""
     given = facts.get("RepetitionTime")
     sidecar_s = float(given) if isinstance(given, int | float) else None
     times = {"header": header_s, "sidecar": sidecar_s}
