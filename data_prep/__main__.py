@@ -74,9 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--manifest", required=True, nargs="+")
     step.add_argument("--out", required=True, help="archive to make or add to")
     step.add_argument("--preset", default="default", choices=["quick", "default"])
-    step.add_argument("--workers", type=_positive, default=os.cpu_count() or 1,
-                      help="people prepared at once")
-    step.add_argument("--ray-address", help="a running Ray cluster (default: a local one)")
+    step.add_argument("--workers", type=_positive, help="people prepared at once (default: as "
+                      "many as the machine or the cluster has CPUs)")
+    step.add_argument("--ray-address", help="a running Ray cluster (default: $RAY_ADDRESS, as in "
+                      "a Ray job; else a local one)")
+    step.add_argument("--memory-gib", type=float, default=8.0,
+                      help="what the work on a person may take before it is ended (default: 8)")
+    step.add_argument("--minutes-per-scan", type=float, default=30.0,
+                      help="and how long it may last (default: 30)")
+    step.add_argument("--retry-quarantined", action="store_true",
+                      help="try the people again of whom an earlier run had to give up a scan")
     step.set_defaults(run=_prepare)
 
     step = steps.add_parser("pack", help="archive -> WebDataset tars at a training grid")
@@ -91,10 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     step.set_defaults(run=_verify)
 
     step = steps.add_parser("withdraw", help="delete people who left a study")
-    step.add_argument("--list", required=True, dest="listing", metavar="CSV",
-                      help="columns cohort and participant (original ids)")
+    step.add_argument("--list", required=True, action="append", dest="lists",
+                      metavar="CSV|FOLDER", help="as delivered: UK Biobank's w<app>_<date>.csv, or "
+                      "columns cohort and participant (original ids); the newest of a study counts")
+    step.add_argument("--cohort", help="of lists without that column: the name given to index")
     step.add_argument("--key", help="file of the pseudonym key that index used")
     step.add_argument("targets", nargs="+", metavar="ARCHIVE|FEED")
+    step.add_argument("--runs", nargs="+", default=[], metavar="RUN",
+                      help="run directories and exports: list what saw the people")
     step.set_defaults(run=_withdraw)
 
     step = steps.add_parser("report", help="an archive's quality as an HTML page")
@@ -132,10 +143,12 @@ def _index(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from data_prep.jobs import prepare
+    from data_prep.task import Limits
     from data_prep.volumes.preset import PRESETS
 
+    limits = Limits(int(arguments.memory_gib * 2**30), 60 * arguments.minutes_per_scan)
     prepare(arguments.manifest, arguments.out, PRESETS[arguments.preset], arguments.workers,
-            arguments.ray_address)
+            arguments.ray_address, limits=limits, retry_quarantined=arguments.retry_quarantined)
     return 0
 
 
@@ -158,7 +171,8 @@ def _withdraw(arguments: argparse.Namespace) -> int:
     from data_prep.identity import load_key
     from data_prep.withdraw import withdraw
 
-    withdraw(arguments.listing, arguments.targets, load_key(arguments.key, make=False))
+    withdraw(arguments.lists, arguments.targets, load_key(arguments.key, make=False),
+             arguments.cohort, arguments.runs)
     return 0
 
 

@@ -4,60 +4,73 @@ A task prepares all scans of a person, writes their voxels, and commits a record
 ``results/<participant>-<hash of inputs and preset>.json`` last.  The driver starts tasks only for
 persons without a record, and then merges: rows of earlier manifests stay, a person's rows are
 replaced by the newest.  So a run can be killed anywhere and repeated, and another manifest adds to
-the archive.  A person whose task fails becomes rows with reason ``worker_failed`` and is tried
-again by the next run; a store that fails stops the run.
+the archive.  A store that fails stops the run.
+
+The work itself is done in a watched child of the Ray worker (limits.py).  A person whose work dies
+is tried scan by scan; the scans that die alone are quarantined with reason worker_crashed,
+worker_timeout, worker_memory or worker_failed, the others are prepared without them, and the record
+is committed: the next run tries again only if told to.  A person whose Ray worker or node kept
+dying has no record (reason ``worker_lost``) and is tried by the next run.
+
+The driver holds the manifest and the archive's table in Arrow, and Python objects only for the
+people at work.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from importlib import metadata
+from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from data_prep.index import read_manifest, read_table
-from data_prep.pool import Failure, run_tasks
-from data_prep.scan import Scan
+from data_prep.audit import withdrawn_people
+from data_prep.index import labels_path, read_table
+from data_prep.merge import merge, scan_rows, usable
+from data_prep.pool import Task, run_tasks
+from data_prep.scan import SCAN_SCHEMA, Scan
 from data_prep.splits import check as check_splits
 from data_prep.store import (
-    WITHDRAWN,
-    archive_rows,
+    archive_table,
     check_reachable,
-    commit_archive,
+    commit_tables,
     list_slots,
+    read_many,
     remove_volume,
     slot,
-    write_volume,
 )
+from data_prep.task import DIED, Limits, PrepareOne, Work, prepare_person, record_name
 from neurojepa.errors import DataError
-from neurojepa.feed.format import join, open_store, read_bytes, sha256, write_bytes
+from neurojepa.feed.format import join, open_store
 
 if TYPE_CHECKING:
-    from data_prep.volumes.pipeline import Prepared, Rejected
     from data_prep.volumes.preset import Preset
 
-PrepareOne = Callable[[list[Scan], "Preset"], "Sequence[Prepared | Rejected]"]
 Row = dict[str, Any]
-_INPUTS = ("uri", "member", "size_bytes", "modified", "mask_uri", "label_uri", "modality",
-           "session", "reason", "tracer", "processing", "transform_uri", "confounds_uri",
-           "surface_uri", "facts")
+_PEOPLE_AT_ONCE = 2000  # whose records are in memory
+_ROWS_AT_ONCE = 10_000
+_DEFAULT_LIMITS = Limits()
 
 
-def prepare(manifests: Sequence[str], out: str, preset: Preset, workers: int,
-            ray_address: str | None = None, prepare_one: PrepareOne | None = None) -> Counter[str]:
+def prepare(manifests: Sequence[str], out: str, preset: Preset, workers: int | None = None,
+            ray_address: str | None = None, prepare_one: PrepareOne | None = None,
+            limits: Limits = _DEFAULT_LIMITS, retry_quarantined: bool = False) -> Counter[str]:
     """Prepare the scans of manifests into an archive; returns its number of scans by status.
 
     Parameters
     ----------
+    workers
+        People prepared at once; by default as many as the machine or the cluster has CPUs.
     prepare_one
         Turns the scans of one person into volumes; ``volumes.pipeline.prepare_person`` if None.
+    retry_quarantined
+        Try the people again of whom an earlier run had to give up a scan.
 
     Raises
     ------
@@ -67,194 +80,242 @@ def prepare(manifests: Sequence[str], out: str, preset: Preset, workers: int,
     """
     for uri in (*manifests, out):
         check_reachable(uri)
-    read = [read_manifest(manifest) for manifest in manifests]
-    labels = pa.concat_tables([table for _, table in read])
-    people: dict[str, list[Scan]] = defaultdict(list)
-    for scan in {(scan.uri, scan.member): scan for scans, _ in read for scan in scans}.values():
-        people[scan.participant].append(scan)
-    for name in {row["participant"] for row in archive_rows(out) if row["reason"] == WITHDRAWN}:
-        if people.pop(name, None):
-            print(f"{name}: withdrawn, left out")
-    records = {name: record_name(own, preset) for name, own in people.items()}
-    done = _committed(out)
-    failed = _run(out, {name: own for name, own in people.items() if records[name] not in done},
-                  records, preset, workers, ray_address, prepare_one)
-    rows = _merge(out, people, records, failed)
+    scans, labels = _read(manifests, withdrawn_people(out))
+    people = People(scans, preset)
+    run = _Run(out, people, preset, workers, ray_address, prepare_one, limits)
+    todo = run.without_record()
+    if retry_quarantined:
+        todo |= set(_given_up(out, people, people.records.keys() - todo))
+    lost = run.tasks(todo)
+    table = _merge(out, people, lost)
     slots = list_slots(out)
-    lost = {row["participant"] for row in rows if row["status"] != "rejected"
-            and slot(row["participant"], row["scan_id"]) not in slots} & people.keys()
-    if lost:  # voxels removed behind our back, or of a duplicate whose original is gone
-        failed |= _run(out, {name: people[name] for name in lost}, records, preset, workers,
-                       ray_address, prepare_one)
-        rows = _merge(out, people, records, failed)
-    return _commit(out, rows, labels, people.keys())
+    if gone := _without_voxels(table, slots) & people.records.keys():
+        # removed behind our back, or of a duplicate whose original is gone
+        lost |= run.tasks(gone)
+        table = _merge(out, people, lost)
+        slots = list_slots(out)
+    counts = _commit(out, table, labels, people)
+    _sweep(out, table, slots, people)
+    return _checked(out, table, counts)
 
 
-def record_name(scans: list[Scan], preset: Preset) -> str:
-    """Name of the record of a person's scans: equal inputs and parameters, equal name."""
-    inputs = [[getattr(scan, name) for name in _INPUTS] for scan in scans]
-    text = json.dumps([scans[0].cohort, inputs, asdict(preset)], sort_keys=True)
-    return f"{scans[0].participant}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+# ---- what there is to do -------------------------------------------------------------------------
 
+class People:
+    """The scans of manifests by person: in Arrow, and as objects for one person at a time.
 
-# ---- in the worker -------------------------------------------------------------------------------
+    Parameters
+    ----------
+    table
+        Of SCAN_SCHEMA, ordered by participant.
 
-def prepare_and_write(out: str, record: str, scans: list[Scan], preset: Preset,
-                      prepare_one: PrepareOne | None) -> Failure | None:
-    """Prepare one person, write the voxels, then commit the record.
-
-    A failure of the preparation is returned; a failure of a store is raised.
+    Attributes
+    ----------
+    names : pa.Array of the participants
+    records : participant -> name of the record; only of people with a scan that is to be read
+    num_scans : participant -> number of scans that are to be read
     """
-    from data_prep.volumes.pipeline import Rejected, prepare_person
 
-    try:
-        results = (prepare_one or prepare_person)(scans, preset)
-        rows = {(result.scan.uri, result.scan.member): _row(result, preset) for result in results}
-        missing = [scan.uri for scan in scans if (scan.uri, scan.member) not in rows]
-        if missing:
-            raise RuntimeError(f"{missing[0]}: the preparation gave no result")
-    except DataError:
-        raise  # the store, not this person: it would fail for all
-    except Exception as error:  # whatever one person's scans do must not end the job
-        return Failure(f"{type(error).__name__}: {error}".splitlines()[0])
-    seen: dict[str, str] = {}
-    for result in results:
-        if isinstance(result, Rejected):
-            continue
-        row = rows[result.scan.uri, result.scan.member]
-        path = slot(result.scan.participant, result.scan_id)
-        if result.scan_id in seen:
-            _mark_duplicate(row, path, seen[result.scan_id])
-            continue
-        seen[result.scan_id] = result.scan.uri
-        row["voxels_sha256"] = write_volume(out, path, result.image, result.mask, result.label)
-    write_bytes(join(out, "results", record),
-                json.dumps(list(rows.values()), indent=1, allow_nan=False).encode())
-    return None
+    def __init__(self, table: pa.Table, preset: Preset) -> None:
+        self._table = table
+        self._rows: dict[str, tuple[int, int]] = {}
+        self.records: dict[str, str] = {}
+        self.num_scans: dict[str, int] = {}
+        start = 0
+        for name, rows in groupby(_dicts(table), key=lambda row: row["participant"]):
+            scans = [Scan(**row) for row in rows]
+            self._rows[name] = start, len(scans)
+            start += len(scans)
+            if readable := [scan for scan in scans if scan.reason is None]:
+                self.records[name] = record_name(readable, preset)
+                self.num_scans[name] = len(readable)
+        self.names = pa.array(self._rows, pa.string())
+
+    def scans(self, name: str) -> list[Scan]:
+        return [Scan(**row) for row in self._table.slice(*self._rows[name]).to_pylist()]
+
+    def chunks(self) -> Iterator[list[str]]:
+        """All names, ``_PEOPLE_AT_ONCE`` at a time."""
+        names = iter(self._rows)
+        while chunk := list(islice(names, _PEOPLE_AT_ONCE)):
+            yield chunk
 
 
-def _row(result: Prepared | Rejected, preset: Preset) -> Row:
-    """What preparation found about one scan, without the Scan's own columns."""
-    from data_prep.volumes.pipeline import Rejected
+@dataclass(frozen=True)
+class _Run:
+    """One call of ``prepare``, as its tasks need to know it."""
 
-    scan = result.scan
-    row: Row = {"uri": scan.uri, "member": scan.member, "figures": {},
-                "provenance": json.dumps({
-                    "software": f"neurojepa {_version()}", "parameters": asdict(preset),
-                    "input_sha256": _input_sha256(scan.uri)}, sort_keys=True)}
-    if isinstance(result, Rejected):
-        return row | {"scan_id": None, "status": "rejected", "reason": result.reason,
-                      "message": result.message}
-    return row | {"scan_id": result.scan_id, "status": "flagged" if result.flags else "accepted",
-                  "reason": ";".join(result.flags) or None, "message": None,
-                  "figures": {name: _plain(value) for name, value in result.figures.items()}}
+    out: str
+    people: People
+    preset: Preset
+    workers: int | None
+    ray_address: str | None
+    prepare_one: PrepareOne | None
+    limits: Limits
 
+    def without_record(self) -> set[str]:
+        there = set(_list_records(self.out))
+        return {name for name, record in self.people.records.items() if record not in there}
 
-def _plain(value: Any) -> float | str | None:
-    """A figure as JSON can hold it: not finite is unknown."""
-    if value is None or isinstance(value, str):
-        return value
-    return float(value) if math.isfinite(value) else None
+    def tasks(self, names: set[str]) -> dict[str, str]:
+        """Prepare people; returns a message for each one who was lost with a worker."""
+        if not names:
+            return {}
+        known = defaultdict(list)
+        for record in _list_records(self.out):
+            known[_person_of(record)].append(record)
+        num_scans = self.people.num_scans
+        # people with most scans first, so that all workers end at about the same time
+        tasks = (Task(name, self._work(name, known[name]), num_scans[name])
+                 for name in sorted(names, key=lambda name: (-num_scans[name], name)))
+        return run_tasks(prepare_person, tasks, sum(num_scans[name] for name in names),
+                         self.workers, self.ray_address)
 
-
-def _version() -> str:
-    try:
-        return metadata.version("neurojepa")
-    except metadata.PackageNotFoundError:
-        return "from an uninstalled source tree"
-
-
-def _input_sha256(uri: str) -> str | None:
-    try:
-        return sha256(read_bytes(uri))
-    except DataError:
-        return None  # the scan itself is rejected for it, with the reason
+    def _work(self, name: str, stale: list[str]) -> Work:
+        scans = [scan for scan in self.people.scans(name) if scan.reason is None]
+        return Work(self.out, scans, self.people.records[name], stale, self.preset, self.limits,
+                    self.prepare_one)
 
 
-def _mark_duplicate(row: Row, path: str, original: str) -> None:
-    row |= {"status": "rejected", "reason": f"duplicate_of:{path}", "voxels_sha256": None,
-            "message": f"{row['uri']}: same voxels and affine as {original}; if two ids are one "
-                       "person, tie them by split_group in participants.tsv"}
+def _read(manifests: Sequence[str], gone: set[str]) -> tuple[pa.Table, pa.Table]:
+    """Scans of all manifests by person, the last row of a scan counting, and labels."""
+    tables = []
+    for manifest in manifests:
+        table = read_table(manifest)
+        if missing := set(SCAN_SCHEMA.names) - set(table.column_names):
+            raise DataError(f"{manifest}: lacks the columns {', '.join(sorted(missing))}; it is "
+                            "not a manifest of this version; run index again")
+        tables.append(table.select(SCAN_SCHEMA.names).cast(SCAN_SCHEMA))
+    scans = pa.concat_tables(tables)
+    numbered = scans.select(["uri", "member"]).append_column("row", pa.array(range(len(scans))))
+    last = numbered.group_by(["uri", "member"]).aggregate([("row", "max")])["row_max"]
+    scans = scans.take(last).sort_by([(name, "ascending") for name in (
+        "participant", "session", "uri", "member")])
+    withdrawn = pc.is_in(scans["participant"], pa.array(gone, pa.string()))
+    if num_people := pc.count_distinct(scans["participant"].filter(withdrawn)).as_py():
+        print(f"{num_people} withdrawn people left out")
+    labels = pa.concat_tables([read_table(labels_path(manifest)) for manifest in manifests])
+    return scans.filter(pc.invert(withdrawn)).combine_chunks(), labels
 
 
-# ---- in the driver -------------------------------------------------------------------------------
+def _dicts(table: pa.Table) -> Iterator[Row]:
+    for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+        yield from batch.to_pylist()
 
-def _committed(out: str) -> set[str]:
-    """Names of the records already there."""
+
+# ---- records -------------------------------------------------------------------------------------
+
+def _list_records(out: str) -> list[str]:
+    """Names below results/, in one listing; records, and what a kill left half-written."""
     fs, root = open_store(join(out, "results"))
     try:
-        return {path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)}
+        return [path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)]
     except FileNotFoundError:
-        return set()
+        return []
 
 
-def _run(out: str, people: dict[str, list[Scan]], records: dict[str, str], preset: Preset,
-         workers: int, ray_address: str | None, prepare_one: PrepareOne | None) -> dict[str, str]:
-    """Prepare people; returns a message for each one whose task failed."""
-    # people with most scans first, so that all workers end at about the same time
-    longest_first = sorted(people.items(), key=lambda item: (-len(item[1]), item[0]))
-    arguments = {name: (out, records[name], scans, preset, prepare_one)
-                 for name, scans in longest_first}
-    return run_tasks(prepare_and_write, arguments, workers, ray_address, unit="people")
+def _person_of(record: str) -> str:
+    return record.rpartition("-")[0]
 
 
-def _merge(out: str, people: dict[str, list[Scan]], records: dict[str, str],
-           failed: dict[str, str]) -> list[Row]:
+def _results(out: str, people: People, names: Iterable[str]) -> dict[str, list[Row]]:
+    """What the records of people say."""
+    uris = {name: join(out, "results", people.records[name]) for name in names}
+    results = {}
+    for (name, uri), content in zip(uris.items(), read_many(uris.values()), strict=True):
+        try:
+            results[name] = json.loads(content)
+        except ValueError as error:
+            raise DataError(f"{uri}: not JSON ({error}); remove it and run prepare again") from None
+    return results
+
+
+def _given_up(out: str, people: People, names: set[str]) -> Iterator[str]:
+    for chunk in people.chunks():
+        for name, rows in _results(out, people, (n for n in chunk if n in names)).items():
+            if any(row["reason"] in DIED for row in rows):
+                yield name
+
+
+# ---- the archive's tables ------------------------------------------------------------------------
+
+def _merge(out: str, people: People, lost: dict[str, str]) -> pa.Table:
     """All rows of the archive: earlier ones of other people, and these people's newest."""
-    old = archive_rows(out)
-    rows = [dict(row) for row in old if row["participant"] not in people]
-    readable = [name for name in people if name not in failed]
-    with ThreadPoolExecutor(16) as pool:
-        contents = pool.map(lambda name: read_bytes(join(out, "results", records[name])), readable)
-        results = {name: json.loads(content)
-                   for name, content in zip(readable, contents, strict=True)}
-    for name, scans in people.items():
-        found = {(row["uri"], row["member"]): row for row in results.get(name, [])}
-        for scan in scans:
-            row = found.get((scan.uri, scan.member)) or {
-                "figures": {}, "status": "rejected", "reason": "worker_failed",
-                "message": failed[name]}
-            figures = row.pop("figures")
-            rows.append(asdict(scan) | row | figures)  # the row's reason is the final one
-    rows.sort(key=lambda row: (row["cohort"], row["participant"], row["session"], row["uri"],
-                               row["member"] or ""))
-    kept = {(row["participant"], row.get("scan_id")) for row in rows}
-    for row in old:  # voxels of scans that are no longer in any row
-        if row["scan_id"] and (row["participant"], row["scan_id"]) not in kept:
-            remove_volume(out, slot(row["participant"], row["scan_id"]))
-    _reject_duplicates(out, rows)
+    old = archive_table(out, "scans")
+    if old is not None:
+        old = old.filter(pc.invert(pc.is_in(old["participant"], people.names)))
+    return merge(old, (_new_rows(out, people, chunk, lost) for chunk in people.chunks()))
+
+
+def _new_rows(out: str, people: People, names: list[str], lost: dict[str, str]) -> list[Row]:
+    results = _results(out, people, (name for name in names
+                                     if name in people.records and name not in lost))
+    rows = []
+    for name in names:
+        found = defaultdict(list)
+        for row in results.get(name, []):
+            found[row["uri"], row["member"]].append(row)
+        for scan in people.scans(name):
+            if scan.reason is not None:
+                own = [_unread(scan.reason, "ruled out by the cohort's own tables or layout")]
+            elif name in lost:
+                own = [_unread("worker_lost", lost[name])]
+            else:
+                own = found[scan.uri, scan.member]
+            rows += scan_rows(scan, own)
     return rows
 
 
-def _reject_duplicates(out: str, rows: list[Row]) -> None:
-    """Across persons, the first row of equal content keeps its slot; later ones lose theirs."""
-    owner: dict[str, Row] = {}
-    for row in rows:
-        if row["status"] == "rejected":
-            continue
-        first = owner.setdefault(row["scan_id"], row)
-        if first is not row:
-            _mark_duplicate(row, slot(first["participant"], row["scan_id"]), first["uri"])
-            remove_volume(out, slot(row["participant"], row["scan_id"]))
+def _unread(reason: str, message: str) -> Row:
+    return {"status": "rejected", "reason": reason, "message": message, "figures": {}}
 
 
-def _commit(out: str, rows: list[Row], labels: pa.Table, people: Container[str]) -> Counter[str]:
+def _without_voxels(table: pa.Table, slots: set[str]) -> set[str]:
+    """People with a usable row whose slot is not there."""
+    return {path.partition("/")[0] for path in _used_slots(table) - slots}
+
+
+def _used_slots(table: pa.Table) -> set[str]:
+    own = table.select(["participant", "scan_id"]).filter(usable(table))
+    return {slot(*pair) for pair in zip(own["participant"].to_pylist(),
+                                        own["scan_id"].to_pylist(), strict=True)}
+
+
+def _commit(out: str, table: pa.Table, labels: pa.Table, people: People) -> Counter[str]:
     """Write the archive's tables, with these people's labels replaced; prints the counts."""
-    if problems := check_splits(rows):
+    if problems := check_splits(_dicts(table.select(["participant", "family", "split"]))):
         raise DataError(f"{out}: {problems[0]}" + (f" (and {len(problems) - 1} more)"
                                                    if len(problems) > 1 else ""))
-    fs, path = open_store(join(out, "labels.parquet"))
-    old = read_table(join(out, "labels.parquet")).to_pylist() if fs.exists(path) else []
-    kept = [row for row in old if row["participant"] not in people]
-    mine = [row for row in labels.to_pylist() if row["participant"] in people]
-    commit_archive(out, rows, kept + mine)
-    counts = Counter(row["status"] for row in rows)
-    reasons = Counter(row["reason"].split(":")[0] for row in rows if row["status"] == "rejected")
+    labels = labels.filter(pc.is_in(labels["participant"], people.names))
+    if (old := archive_table(out, "labels")) is not None:
+        others = old.filter(pc.invert(pc.is_in(old["participant"], people.names)))
+        labels = pa.concat_tables([others, labels])
+    commit_tables(out, table, labels, pa.table({}))
+    counts = Counter(table["status"].to_pylist())
     print(f"{out}: {counts['accepted']} accepted, {counts['flagged']} flagged, "
-          f"{counts['rejected']} rejected of {len(rows)} scans")
-    for reason, count in reasons.most_common():
+          f"{counts['rejected']} rejected of {len(table)} scans")
+    reasons = table["reason"].filter(np.invert(usable(table))).to_pylist()
+    for reason, count in Counter(reason.split(":")[0] for reason in reasons).most_common():
         print(f"  rejected {count} x {reason}")
-    if not counts["accepted"] + counts["flagged"]:
-        example = next((row["message"] for row in rows), "the manifest is empty")
-        raise DataError(f"{out}: none of {len(rows)} scans is usable; the first one: {example}")
     return counts
+
+
+def _checked(out: str, table: pa.Table, counts: Counter[str]) -> Counter[str]:
+    if not counts["accepted"] + counts["flagged"]:
+        example = next(iter(table["message"].to_pylist()), "the manifest is empty")
+        raise DataError(f"{out}: none of {len(table)} scans is usable; the first one: {example}")
+    return counts
+
+
+def _sweep(out: str, table: pa.Table, slots: set[str], people: People) -> None:
+    """Remove what no row needs: voxels of scans that changed or went, what kills left behind."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda path: remove_volume(out, path), sorted(slots - _used_slots(table))))
+    in_run = set(people.names.to_pylist())
+    fs, root = open_store(out)
+    stale = [f"{root}/results/{name}" for name in _list_records(out)
+             if name.endswith(".tmp") or (_person_of(name) in in_run
+                                          and name != people.records.get(_person_of(name)))]
+    stale += [path for path in fs.ls(root, detail=False) if path.endswith(".tmp")]
+    for path in stale:
+        fs.rm_file(path)

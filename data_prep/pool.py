@@ -1,8 +1,8 @@
 """Many tasks over Ray: a local one started and ended here, or a running cluster.
 
-The local Ray listens on loopback only, without dashboard or usage reports.  Each worker keeps to
-one thread of arithmetic, so ``workers`` is the number of cores used.  A worker that dies is
-replaced and its task repeated twice; then the task is given up, alone.
+The local Ray listens on loopback only, without dashboard or usage reports.  A task whose worker or
+node is lost is repeated by Ray; then it is given up, alone.  The driver keeps twice as many tasks
+in flight as the cluster has CPUs, whatever their number.
 """
 
 from __future__ import annotations
@@ -11,37 +11,47 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from neurojepa.errors import ClusterError, DataError
 
-_RETRIES = 2
+_RETRIES = 3
 _REPORT_EVERY_S = 5.0
-_ONE_THREAD = {name: "1" for name in (
-    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
-    "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")}
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A task's own account of why it has no result."""
+class Task:
+    """One call: its name, its argument, and how many scans it stands for."""
 
-    message: str
+    name: str
+    argument: Any
+    num_scans: int
 
 
-def run_tasks(function: Callable[..., Failure | None], arguments: dict[str, tuple[Any, ...]],
-              workers: int, ray_address: str | None, unit: str) -> dict[str, str]:
-    """Call ``function`` once per entry of ``arguments``; prints progress, rate and time left.
+def run_tasks(function: Callable[[Any], int], tasks: Iterable[Task], num_scans: int,
+              workers: int | None, ray_address: str | None) -> dict[str, str]:
+    """Call ``function(task.argument)`` for every task; prints progress, rate and time left.
+
+    Parameters
+    ----------
+    function
+        Returns how many scans it had to give up.
+    tasks
+        Taken one by one as workers become free; ``num_scans`` is the sum over them.
+    workers
+        Tasks at once; by default as many as there are CPUs.
 
     Returns
     -------
     dict
-        A message for every task that returned a Failure or whose worker kept dying.
+        A message for every task whose worker or node kept dying.
 
     Raises
     ------
@@ -50,59 +60,77 @@ def run_tasks(function: Callable[..., Failure | None], arguments: dict[str, tupl
     ClusterError
         Ray cannot be started or reached.
     """
-    if not arguments:
-        return {}
-    failed: dict[str, str] = {}
-    with _ray(workers, ray_address) as ray:
+    lost: dict[str, str] = {}
+    with _ray(workers, ray_address) as ray, _stopped_by_sigterm():
         remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
-        waiting = list(arguments.items())[::-1]
-        running: dict[Any, str] = {}
-        progress = _Progress(len(arguments), unit)
-        while waiting or running:
-            while waiting and len(running) < 2 * workers:
-                name, values = waiting.pop()
-                running[remote.remote(*values)] = name
+        running: dict[Any, Task] = {}
+        progress = _Progress(num_scans)
+        waiting = iter(tasks)
+        more = True
+        while more or running:
+            while more and len(running) < (workers or _in_flight(ray)):
+                if (task := next(waiting, None)) is None:
+                    more = False
+                else:
+                    running[remote.remote(task.argument)] = task
             for reference in ray.wait(list(running), num_returns=1, timeout=_REPORT_EVERY_S)[0]:
-                name = running.pop(reference)
+                task = running.pop(reference)
                 try:
-                    outcome = ray.get(reference)
-                    if outcome is not None:
-                        failed[name] = outcome.message
+                    progress.given_up += ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
                     if isinstance(error.cause, DataError):
                         raise DataError(str(error.cause)) from None
                     raise
                 except ray.exceptions.RayError as error:
-                    failed[name] = (f"{type(error).__name__}: the worker died {_RETRIES + 1} times "
-                                    "(killed, or out of memory)")
-                progress.finished(len(failed))
-    return failed
+                    lost[task.name] = (f"{type(error).__name__}: the worker or its node died "
+                                       f"{_RETRIES + 1} times; run prepare again")
+                    progress.given_up += task.num_scans
+                progress.done += task.num_scans
+            progress.report(last=not (more or running))
+    return lost
+
+
+def _in_flight(ray: Any) -> int:
+    """Tasks that keep all CPUs busy, also those of nodes that joined meanwhile."""
+    return 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 class _Progress:
-    """A line every few seconds: how many, how fast, how long still."""
+    """A line every few seconds: how many scans, how fast, how long still."""
 
-    def __init__(self, total: int, unit: str) -> None:
-        self.total, self.unit, self.done = total, unit, 0
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.given_up = total, 0, 0
         self.begin = self.last = time.monotonic()
-        print(f"{total} {unit} to prepare", flush=True)
+        print(f"{total} scans to prepare", flush=True)
 
-    def finished(self, num_failed: int) -> None:
-        self.done += 1
+    def report(self, last: bool) -> None:
         now = time.monotonic()
-        if now - self.last < _REPORT_EVERY_S and self.done < self.total:
+        if now - self.last < _REPORT_EVERY_S and not last:
             return
         self.last = now
         per_minute = 60 * self.done / max(now - self.begin, 1e-3)
-        left = (self.total - self.done) / per_minute
-        print(f"{self.done}/{self.total} {self.unit}, {per_minute:.1f} a minute, about "
-              f"{left:.1f} minutes left" + (f", {num_failed} failed" if num_failed else ""),
-              flush=True)
+        left = f"{(self.total - self.done) / per_minute:.1f}" if self.done else "unknown"
+        print(f"{self.done}/{self.total} scans, {per_minute:.1f} a minute, about {left} minutes "
+              f"left, {self.given_up} given up", flush=True)
 
 
 @contextlib.contextmanager
-def _ray(workers: int, address: str | None) -> Iterator[Any]:
-    """A connected Ray, left again at the end."""
+def _stopped_by_sigterm() -> Iterator[None]:
+    """A SIGTERM ends the driver as Ctrl-C does: workers stop, and the next run goes on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _ray(workers: int | None, address: str | None) -> Iterator[Any]:
+    """A connected Ray, left again at the end.  $RAY_ADDRESS, as in a Ray job, is a cluster too."""
+    address = address or os.environ.get("RAY_ADDRESS")
     # unix sockets below it allow about 100 characters, so it is not put below $TMPDIR
     directory = tempfile.mkdtemp(prefix="nj-", dir="/tmp") if address is None else None
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -110,7 +138,6 @@ def _ray(workers: int, address: str | None) -> Iterator[Any]:
     if directory:
         # Ray replaces 127.0.0.1 by the machine's own address unless it is told this
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        os.environ.update(_ONE_THREAD)  # inherited by the workers
     import ray
 
     if address:
@@ -119,10 +146,11 @@ def _ray(workers: int, address: str | None) -> Iterator[Any]:
     try:
         try:
             if directory:
-                ray.init(address="local", num_cpus=workers, num_gpus=0, include_dashboard=False,
-                         _temp_dir=directory, object_store_memory=200_000_000, **quiet)
+                ray.init(address="local", num_cpus=workers or os.cpu_count(), num_gpus=0,
+                         include_dashboard=False, _temp_dir=directory,
+                         object_store_memory=200_000_000, **quiet)
             else:
-                ray.init(address=address, runtime_env={"env_vars": _ONE_THREAD}, **quiet)
+                ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"reached at {address}" if address else "started"
             raise ClusterError(f"Ray cannot be {where} ({error}); check --ray-address and free "

@@ -1,14 +1,22 @@
 """A small cohort of byte files and a stand-in for ``prepare_person`` that reads them.
 
-A file's text decides its fate: "bad" is rejected, "crash" raises, "kill:PATH" waits to be killed
-on its first try (its process id is then in PATH); other text is the seed of a volume.
+A file's text decides its fate: "bad" is rejected, "crash" raises, "segv" kills the process, "hang"
+sleeps, "eat" takes 1.5 GiB, "crowd" hangs only beside other scans, "kill:PATH" waits to be killed
+on its first try (its process and parent are then in PATH); other text is the seed of a volume.  A
+BOLD scan gives two results.
+
+    python -m tests.fakes OUT [--ray-address A] MANIFEST...
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import importlib
 import os
+import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +26,7 @@ from data_prep.index import labels_path, write_table
 from data_prep.scan import SCAN_SCHEMA, Scan
 from data_prep.volumes.pipeline import Prepared, Rejected
 from data_prep.volumes.preset import PRESETS, Preset
+from neurojepa.errors import run_command
 from neurojepa.feed.format import ARCHIVE_GRID, LABELS_SCHEMA
 
 QUICK = PRESETS["quick"]
@@ -48,24 +57,42 @@ def make_manifest(root: Path, contents: dict[str, str], cohort: str = "fake",
 
 def fake_prepare(scans: list[Scan], preset: Preset) -> list[Prepared | Rejected]:
     """What ``prepare_person`` does, in milliseconds."""
-    return [_fake_scan(scan) for scan in scans]
+    if len(scans) > 1 and any(Path(scan.uri).read_text() == "crowd" for scan in scans):
+        time.sleep(120)
+    return [result for scan in scans for result in _fake_scan(scan)]
 
 
-def _fake_scan(scan: Scan) -> Prepared | Rejected:
+def _fake_scan(scan: Scan) -> list[Prepared | Rejected]:
     text = Path(scan.uri).read_text()
     if text == "bad":
-        return Rejected(scan, "truncated", f"{scan.uri}: ends after 3 bytes")
-    if text == "crash":
-        raise ZeroDivisionError("a fault in the code")
-    if text.startswith("kill:") and not os.path.exists(text[5:]):
-        Path(text[5:] + ".tmp").write_text(str(os.getpid()))
-        os.rename(text[5:] + ".tmp", text[5:])
-        time.sleep(120)
+        return [Rejected(scan, "truncated", f"{scan.uri}: ends after 3 bytes")]
+    _misbehave(text)
     image, mask = volume(text)
     label = (mask * 17).astype(np.int16) if scan.label_uri else None
-    return Prepared(scan, hashlib.sha256(text.encode()).hexdigest()[:24], image, mask, label,
-                    {"qc_snr": 10.0, "qc_odd": float("nan"), "orientation": "RAS"},
-                    ["low_dice"] if text == "flag" else [])
+    whole = Prepared(scan, hashlib.sha256(text.encode()).hexdigest()[:24], image, mask, label,
+                     {"qc_snr": 10.0, "qc_odd": float("nan"), "orientation": "RAS"},
+                     ["low_dice"] if text == "flag" else [])
+    if scan.modality != "BOLD":
+        return [whole]
+    return [whole, replace(whole, scan=replace(scan, modality="tSNR"), image=image**2,
+                           scan_id=f"{whole.scan_id}-tSNR")]
+
+
+def _misbehave(text: str) -> None:
+    if text == "crash":
+        raise ZeroDivisionError("a fault in the code")
+    if text == "segv":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if text == "hang":
+        time.sleep(120)
+    if text == "eat":
+        held = np.ones(1536 << 20, np.uint8)
+        time.sleep(120)
+        assert held.any()
+    if text.startswith("kill:") and not os.path.exists(text[5:]):
+        Path(text[5:] + ".tmp").write_text(f"{os.getpid()} {os.getppid()}")
+        os.rename(text[5:] + ".tmp", text[5:])
+        time.sleep(120)
 
 
 def volume(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -78,3 +105,21 @@ def volume(text: str) -> tuple[np.ndarray, np.ndarray]:
     coarse = rng.random((9, 9, 9), dtype=np.float32)
     image = np.kron(coarse, np.ones((20, 24, 20), np.float32)) * (mask == 1)
     return image, mask
+
+
+def main() -> int:
+    """``prepare`` with the stand-in, as a process of its own."""
+    from data_prep.jobs import prepare
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    parser.add_argument("manifests", nargs="+")
+    parser.add_argument("--ray-address")
+    arguments = parser.parse_args()
+    prepare(arguments.manifests, arguments.out, QUICK, None, arguments.ray_address,
+            prepare_one=importlib.import_module("tests.fakes").fake_prepare)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -14,12 +14,10 @@ import pytest
 import webdataset as wds
 
 from data_prep import jobs
-from data_prep.identity import pseudonym
 from data_prep.report import report
 from data_prep.store import IMAGE_SCALE, open_archive, read_volume, slot
 from data_prep.tars import pack, resample
 from data_prep.verify import verify
-from data_prep.withdraw import withdraw
 from neurojepa.errors import DataError
 from neurojepa.feed.format import (
     ARCHIVE_GRID,
@@ -262,47 +260,6 @@ def test_verify_finds_damage_in_an_archive(archive: str, tmp_path: Path, capsys)
 def test_verify_names_what_is_neither(tmp_path: Path):
     with pytest.raises(DataError, match=r"neither feed\.json nor archive\.json"):
         verify(str(tmp_path))
-
-
-# ---- withdrawal ----------------------------------------------------------------------------------
-
-def test_a_withdrawn_person_is_gone_for_good(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "run_tasks", run_here)
-    key = b"0123456789abcdef"
-    left, stays = (pseudonym(key, "fake", name) for name in ("007", "8"))
-    manifest = make_manifest(tmp_path, {f"{left}/1/T1w": "one", f"{left}/2/T1w": "two",
-                                        f"{stays}/1/T1w": "three"})
-    archive, feed = str(tmp_path / "a"), str(tmp_path / "f")
-    jobs.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)
-    pack(archive, feed, THREE, 256 * MIB)
-    kept = SampleReader(open_feed(feed)).image(
-        open_feed(feed).index["participant"].to_pylist().index(stays))
-    listing = tmp_path / "list.csv"
-    listing.write_text("cohort,participant\nfake,sub-007\nfake,999\n")
-    for _ in range(2):
-        withdraw(str(listing), [archive, feed], key)
-        assert verify(archive) == verify(feed) == 0
-        assert open_feed(feed).index["participant"].to_pylist() == [stays]
-    assert f"{feed}: 2 scans of 2 listed people" in capsys.readouterr().out
-    assert (SampleReader(open_feed(feed)).image(0) == kept).all()
-    files = [path for path in [*Path(archive).rglob("*"), *Path(feed).rglob("*")]
-             if left in path.name]
-    assert files == [] and len(list(Path(feed).glob("shards/*"))) == 1
-    jobs.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)  # does not bring it back
-    tombs = [row for row in open_archive(archive).rows if row["participant"] == left]
-    assert len(tombs) == 2 and all(
-        (row["status"], row["reason"], row["scan_id"], row["site"], row["qc_snr"])
-        == ("rejected", "withdrawn", None, None, None) for row in tombs)
-    assert left not in open_archive(archive).labels["participant"].to_pylist()
-
-
-@pytest.mark.parametrize("text, message", [
-    ("cohort,participant\n", "names nobody"), ("id\n7\n", "line 2: needs the columns")])
-def test_a_bad_withdrawal_list_stops(tmp_path: Path, text: str, message: str):
-    listing = tmp_path / "list.csv"
-    listing.write_text(text)
-    with pytest.raises(DataError, match=message):
-        withdraw(str(listing), [str(tmp_path)], b"0123456789abcdef")
 
 
 # ---- report --------------------------------------------------------------------------------------
