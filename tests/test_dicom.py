@@ -222,6 +222,12 @@ def test_multi_frame_file(tmp_path: Path):
     assert caught.value.code == "incomplete_series"
 
 
+def test_mosaic_keeps_its_slices_to_itself():
+    volumes = [slice_of(depth, number, ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"])
+               for number, depth in enumerate((0, 0.3, 7))]  # positions of tiles mean nothing
+    assert dicom._check(volumes, "x") is None
+
+
 def test_real_series(shared_data: Path):
     data, facts = to_nifti(f"{shared_data}/dicom/t1_excerpt/")
     image = nib.Nifti1Image.from_bytes(data)

@@ -18,10 +18,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
 from data_prep.cohorts.adni_images import Image, Place, survey, unpacked, zipped
 from data_prep.cohorts.adni_tables import PTID, RULES, Listed, Person, Tables, parse_day
-from data_prep.cohorts.base import Findings, Source
+from data_prep.cohorts.base import Findings, Found, Source
 from data_prep.scan import Scan
 
 
@@ -73,7 +74,7 @@ class _Participant:
 
     def __init__(self, ptid: str, cohort: str, tables: Tables, source: Source) -> None:
         self.ptid, self.cohort, self.tables = ptid, cohort, tables
-        self.notes = source.notes
+        self.source, self.notes = source, source.notes
         match = PTID.fullmatch(ptid)
         self.person = tables.people.get(str(int(match[1])) if match else "", Person())
         self.seen: set[str] = set()
@@ -110,9 +111,9 @@ class _Participant:
         self.numbers[series].append(number or "")
         one = _Candidate(image, number, series, plain(listed.description or folder), listed,
                          parse_day(stamp) or listed.day)
-        for pattern in RULES["exclude"]:
+        for kind, pattern in RULES["exclude"].items():
             if re.search(pattern, one.text):
-                self.notes[f"not taken: description has {pattern}"] += 1
+                self.notes[f"not taken: {kind}"] += 1
                 return None
         if not self._judge(one):
             self.notes["not taken: description of no modality that is used"] += 1
@@ -209,11 +210,15 @@ class _Participant:
             reason = "cohort_excluded"
         elif image.missing:
             reason = "not_downloaded"
+        header = {}
+        if image.slice and not reason and not (listed.scanner and listed.field_strength):
+            header = self.source.opened(image.slice, _scanner_of)
         return Scan(
             uri=image.uri, member=image.member, cohort=self.cohort, participant=self.ptid,
             family="", split="", session=one.session, modality=one.modality, reason=reason,
-            age_at_scan=self._age(one), sex=sex, site=self.ptid[:3], scanner=listed.scanner,
-            field_strength=listed.field_strength, tracer=one.tracer,
+            age_at_scan=self._age(one), sex=sex, site=self.ptid[:3],
+            scanner=listed.scanner or header.get("scanner"),
+            field_strength=listed.field_strength or header.get("field_strength"), tracer=one.tracer,
             processing=None if one.form in ("original", "raw") else one.form,
             size_bytes=image.size_bytes, modified=image.modified)
 
@@ -246,6 +251,12 @@ class _Participant:
             labels += [(session, name, str(value)) for name, value in values.items()
                        if value is not None]
         return labels
+
+
+def _scanner_of(found: Found) -> dict[str, Any]:
+    from data_prep.volumes.dicom import scanner_of
+
+    return scanner_of(found.uri)
 
 
 def plain(text: str) -> str:

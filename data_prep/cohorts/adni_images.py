@@ -67,6 +67,7 @@ class Image:
     uri: str = ""
     member: str | None = None
     missing: bool = False  # content is not downloaded
+    slice: Found | None = None  # one of a DICOM series outside a zip
 
     @property
     def numbers(self) -> tuple[str | None, str | None]:
@@ -131,7 +132,8 @@ def unpacked(source: Source, folder: str) -> list[Image]:
             found = files[image.path]
             image.uri, image.missing = found.uri, source.not_downloaded(found)
         else:
-            image.uri = files[image.path + image.name].uri.removesuffix(image.name)
+            image.slice = files[image.path + image.name]
+            image.uri = image.slice.uri.removesuffix(image.name)
     return images
 
 

@@ -30,6 +30,7 @@ from neurojepa.feed.format import open_store, store_errors
 MAX_SERIES_BYTES = 4 << 30  # a long multi-band series has about 1 GiB
 MAX_FILES = 100_000  # one slice a file: 500 volumes of 72 slices have 36,000
 MAX_SECONDS = 600.0
+HEAD_BYTES = 1 << 16  # holds a scanner's name, which comes early
 SAME_PLACE_MM = 0.05  # slices closer than this are the same slice at another time
 STEP_TOLERANCE = 0.05  # of the slice distance
 # Files that deliveries put beside a series (protocols, manifests; "cvs" is UK Biobank's spelling).
@@ -40,6 +41,7 @@ DERIVED = {"LOCALIZER", "MPR", "MIP", "MNIP", "PROJECTION IMAGE", "PHASE", "PHAS
            "FA", "TRACEW", "T1 MAP", "T2 MAP", "SUBTRACTION", "DIVISION", "STD_DEVIATION",
            "ANGIO", "PERFUSION"}
 SCANNER = ("Manufacturer", "ManufacturersModelName", "MagneticFieldStrength")
+_SCANNER = ("Manufacturer", "ManufacturerModelName", "MagneticFieldStrength")
 _TAGS = ["SOPInstanceUID", "SeriesInstanceUID", "ImageType", "ImagePositionPatient",
          "ImageOrientationPatient", "NumberOfFrames", "NumberOfSlices", "NumberOfTimeSlices",
          "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "Units",
@@ -80,6 +82,28 @@ def to_nifti(uri: str, member: str | None = None) -> tuple[bytes, dict[str, obje
         _convert(source, target, name)
         image, sidecar = _outcome(target, frames, name)
     return image, _facts(sidecar, headers[0])
+
+
+def scanner_of(uri: str) -> dict[str, str | float | None]:
+    """``scanner`` and ``field_strength`` (tesla) of one DICOM file, of its first bytes.
+
+    None where it does not say, or is no DICOM file: that is for ``to_nifti`` to refuse.
+    """
+    import pydicom
+
+    fs, path = open_store(uri)
+    try:
+        head = fs.cat_file(path, start=0, end=HEAD_BYTES)
+        header = pydicom.dcmread(io.BytesIO(head), stop_before_pixels=True, force=True,
+                                 specific_tags=list(_SCANNER))  # type: ignore[arg-type]
+        maker, model, strength = (header.get(tag) for tag in _SCANNER)
+        field_strength = float(strength) if strength is not None else None
+    except store_errors() as error:
+        raise DataError(f"{uri}: cannot be read ({error}); check the store") from error
+    except Exception:  # pydicom raises many kinds on bytes that are no DICOM
+        return {"scanner": None, "field_strength": None}
+    return {"scanner": " ".join(str(part) for part in (maker, model) if part) or None,
+            "field_strength": field_strength}
 
 
 # ---- files ---------------------------------------------------------------------------------------
