@@ -40,6 +40,7 @@ from data_prep.scan import FACTS, Scan, ScanError, split_member
 _PACKAGE = re.compile(r"(NDAR_?INV\w{8})_([A-Za-z0-9]+)_ABCD-(.+)_(\d{14})\.tgz$")
 _SIDECAR = {*FACTS, "MagneticFieldStrength", "Manufacturer", "ManufacturersModelName",
             "DeviceSerialNumber"}
+_IMAGES = (".nii", ".nii.gz", ".dcm")
 _FORM = ("space", "desc", "res", "den")  # entities in which forms of one scan differ
 
 
@@ -60,7 +61,10 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
         person = _Person(source, table, participant)
         for pipeline, folder in tree.folders.pop(participant, []):
             person.add_folder(pipeline, folder, people)
-        for match, found in tree.packages.pop(participant, []):
+        packages = tree.packages.pop(participant, [])
+        source.open_ahead([found for match, found in packages if match[3] in table["packages"]],
+                          _first_image)
+        for match, found in packages:
             person.add_package(match, found)
         yield person.findings(cohort, people)
 
@@ -239,7 +243,7 @@ class _Person:
             self._add_dicom(found, self._named(name), kind["modality"],
                             list(self.table["packages"]).index(match[3]))
             return
-        member, fault = self._peek(found, (".nii", ".nii.gz"))
+        member, fault = self._peek(found, dicom=False)
         entities = parse_name((member or "").rsplit("/", 1)[-1]).entities
         name = self._named(replace(name, entities={**entities, **name.entities}, extension="nii"))
         self.nifti.append(_Delivered(
@@ -247,24 +251,17 @@ class _Person:
                   processing="mproc"), "mproc", kind.get("task", "").lower()))
 
     def _add_dicom(self, found: Found, name: Name, modality: str, kind: int) -> None:
-        member, fault = self._peek(found, (".dcm",))
+        member, fault = self._peek(found, dicom=True)
         folder = f"{member.rpartition('/')[0]}/" if member else None
         self.dicom.append(_Delivered(
             Taken(Image(_inside(found, folder), name), modality, reason=fault), "dicom",
             name.entities.get("task", "").lower(), kind=kind))
 
-    def _peek(self, found: Found, endings: tuple[str, ...]) -> tuple[str | None, str | None]:
-        """The first member with such an ending, or the code of why there is none."""
-        def peek(one: Found) -> list[str | None]:
-            try:
-                if one.size_bytes is None:
-                    raise ScanError("not_downloaded", f"{one.uri}: a link that leads nowhere")
-                member = first_member(one.uri, lambda name: name.lower().endswith(endings))
-            except ScanError as error:
-                return [None, error.code]
-            return [member, None if member else "missing_member"]
-
-        member, fault = self.source.opened(found, peek)
+    def _peek(self, found: Found, dicom: bool) -> tuple[str | None, str | None]:
+        """The first image in a package, or the code of why there is none of the kind."""
+        member, fault = self.source.opened(found, _first_image)
+        if member and member.lower().endswith(".dcm") != dicom:
+            return None, "missing_member"
         return member, fault
 
     # ---- scans
@@ -374,6 +371,17 @@ class _Person:
             self.source.notes["scanner serial differs between sidecar and table: the table's"] += 1
         parts = [facts.get("Manufacturer"), facts.get("ManufacturersModelName"), serial or own]
         return " ".join(str(part) for part in parts if part) or None
+
+
+def _first_image(found: Found) -> list[str | None]:
+    """Name of a package's first image and None, or None and the code of why there is none."""
+    try:
+        if found.size_bytes is None:
+            raise ScanError("not_downloaded", f"{found.uri}: a link that leads nowhere")
+        member = first_member(found.uri, lambda name: name.lower().endswith(_IMAGES))
+    except ScanError as error:
+        return [None, error.code]
+    return [member, None if member else "missing_member"]
 
 
 def _inside(found: Found, member: str | None) -> Found:

@@ -11,6 +11,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -22,6 +23,7 @@ from neurojepa.feed.format import is_local, join, open_store, read_bytes, store_
 MISSING = {"", "n/a", "na", "nan", "none", "null"}
 POINTERS = (b"version https://git-lfs", b"/annex/objects/")  # how the text in a file's place begins
 POINTER_BYTES = range(20, 1000)  # an LFS pointer has about 130 bytes, one of git-annex 60 to 300
+REQUESTS = 16  # under way at once, of files whose opening costs several each
 T = TypeVar("T")
 Known = tuple[int | None, float | None, Any]  # size, modification time, value
 
@@ -81,6 +83,8 @@ class Source:
         self.seen: Memory = {} if seen is None else seen
         self._remembered: Memory = {} if remembered is None else remembered
         self._fetched: dict[str, bytes] = {}
+        self._made: dict[str, Any] = {}
+        self._pool = ThreadPoolExecutor(REQUESTS)
         self._fs, root = open_store(uri)
         self._local = is_local(self._fs)
         self._root = os.path.abspath(root) if self._local else root.rstrip("/")
@@ -183,10 +187,27 @@ class Source:
         old = self._remembered.get(found.uri)
         if old is not None and old[:2] == (found.size_bytes, found.modified):
             value = old[2]
+        elif found.uri in self._made:
+            value = self._made[found.uri]
         else:
             value = make(found)
         self.seen[found.uri] = (found.size_bytes, found.modified, value)
         return value
+
+    def open_ahead(self, files: Sequence[Found], make: Callable[[Found], Any]) -> None:
+        """Open what ``opened`` will ask for, many at once where each costs requests.
+
+        What was opened ahead before is dropped.
+        """
+        self._made.clear()
+        if not self._local:
+            wanted = [found for found in files if not self._is_known(found)]
+            made = self._pool.map(make, wanted)
+            self._made = {found.uri: value for found, value in zip(wanted, made, strict=True)}
+
+    def _is_known(self, found: Found) -> bool:
+        old = self._remembered.get(found.uri)
+        return old is not None and old[:2] == (found.size_bytes, found.modified)
 
     def fetch(self, files: Sequence[Found]) -> None:
         """Read small files that ``opened`` will ask for, all at once where each costs a request.
@@ -194,8 +215,7 @@ class Source:
         What was fetched before is dropped.
         """
         self._fetched.clear()
-        wanted = [found.uri for found in files if (old := self._remembered.get(found.uri)) is None
-                  or old[:2] != (found.size_bytes, found.modified)]
+        wanted = [found.uri for found in files if not self._is_known(found)]
         if not self._local and wanted:
             with _naming_errors(self.uri):
                 contents = self._fs.cat(wanted, on_error="return")

@@ -19,7 +19,7 @@ from neurojepa.errors import DataError
 from neurojepa.feed.format import open_store, store_errors
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".parquet")
-_BLOCK_BYTES = 16 << 20  # holds the longest row: 20,000 columns have about 300 kB
+_BLOCK_BYTES = 4 << 20  # holds the longest row: 20,000 columns have about 300 kB
 _ROWS = 4096
 
 

@@ -34,6 +34,7 @@ _PACKAGE = re.compile(r"(\d{7})_(\d{5})_(\d+)_(\d+)(\.zip)?$")
 _SHARD = re.compile(r"\d{2}$")
 # What a listing keeps of a zip, whatever ukb.yaml takes: an index remembers it.
 _KEPT = re.compile(r"\.(nii|nii\.gz|mgz|mat|par)$")
+_AHEAD = 32  # people whose packages are opened at once on an object store
 _WITHDRAWALS = re.compile(r"w\d+_\d{8}\.csv$")
 
 
@@ -56,8 +57,13 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
         packages: dict[str, list[tuple[re.Match[str], Found]]] = defaultdict(list)
         for eid, match, file in group:
             packages[eid].append((match, file))
-        for eid in sorted(packages):
-            yield reader.person(eid, packages[eid])
+        eids = sorted(packages)
+        for first in range(0, len(eids), _AHEAD):
+            batch = eids[first:first + _AHEAD]
+            source.open_ahead([file for eid in batch for match, file in packages[eid]
+                               if match[5] and match[2] in reader.served], _listing)
+            for eid in batch:
+                yield reader.person(eid, packages[eid])
 
 
 # ---- the tree ------------------------------------------------------------------------------------
@@ -154,6 +160,10 @@ class _Reader:
         self.source, self.cohort, self.table = source, cohort, table
         self.notes = source.notes
         self.people = People(table, self.notes)
+        # fields whose packages are opened
+        self.served = {*table["packages"], *table["companions"],
+                       *(product.get("dicom") for products in table["packages"].values()
+                         for product in products)}
         self._unusable = re.compile(rf"(^|/)({'|'.join(table['unusable'])})/")
 
     def person(self, eid: str, files: list[tuple[re.Match[str], Found]]) -> Findings:
@@ -183,14 +193,11 @@ class _Reader:
     def _packages(self, files: list[tuple[re.Match[str], Found]]
                   ) -> dict[tuple[str, str, str], _Package]:
         """Packages by field, instance and array; zips are listed here."""
-        served = {*self.table["packages"], *self.table["companions"],
-                  *(product.get("dicom") for products in self.table["packages"].values()
-                    for product in products)}
         packages: dict[tuple[str, str, str], _Package] = {}
         ignored = set()
         for match, found in sorted(files, key=lambda pair: (not pair[0][5], pair[1].path)):
             key = match[2], match[3], match[4]
-            if match[2] not in served:
+            if match[2] not in self.served:
                 ignored.add(match[0].removesuffix(".zip"))
             elif match[5] and key in packages:
                 self.notes["not taken: second copy of a package"] += 1
