@@ -239,18 +239,22 @@ PET = {
     place(OLD, "AV1451_Co-registered_Dynamic", "2006-05-13", "S93_I307", "PT"): "x",
     place(OLD, "ADNI_Brain_PET__Raw", "2006-05-14", "S94_I308", "PT"): "x",
     place(OLD, "Brain_Study", "2006-05-15", "S95_I309", "PT"): "x",
+    place(OLD, "Some_later_level", "2006-05-15", "S96_I310", "PT"): "x",
 }
 
 
 def test_one_pet_level_for_each_visit_and_tracer(tmp_path: Path):
     write(tmp_path, {**PET, **TABLES, "pet.csv": COLLECTION + f'"I309","{OLD}","MCI","F","70","bl",'
-                     '"PET","Amyloid PET with Florbetaben","Original","5/15/2006","DCM",""\n'})
+                     '"PET","Amyloid PET with Florbetaben","Original","5/15/2006","DCM",""\n'
+                     f'"I310","{OLD}","MCI","F","70","bl","PET","AV45 later level","Processed",'
+                     '"5/15/2006","NiFTI",""\n'})
     findings, notes = read(tmp_path)
     found = {number: (scan.tracer, scan.processing) for number, scan in by_number(findings).items()}
     assert found == {"302": ("FDG", "uniform_8mm"), "304": ("AV45", "uniform_6mm"),
                      "307": ("AV1451", "dynamic"), "308": (None, None), "309": ("FBB", None)}
     assert notes["not taken: another level of a PET"] == 3
     assert notes["not taken: first minutes of a tracer"] == 1
+    assert notes["not taken: description of no modality that is used"] == 1
     assert {scan.session for scan in by_number(findings).values()} == {"bl"}
 
 
@@ -285,6 +289,17 @@ def test_failed_series_of_mriquality_and_withdrawn_people(tmp_path: Path):
                      "MRIQUALITY.csv": "RID,VISCODE,LONIUID,PASS\n901,sc,S72,0\n901,sc,S71,1\n"})
     scans = by_number(read(tmp_path)[0])
     assert {number for number, scan in scans.items() if scan.reason} == {"103", "501"}
+
+
+def test_scans_without_a_day_keep_the_visit_that_a_table_gives_them(tmp_path: Path):
+    lines = [f'I{number},{OLD},MCI,F,70,{visit},MRI,MP-RAGE,{kind},,DCM,""'
+             for number, visit, kind in ((1, "sc", "Original"), (2, "m12", "Processed"),
+                                         (3, "ADNI1/GO Month 24", "Original"))]
+    write(tmp_path, {"list.csv": COLLECTION + "\n".join(lines), **{
+        f"ADNI/{OLD}/MP-RAGE/I{number}/scan_I{number}.nii": "x" for number in (1, 2, 3)}})
+    scans = by_number(read(tmp_path)[0])
+    assert {number: (scan.session, scan.processing) for number, scan in scans.items()} == {
+        "1": ("bl", None), "2": ("m12", "processed"), "3": ("1", None)}
 
 
 def test_contradictory_age_sex_and_diagnosis_are_unknown(tmp_path: Path):

@@ -124,7 +124,11 @@ class _Participant:
         """Set modality, form and tracer; False where the description names none."""
         level = next((level["name"] for level in RULES["levels"]
                       if re.search(level["pattern"], one.text)), None)
+        kind = (one.listed.type or "").lower()
+        processed = re.search(RULES["processed_type"], kind)
         if level or (one.listed.modality or "").lower() in RULES["pet_modalities"]:
+            if not level and processed:
+                return False  # a level that nobody here knows
             one.modality, one.form = "PET", level or "raw"
             unnamed = RULES["unnamed_tracer"]
             named = [name for name, pattern in RULES["tracers"].items()
@@ -137,11 +141,12 @@ class _Participant:
                              if re.search(pattern, one.text)), "")
         words = [name for name, pattern in RULES["version_words"].items()
                  if re.search(pattern, one.text)]
-        kind = (one.listed.type or "").lower()
-        if kind in RULES["original_types"] or not (kind or words):
+        if re.search(RULES["original_type"], kind):
             one.form = "original"
+        elif words:
+            one.form = words[-1]
         else:
-            one.form = words[-1] if words else "processed"
+            one.form = "processed" if processed else "original"
         return bool(one.modality)
 
     # ---- one of several
@@ -193,12 +198,13 @@ class _Participant:
     def _give_sessions(self, found: list[_Candidate]) -> None:
         """The visit's code, or days since baseline, else since the first scan; one for a day."""
         origin = self.person.baseline or min((one.day for one in found if one.day), default=None)
-        codes: dict[date | None, str] = {}
+        codes: dict[date, str] = {}
         for one in found:
-            if code := self.person.visit_of(one.day, one.listed.visit):
-                codes.setdefault(one.day, code)
+            one.code = self.person.visit_of(one.day, one.listed.visit)
+            if one.day and one.code:
+                codes.setdefault(one.day, one.code)
         for one in found:
-            one.code = codes.get(one.day)
+            one.code = codes.get(one.day) if one.day else one.code
             days = f"day{(one.day - origin).days}" if one.day and origin else "1"
             one.session = one.code or days
 
