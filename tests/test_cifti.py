@@ -10,9 +10,13 @@ import pytest
 from nibabel.cifti2 import BrainModelAxis, LabelAxis, ParcelsAxis, ScalarAxis, SeriesAxis
 
 from data_prep.scan import ScanError
-from data_prep.volumes.cifti import Cifti, read_cifti
+from data_prep.volumes.cifti import Cifti, archive_maps, read_cifti
 from data_prep.volumes.grayordinates import GRID_AFFINE, GRID_SHAPE
-from neurojepa.feed.format import write_bytes
+from data_prep.volumes.pipeline import prepare_person
+from data_prep.volumes.preset import PRESETS
+from data_prep.volumes.results import Prepared
+from neurojepa.feed.format import ARCHIVE_GRID, write_bytes
+from tests.synthetic_head import scan
 
 VERTICES, CENTRE_MM, RADIUS_MM = 1200, 35.0, 28.0
 SIDES = ("CORTEX_LEFT", "CORTEX_RIGHT")
@@ -217,6 +221,51 @@ def test_the_sidecars_time_and_the_motion_table_are_used(tmp_path, axis, series)
                        facts={"RepetitionTime": 0.8}, confounds=table)
     assert found.flags == ["tr_disagrees"] and found.figures["bold_tr_s"] == 0.8
     assert found.figures["qc_fd_max"] == 0.9 and found.figures["qc_fd_share"] == 1 / 99
+
+
+# ---- the archive grid ----------------------------------------------------------------------------
+
+def test_maps_reach_the_archive_where_they_lie(tmp_path, axis, series, surfaces):
+    uri = dtseries(tmp_path / "a.dtseries.nii", axis, series)
+    found = read_cifti(uri, None, surfaces, processing="fix")
+    images, mask = archive_maps(found, "BOLD")
+    assert set(images) == {"BOLD", "tSNR", "ALFF", "fALFF"}
+    assert mask.shape == ARCHIVE_GRID.shape and set(np.unique(mask)) == {0, 1, 2}
+    thalamus = world(found.maps["ALFF"], np.argwhere(found.covered & (
+        found.maps["ALFF"].data > 0)))  # by the file's own affine
+    volume_ml = found.covered.sum() * 8 / 1000
+    assert (mask == 1).sum() / 1000 == pytest.approx(volume_ml, rel=0.05)
+    centre = np.argwhere(mask == 1).mean(0) + ARCHIVE_GRID.affine[:3, 3]
+    np.testing.assert_allclose(centre, thalamus.mean(0), atol=1)
+    # noise alone has tSNR 200, the top of the range, everywhere on the left: also at its edges
+    left = np.argwhere(mask == 1)[:, 0] + ARCHIVE_GRID.affine[0, 3] < -2
+    assert np.median(images["tSNR"][mask == 1][left]) > 0.9
+    assert (images["tSNR"][mask == 1][left] > 0.6).all()
+    assert not images["ALFF"][mask != 1].any()
+
+
+def test_a_scalar_is_the_map_that_the_scan_says(tmp_path, axis, surfaces):
+    values = np.random.default_rng(0).uniform(200, 400, (1, len(axis)))
+    uri = save(tmp_path / "a.dscalar.nii", ScalarAxis(["alff"]), axis, values)
+    images, mask = archive_maps(read_cifti(uri, None, surfaces), "ALFF")
+    assert set(images) == {"ALFF"}
+    assert images["ALFF"][mask == 1].mean() == pytest.approx(1 / 4, rel=0.02)
+    with pytest.raises(ScanError) as caught:
+        archive_maps(read_cifti(uri, None, surfaces), "BOLD")
+    assert caught.value.code == "cifti_maps"
+
+
+def test_a_person_with_a_series_of_grayordinates_is_prepared(tmp_path, axis, series, surfaces):
+    uri = dtseries(tmp_path / "a.dtseries.nii", axis, series)
+    kept = [scan(uri, "BOLD", surface_uri=surfaces, processing="fix"), scan(
+        str(tmp_path / "none.dtseries.nii"), "BOLD")]
+    results = prepare_person(kept, PRESETS["quick"])
+    by_name = {result.scan.modality: result for result in results if isinstance(result, Prepared)}
+    assert set(by_name) == {"BOLD", "tSNR", "ALFF", "fALFF"} and len(results) == 5
+    assert by_name["BOLD"].parcels is not None and by_name["BOLD"].parcels.shape == (201, 100)
+    assert str(by_name["BOLD"].figures["cifti_parcel_names"]).endswith(";THALAMUS_RIGHT")
+    assert by_name["ALFF"].parcels is None and by_name["ALFF"].scan_id.endswith("-ALFF")
+    assert [r.reason for r in results if not isinstance(r, Prepared)] == ["missing"]
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -13,21 +13,27 @@ refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import SimpleITK as sitk
 
 from data_prep.qc import Figures
-from data_prep.scan import ScanError
-from data_prep.volumes.bold import plan_for
+from data_prep.scan import ScanError, split_member
+from data_prep.volumes.align import template
+from data_prep.volumes.bold import RANGES, plan_for, scale_map
 from data_prep.volumes.decode import CIFTI_INTENTS, MAX_UNPACKED_BYTES, fetch, inflate
+from data_prep.volumes.geometry import on_grid, to_itk
 from data_prep.volumes.grayordinates import Groups, Layout, lay_out, parcel_groups, read_surfaces
+from data_prep.volumes.output import to_archive
 from data_prep.volumes.read import MAX_SERIES_VOXELS, Volume, content_id
+from data_prep.volumes.results import AIR, BRAIN, NOT_SCANNED
 from data_prep.volumes.sniff import Kind, sniff
 from data_prep.volumes.temporal import displacement_figures, normalise, temporal_maps
 from data_prep.volumes.timing import choose_time
+from neurojepa.feed.format import ARCHIVE_GRID
 
 DENSE = ("dtseries", "dscalar", "dlabel")
 CONNECTOMES = {3001: "dconn", 3003: "pconn", 3009: "pdconn", 3010: "dpconn"}  # by intent code
@@ -195,10 +201,51 @@ def _parcellation(uri: str | None) -> tuple[Any, np.ndarray, dict[int, str]] | N
     """Brain model axis, codes and names of the first map of a dlabel file."""
     if uri is None:
         return None
-    from data_prep.scan import split_member
-
     kind, image = _load(fetch(*split_member(uri)), uri)
     if kind != "dlabel":
         raise ScanError("cifti_kind", f"{uri}: a {kind} file is no parcellation; give a dlabel")
     names = {int(code): text for code, (text, _) in image.header.get_axis(0).label[0].items()}
     return image.header.get_axis(1), np.asarray(image.dataobj)[0].astype(int), names
+
+
+# ---- on the archive grid -------------------------------------------------------------------------
+
+def archive_maps(found: Cifti, modality: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Images in [0, 1] by modality, and the one mask of all, on ARCHIVE_GRID.
+
+    Parameters
+    ----------
+    modality : of the scan; what the first map of a dscalar is (ALFF, fALFF, tSNR)
+
+    Returns
+    -------
+    images : float32
+    mask : uint8; the brain that the file does not hold is "not scanned"
+
+    Raises
+    ------
+    ScanError
+        cifti_maps: a dlabel, or a dscalar of something else.
+    """
+    maps = found.maps
+    if found.kind != "dtseries":
+        first = next(iter(maps.values()))
+        if found.kind == "dlabel" or modality not in RANGES:
+            raise ScanError("cifti_maps", f"{first.name}: a {found.kind} is read as {modality}; "
+                                          f"only a dscalar of {', '.join(RANGES)} is an image")
+        if modality == "ALFF":  # over its brain mean, as that of a series
+            first = replace(first, data=first.data / first.data[found.covered].mean())
+        maps = {modality: first}
+    affine = next(iter(maps.values())).affine
+    target, still = template(2), np.eye(4)
+    brain = to_archive(found.covered, affine, still)
+    mask = np.where(brain, BRAIN, np.where(to_archive(target.mask, target.affine, still),
+                                           NOT_SCANNED, AIR)).astype(np.uint8)
+    # Voxels without a value must not dim their neighbours: they carry no weight.
+    weight = on_grid(to_itk(found.covered.astype(np.float32), affine), still, ARCHIVE_GRID,
+                     sitk.sitkLinear)
+    images = {}
+    for name, volume in maps.items():
+        image = on_grid(to_itk(volume.data, affine), still, ARCHIVE_GRID, sitk.sitkLinear)
+        images[name] = scale_map(name, image / np.maximum(weight, 1e-3), brain)
+    return images, mask

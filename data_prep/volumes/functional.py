@@ -44,7 +44,7 @@ from data_prep.volumes.output import (
 )
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.read import Series, Volume, read_scan, read_series
-from data_prep.volumes.results import Prepared, Rejected, rejected
+from data_prep.volumes.results import BRAIN, Prepared, Rejected, rejected
 from data_prep.volumes.session import Work, carried_from
 
 # Of the anchor's mask with what is bright in PET or EPI: uptake leaves out ventricles and
@@ -253,10 +253,21 @@ def is_cifti_name(scan: Scan) -> bool:
 
 
 def _cifti(scan: Scan) -> list[Prepared]:
-    from data_prep.volumes.cifti import read_cifti
+    from data_prep.volumes.cifti import archive_maps, read_cifti
 
-    found = read_cifti(scan.uri, scan.member, scan.surface_uri)
-    return [Prepared(replace(scan, modality=name), map_id(found.scan_id, name), image, mask, codes,
-                     dict(found.figures), list(found.flags),
-                     found.parcels if name == "BOLD" else None)
-            for name, (image, mask, codes) in found.maps.items()]
+    found = read_cifti(
+        scan.uri, scan.member, scan.surface_uri, processing=scan.processing,
+        confounds=fetch(*split_member(scan.confounds_uri)) if scan.confounds_uri else None,
+        facts=json.loads(scan.facts or "{}"))
+    images, mask = archive_maps(found, scan.modality)
+    figures = found.figures | {
+        "placement": "delivered", "mask_source": "grayordinates",
+        "archive_to_scan": json.dumps(np.eye(4).tolist()),
+        "brain_ml_archive": float((mask == BRAIN).sum() / 1000)}
+    prepared = [Prepared(replace(scan, modality=name), map_id(found.scan_id, name), image, mask,
+                         None, dict(figures), list(found.flags))
+                for name, image in images.items()]
+    if found.kind == "dtseries":  # the series of parcels goes with the first of its maps
+        prepared[0].parcels = found.parcels
+        prepared[0].figures["cifti_parcel_names"] = ";".join(found.names)
+    return prepared
