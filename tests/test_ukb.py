@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.cohorts import ukb
+from data_prep.cohorts import ukb_packages
 from data_prep.cohorts.archive import list_members, read_member
 from data_prep.cohorts.base import Findings, Source
 from data_prep.cohorts.ukb import read_cohort
@@ -301,7 +301,8 @@ def test_indexing_again_opens_only_what_changed(platform: Path, monkeypatch: pyt
     changed = platform / RAP / "T1/23/2300002_20252_2_0.zip"
     changed.write_bytes(package({"T1/T1.nii.gz": NIFTI}))
     opened = []
-    monkeypatch.setattr(ukb, "list_members", lambda uri: opened.append(uri) or list_members(uri))
+    monkeypatch.setattr(ukb_packages, "list_members",
+                        lambda uri: opened.append(uri) or list_members(uri))
     remembered = {uri: (size, modified, json.loads(json.dumps(value)))
                   for uri, (size, modified, value) in source.seen.items()}
     after, _ = read(platform, remembered=remembered)

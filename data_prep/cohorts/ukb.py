@@ -15,7 +15,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from heapq import merge
 from itertools import groupby
@@ -24,18 +24,12 @@ from typing import Any
 
 import yaml
 
-from data_prep.cohorts.archive import list_members
 from data_prep.cohorts.base import Findings, Found, Source
-from data_prep.cohorts.tables import TABLE_ENDINGS
+from data_prep.cohorts.ukb_packages import Package, listing, packaged, sorted_out, survey
 from data_prep.cohorts.ukb_tables import People
-from data_prep.scan import Scan, ScanError
+from data_prep.scan import Scan
 
-_PACKAGE = re.compile(r"(\d{7})_(\d{5})_(\d+)_(\d+)(\.zip)?$")
-_SHARD = re.compile(r"\d{2}$")
-# What a listing keeps of a zip, whatever ukb.yaml takes: an index remembers it.
-_KEPT = re.compile(r"\.(nii|nii\.gz|mgz|mat|par)$")
 _AHEAD = 32  # people whose packages are opened at once on an object store
-_WITHDRAWALS = re.compile(r"w\d+_\d{8}\.csv$")
 
 
 def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
@@ -48,11 +42,11 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
     """
     table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
     reader = _Reader(source, cohort, table)
-    roots, tables = _survey(source)
+    roots, tables = survey(source)
     for uri in [*source.tables, *tables]:
         reader.people.add(uri)
     # Every root comes in the order of the first two digits: one hundredth of the people is held.
-    found = merge(*(_packaged(source, root) for root in roots), key=lambda pair: pair[0][:2])
+    found = merge(*(packaged(source, root) for root in roots), key=lambda pair: pair[0][:2])
     for _, group in groupby(found, key=lambda pair: pair[0][:2]):
         packages: dict[str, list[tuple[re.Match[str], Found]]] = defaultdict(list)
         for eid, match, file in group:
@@ -61,97 +55,10 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
         for first in range(0, len(eids), _AHEAD):
             batch = eids[first:first + _AHEAD]
             source.open_ahead([file for eid in batch for match, file in packages[eid]
-                               if match[5] and match[2] in reader.served], _listing)
+                               if match[5] and match[2] in reader.served], listing)
             for eid in batch:
                 yield reader.person(eid, packages[eid])
 
-
-# ---- the tree ------------------------------------------------------------------------------------
-
-def _survey(source: Source, under: str = "") -> tuple[list[str], list[str]]:
-    """Folders that hold packages, directly or below two-digit folders; URIs of tables."""
-    files, folders = source.listing(under)
-    inside = [name for name in folders if _PACKAGE.match(name) or _SHARD.match(name)]
-    holds_packages = bool(inside) or any(_PACKAGE.match(found.name) for found in files)
-    roots = [under] if holds_packages else []
-    tables = []
-    for found in files:
-        if _WITHDRAWALS.match(found.name):
-            source.notes["withdrawal list: not read here, give it to withdraw"] += 1
-        elif found.name.lower().endswith(TABLE_ENDINGS):
-            tables.append(found.uri)
-        elif not _PACKAGE.match(found.name):
-            source.notes["not taken: neither a package nor a table"] += 1
-    for name in folders:
-        if name not in inside:
-            more = _survey(source, f"{under}/{name}" if under else name)
-            roots, tables = roots + more[0], tables + more[1]
-    return roots, tables
-
-
-def _packaged(source: Source, root: str) -> Iterator[tuple[str, re.Match[str], Found]]:
-    """Participant, package name and file of each zip, or of each file of an unpacked package."""
-    for found in source.walk(root):
-        first, *rest = found.path[len(root) + 1 if root else 0:].split("/")
-        shard = first if rest and _SHARD.match(first) else ""
-        if shard:
-            first, *rest = rest
-        match = _PACKAGE.match(first)
-        if match and bool(rest) != bool(match[5]):
-            if shard and not match[1].startswith(shard):
-                source.notes["not taken: package in the folder of other participants"] += 1
-            else:
-                yield match[1], match, found
-        elif shard:
-            source.notes["not taken: neither a package nor a table"] += 1
-
-
-# ---- a package -----------------------------------------------------------------------------------
-
-@dataclass
-class _Package:
-    """One zip or unpacked folder, and what lies in it."""
-
-    first: Found  # the zip, or the folder's first file
-    unpacked: dict[str, Found] = field(default_factory=dict)  # path inside the folder -> file
-    names: list[str] = field(default_factory=list)
-    dicom: dict[str, int] = field(default_factory=dict)  # folder inside -> number of files
-    fault: str | None = None
-
-    def place(self, member: str) -> tuple[str, str | None]:
-        """uri and member of a file, or of a folder ending in "/"."""
-        if not self.unpacked:
-            return self.first.uri, member
-        if member in self.unpacked:
-            return self.unpacked[member].uri, None
-        inside, file = next(iter(self.unpacked.items()))
-        return f"{file.uri.removesuffix(inside)}{member.lstrip('/')}", None
-
-    def find(self, pattern: str) -> str | None:
-        return next((name for name in self.names if fnmatchcase(name, pattern)), None)
-
-
-def _listing(found: Found) -> dict[str, Any]:
-    """What an index remembers of a zip."""
-    try:
-        if found.size_bytes is None:
-            raise ScanError("not_downloaded", f"{found.uri}: a link that leads nowhere")
-        names = [member["name"] for member in list_members(found.uri)]
-    except ScanError as error:
-        return {"names": [], "dicom": {}, "fault": error.code}
-    return {**_sorted_out(names), "fault": None}
-
-
-def _sorted_out(names: list[str]) -> dict[str, Any]:
-    dicom: dict[str, int] = {}
-    for name in names:
-        if name.lower().endswith(".dcm"):
-            folder = name.rpartition("/")[0] + "/"
-            dicom[folder] = dicom.get(folder, 0) + 1
-    return {"names": sorted(name for name in names if _KEPT.search(name)), "dicom": dicom}
-
-
-# ---- a person ------------------------------------------------------------------------------------
 
 class _Reader:
     """One reading: people as the tables know them, scans as the packages hold them."""
@@ -168,7 +75,7 @@ class _Reader:
 
     def person(self, eid: str, files: list[tuple[re.Match[str], Found]]) -> Findings:
         """All visits of one participant."""
-        visits: dict[str, dict[tuple[str, str], _Package]] = defaultdict(dict)
+        visits: dict[str, dict[tuple[str, str], Package]] = defaultdict(dict)
         for (fieldnumber, visit, array), package in self._packages(files).items():
             if visit in self.table["visits"]:
                 visits[visit][fieldnumber, array] = package
@@ -191,9 +98,9 @@ class _Reader:
         return person
 
     def _packages(self, files: list[tuple[re.Match[str], Found]]
-                  ) -> dict[tuple[str, str, str], _Package]:
+                  ) -> dict[tuple[str, str, str], Package]:
         """Packages by field, instance and array; zips are listed here."""
-        packages: dict[tuple[str, str, str], _Package] = {}
+        packages: dict[tuple[str, str, str], Package] = {}
         ignored = set()
         for match, found in sorted(files, key=lambda pair: (not pair[0][5], pair[1].path)):
             key = match[2], match[3], match[4]
@@ -202,7 +109,7 @@ class _Reader:
             elif match[5] and key in packages:
                 self.notes["not taken: second copy of a package"] += 1
             elif match[5]:
-                packages[key] = _Package(found, **self.source.opened(found, _listing))
+                packages[key] = Package(found, **self.source.opened(found, listing))
             else:
                 self._add_unpacked(packages, key, match[0], found)
         for name in ignored:
@@ -211,13 +118,13 @@ class _Reader:
             self.notes[f"not taken: field {number} ({kind})"] += 1
         for package in packages.values():
             if package.unpacked:
-                sorted_out = _sorted_out(list(package.unpacked))
-                package.names, package.dicom = sorted_out["names"], sorted_out["dicom"]
+                inside = sorted_out(list(package.unpacked))
+                package.names, package.dicom = inside["names"], inside["dicom"]
         return packages
 
-    def _add_unpacked(self, packages: dict[tuple[str, str, str], _Package],
+    def _add_unpacked(self, packages: dict[tuple[str, str, str], Package],
                       key: tuple[str, str, str], name: str, found: Found) -> None:
-        package = packages.setdefault(key, _Package(found))
+        package = packages.setdefault(key, Package(found))
         start, _, inside = found.path.partition(f"{name}/")
         if package.first.path.startswith(f"{start}{name}/"):
             package.unpacked[inside] = found
@@ -226,7 +133,7 @@ class _Reader:
 
     # ---- scans
 
-    def _visit(self, packages: dict[tuple[str, str], _Package]) -> list[Scan]:
+    def _visit(self, packages: dict[tuple[str, str], Package]) -> list[Scan]:
         """The scans of one visit, in the order of fields and arrays."""
         fields = {number for number, _ in packages}
         scans: list[Scan] = []
@@ -249,8 +156,8 @@ class _Reader:
         for twin, products in self.table["packages"].items():
             yield from ((twin, product) for product in products if product.get("dicom") == number)
 
-    def _take(self, package: _Package, products: list[dict[str, Any]],
-              packages: dict[tuple[str, str], _Package]) -> list[Scan]:
+    def _take(self, package: Package, products: list[dict[str, Any]],
+              packages: dict[tuple[str, str], Package]) -> list[Scan]:
         """The wanted images of a package; a row with a reason where it has none of them."""
         if not products:
             return []
@@ -276,7 +183,7 @@ class _Reader:
             self.notes["package without one of its images"] += len(products) - len(scans)
         return scans
 
-    def _image(self, package: _Package, product: dict[str, Any]
+    def _image(self, package: Package, product: dict[str, Any]
                ) -> tuple[dict[str, Any], str | None]:
         """The preferred image that is there; one ruled out is not replaced by a lesser one."""
         for image in product["images"]:
@@ -287,8 +194,8 @@ class _Reader:
                     return image, name
         return {}, None
 
-    def _companion(self, kind: str, product: dict[str, Any], package: _Package,
-                   packages: dict[tuple[str, str], _Package]) -> str | None:
+    def _companion(self, kind: str, product: dict[str, Any], package: Package,
+                   packages: dict[tuple[str, str], Package]) -> str | None:
         """URI of a companion, which may lie in another package of the visit."""
         wanted = product.get(kind)
         if not wanted:
@@ -302,7 +209,7 @@ class _Reader:
             self.notes[f"{product['modality']} without its {kind}"] += 1
         return None
 
-    def _dicom(self, package: _Package, product: dict[str, Any]) -> Scan:
+    def _dicom(self, package: Package, product: dict[str, Any]) -> Scan:
         if package.fault or not package.dicom:
             return self._scan(package, product, reason=package.fault or "missing_member")
         folder = max(package.dicom, key=lambda name: (package.dicom[name], name))
@@ -310,7 +217,7 @@ class _Reader:
             self.notes["DICOM package with several folders: the fullest is taken"] += 1
         return self._scan(package, product, folder)
 
-    def _scan(self, package: _Package, product: dict[str, Any], member: str = "",
+    def _scan(self, package: Package, product: dict[str, Any], member: str = "",
               reason: str | None = None) -> Scan:
         uri, inside = package.place(member)
         file = package.unpacked.get(member, package.first)
