@@ -106,6 +106,7 @@ TABLES: dict[str, str | bytes] = {
     "Study_data/MRILIST_14Mar2024.csv":
         "TYPE,SUBJECT,VISIT,MAGSTRENGTH,SEQUENCE,SCANDATE,STUDYID,SERIESID,IMAGEUID\n"
     + f"Original,{OLD},ADNI Screening,1.5,MP-RAGE,2006-04-18,61,71,101\n"
+    + f"Processed,{OLD},ADNI Screening,1.5,MPR-R; GradWarp,2006-04-18,61,72,150\n"
     + f"Original,{NEW},ADNI3 Screening,3.0,Sagittal 3D FLAIR,2018-03-02,62,83,203\n",
     "Study_data/Dictionary_14Mar2024.csv": "FLDNAME,TEXT\nRID,caf\xe9\n".encode("latin-1"),
 }
@@ -161,6 +162,16 @@ def test_sessions_ages_and_labels(tree: Path):
     assert first["days_since_baseline"] == "-14"
     assert notes["ABETA that is no number: unknown"] == 1
     assert any("uns1" in note for note in notes)
+
+
+def test_scan_far_from_any_visit_is_placed_by_days(tmp_path: Path):
+    write(tmp_path, {**TABLES, place(OLD, "MPRAGE", "2006-09-09", "S1_I1"): "x",
+                     place(OLD, "MPRAGE", "2006-07-31", "S2_I2"): "x"})
+    findings, _ = read(tmp_path)
+    scans = by_number(findings)
+    assert (scans["1"].session, scans["2"].session) == ("day130", "bl")
+    assert scans["1"].age_at_scan == pytest.approx(70.4 + 130 / 365.25, abs=0.01)
+    assert ("day130", "diagnosis") not in labels(findings)
 
 
 def test_no_dates_or_ids_in_labels_sessions_and_notes(tree: Path):
@@ -275,6 +286,7 @@ QUALITY = ("RID,loni_study,loni_series,loni_image,series_date,series_type,series
     ("901,61,S71,101,20060418,T1,3,0\n", set()),
     ("901,61,S71,I101,20060418,T1,-1,0\n", set()),  # not done
     ("901,61,S73,I105,20070420,T1,4,0\n", {"106"}),  # under the number of another version
+    ("901,61,S72,I150,20060418,T1,4,0\n", {"103"}),  # of one that only a list of images has
 ])
 def test_readers_quality(tmp_path: Path, rows: str, rejected: set[str]):
     write(tmp_path, {**TREE, **TABLES, "MAYOADIRL_MRI_IMAGEQC_12_08_15.csv": QUALITY + rows})
@@ -325,11 +337,13 @@ def test_files_in_wrong_places_and_copies(tmp_path: Path):
         "ADNI/loose.nii": "x",
         f"{folder}/{mixed}_1_S3_I3.dcm": "x",
         f"{folder}/{mixed}_2_S3_I4.dcm": "x",
+        "list.csv": COLLECTION + f'I3,{OLD},CN,F,70,bl,MRI,MPRAGE,Original,1/1/2011,DCM,""',
         f"ADNI/{OLD}/t\u00eate ax\u00e9e T1/2012-01-01_08_20_30.0/I5/a scan_I5.nii": "x",
     })
     findings, notes = read(tmp_path)
     assert [scan.uri.removeprefix(f"{tmp_path}/").split("/")[3] for scan in findings[0].scans] == [
         "2010-01-01_08_20_30.0", "2011-01-01_08_20_30.0", "2012-01-01_08_20_30.0"]
+    assert findings[0].scans[1].age_at_scan is None  # of two images in one folder, no row is theirs
     assert notes["not taken: second copy of an image"] == 1
     assert notes["not taken: file name and folder name different people"] == 1
     assert notes["not taken: image outside a participant's folder"] == 1

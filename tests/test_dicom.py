@@ -172,6 +172,16 @@ def test_damaged_slice_is_no_silent_loss(tmp_path: Path):
     assert caught.value.code == "conversion_failed", caught.value
 
 
+def test_every_slice_must_be_in_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = write_series(tmp_path, DEPTHS)
+
+    def lossy(source: str, target: str, name: str) -> None:
+        nib.save(nib.Nifti1Image(np.ones((6, 5, 7), np.int16), np.eye(4)), f"{target}/image.nii")
+
+    monkeypatch.setattr(dicom, "_convert", lossy)
+    refused(folder, "incomplete_series", r"8 frames became an image of shape \(6, 5, 7\)")
+
+
 def test_size_and_time_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = write_series(tmp_path, DEPTHS)
     monkeypatch.setattr(dicom, "MAX_SECONDS", 1e-9)
