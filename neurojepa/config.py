@@ -109,7 +109,9 @@ class TrainConfig(Config):
     zero: Literal[1, 2, 3] = 1
     dtype: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: int = Field(50, ge=1)
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1, description="committed checkpoints to keep")
+    milestone_every: int = Field(0, ge=0, description="steps between checkpoints that are kept for "
+                                 "good and exported to weights/step-N; 0 for none")
     log_every: int = Field(10, ge=1, description="steps between reads of device metrics")
 
 

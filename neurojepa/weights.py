@@ -1,6 +1,7 @@
-"""Export a run's weights for use, and load them.
+"""Export a run's weights for use, load them, check the checkpoints they come from.
 
     python -m neurojepa.weights export RUN --out DIR [--step N]
+    python -m neurojepa.weights verify RUN
 
 DIR gets model.safetensors (fp32: encoder, its EMA ``target``, predictor, code, router biases),
 README.md (the model card) and, last, config.json (resolved config, grid, step, feed).
@@ -61,6 +62,29 @@ def export(run_dir: str, out: str, step: int | None = None) -> int:
     write_bytes(join(out, "README.md"), _card(record, tensors).encode())
     write_bytes(join(out, "config.json"), json.dumps(record, indent=1).encode())
     return step
+
+
+def verify(run_dir: str) -> int:
+    """Read every committed checkpoint of a run against its hashes; returns 0 or 1.
+
+    Raises
+    ------
+    CheckpointError
+        The run has no committed checkpoint, or a manifest cannot be read.
+    """
+    from neurojepa.train.checkpoint import committed_steps, latest_step, open_checkpoint
+
+    steps = committed_steps(run_dir)
+    if not steps:
+        raise CheckpointError(f"{run_dir}: no committed checkpoint; check the path")
+    damaged = 0
+    for step in steps:
+        problems = open_checkpoint(run_dir, step).problems()
+        damaged += bool(problems)
+        print("\n".join(problems) or f"step-{step}: whole", flush=True)
+    print(f"{run_dir}: {len(steps)} checkpoints, {damaged} damaged; a restart continues from "
+          f"step-{latest_step(run_dir)}")
+    return int(damaged > 0)
 
 
 def load(uri: str) -> Weights:
@@ -126,7 +150,11 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("run", help="run directory (path or URI)")
     command.add_argument("--out", required=True, help="where to write them")
     command.add_argument("--step", type=int, help="a committed step; default: the latest")
+    command = commands.add_parser("verify", help="check a run's checkpoints; exit 1 if damaged")
+    command.add_argument("run", help="run directory (path or URI)")
     arguments = parser.parse_args(argv)
+    if arguments.command == "verify":
+        return verify(arguments.run)
     step = export(arguments.run, arguments.out, arguments.step)
     print(f"exported step {step} of {arguments.run} to {arguments.out}")
     return 0

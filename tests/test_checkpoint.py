@@ -8,10 +8,14 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
+from neurojepa import weights
 from neurojepa.config import RootConfig
 from neurojepa.errors import CheckpointError, ConfigError
-from neurojepa.train import checkpoint
+from neurojepa.feed.format import sha256
+from neurojepa.train import checkpoint, saver
 from neurojepa.train.engine import Fragment
 from neurojepa.train.resume import check_same_run
 from neurojepa.train.rows import append_rows, read_rows
@@ -57,7 +61,7 @@ def test_an_empty_run_has_no_latest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_a_damaged_file_is_named_with_the_way_back(run: Path, damage: str) -> None:
-    file = run / "checkpoints" / "step-6" / "rank-00000.safetensors"
+    file = next((run / "checkpoints" / "step-6").glob("rank-00000-*.exp_avg.safetensors"))
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     if damage == "gone":
@@ -100,10 +104,48 @@ def test_an_unreadable_manifest(run: Path) -> None:
 def test_too_little_space_is_said_before_writing(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(1, 1, 3 * 2**20))
-    checkpoint._check_space(str(tmp_path / "step-1"), 2**20)
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: usage(1, 1, 3 * 2**20))
+    saver._check_space(str(tmp_path / "step-1"), 2**20)
     with pytest.raises(CheckpointError, match=r"3 MiB free.*needs 10 MiB"):
-        checkpoint._check_space(str(tmp_path / "step-1"), 10 * 2**20)
+        saver._check_space(str(tmp_path / "step-1"), 10 * 2**20)
+
+
+def test_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> None:
+    tensors = {"a|0": torch.arange(7.0), "b|3": torch.zeros(0), "c": torch.ones(2, 3).bfloat16()}
+    found = saver._write_files(str(tmp_path), {"x.safetensors": tensors})
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert found["x.safetensors"] == {"size": len(data), "sha256": sha256(data)}
+    read = safetensors.torch.load(data)
+    assert read.keys() == tensors.keys()
+    assert all(read[name].equal(tensor) for name, tensor in tensors.items())
+
+
+def test_strangers_of_a_killed_attempt_are_removed_and_milestones_stay(
+        finished: tuple[RootConfig, Path], tmp_path: Path) -> None:
+    config, _ = finished
+    config = config.model_copy(update={
+        "run": config.run.model_copy(update={"dir": str(tmp_path / "run")}),
+        "train": config.train.model_copy(update={"keep_last": 1, "milestone_every": 2})})
+    left = tmp_path / "run" / "checkpoints" / "step-4" / "rank-00000-dead.ema.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    (process,) = run_ranks([job(config, tmp_path)], tmp_path)
+    assert process.returncode == 0, process.stdout
+    assert checkpoint.committed_steps(str(tmp_path / "run")) == [2, 4, 6]
+    assert not left.exists()
+    assert weights.load(str(tmp_path / "run" / "weights" / "step-4")).step == 4
+    events = read_rows(str(tmp_path / "run" / "events.jsonl"))
+    assert [row["step"] for row in events if row["event"] == "checkpoint"] == [2, 4, 6]
+
+
+def test_verify_names_what_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert weights.main(["verify", str(run)]) == 0
+    file = next((run / "checkpoints" / "step-4").glob("buffers-*.safetensors"))
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+    assert weights.main(["verify", str(run)]) == 1
+    said = capsys.readouterr().out
+    assert "step-6: whole" in said
+    assert file.name in said
 
 
 def test_another_run_is_refused_with_both_values(finished: tuple[RootConfig, Path]) -> None:

@@ -99,12 +99,15 @@ def _resave(config: RootConfig, folder: str) -> None:
     """Load a run's checkpoint into an engine and write it again from there."""
     from neurojepa.train import checkpoint
     from neurojepa.train.loop import Run
+    from neurojepa.train.saver import Saver
     from neurojepa.train.world import start_world
 
     run = Run(config, start_world())
     old = checkpoint.open_checkpoint(config.run.dir, run.step).manifest
-    checkpoint.save(folder, run.engine, run.world, run.step,
-                    {key: old[key] for key in ("config", "feed", "order", "health")}, 1)
+    saver = Saver(folder, run.engine, run.world, keep_last=1, milestone_every=0)
+    saver.start(run.step, {key: old[key] for key in ("config", "feed", "order", "health")})
+    saver.finish()
+    saver.close()
     run.close()
 
 

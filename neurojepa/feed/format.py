@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,22 +132,41 @@ def write_bytes(uri: str, data: bytes) -> None:
     Locally: temporary file, fsync, rename.  Object stores publish a PUT atomically.
     """
     fs, path = open_store(uri)
-    if not is_local(fs):
-        try:
-            fs.pipe_file(path, data)
-        except store_errors() as error:
-            raise DataError(f"{uri}: cannot be written ({error}); {_CHECK_STORE}") from error
+    if is_local(fs):
+        _write_local(path, [data])
         return
+    try:
+        fs.pipe_file(path, data)
+    except store_errors() as error:
+        raise DataError(f"{uri}: cannot be written ({error}); {_CHECK_STORE}") from error
+
+
+def write_parts(uri: str, parts: Iterable[bytes | memoryview]) -> None:
+    """As ``write_bytes``, from pieces: an object larger than the memory at hand."""
+    fs, path = open_store(uri)
+    if is_local(fs):
+        _write_local(path, parts)
+        return
+    try:
+        with fs.open(path, "wb") as file:  # uploads in blocks; a failed one is never published
+            for part in parts:
+                file.write(part)
+    except store_errors() as error:
+        raise DataError(f"{uri}: cannot be written ({error}); {_CHECK_STORE}") from error
+
+
+def _write_local(path: str, parts: Iterable[bytes | memoryview]) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary, size = f"{path}.{uuid.uuid4().hex[:8]}.tmp", 0
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            for part in parts:
+                size += file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise DataError(f"{path}: cannot write {len(data)} bytes ({error.strerror}); "
+        raise DataError(f"{path}: cannot be written, after {size} bytes ({error.strerror}); "
                         "free space or choose another place") from error
     finally:
         if os.path.exists(temporary):
@@ -265,7 +285,7 @@ def open_feed(uri: str) -> Feed:
     if sha256(data) != record["index_sha256"]:
         raise DataError(f"{join(uri, 'index.parquet')}: does not match feed.json; it was changed "
                         "after packing; pack the feed again")
-    return Feed(uri, grid_from_record(record["grid"]), pq.read_table(io.BytesIO(data)),
+    return Feed(uri, grid_from_record(record["grid"]), _table(data),
                 record["index_sha256"][:16])
 
 
@@ -290,7 +310,12 @@ def commit_feed(uri: str, grid: Grid, rows: list[dict[str, Any]], labels: pa.Tab
 
 
 def _parquet(uri: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(read_bytes(uri)))
+    return _table(read_bytes(uri))
+
+
+def _table(data: bytes) -> pa.Table:
+    """Not by pq.read_table: the threads it starts can abort the process as it exits."""
+    return pq.ParquetFile(io.BytesIO(data)).read()
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -27,6 +27,7 @@ from neurojepa.train.engine import Engine
 from neurojepa.train.health import Health
 from neurojepa.train.metrics import Heartbeat, Metrics
 from neurojepa.train.resume import check_same_run
+from neurojepa.train.saver import Saver
 from neurojepa.train.schedule import rates_at
 from neurojepa.train.world import World, start_world
 
@@ -89,6 +90,8 @@ class Run:
         if restored is not None:
             self.engine.load(restored.read, restored.buffers(), restored.manifest["adam_step"])
             self.health = Health(**restored.manifest["health"])
+        self.saver = Saver(config.run.dir, self.engine, world, config.train.keep_last,
+                           config.train.milestone_every)
         self.metrics = Metrics(config.run.dir, world, config.train.global_batch, self.step)
         self.heartbeat = Heartbeat(config.run.dir, world.rank)
         if world.rank == 0:
@@ -112,10 +115,14 @@ class Run:
         while self.step < config.steps:
             self._train_step(micro_batches)
             self.heartbeat.beat(self.step)
-            stop = self.world.any(self._stop)
+            stop, writing = self.world.any(self._stop, self.saver.writing)
             last = self.step == config.steps
+            if self.saver.pending and not writing:
+                self._committed(self.saver.advance())
             if stop or last or self.step % config.checkpoint_every == 0:
                 self._checkpoint()
+            if stop or last:
+                self._committed(self.saver.finish())
             if last or self.step % config.log_every == 0:
                 self.metrics.flush(self.loader.wait_s)
                 self._progress()
@@ -161,9 +168,15 @@ class Run:
         record = {"config": self.config.model_dump(mode="json"), "feed": self.feed.fingerprint,
                   "grid": asdict(self.feed.grid),
                   "order": self.loader.order.fingerprint, "health": asdict(self.health)}
-        checkpoint.save(self.config.run.dir, self.engine, self.world, self.step, record,
-                        self.config.train.keep_last)
-        self.metrics.event("checkpoint", self.step, seconds=time.perf_counter() - began)
+        self._committed(self.saver.finish())
+        self.saver.start(self.step, record)
+        self._stalled_s = time.perf_counter() - began
+        self._began_saving = began
+
+    def _committed(self, step: int | None) -> None:
+        if step is not None:
+            self.metrics.event("checkpoint", step, stalled_s=self._stalled_s,
+                               seconds=time.perf_counter() - self._began_saving)
 
     def _finish(self) -> None:
         if self.world.rank == 0:
@@ -194,5 +207,6 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.loader.close()
+        self.saver.close()
         self.metrics.close()
         self.engine.close()

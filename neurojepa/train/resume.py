@@ -15,7 +15,7 @@ from neurojepa.train.checkpoint import Checkpoint, latest_step, open_checkpoint
 # What may differ when a run continues: none of it changes which samples a step sees or its maths.
 FREE = ("data.feed", "data.prefetch_batches", "data.read_threads", "model.activation_checkpointing",
         "train.zero", "train.micro_batch", "train.checkpoint_every", "train.keep_last",
-        "train.log_every", "run.")
+        "train.milestone_every", "train.log_every", "run.")
 
 
 def check_same_recipe(config: RootConfig) -> None:

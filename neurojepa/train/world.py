@@ -32,11 +32,11 @@ class World:
     device: torch.device
     control: Any  # gloo process group for host-side decisions
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank if true on one.  Host only."""
-        vote = torch.tensor([int(flag)])
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(vote.item())
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag: true on every rank if true on one.  Host only, one message."""
+        votes = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(vote) for vote in votes.tolist()]
 
     def gather(self, item: Any) -> list[Any]:
         """Everyone's item, in rank order, on every rank.  Host only; small items."""

@@ -1,0 +1,282 @@
+"""Saving while training goes on: a copy to the host, then a thread that writes, then a commit.
+
+    start     every rank copies its fragments into host memory (pinned, reused): training waits
+              for this copy and no longer
+    thread    hashes and writes this rank's files, straight from that copy
+    advance   at a later step boundary, once every rank has written: rank 0's thread writes the
+              manifest, then ``latest``, then drops old checkpoints and exports milestones
+
+File names carry the attempt, so what a killed attempt left can never be taken for this one's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurojepa.errors import CheckpointError, NeurojepaError
+from neurojepa.feed.format import (
+    is_local,
+    join,
+    open_store,
+    store_errors,
+    write_bytes,
+    write_parts,
+)
+from neurojepa.train.checkpoint import (
+    FORMAT_VERSION,
+    all_steps,
+    committed_steps,
+    remove,
+    step_uri,
+)
+from neurojepa.train.engine import Engine
+from neurojepa.train.world import World
+
+Rows = list[list[Any]]
+_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.uint8: "U8"}
+
+
+@dataclass
+class _Pending:
+    """A checkpoint on its way."""
+
+    step: int
+    record: dict[str, Any]  # the manifest, but for files and fragments
+    job: Future[Any]  # this rank's writing, then rank 0's committing
+    committing: bool = False
+
+
+class Saver:
+    """Background checkpoints of one rank; ``start``, ``advance`` and ``finish`` are collective.
+
+    Parameters
+    ----------
+    run_dir : str
+        Run directory, local or URI.
+    keep_last : int
+        Committed checkpoints to keep.
+    milestone_every : int
+        Steps whose checkpoints are kept for good and exported to weights/step-N; 0 for none.
+    """
+
+    def __init__(self, run_dir: str, engine: Engine, world: World, keep_last: int,
+                 milestone_every: int) -> None:
+        self.run_dir, self.engine, self.world = run_dir, engine, world
+        self.keep_last, self.milestone_every = keep_last, milestone_every
+        self._attempt = world.gather(uuid.uuid4().hex[:8])[0]
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._host: dict[str, dict[str, Tensor]] = {}
+        self._pending: _Pending | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint has been started and not committed; the same on all ranks."""
+        return self._pending is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._pending is not None and not self._pending.job.done()
+
+    def start(self, step: int, record: dict[str, Any]) -> None:
+        """Begin the checkpoint of ``step``; waits for an earlier one that is still being written.
+
+        Parameters
+        ----------
+        record : dict
+            What else the manifest says: config, feed and order fingerprints, counters.
+
+        Raises
+        ------
+        CheckpointError
+            The earlier one could not be written, on any rank.
+        """
+        self.finish()
+        contents = self._snapshot()
+        uri = step_uri(self.run_dir, step)
+        record = {"format": FORMAT_VERSION, "step": step, "adam_step": self.engine.adam_step,
+                  "world": self.world.size, **record}
+        self._pending = _Pending(step, record, self._pool.submit(_write_files, uri, contents))
+
+    def advance(self) -> int | None:
+        """Take a pending checkpoint one stage further; waits for the threads of all ranks.
+
+        Returns
+        -------
+        int or None
+            The step that is committed now.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, where any rank could not write; earlier checkpoints are untouched.
+        """
+        pending = self._pending
+        assert pending is not None
+        try:
+            results = _together(self.world, pending.job.result)
+        except CheckpointError:
+            self._pending = None
+            raise
+        if pending.committing:
+            self._pending = None
+            return pending.step
+        rows = self.world.gather(self._rows()) if self.world.size > 1 else [self._rows()]
+        manifest = {**pending.record, "fragments": [row for part in rows for row in part],
+                    "files": {name: entry for part in results for name, entry in part.items()}}
+        pending.committing = True
+        pending.job = (self._pool.submit(self._commit, pending.step, manifest)
+                       if self.world.rank == 0 else _done())
+        return None
+
+    def finish(self) -> int | None:
+        """Wait until nothing is pending; returns the step that was committed, if one was."""
+        committed = None
+        while self.pending:
+            committed = self.advance()
+        return committed
+
+    def close(self) -> None:
+        """Let go of the thread; what it is writing is finished, but not committed."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # ---- pieces ----------------------------------------------------------------------------------
+
+    def _snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's state by file, copied into host memory that is reused."""
+        sources: dict[str, dict[str, Tensor]] = {}
+        for fragment in self.engine.fragments:
+            for key, tensor in self.engine.tensors(fragment).items():
+                file = f"{self._owner}.{key}.safetensors"
+                sources.setdefault(file, {})[f"{fragment.name}|{fragment.start}"] = tensor
+        if self.world.rank == 0:
+            sources[f"buffers-{self._attempt}.safetensors"] = self.engine.buffers()
+        for file, tensors in sources.items():
+            host = self._host.setdefault(file, {})
+            for name, tensor in tensors.items():
+                if name not in host:
+                    host[name] = torch.empty_like(tensor, device="cpu",
+                                                  memory_format=torch.contiguous_format,
+                                                  pin_memory=tensor.is_cuda)
+                host[name].copy_(tensor, non_blocking=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return self._host
+
+    @property
+    def _owner(self) -> str:
+        return f"rank-{self.world.rank:05d}-{self._attempt}"
+
+    def _rows(self) -> Rows:
+        return [[f.name, list(f.shape), f.start, f.length, self._owner]
+                for f in self.engine.fragments]
+
+    def _commit(self, step: int, manifest: dict[str, Any]) -> None:
+        uri = step_uri(self.run_dir, step)
+        write_bytes(join(uri, "manifest.json"), json.dumps(manifest).encode())
+        write_bytes(join(self.run_dir, "latest"), f"step-{step}".encode())
+        earlier = [s for s in committed_steps(self.run_dir) if s <= step]
+        kept = {s for s in earlier if self._is_milestone(s)} | set(earlier[-self.keep_last:])
+        for other in set(all_steps(self.run_dir)) - kept:
+            remove(self.run_dir, other)
+        _remove_strangers(uri, {"manifest.json", *manifest["files"]})
+        if self._is_milestone(step):
+            from neurojepa.weights import export
+
+            export(self.run_dir, join(self.run_dir, "weights", f"step-{step}"), step)
+
+    def _is_milestone(self, step: int) -> bool:
+        return self.milestone_every > 0 and step % self.milestone_every == 0
+
+
+def _write_files(uri: str, contents: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """Write tensors by file; returns size and sha256 of each."""
+    _check_space(uri, sum(t.nbytes for part in contents.values() for t in part.values()))
+    files = {}
+    for file, tensors in contents.items():
+        digest, size = hashlib.sha256(), 0
+
+        def counted(tensors: dict[str, Tensor] = tensors, digest: Any = digest
+                    ) -> Iterator[memoryview]:
+            nonlocal size
+            for part in _safetensors(tensors):
+                digest.update(part)
+                size += len(part)
+                yield part
+
+        write_parts(join(uri, file), counted())
+        files[file] = {"size": size, "sha256": digest.hexdigest()}
+    return files
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, without a copy of the tensors.
+
+    https://github.com/huggingface/safetensors#format: length of the header, header, tensors.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        if tensor.nbytes:
+            yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _check_space(uri: str, num_bytes: int) -> None:
+    fs, path = open_store(uri)
+    if is_local(fs):
+        fs.makedirs(path, exist_ok=True)
+        free = shutil.disk_usage(path).free
+        if free < num_bytes * 1.05 + 2**20:
+            raise CheckpointError(f"{path}: {free / 2**20:.0f} MiB free, this rank's checkpoint "
+                                  f"needs {num_bytes / 2**20:.0f} MiB; free space or lower "
+                                  "train.keep_last")
+
+
+def _remove_strangers(uri: str, known: set[str]) -> None:
+    """Delete what an attempt that was killed left in a checkpoint's directory."""
+    fs, path = open_store(uri)
+    for file in fs.ls(path, detail=False):
+        if file.rsplit("/", 1)[-1] not in known:
+            fs.rm_file(file)
+
+
+def _together(world: World, action: Callable[[], Any]) -> list[Any]:
+    """Do something on each rank; if it fails on any, raise the same error on all."""
+    result: Any = None
+    problem = None
+    try:
+        result = action()
+    except NeurojepaError as error:
+        problem = f"rank {world.rank}: {error}"
+    except store_errors() as error:
+        problem = f"rank {world.rank}: the store failed ({error})"
+    answers = world.gather((problem, result))
+    problems = [problem for problem, _ in answers if problem]
+    if problems:
+        raise CheckpointError(f"checkpoint not written: {'; '.join(problems)}; earlier "
+                              "checkpoints are untouched")
+    return [result for _, result in answers]
+
+
+def _done() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
