@@ -1,11 +1,13 @@
 """A synthetic cohort as a BIDS tree: whole heads whose truth is known.
 
     seed, index -> person (cohort.py) -> head of each visit (anatomy.py, warp.py)
-                -> scans and label maps (person.py, contrast.py) -> files, tables (here)
+                -> scans and label maps (person.py, scanner.py, contrast.py, series.py)
+                -> files, tables (here)
 
-Ventricles grow with age and disease, hippocampi shrink, men's heads are larger, sites differ, some
-people are siblings; the true volumes, counted on the final label maps, stand in the tables.  Every
-scan shows a marker on the person's right.  The same call makes the same bytes, whatever the number
+Age, sex, two diagnoses and amyloid change volumes, lesions, contrast, shape and uptake by the
+effect sizes of cohort.py; sites differ, some people are siblings.  The truth, volumes counted on
+the final label maps and what volumes do not hold, stands in the tables.  Every scan shows a marker
+on the person's right.  The same call makes the same bytes, whatever the number
 of workers; an interrupted one continues, person by person.  code/synth.json, written first, says
 what the tree is to become; dataset_description.json, written last, that it is whole.
 """
@@ -30,7 +32,7 @@ from neurojepa.feed.format import join, open_store, read_bytes, write_bytes
 
 __all__ = ["synthesise"]
 
-VERSION = 1  # of the recipe: the same version and arguments give the same bytes
+VERSION = 2  # of the recipe: the same version and arguments give the same bytes
 PEOPLE_PER_TASK = 4
 RECIPE = "code/synth.json"
 
@@ -42,7 +44,7 @@ def synthesise(out: str, participants: int, seed: int = 0, spacing_mm: float = 2
     Parameters
     ----------
     out : directory or URI of the BIDS tree
-    participants : number of people; about 2.3 scans each
+    participants : number of people; about 2.5 scans each
     seed : of everything that is drawn
     spacing_mm : voxel size of the T1w scans and label maps
     workers : processes

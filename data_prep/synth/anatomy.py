@@ -20,13 +20,20 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from data_prep.synth import warp
+from data_prep.synth import codes, warp
+from data_prep.synth.cohort import Levels
+from data_prep.synth.shaper import Shaper, distance_mm
+from data_prep.synth.tissue import Tissue
 from neurojepa.errors import DataError
 
 FOLDER_PATTERN = "synthseg_training_seg_*.nii.gz"
 NUM_TEMPLATE = 16
 MARGIN_MM, RIGHT_MARGIN_MM = 10, 30  # around the head; on the right there is room for the marker
-FLUID = 24  # cerebrospinal fluid outside the ventricles
+MARKER_SIDE = +1  # sign of the marker's world x relative to the brain: +x is the person's right
+MARKER_RADIUS_MM, MARKER_GAP_MM = 6.0, 4.0
+# shares at the age of 48: IXI's for the template, whose fluid is drawn as tightly; for the label
+# maps the middle between those of six young and six old people
+TEMPLATE_LEVELS, REAL_LEVELS = Levels(csf=0.09, grey=0.55), Levels(csf=0.23, grey=0.41)
 TEMPLATE_VENTRICLE_ML = 13.0  # much the same in all anatomies made from the template
 NECK_MM = 45  # kept below the brain
 TEMPLATE_START_MM = np.array([-102, -132, -112])  # world position of the template head's voxel 0
@@ -38,7 +45,8 @@ class Anatomy:
     """One head; people made from it share a split."""
 
     name: str
-    labels: np.ndarray  # int16 [x, y, z], RAS, 1 mm
+    labels: np.ndarray  # int16 [x, y, z], RAS, 1 mm, with the marker
+    levels: Levels
 
     @cached_property
     def centre(self) -> np.ndarray:
@@ -46,18 +54,18 @@ class Anatomy:
         return brain_centre(self.labels)
 
     @cached_property
-    def intracranial_ml(self) -> float:
-        return float(np.count_nonzero((self.labels > 0) & (self.labels < 256)) / 1000)
+    def shaper(self) -> Shaper:
+        return Shaper(self.labels)
 
     @cached_property
-    def shaper(self) -> warp.Shaper:
-        return warp.Shaper(self.labels)
+    def tissue(self) -> Tissue:
+        return Tissue(self.labels)
 
 
 def brain_centre(labels: np.ndarray) -> np.ndarray:
     """Centre of mass of what is inside the skull, in voxels (from every third voxel)."""
     part = labels[::3, ::3, ::3]
-    return np.argwhere((part > 0) & (part < 256)).mean(0) * 3
+    return np.argwhere(codes.inside(part)).mean(0) * 3
 
 
 def anatomy_names(folder: Path | None) -> list[str]:
@@ -81,16 +89,17 @@ def anatomy_names(folder: Path | None) -> list[str]:
 def load_anatomy(name: str, folder: Path | None) -> Anatomy:
     """The anatomy of a name from ``anatomy_names``."""
     if folder is not None:
-        return Anatomy(name, _read(folder / f"{name}.nii.gz"))
+        return Anatomy(name, _read(folder / f"{name}.nii.gz"), REAL_LEVELS)
     labels = template_head()
     rng = np.random.default_rng([20090, int(name.removeprefix("template-"))])
     shape = warp.coarse_shape(labels.shape)
-    velocity = warp.random_velocity(rng, shape, rms_mm=6.0, smooth_mm=30.0)
+    velocity = (warp.random_velocity(rng, shape, rms_mm=7.0, smooth_mm=32.0)
+                + warp.random_velocity(rng, shape, rms_mm=2.0, smooth_mm=14.0))
     # MNI152 is larger than life: 1.9 litres against a mean of about 1.45
-    scale = np.exp(rng.normal(-0.085, 0.03, 3))
+    scale = np.exp(rng.normal(-0.085, 0.04, 3))
     still = np.zeros((3, *shape), np.float32)
     field = warp.compose(still, velocity, scale, np.array(labels.shape) / 2)
-    return Anatomy(name, _crop(warp.warp_labels(labels, field)))
+    return Anatomy(name, _crop(warp.warp_labels(labels, field)), TEMPLATE_LEVELS)
 
 
 def ventricle_ml(name: str, folder: Path | None) -> float:
@@ -98,7 +107,7 @@ def ventricle_ml(name: str, folder: Path | None) -> float:
     if folder is None:
         return TEMPLATE_VENTRICLE_ML
     labels = load_anatomy(name, folder).labels
-    return float(np.count_nonzero(np.isin(labels, warp.VENTRICLES)) / 1000)
+    return float(np.count_nonzero(np.isin(labels, codes.VENTRICLES)) / 1000)
 
 
 def _read(path: Path) -> np.ndarray:
@@ -112,19 +121,35 @@ def _read(path: Path) -> np.ndarray:
         raise DataError(f"{path}: not a readable label map ({error}); remove it") from error
     if not np.allclose(image.header.get_zooms()[:3], 1, atol=0.01):
         raise DataError(f"{path}: voxels of {image.header.get_zooms()[:3]} mm, 1 mm is needed")
-    missing = set(warp.VENTRICLES + warp.HIPPOCAMPI) - set(np.unique(labels).tolist())
+    missing = set(codes.VENTRICLES + codes.HIPPOCAMPI) - set(np.unique(labels).tolist())
     if missing:
         raise DataError(f"{path}: has no label {sorted(missing)} (lateral ventricles 4, 43 and "
                         "hippocampi 17, 53 are needed); remove it")
+    for code, white in zip((25, 57), codes.WHITE, strict=True):  # lesions of these people: ours are
+        labels[labels == code] = white                           # to be all there are
     return _crop(labels)
 
 
 def _crop(labels: np.ndarray) -> np.ndarray:
     """The head, part of the neck, and the margins."""
     box = _bounds(labels > 0)
-    bottom = _bounds((labels > 0) & (labels < 256) & (labels != FLUID))[2].start - NECK_MM
+    bottom = _bounds(codes.inside(labels) & (labels != codes.FLUID))[2].start - NECK_MM
     labels = labels[box[0], box[1], slice(max(box[2].start, bottom), box[2].stop)]
-    return np.pad(labels, [(MARGIN_MM, RIGHT_MARGIN_MM), (MARGIN_MM, MARGIN_MM), (0, MARGIN_MM)])
+    labels = np.pad(labels, [(MARGIN_MM, RIGHT_MARGIN_MM), (MARGIN_MM, MARGIN_MM), (0, MARGIN_MM)])
+    labels[..., 0] = 0  # nothing is scanned below, as at the end of a coil
+    _add_marker(labels)
+    return labels
+
+
+def _add_marker(labels: np.ndarray) -> None:
+    """A sphere beside the right temple."""
+    centre = np.rint(brain_centre(labels)).astype(int)
+    temple = labels[:, centre[1] - 8:centre[1] + 8, centre[2] - 8:centre[2] + 8] > 0
+    edge = np.flatnonzero(temple.any((1, 2)))[-1 if MARKER_SIDE > 0 else 0]
+    middle = edge + MARKER_SIDE * (MARKER_GAP_MM + MARKER_RADIUS_MM)
+    x, y, z = np.ogrid[tuple(slice(n) for n in labels.shape)]
+    squared = (x - middle) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2
+    labels[squared <= MARKER_RADIUS_MM ** 2] = codes.MARKER
 
 
 def _bounds(mask: np.ndarray) -> tuple[slice, slice, slice]:
@@ -184,18 +209,18 @@ def _brain(gm, wm, mask, x, y, z) -> np.ndarray:
     cerebellum = (y < -36) & (z < -4 + 0.35 * np.minimum(y + 45, 0) - 0.25 * side)
     labels = np.where(cerebellum, np.where(grey, both(8, 47), both(7, 46)), labels)
     labels[_ellipsoid(x, y, z, (0, -30, -38), (17, 15, 32))] = 16
-    for codes, centre, radii, needs_grey in (
+    for pair, centre, radii, needs_grey in (
         ((10, 49), (11, -18, 7), (8, 13, 8), False), ((11, 50), (13, 10, 11), (6, 14, 12), True),
         ((12, 51), (25, 3, 0), (6, 16, 9), True), ((13, 52), (19, -3, 0), (5, 9, 6), False),
         ((18, 54), (22, -4, -19), (7, 7, 7), False),
     ):
         where = _ellipsoid(side, y, z, centre, radii) & (grey | (not needs_grey))
-        labels = np.where(where, both(*codes), labels)
+        labels = np.where(where, both(*pair), labels)
     # the hippocampus rises towards its tail
     where = _ellipsoid(side, y, z + 0.5 * (y + 22), (27, -23, -14), (7.5, 19, 7.5))
     labels = np.where(where, both(17, 53), labels)
-    labels = np.where(fluid, FLUID, labels)
-    deep = warp.upsample(warp.distance_mm(mask), mask.shape) > 18
+    labels = np.where(fluid, codes.FLUID, labels)
+    deep = warp.upsample(distance_mm(mask), mask.shape) > 18
     lateral = (deep & (csf > 0.35) & (z > -6) & (z < 30) & (y > -50) & (y < 38)
                & (side < np.where(y > -20, 22, 36)) & ~((side < 8) & (y < -28)))
     third = (side < 4) & (z < 10) & (y > -30) & (y < 12)
@@ -209,12 +234,12 @@ def _brain(gm, wm, mask, x, y, z) -> np.ndarray:
 
 def _outer_head(mask, x, y, z) -> np.ndarray:
     """Codes outside the brain: fluid, skull, scalp, neck, face and eyes around a brain mask."""
-    distance = warp.upsample(warp.distance_mm(~mask), mask.shape)
+    distance = warp.upsample(distance_mm(~mask), mask.shape)
     neck = (_ellipsoid(x, y, z, (0, -32, -90), (52, 60, 90)) | ((z < -90) & _ellipsoid(
         x, y, 0, (0, -32, 0), (52, 60, 1)))) & (z < -20)
     face = _ellipsoid(x, y, z, (0, 38, -52), (58, 60, 62))
     solid = (distance < 14) | neck | face
-    depth = warp.upsample(warp.distance_mm(solid), mask.shape)
+    depth = warp.upsample(distance_mm(solid), mask.shape)
     labels = np.where(solid, np.where(depth < 4, 511, 507), 0)
     labels[_ellipsoid(x, y, 0, (0, -38, 0), (17, 17, 1)) & (z < -60)] = 515
     labels[_ellipsoid(x, y, 0, (0, -34, 0), (12, 10, 1)) & (z < -60)] = 516
@@ -222,7 +247,7 @@ def _outer_head(mask, x, y, z) -> np.ndarray:
     nose = _ellipsoid(x, y, z, (0, 55, -62), (16, 30, 20))
     labels[nose] = 509
     labels[_ellipsoid(x, y, z, (0, 52, -58), (11, 24, 15))] = 0
-    for limit, code in ((8, 515), (6, 516), (3.5, 515), (2, FLUID)):
+    for limit, code in ((8, 515), (6, 516), (3.5, 515), (2, codes.FLUID)):
         labels[(distance < limit) & (depth > 4)] = code
     labels[_ellipsoid(x, y, 0, (0, -42, 0), (6, 6, 1)) & (z < -60)] = 512
     return labels

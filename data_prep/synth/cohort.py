@@ -1,10 +1,13 @@
-"""Who is in the cohort: age, sex, diagnosis, site, family, visits; all drawn from (seed, index).
+"""Who is in the cohort, and every effect size: all drawn from (seed, index).
 
 Person i does not depend on how many people there are, so a larger cohort begins with the smaller.
-Volumes that a person *should* have follow measured regressions on healthy adults (181 IXI adults):
-lateral ventricles 1.2 % of the intracranial volume, +2.0 % of themselves a year, log sd 0.45.
-Assumed, not measured: disease shifts log ventricles by +0.5 and log hippocampi by -0.2; hippocampi
-are 0.55 % of the intracranial volume (log sd 0.1) and lose 0.4 % a year from the age of 50.
+What age, sex and disease do to a head stands in the constants below, each measured or assumed:
+*measured* means the regression on 181 healthy adults of the IXI study (shares of the intracranial
+volume, automatic segmentation), *assumed* means chosen here, in the range that is published.
+
+Volumes hold some of the truth (ventricles, hippocampi, cortex, outer fluid, lesions).  The rest
+lies in signal and shape: T1w contrast of cortex to white matter, the tracers' uptake, the size of
+BOLD fluctuations, and a bend of the head that changes no volume.
 """
 
 from __future__ import annotations
@@ -14,10 +17,41 @@ from itertools import pairwise
 
 import numpy as np
 
+# ---- volumes
+MEAN_AGE = 48.0  # of the regressions
+VENTRICLE_SHARE, VENTRICLE_PER_YEAR, VENTRICLE_LOG_SD = 0.012, 0.020, 0.45  # measured; log-linear
+CSF_PER_YEAR, CSF_LOG_SD = 0.0115, 0.15  # measured; fluid around the brain, log-linear
+GREY_PER_YEAR, GREY_SD = -0.00154, 0.03  # measured; share of the intracranial volume; of itself
+HIPPOCAMPUS_SHARE, HIPPOCAMPUS_LOG_SD = 0.0055, 0.10  # assumed
+HIPPOCAMPUS_PER_YEAR = -0.004  # assumed; log, from the age of 50
+PATIENT_VENTRICLES, PATIENT_HIPPOCAMPI = 0.5, -0.2  # assumed; log
+PATIENT_CSF, PATIENT_GREY = 0.10, -0.03  # assumed; log
+PATIENT_PER_YEAR = 0.08  # assumed; of each shift above, added for each year after the first visit
+LESION_ML, LESION_PER_YEAR, LESION_LOG_SD = 0.8, 0.045, 0.6  # assumed; at MEAN_AGE; log-linear
+SMALL_VESSEL_LESIONS = 1.3  # assumed; log
+MAX_LESION_ML = 60.0
+
+# ---- head and shape
+SEX_LOG_SIZE, LOG_SIZE_SD, LOG_ASPECT_SD = 0.02, 0.02, 0.01  # assumed; men +, women -; per axis
+SHAPE_OF_SEX = 0.4  # assumed; sd of the shape trait by which men stand above, women below 0
+
+# ---- signal
+CONTRAST = 0.70  # T1w cortex over white matter at MEAN_AGE, from real scans, by eye
+CONTRAST_PER_YEAR, CONTRAST_OF_MYELIN = 0.0015, 0.03  # assumed; log; myelin is a trait of sd 1
+AMYLOID_BASE, AMYLOID_PER_YEAR, AMYLOID_OF_PATIENT = -3.2, 0.06, 2.2  # assumed; log odds
+AV45_NEGATIVE, AV45_POSITIVE = (1.05, 0.03), (1.45, 0.12)  # assumed; cortex over cerebellum; sd
+AV45_PER_YEAR = 0.02  # assumed; of positive people, after their first visit
+FDG, FDG_SD, FDG_PER_YEAR, FDG_OF_PATIENT = 1.20, 0.05, -0.003, -0.15  # assumed; likewise
+FLUCTUATION, FLUCTUATION_LOG_SD, FLUCTUATION_PER_YEAR = 0.012, 0.15, -0.006  # assumed; of the mean
+
+# ---- who, how often
 FAMILY_SHARE = 0.25  # of neighbouring pairs who are siblings
-TWO_VISITS_SHARE = 0.25
-MEAN_AGE = 48.0  # of the regression
-VENTRICLE_LOG_SD, HIPPOCAMPUS_LOG_SD = 0.45, 0.10
+HERITABILITY = 0.5  # share of a trait's variance that siblings have in common
+PATIENT_YOUNG, PATIENT_OLD = 0.15, 0.5  # before and from OLD_AGE
+SMALL_VESSEL_YOUNG, SMALL_VESSEL_OLD = 0.1, 0.4
+OLD_AGE = 55.0
+TWO_VISITS_SHARE, PET_SHARE, BOLD_SHARE = 0.25, 0.15, 0.05  # the last two: of visits
+TRACERS = ("AV45", "FDG")
 
 
 @dataclass(frozen=True)
@@ -34,10 +68,10 @@ class Site:
 
 
 SITES = (
-    Site("north", "Siemens", 3.0, 0.02, 0.020, 0.10, 1.0),
-    Site("east", "GE", 3.0, 0.03, 0.025, 0.14, 1.5),
-    Site("south", "Philips", 1.5, 0.04, 0.035, 0.08, 1.0),
-    Site("west", "Siemens", 1.5, 0.03, 0.030, 0.06, 2.0),
+    Site("north", "Siemens", 3.0, 0.010, 0.020, 0.10, 1.0),
+    Site("east", "GE", 3.0, 0.015, 0.025, 0.14, 1.5),
+    Site("south", "Philips", 1.5, 0.020, 0.035, 0.08, 1.0),
+    Site("west", "Siemens", 1.5, 0.015, 0.030, 0.06, 2.0),
 )
 
 
@@ -46,6 +80,21 @@ class Visit:
     session: str
     age: float  # years
     modalities: tuple[str, ...]  # T1w always
+    tracer: str | None = None  # of the PET
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What makes people of one age, sex and diagnosis differ; each of mean 0 and sd 1."""
+
+    csf: float
+    grey: float
+    lesions: float
+    myelin: float
+    shape: float
+    amyloid: float
+    glucose: float
+    fluctuation: float
 
 
 @dataclass(frozen=True)
@@ -58,11 +107,36 @@ class Person:
     anatomy_key: int  # people of one family share it, and so their anatomy
     sex: str
     patient: bool
+    small_vessel: bool  # the second diagnosis, independent of the first
+    amyloid: bool
     site: Site
     head_scale: tuple[float, float, float]  # of the anatomy, along x, y, z
     ventricle_rest: float  # log deviation from what age predicts
     hippocampus_rest: float
+    traits: Traits
     visits: tuple[Visit, ...]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Shares of the intracranial volume at MEAN_AGE.
+
+    They depend on who drew the labels: programs and people differ on where fluid ends.
+    """
+
+    csf: float  # fluid outside the ventricles
+    grey: float  # all grey matter
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Volumes that a head should have, in millilitres."""
+
+    ventricles: float  # lateral
+    hippocampi: float
+    csf: float
+    grey: float
+    lesions: float
 
 
 def draw_person(seed: int, index: int) -> Person:
@@ -73,44 +147,99 @@ def draw_person(seed: int, index: int) -> Person:
     rng = np.random.default_rng([seed, 2, index])
     age = float(np.clip(shared_age + rng.normal(0, 4), 20, 85)) if siblings else rng.uniform(20, 85)
     sex = "M" if rng.random() < 0.5 else "F"
-    patient = bool(rng.random() < (0.5 if age >= 55 else 0.15))
-    # men's heads are 4 % larger in each direction than women's; the rest is individual
-    size = (0.02 if sex == "M" else -0.02) + rng.normal(0, 0.02)
-    scale = np.exp(size + rng.normal(0, 0.01, 3))
+    old = age >= OLD_AGE
+    patient = bool(rng.random() < (PATIENT_OLD if old else PATIENT_YOUNG))
+    size = (SEX_LOG_SIZE if sex == "M" else -SEX_LOG_SIZE) + rng.normal(0, LOG_SIZE_SD)
+    scale = np.exp(size + rng.normal(0, LOG_ASPECT_SD, 3))
     ages = [age]
     if rng.random() < TWO_VISITS_SHARE:
         ages.append(age + rng.uniform(2, 6))
+    odds = (AMYLOID_BASE + AMYLOID_PER_YEAR * (age - MEAN_AGE)
+            + (AMYLOID_OF_PATIENT if patient else 0.0))
     return Person(
         index=index, label=f"{index + 1:04d}",
         family=f"fam{index // 2 + 1:04d}" if siblings else None,
         anatomy_key=key if siblings else int(rng.integers(2 ** 31)),
-        sex=sex, patient=patient, site=SITES[rng.integers(len(SITES))],
+        sex=sex, patient=patient,
+        small_vessel=bool(rng.random() < (SMALL_VESSEL_OLD if old else SMALL_VESSEL_YOUNG)),
+        amyloid=bool(rng.random() < 1 / (1 + np.exp(-odds))),
+        site=SITES[rng.integers(len(SITES))],
         head_scale=(float(scale[0]), float(scale[1]), float(scale[2])),
         ventricle_rest=float(rng.normal(0, VENTRICLE_LOG_SD)),
         hippocampus_rest=float(rng.normal(0, HIPPOCAMPUS_LOG_SD)),
-        visits=tuple(Visit(f"{k + 1}", round(a, 1), _modalities(rng))
-                     for k, a in enumerate(ages)))
+        traits=_draw_traits(rng, pair if siblings else rng),
+        visits=tuple(_draw_visit(rng, f"{k + 1}", round(a, 1)) for k, a in enumerate(ages)))
 
 
-def _modalities(rng: np.random.Generator) -> tuple[str, ...]:
-    chance = rng.random()
-    if chance < 0.15:
-        return ("T1w",)
-    if chance < 0.30:
-        return ("T1w", "T2w", "FLAIR")
-    return ("T1w", "T2w") if chance < 0.65 else ("T1w", "FLAIR")
+def _draw_traits(own: np.random.Generator, shared: np.random.Generator) -> Traits:
+    num = len(Traits.__dataclass_fields__)
+    values = (np.sqrt(HERITABILITY) * shared.standard_normal(num)
+              + np.sqrt(1 - HERITABILITY) * own.standard_normal(num))
+    return Traits(*map(float, values))
 
 
-def wanted_ml(person: Person, age: float, intracranial_ml: float) -> np.ndarray:
-    """[2] millilitres that lateral ventricles and hippocampi should have at an age."""
-    onset = person.visits[0].age
-    progress = 0.04 * (age - onset) if person.patient else 0.0  # faster than ageing, assumed
-    # 1.2 % is the mean of a log-normal whose total log sd is 0.55
-    ventricles = (np.log(0.012) - 0.15 + 0.020 * (age - MEAN_AGE) + person.ventricle_rest
-                  + (0.5 + progress if person.patient else 0.0))
-    hippocampi = (np.log(0.0055) - 0.004 * max(age - 50, 0) + person.hippocampus_rest
-                  - (0.2 + progress / 4 if person.patient else 0.0))
-    return np.exp([ventricles, hippocampi]) * intracranial_ml
+def _draw_visit(rng: np.random.Generator, session: str, age: float) -> Visit:
+    """Two scans mostly, so that PET and BOLD stand in for T2w rather than come on top."""
+    anatomical, functional, tracer = rng.random(), rng.random(), TRACERS[rng.integers(2)]
+    if functional < BOLD_SHARE:
+        return Visit(session, age, ("T1w", "BOLD"))
+    if functional < BOLD_SHARE + PET_SHARE:
+        more = ("FLAIR", "PET") if anatomical < 0.5 else ("PET",)
+        return Visit(session, age, ("T1w", *more), tracer)
+    if anatomical < 0.20:
+        return Visit(session, age, ("T1w",))
+    if anatomical < 0.28:
+        return Visit(session, age, ("T1w", "T2w", "FLAIR"))
+    return Visit(session, age, ("T1w", "T2w") if anatomical < 0.64 else ("T1w", "FLAIR"))
+
+
+# ---- what a person should look like at an age ----------------------------------------------------
+
+def wanted_ml(person: Person, age: float, intracranial_ml: float, levels: Levels) -> Wanted:
+    """Volumes that a head of ``intracranial_ml`` should have at an age."""
+    years, traits = age - MEAN_AGE, person.traits
+    ill = _illness(person, age)
+    hippocampi = (np.log(HIPPOCAMPUS_SHARE) + HIPPOCAMPUS_PER_YEAR * max(age - 50, 0)
+                  + person.hippocampus_rest + PATIENT_HIPPOCAMPI * ill)
+    csf = (np.log(levels.csf) + CSF_PER_YEAR * years + CSF_LOG_SD * traits.csf
+           + PATIENT_CSF * ill)
+    grey = ((levels.grey + GREY_PER_YEAR * years) * (1 + GREY_SD * traits.grey)
+            * np.exp(PATIENT_GREY * ill))
+    lesions = (np.log(LESION_ML) + LESION_PER_YEAR * years + LESION_LOG_SD * traits.lesions
+               + (SMALL_VESSEL_LESIONS if person.small_vessel else 0.0))
+    return Wanted(
+        ventricles=_ventricle_share(person, age) * intracranial_ml,
+        hippocampi=float(np.exp(hippocampi)) * intracranial_ml,
+        csf=float(np.exp(csf)) * intracranial_ml, grey=float(grey) * intracranial_ml,
+        lesions=min(float(np.exp(lesions)), MAX_LESION_ML))
+
+
+def truths(person: Person, age: float) -> dict[str, float]:
+    """What volumes do not hold, as it stands in the tables."""
+    traits, years, ill = person.traits, age - MEAN_AGE, _illness(person, age)
+    contrast = CONTRAST * np.exp(CONTRAST_PER_YEAR * years - CONTRAST_OF_MYELIN * traits.myelin)
+    mean, sd = AV45_POSITIVE if person.amyloid else AV45_NEGATIVE
+    since = age - person.visits[0].age
+    values = {
+        "t1w_contrast": contrast,
+        "shape_trait": traits.shape + (SHAPE_OF_SEX if person.sex == "M" else -SHAPE_OF_SEX),
+        "av45_ratio": mean + sd * traits.amyloid + (AV45_PER_YEAR * since if person.amyloid else 0),
+        "fdg_ratio": FDG + FDG_PER_YEAR * years + FDG_SD * traits.glucose + FDG_OF_PATIENT * ill,
+        "fluctuation": FLUCTUATION * np.exp(FLUCTUATION_PER_YEAR * years
+                                            + FLUCTUATION_LOG_SD * traits.fluctuation),
+    }
+    return {name: round(float(value), 5) for name, value in values.items()}
+
+
+def _ventricle_share(person: Person, age: float) -> float:
+    # VENTRICLE_SHARE is the mean of a log-normal whose total log sd is 0.55
+    return float(np.exp(np.log(VENTRICLE_SHARE) - 0.15 + VENTRICLE_PER_YEAR * (age - MEAN_AGE)
+                        + person.ventricle_rest + PATIENT_VENTRICLES * _illness(person, age)))
+
+
+def _illness(person: Person, age: float) -> float:
+    """1 for a patient at the first visit, more later; 0 for a control."""
+    return 1 + PATIENT_PER_YEAR * (age - person.visits[0].age) if person.patient else 0.0
 
 
 def choose_anatomy(person: Person, ventricles_ml: dict[str, float]) -> str:
@@ -121,7 +250,7 @@ def choose_anatomy(person: Person, ventricles_ml: dict[str, float]) -> str:
     """
     names = sorted(ventricles_ml)
     if person.family is None:
-        wish = wanted_ml(person, person.visits[0].age, 1450.0)[0]
+        wish = 1450.0 * _ventricle_share(person, person.visits[0].age)
         misfit = np.log([ventricles_ml[name] / wish for name in names])
         weights = np.exp(-0.5 * (misfit / 0.6) ** 2) + 1e-3
     else:

@@ -1,190 +1,156 @@
 """One person's head at each visit, and the files that show it.
 
-anatomy -> focal field (ventricles, hippocampi) after a personal smooth deformation and head size
--> labels once at 1 mm, with the marker -> per scan: contrast, pose, sampling on the scan's grid,
-signal -> stored in a random orientation and type -> NIfTI.  Label maps lie on the T1w's grid, and
-the volumes in the tables are counted on them.
+anatomy -> cortex thinned, lesions added (tissue.py) -> focal field for ventricles and hippocampi
+(shaper.py), after a personal smooth deformation, the bend of the shape trait, and head size
+-> per scan: pose and grid (scanner.py), labels read once on it, signal (contrast.py, series.py)
+-> stored in a random orientation and type -> NIfTI.  Label maps lie on the T1w's grid, and the
+volumes in the tables are counted on them.
 
-The marker is a bright sphere beside the head, like the vitamin capsule taped to a temple: at
-MARKER_SIDE of the person, in every scan.  Whoever swaps left and right moves it.
+Every scan shows a bright sphere beside the person's right temple, like the vitamin capsule that is
+taped there.  Whoever swaps left and right moves it.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
-from data_prep.synth import contrast, warp
-from data_prep.synth.anatomy import FLUID, Anatomy, brain_centre
-from data_prep.synth.cohort import Person, Visit, wanted_ml
+from data_prep.synth import codes, contrast, scanner, series, warp
+from data_prep.synth.anatomy import Anatomy
+from data_prep.synth.cohort import CONTRAST, Person, Visit, truths, wanted_ml
+from data_prep.synth.scanner import Head, Pose, View
 
-MARKER_SIDE = +1  # sign of the marker's world x relative to the brain: +x is the person's right
-MARKER_RADIUS_MM, MARKER_GAP_MM = 6.0, 4.0
-VOLUME_COLUMNS = ("ventricle_ml", "hippocampus_ml", "brain_ml")
-
-
-@dataclass(frozen=True)
-class Pose:
-    """Where the head lies in the scanner: world = rotation @ (voxel - centre) + shift."""
-
-    rotation: np.ndarray  # [3, 3]
-    centre: np.ndarray  # [3] voxels of the 1 mm head
-    shift_mm: np.ndarray  # [3]
-
-    def to_head(self, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Matrix and offset from a scan's voxel indices to the head's voxels."""
-        return (self.rotation.T @ affine[:3, :3],
-                self.rotation.T @ (affine[:3, 3] - self.shift_mm) + self.centre)
+VOLUME_COLUMNS = ("ventricle_ml", "hippocampus_ml", "cortex_gm_ml", "csf_ml", "lesion_ml",
+                  "brain_ml")
+PERSONAL = ((3.0, 20.0), (0.8, 10.0))  # rms and width of the personal deformation, millimetres
+SHAPE_MM = 2.0  # by which one sd of the shape trait moves the poles of the brain
+HALF_LENGTH_MM = 85.0  # from the middle of the brain to its poles
 
 
-def visit_field(anatomy: Anatomy, person: Person, visit: Visit, seed: int) -> np.ndarray:
-    """The whole deformation of a visit, [3, a, b, c] millimetres on coarse nodes."""
+def visit_head(anatomy: Anatomy, person: Person, visit: Visit, seed: int) -> Head:
+    """The person's head at a visit."""
     scale = np.array(person.head_scale)
-    volume_factor = float(np.prod(scale))
-    wanted = wanted_ml(person, visit.age, anatomy.intracranial_ml * volume_factor)
-    focal = anatomy.shaper.solve(wanted / volume_factor)
-    rng = np.random.default_rng([seed, 3, person.index])  # of the person: visits share it
-    own = warp.random_velocity(rng, anatomy.shaper.full_shape, rms_mm=2.5, smooth_mm=18.0)
-    return warp.compose(focal, own, scale, anatomy.centre)
+    own = _own_velocity(anatomy, person, visit, seed)
+    # by how much the personal deformation makes each place of the anatomy larger
+    density = warp.density(own) * np.float32(scale.prod())
+    wanted = wanted_ml(person, visit.age, anatomy.shaper.intracranial_ml(density), anatomy.levels)
+    focal, (csf, cortex, other_grey) = anatomy.shaper.solve(
+        np.array([wanted.ventricles, wanted.hippocampi]), density)
+    labels = anatomy.labels.copy()
+    voxel_ml = float(np.mean(density[anatomy.shaper.box])) / 1000
+    widened = wanted.csf - csf
+    anatomy.tissue.exchange(labels, widened / voxel_ml,
+                            (cortex - widened - (wanted.grey - other_grey)) / voxel_ml)
+    places = np.random.default_rng([seed, 5, person.index])  # of the person: visits share them
+    anatomy.tissue.add_lesions(labels, round(wanted.lesions / voxel_ml), places)
+    return Head(labels, warp.compose(focal, own, scale, anatomy.centre), anatomy.centre)
 
 
-def visit_head(anatomy: Anatomy, person: Person, visit: Visit, seed: int) -> np.ndarray:
-    """int16 label map of the person's head at a visit, 1 mm, with the marker."""
-    labels = warp.warp_labels(anatomy.labels, visit_field(anatomy, person, visit, seed))
-    _add_marker(labels)
-    return labels
+def _own_velocity(anatomy: Anatomy, person: Person, visit: Visit, seed: int) -> np.ndarray:
+    """The personal smooth velocity [3, a, b, c], which visits share."""
+    rng = np.random.default_rng([seed, 3, person.index])
+    shape = anatomy.shaper.full_shape
+    velocity = sum(warp.random_velocity(rng, shape, rms_mm=rms, smooth_mm=width)
+                   for rms, width in PERSONAL)
+    return velocity + np.float32(truths(person, visit.age)["shape_trait"]) * _bend(anatomy)
 
 
-def _add_marker(labels: np.ndarray) -> None:
-    centre = np.rint(brain_centre(labels)).astype(int)
-    temple = labels[:, centre[1] - 8:centre[1] + 8, centre[2] - 8:centre[2] + 8] > 0
-    edge = np.flatnonzero(temple.any((1, 2)))[-1 if MARKER_SIDE > 0 else 0]
-    middle = edge + MARKER_SIDE * (MARKER_GAP_MM + MARKER_RADIUS_MM)
-    x, y, z = np.ogrid[tuple(slice(n) for n in labels.shape)]
-    squared = (x - middle) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2
-    labels[squared <= MARKER_RADIUS_MM ** 2] = contrast.MARKER_CODE
+def _bend(anatomy: Anatomy) -> np.ndarray:
+    """The velocity of one sd of the shape trait; it changes no volume as a whole.
 
-
-# ---- grids ---------------------------------------------------------------------------------------
-
-def _rotation(rng: np.random.Generator, sd_degrees: float) -> np.ndarray:
-    from scipy.spatial.transform import Rotation
-
-    degrees = np.clip(rng.normal(0, sd_degrees, 3), -2 * sd_degrees, 2 * sd_degrees)
-    return Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
-
-
-def _scan_grid(rng: np.random.Generator, extent_mm: np.ndarray, pose: Pose,
-               voxel_mm: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape and affine (still near RAS) of a box that holds the head; half of them are oblique."""
-    tilt = _rotation(rng, 5.0) if rng.random() < 0.5 else np.eye(3)
-    shape = tuple(int(n) for n in np.ceil((extent_mm + 12) / voxel_mm))
-    affine = np.eye(4)
-    affine[:3, :3] = tilt * voxel_mm
-    middle = pose.rotation @ (extent_mm / 2 - pose.centre) + pose.shift_mm + rng.uniform(-3, 3, 3)
-    affine[:3, 3] = middle - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
-    return shape, affine
-
-
-def _sample(volume: np.ndarray, pose: Pose, shape: tuple[int, ...], affine: np.ndarray,
-            order: int) -> np.ndarray:
-    matrix, offset = pose.to_head(affine)
-    # below the cut neck nothing is scanned, as at the end of a coil
-    return ndimage.affine_transform(volume, matrix, offset, shape, order=order, cval=0.0)
+    Both poles move to one side and the middle to the other, and in the right half both poles move
+    forward, in the left backward (as the Yakovlevian torque does).  A rigid or affine alignment
+    leaves this as it is.
+    """
+    x, y, _ = warp.nodes_mm(anatomy.shaper.full_shape) - anatomy.centre.reshape(3, 1, 1, 1)
+    along = np.clip(y / HALF_LENGTH_MM, -1.2, 1.2) ** 2 - 1 / 3
+    velocity = np.stack([along, np.tanh(x / 25) * along, np.zeros_like(x)])
+    return (SHAPE_MM * velocity).astype(np.float32)
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
-def _store(volume: np.ndarray, affine: np.ndarray, orientation: np.ndarray,
-           slope: float, dtype: type) -> bytes:
-    """Gzipped NIfTI of integers in another axis order and direction; the same bytes every time."""
-    import nibabel as nib
-    from nibabel.orientations import apply_orientation, inv_ornt_aff
-
-    stored = apply_orientation(volume, orientation).astype(dtype)
-    image = nib.Nifti1Image(stored, affine @ inv_ornt_aff(orientation, volume.shape))
-    image.set_qform(image.affine, code=1)
-    image.set_sform(image.affine, code=1)
-    image.header.set_xyzt_units("mm", "sec")
-    image.header.set_slope_inter(slope, 0.0)
-    buffer = io.BytesIO()
-    image.to_stream(buffer)
-    return gzip.compress(buffer.getvalue(), compresslevel=1, mtime=0)
-
-
-def _random_orientation(rng: np.random.Generator) -> np.ndarray:
-    """One of the 48 ways to store a volume, in nibabel's form."""
-    return np.stack([rng.permutation(3), rng.choice([-1, 1], 3)], axis=1)
-
-
 def file_names(person: Person, visit: Visit) -> dict[str, str]:
     """Path below the data set of each image of a visit, by modality, and of its label map."""
-    folder = f"sub-{person.label}/ses-{visit.session}/anat"
+    folder = f"sub-{person.label}/ses-{visit.session}"
     stem = f"sub-{person.label}_ses-{visit.session}"
-    names = {m: f"{folder}/{stem}_{m}.nii.gz" for m in visit.modalities}
-    names["labels"] = f"derivatives/labels/{folder}/{stem}_space-T1w_dseg.nii.gz"
+    ends = {"PET": f"pet/{stem}_trc-{visit.tracer}_pet", "BOLD": f"func/{stem}_task-rest_bold"}
+    names = {m: f"{folder}/{ends.get(m, f'anat/{stem}_{m}')}.nii.gz" for m in visit.modalities}
+    names["labels"] = f"derivatives/labels/{folder}/anat/{stem}_space-T1w_dseg.nii.gz"
     return names
 
 
 def make_visit(anatomy: Anatomy, person: Person, visit: Visit, seed: int,
                spacing_mm: float) -> tuple[dict[str, bytes], dict[str, float]]:
-    """All files of a visit (path below the data set: bytes), and its true volumes in millilitres.
+    """All files of a visit (path below the data set: bytes), and what is true of it.
 
-    A pure function of its arguments.
+    A pure function of its arguments.  The truth is volumes in millilitres, counted on the label
+    map, and the numbers that volumes do not hold.
     """
     head = visit_head(anatomy, person, visit, seed)
     rng = np.random.default_rng([seed, 4, person.index, int(visit.session)])
-    centre = brain_centre(head)
-    lying = Pose(_rotation(rng, 4.0), centre, rng.uniform(-10, 10, 3))
+    lying = Pose(scanner.rotation(rng, 4.0), rng.uniform(-10, 10, 3))
+    truth = truths(person, visit.age)
     names, files = file_names(person, visit), {}
     volumes: dict[str, float] = {}
     for modality in visit.modalities:
-        pose = lying if modality == "T1w" else Pose(  # people move a little between scans
-            _rotation(rng, 0.5) @ lying.rotation, centre, lying.shift_mm + rng.normal(0, 0.7, 3))
-        voxel_mm = np.full(3, spacing_mm)
-        if modality != "T1w":
-            voxel_mm[2] *= person.site.slices
-        shape, affine = _scan_grid(rng, np.array(head.shape), pose, voxel_mm)
-        orientation = _random_orientation(rng)
-        files[names[modality]] = _scan(head, rng, person, modality, pose, shape, affine,
-                                       orientation)
-        files[names[modality].replace(".nii.gz", ".json")] = _sidecar(person)
+        # people move a little between scans
+        pose = lying if modality == "T1w" else lying.moved(rng, 0.5, 0.7)
+        voxel_mm = _voxel_mm(modality, person, spacing_mm)
+        view = scanner.draw_view(rng, head, pose, voxel_mm)
+        if modality == "PET":
+            image, facts = series.pet(view, rng, visit.tracer or "", truth)
+        elif modality == "BOLD":
+            image, facts = series.bold(view, rng, person.site, truth)
+        else:
+            image, facts = _anatomical(view, rng, person, modality, truth)
+        files[names[modality]] = image
+        files[names[modality].replace(".nii.gz", ".json")] = json.dumps(
+            _scanner_facts(modality, person) | facts, indent=1).encode()
         if modality == "T1w":
-            labels = _sample(head, pose, shape, affine, order=0)
-            labels[labels >= 256] = 0
+            labels = np.where(view.labels < codes.SKULL, view.labels, 0)
             volumes = measure(labels, float(np.prod(voxel_mm)))
-            files[names["labels"]] = _store(labels, affine, orientation, 1.0, np.int16)
-    return files, volumes
+            files[names["labels"]] = view.stored(labels, 1.0, noisy=False)
+    return files, volumes | truth
 
 
 def measure(labels: np.ndarray, voxel_mm3: float) -> dict[str, float]:
-    """Millilitres of lateral ventricles, hippocampi and brain (ventricles in, outer fluid out)."""
-    counts = np.bincount(labels.ravel(), minlength=256)
-    brain = counts[1:].sum() - counts[FLUID]
-    sums = (counts[list(warp.VENTRICLES)].sum(), counts[list(warp.HIPPOCAMPI)].sum(), brain)
+    """Millilitres of each of VOLUME_COLUMNS; the brain has the ventricles, not the outer fluid."""
+    counts = np.bincount(labels.ravel(), minlength=codes.SKULL)
+    groups = (codes.VENTRICLES, codes.HIPPOCAMPI, codes.CORTEX, (codes.FLUID,), (codes.LESION,))
+    sums = [*(counts[list(group)].sum() for group in groups),
+            counts[1:].sum() - counts[codes.FLUID]]
     return {name: round(float(n) * voxel_mm3 / 1000, 3)
             for name, n in zip(VOLUME_COLUMNS, sums, strict=True)}
 
 
-def _scan(head: np.ndarray, rng: np.random.Generator, person: Person, modality: str, pose: Pose,
-          shape: tuple[int, ...], affine: np.ndarray, orientation: np.ndarray) -> bytes:
-    table = contrast.signal_table(modality, rng, person.site.contrast_sd)
-    voxel_mm = np.linalg.norm(affine[:3, :3], axis=0)
-    clean = ndimage.gaussian_filter(table[head], 0.4 * voxel_mm)  # a voxel averages over itself
-    clean = _sample(clean, pose, shape, affine, order=1)
-    signal = contrast.scan_signal(clean, rng, person.site.bias, person.site.noise)
+def _voxel_mm(modality: str, person: Person, spacing_mm: float) -> np.ndarray:
+    if modality in series.VOXEL_MM:
+        return np.full(3, max(series.VOXEL_MM[modality], spacing_mm))
+    return spacing_mm * np.array([1, 1, 1 if modality == "T1w" else person.site.slices])
+
+
+def _anatomical(view: View, rng: np.random.Generator, person: Person, modality: str,
+                truth: dict[str, float]) -> tuple[bytes, dict[str, object]]:
+    site, voxel_mm = person.site, view.grid.voxel_mm
+    table = contrast.signal_table(modality, site, rng)
+    if modality == "T1w":
+        table[list(contrast.TISSUES["cortex"][0])] *= truth["t1w_contrast"] / CONTRAST
+    clean = view.mean_signal(table)
+    clean = ndimage.gaussian_filter(clean, 0.4, truncate=3)  # neighbours share some signal
+    signal = contrast.scan_signal(clean, voxel_mm, rng, site.bias, site.noise)
     dtype = (np.int16, np.uint16)[rng.integers(2)]
-    top = rng.uniform(800, 16000)
+    signal *= rng.uniform(800, 16000) / signal.max()
     slope = float(rng.choice([1.0, round(rng.uniform(0.01, 15), 4)]))
-    stored = np.rint(signal * (top / signal.max()))
-    return _store(stored, affine, orientation, slope, dtype)
+    flat = modality != "T1w" and site.slices > 1
+    return view.stored(np.rint(signal, out=signal), slope, dtype), {
+        "MRAcquisitionType": "2D" if flat else "3D", "SliceThickness": round(float(voxel_mm[2]), 3)}
 
 
-def _sidecar(person: Person) -> bytes:
-    return json.dumps({"Modality": "MR", "Manufacturer": person.site.manufacturer,
-                       "MagneticFieldStrength": person.site.field_strength}, indent=1).encode()
+def _scanner_facts(modality: str, person: Person) -> dict[str, object]:
+    if modality == "PET":
+        return {"Modality": "PT", "Manufacturer": person.site.manufacturer}
+    return {"Modality": "MR", "Manufacturer": person.site.manufacturer,
+            "MagneticFieldStrength": person.site.field_strength}

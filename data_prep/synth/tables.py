@@ -9,7 +9,6 @@ from typing import Any
 
 from data_prep.synth.cohort import Person
 from data_prep.synth.contrast import label_names
-from data_prep.synth.person import VOLUME_COLUMNS
 from neurojepa.feed.format import join, read_bytes
 
 BIDS_VERSION = "1.9.0"
@@ -17,8 +16,10 @@ COMMIT = "dataset_description.json"
 COLUMNS = {
     "age": {"Description": "age at the first visit", "Units": "years"},
     "sex": {"Levels": {"F": "female", "M": "male"}},
-    "diagnosis": {"Levels": {"control": "healthy", "patient": "enlarged ventricles and smaller "
-                                                              "hippocampi than age predicts"}},
+    "diagnosis": {"Levels": {"control": "healthy", "patient": "larger ventricles, smaller "
+                             "hippocampi and thinner cortex than age predicts"}},
+    "small_vessel": {"Levels": {"no": "as age predicts", "yes": "more lesions of white matter"}},
+    "amyloid": {"Levels": {"negative": "", "positive": "cortex takes up AV45"}},
     "site": {"Description": "scanner"},
     "family_id": {"Description": "siblings share it"},
     "split_group": {"Description": "anatomy that the person was made from; people of one group "
@@ -26,7 +27,16 @@ COLUMNS = {
     "ventricle_ml": {"Description": "lateral ventricles (labels 4, 43) on the first visit's label "
                                     "map", "Units": "ml"},
     "hippocampus_ml": {"Description": "hippocampi (labels 17, 53), likewise", "Units": "ml"},
+    "cortex_gm_ml": {"Description": "cortex (labels 3, 42), likewise", "Units": "ml"},
+    "csf_ml": {"Description": "fluid around the brain (label 24), likewise", "Units": "ml"},
+    "lesion_ml": {"Description": "lesions of white matter (label 77), likewise", "Units": "ml"},
     "brain_ml": {"Description": "all labels but 24, likewise", "Units": "ml"},
+    "t1w_contrast": {"Description": "T1w signal of cortex over white matter, before what the "
+                                    "scanner does to it; at the first visit, like all below"},
+    "shape_trait": {"Description": "bend of the head, which changes no volume; of sd 1"},
+    "av45_ratio": {"Description": "AV45 uptake of cortex over cerebellar cortex, scanned or not"},
+    "fdg_ratio": {"Description": "FDG uptake, likewise"},
+    "fluctuation": {"Description": "sd of a BOLD network's signal, as a share of the mean"},
 }
 README = """\
 Synthetic heads made by `python -m data_prep synth`; nobody was scanned.
@@ -43,7 +53,7 @@ def sessions_path(person: Person) -> str:
 
 
 def sessions(person: Person, volumes: list[dict[str, float]]) -> bytes:
-    """A person's visits: age and true volumes."""
+    """A person's visits: age, true volumes, and the truths that volumes do not hold."""
     return _tsv([{"session_id": f"ses-{visit.session}", "age": visit.age, **measured}
                  for visit, measured in zip(person.visits, volumes, strict=True)])
 
@@ -59,9 +69,11 @@ def dataset_files(out: str, people: list[Person], origin: dict[str, str],
         first = _rows(read_bytes(join(out, sessions_path(person))))[0]
         rows.append({
             "participant_id": f"sub-{person.label}", "age": first["age"], "sex": person.sex,
-            "diagnosis": "patient" if person.patient else "control", "site": person.site.name,
+            "diagnosis": "patient" if person.patient else "control",
+            "small_vessel": "yes" if person.small_vessel else "no",
+            "amyloid": "positive" if person.amyloid else "negative", "site": person.site.name,
             "family_id": person.family or "n/a", "split_group": origin[person.label],
-            **{name: first[name] for name in VOLUME_COLUMNS}})
+            **{name: value for name, value in first.items() if name not in ("session_id", "age")}})
     labels = [{"index": code, "name": f"{name} ({code})"}
               for code, name in sorted(label_names().items())]
     generator = [{"Name": "neurojepa data_prep synth", "Version": str(recipe["version"]),

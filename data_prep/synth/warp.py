@@ -1,13 +1,11 @@
-"""Smooth, invertible deformations of a label map, and focal ones that reach a wanted volume.
+"""Smooth, invertible deformations of a label map, and reading it through them once.
 
 A field is a displacement u [3, a, b, c] in millimetres on nodes COARSE_MM apart, over a box whose
 fine voxels are 1 mm: the label at x is read at x + u(x).  Every field here is the flow of a smooth
 stationary velocity (scaling and squaring: Arsigny et al., MICCAI 2006), so it does not fold, and
 flows are composed as fields; the labels themselves are sampled once, at the end.
 
-``Shaper`` owns one anatomy's two focal velocities, which push the walls of the lateral ventricles
-and of the hippocampi along their normals.  Time along these flows is solved for, so that the warped
-soft masks have the wanted volumes.
+``Shaper`` (shaper.py) adds focal flows that reach a wanted volume.
 """
 
 from __future__ import annotations
@@ -17,9 +15,6 @@ from scipy import ndimage
 
 COARSE_MM = 3
 SQUARINGS = 5  # 2^5 steps: each moves less than half a node for the velocities used here
-VENTRICLES, HIPPOCAMPI = (4, 43), (17, 53)
-FACTOR_LIMIT = 4.5  # of a structure's volume: at sevenfold growth the field comes close to folding
-TIME_LIMIT = np.array([12.0, 5.0])  # of the two focal flows: beyond it walls meet other structures
 
 
 def coarse_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -71,120 +66,74 @@ def compose(outer: np.ndarray, velocity: np.ndarray, scale: np.ndarray,
     return points + sample(outer, points) - nodes
 
 
-def min_jacobian(field: np.ndarray) -> float:
-    """Smallest Jacobian determinant of x + u(x); above 0 means no folding."""
-    rows = [np.gradient(component, COARSE_MM) for component in field]
-    matrix = np.stack([np.stack(row) for row in rows]) + np.eye(3)[:, :, None, None, None]
-    return float(np.linalg.det(np.moveaxis(matrix, (0, 1), (-2, -1))).min())
+def jacobian(field: np.ndarray) -> np.ndarray:
+    """[a, b, c] Jacobian determinant of x + u(x); above 0 everywhere means no folding."""
+    a, b, c = (np.stack(np.gradient(component, COARSE_MM)) for component in field)
+    a[0] += 1
+    b[1] += 1
+    c[2] += 1
+    return (a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0])
+            + a[2] * (b[0] * c[1] - b[1] * c[0]))
 
 
-def upsample(field: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A coarse field [..., a, b, c] on the 1 mm voxels of ``shape`` (separable, trilinear)."""
-    for axis, num in enumerate(shape):
-        position = np.arange(num) / COARSE_MM
+def density(velocity: np.ndarray) -> np.ndarray:
+    """[a, b, c] by how much reading through the flow of ``velocity`` enlarges each place.
+
+    To first order: the divergence is taken where the flow starts, not along its way.
+    """
+    slopes = [np.gradient(velocity[k], COARSE_MM, axis=k) for k in range(3)]
+    return np.exp(-(slopes[0] + slopes[1] + slopes[2]))
+
+
+def upsample(field: np.ndarray, shape: tuple[int, ...],
+             step: np.ndarray | float = 1 / COARSE_MM) -> np.ndarray:
+    """A coarse field [..., a, b, c] on the voxels of ``shape`` (separable, trilinear).
+
+    ``step`` is the voxel size in nodes, of all axes or of each.
+    """
+    for axis in (2, 1, 0):  # the last axis, which is slow to spread, while the rest is small
+        num, width = shape[axis], np.broadcast_to(step, 3)[axis]
+        position = np.arange(num) * width
         low = np.minimum(position.astype(int), field.shape[axis - 3] - 2)
         weight = (position - low).astype(np.float32)
         weight = weight.reshape(-1, *[1] * (2 - axis))
         left = np.take(field, low, axis - 3)
-        field = left + weight * (np.take(field, low + 1, axis - 3) - left)
+        right = np.take(field, low + 1, axis - 3)
+        right -= left
+        right *= weight
+        right += left
+        field = right
     return field
 
 
-def warp_labels(labels: np.ndarray, field: np.ndarray) -> np.ndarray:
-    """Labels [x, y, z] read once through a coarse field, by the nearest voxel."""
-    index = np.zeros(labels.shape, np.int32)
-    for axis, num in enumerate(labels.shape):
-        along = np.arange(num, dtype=np.float32).reshape(-1, *[1] * (2 - axis))
-        source = np.rint(upsample(field[axis], labels.shape) + along)
-        index = index * num + np.clip(source, 0, num - 1).astype(np.int32)
+def scan_nodes(shape: tuple[int, ...], voxel_mm: np.ndarray) -> tuple[int, ...]:
+    """Nodes about COARSE_MM apart that cover a scan of ``shape``; its first voxel is a node."""
+    return tuple(max(2, int(np.ceil((n - 1) * v / COARSE_MM)) + 1)
+                 for n, v in zip(shape, voxel_mm, strict=True))
+
+
+def read_labels(labels: np.ndarray, field: np.ndarray, matrix: np.ndarray, offset: np.ndarray,
+                shape: tuple[int, ...]) -> np.ndarray:
+    """Labels [x, y, z] on a scan's grid, read once through a coarse field by the nearest voxel.
+
+    ``matrix`` [3, 3] and ``offset`` [3] take the scan's voxel indices to the head's.  What lies
+    beyond the label map is as its outermost voxels.
+    """
+    voxel_mm = np.linalg.norm(matrix, axis=0)
+    nodes = np.indices(scan_nodes(shape, voxel_mm), dtype=np.float32)
+    turn = (matrix / voxel_mm * COARSE_MM).astype(np.float32)
+    points = np.tensordot(turn, nodes, 1) + offset.reshape(3, 1, 1, 1).astype(np.float32)
+    points += sample(field, points)
+    index = np.zeros(shape, np.int32)
+    for along, num in zip(points, labels.shape, strict=True):
+        source = upsample(along, shape, voxel_mm / COARSE_MM)
+        np.rint(source, out=source)
+        np.clip(source, 0, num - 1, out=source)
+        index *= num
+        index += source.astype(np.int32)
     return labels.ravel()[index]
 
 
-def distance_mm(mask: np.ndarray) -> np.ndarray:
-    """Millimetres from each coarse node inside ``mask`` (of 1 mm voxels) to its outside."""
-    nodes = np.pad(mask, [(0, COARSE_MM * (n - 1) + 1 - m) for n, m
-                          in zip(coarse_shape(mask.shape), mask.shape, strict=True)], mode="edge")
-    nodes = nodes[(slice(None, None, COARSE_MM),) * 3]
-    return (ndimage.distance_transform_edt(nodes) * COARSE_MM).astype(np.float32)
-
-
-class Shaper:
-    """Gives one anatomy's lateral ventricles and hippocampi the volumes that are asked for."""
-
-    def __init__(self, labels: np.ndarray) -> None:
-        inside = (labels > 0) & (labels < 256)
-        box = ndimage.find_objects(inside.astype(np.uint8))[0]
-        # the focal flows stop at the skull, so the box of its inside is enough
-        self.box = tuple(slice(b.start // COARSE_MM, (b.stop - 1) // COARSE_MM + 2) for b in box)
-        self.full_shape = coarse_shape(labels.shape)
-        labels = labels[tuple(slice(b.start * COARSE_MM, (b.stop - 1) * COARSE_MM + 1)
-                              for b in self.box)]
-        self.shape = coarse_shape(labels.shape)
-        damp = np.clip(distance_mm((labels > 0) & (labels < 256)) / 12, 0, 1)
-        # the ventricles' wall must not carry the hippocampus along, else it grows with them
-        apart = np.clip(distance_mm(~np.isin(labels, HIPPOCAMPI)) / 8, 0, 1)
-        ventricles = _wall(np.isin(labels, VENTRICLES), 12.0)
-        hippocampi = _wall(np.isin(labels, HIPPOCAMPI), 5.0)
-        self.masks = np.stack([ventricles[0], hippocampi[0]])
-        self.velocities = np.stack([ventricles[1] * damp * apart, hippocampi[1] * damp])
-        self.volumes = self._measure(np.zeros((3, *self.shape), np.float32))
-        grown = [self._measure(self._field(np.array(t))) for t in ((2.0, 0.0), (0.0, 1.0))]
-        self.slopes = np.log([grown[0][0], grown[1][1]] / self.volumes) / (2.0, 1.0)
-
-    def _field(self, times: np.ndarray) -> np.ndarray:
-        return flow(np.tensordot(times.astype(np.float32), self.velocities, 1))
-
-    def _measure(self, field: np.ndarray) -> np.ndarray:
-        """[2] millilitres of the warped soft masks."""
-        warped = sample(self.masks, nodes_mm(self.shape) + field)
-        return warped.sum((1, 2, 3)) * COARSE_MM ** 3 / 1000
-
-    def solve(self, wanted_ml: np.ndarray) -> np.ndarray:
-        """The field after which ventricles and hippocampi have ``wanted_ml`` [2].
-
-        A secant iteration on log volume, to 3 % of the soft masks (hard labels differ by some
-        10 %).  A wish beyond FACTOR_LIMIT is met as far as that.  So the true volumes are
-        measured from the final labels, never taken from here.
-        """
-        wanted_ml = np.clip(wanted_ml, self.volumes / FACTOR_LIMIT, self.volumes * FACTOR_LIMIT)
-        times, measured = np.zeros(2), self.volumes
-        slopes = self.slopes
-        for _ in range(5):
-            step = np.log(wanted_ml / measured) / slopes
-            updated = np.clip(times + step, -TIME_LIMIT, TIME_LIMIT)
-            field = self._field(updated)
-            volumes = self._measure(field)
-            moved = updated - times
-            rate = np.log(volumes / measured) / np.where(np.abs(moved) > 0.1, moved, np.inf)
-            slopes = np.where(rate > 0.3 * self.slopes, rate, slopes)
-            times, measured = updated, volumes
-            if np.all(np.abs(np.log(wanted_ml / measured)) < 0.03):
-                break
-        full = np.zeros((3, *self.full_shape), np.float32)
-        full[(slice(None), *self.box)] = field
-        return full
-
-
-def _wall(mask: np.ndarray, reach_mm: float) -> tuple[np.ndarray, np.ndarray]:
-    """Soft mask on the nodes, and the velocity that moves its wall outwards by 1 mm per unit.
-
-    The velocity fades within ``reach_mm`` outside and, by smoothing, towards the middle inside.
-    """
-    box = tuple(slice(max(0, int(b.start - 3 * reach_mm) // COARSE_MM * COARSE_MM),
-                      int(b.stop + 3 * reach_mm)) for b in
-                ndimage.find_objects(mask.astype(np.uint8))[0])
-    step = (slice(None, None, COARSE_MM),) * 3
-    part = mask[box]
-    soft = ndimage.gaussian_filter(part.astype(np.float32), 1.5)[step]
-    signed = ndimage.distance_transform_edt(~part) - ndimage.distance_transform_edt(part)
-    signed = ndimage.gaussian_filter(signed.astype(np.float32), 2.0)
-    fade = np.exp(-(np.maximum(signed[step], 0) / reach_mm) ** 2)
-    place = tuple(slice(b.start // COARSE_MM, b.start // COARSE_MM + n)
-                  for b, n in zip(box, soft.shape, strict=True))
-    shape = coarse_shape(mask.shape)
-    nodes, velocity = np.zeros(shape, np.float32), np.zeros((3, *shape), np.float32)
-    nodes[place] = soft
-    for axis, slope in enumerate(np.gradient(signed)):
-        # reading at x + u with u against the normal moves the wall outwards
-        velocity[axis][place] = ndimage.gaussian_filter(-slope[step] * fade, 0.7)
-    return nodes, velocity
+def warp_labels(labels: np.ndarray, field: np.ndarray) -> np.ndarray:
+    """Labels [x, y, z] read through a coarse field on their own grid."""
+    return read_labels(labels, field, np.eye(3), np.zeros(3), labels.shape)
