@@ -168,6 +168,27 @@ def test_what_the_cohort_rules_out_becomes_a_row_with_a_reason(release: Path):
     assert scan_of(people[B], "T1w", "00A").reason == "cohort_excluded"  # inclusion flag 0
 
 
+def test_a_verdict_on_the_raw_file_holds_for_what_was_made_of_it(tmp_path: Path):
+    def tree(who: str, usable: str) -> dict[str, bytes | str]:
+        return {raw(who, "00A", "run-01_T1w.nii.gz"): NIFTI,
+                f"rawdata/sub-{who}/ses-00A/sub-{who}_ses-00A_scans.tsv":
+                    f"filename\tusable\nanat/sub-{who}_ses-00A_run-01_T1w.nii.gz\t{usable}\n",
+                f"{MPROC}/sub-{who}/ses-00A/anat/sub-{who}_ses-00A_run-01_T1w.nii.gz": NIFTI}
+
+    people, _ = read(write(tmp_path, {**tree(A, "0"), **tree(B, "1")}))
+    assert [(scan.processing, scan.reason) for who in (A, B) for scan in people[who].scans] == [
+        ("mproc", "cohort_unusable"), ("mproc", None)]
+
+
+def test_files_in_the_folder_of_another_are_not_taken(tmp_path: Path):
+    people, source = read(write(tmp_path, {
+        raw(A, "00A", "T1w.nii.gz"): NIFTI, raw(A, "00A", "T1w.json"): "[not a sidecar",
+        f"rawdata/sub-{A}/ses-00A/anat/sub-{B}_ses-00A_T2w.nii.gz": NIFTI}))
+    assert [scan.modality for scan in people[A].scans] == ["T1w"]
+    assert source.notes["not taken: file name and folder name different people"] == 1
+    assert source.notes["JSON sidecar unreadable, its facts are unknown"] == 1
+
+
 def test_packages_of_nda_are_read_where_they_lie(tmp_path: Path):
     event = "baselineYear1Arm1"
     stem = f"NDARINV{A}_{event}_ABCD"
@@ -179,6 +200,7 @@ def test_packages_of_nda_are_read_where_they_lie(tmp_path: Path):
         f"{stem}-MPROC-DTI_20170101093000.tgz": b"never opened",
         f"{stem}-T1_20170101090000.tgz": package({"x/1.dcm": b"x"}),
         f"NDARINV{B}_{event}_ABCD-MPROC-T1_20170102090000.tgz": b"\x1f\x8b damaged",
+        f"NDARINV{B}_{event}_ABCD-MPROC-T1_20170102093000.tgz": package(nda(B, event, "T1w")),
         f"NDARINV{C}_{event}_ABCD-MPROC-T2_20170102090000.tgz": package({"a.json": b"{}"}),
         "abcd_mri01.txt": '"subjectkey"\t"src_subject_id"\t"eventname"\t"interview_age"\t"sex"\t'
                           '"interview_date"\t"mri_info_deviceserialnumber"\n'
@@ -203,7 +225,8 @@ def test_packages_of_nda_are_read_where_they_lie(tmp_path: Path):
     assert people[A].ties == ["family:12", "family:13"]  # ids drift between visits
     assert source.notes["not taken: package of MPROC-DTI"] == 1
     assert source.notes["not taken: DICOM of a scan that is there as NIfTI"] == 1
-    (damaged,), (empty,) = people[B].scans, people[C].scans
+    (damaged, sound), (empty,) = people[B].scans, people[C].scans
+    assert (sound.reason, sound.modality) == (None, "T1w")
     assert (damaged.reason, damaged.modality, damaged.session) == ("truncated", "T1w", "00A")
     assert (empty.reason, empty.modality) == ("missing_member", "T2w")
     assert damaged.age_at_scan is None and people[B].labels == []  # without metadata: unknown

@@ -11,7 +11,7 @@ from data_prep.cohorts.bids_names import MODALITIES, Image, habits
 from data_prep.scan import FACTS, Scan
 
 _KEPT = {*FACTS, "MagneticFieldStrength", "Manufacturer", "ManufacturersModelName",
-         "InstitutionName", "TracerName"}
+         "DeviceSerialNumber", "InstitutionName", "TracerName"}
 
 
 class Reader:
