@@ -1,37 +1,48 @@
-"""report: an archive's quality on one HTML page that needs no network.
+"""report: an archive on one HTML page that needs no network and can be printed.
 
-Counts by cohort, modality and status; why scans were flagged or rejected; the distribution of the
-main figures; and three slices with the brain mask's outline of scans spread over the archive,
-flagged ones apart.  Scans go by their content id: no names, no source paths.
+Counts by cohort, modality, site, status and reason; sizes of the splits; which modalities people
+have; distributions of the figures with their thresholds; slices of accepted and flagged scans;
+duplicates and near-duplicates.  Scans go by the start of their content id: no names, no dates, no
+paths.  Pictures are read one by one, and no more than ``SHOWN`` of a kind.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.store import Row, check_reachable, open_archive, read_volume, slot
+from data_prep.duplicates import NearPair
+from data_prep.qc.judge import OUTLIER, FigureInfo, rules
+from data_prep.report_figures import Line, ages, distribution, slices
+from data_prep.report_page import (
+    COLOURS,
+    grid,
+    heading,
+    key,
+    page,
+    paragraph,
+    picture,
+    section,
+    stack,
+    table,
+    tiles,
+)
+from data_prep.store import Archive, Row, check_reachable, open_archive, read_volume, slot
 from neurojepa.feed.format import write_bytes
 
-_SHOWN = 12  # scans in a montage
-_FIGURES = (("brain_ml_native", "brain volume (ml)"), ("mask_dice_template", "Dice with template"),
-            ("qc_snr", "signal to noise"))
-_STYLE = """
-body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #f6f8fa }
-main { max-width: 1060px; margin: 0 auto; padding: 2rem 1.4rem 4rem }
-section { background: #fff; border: 1px solid #e3e7ec; border-radius: 10px; margin: 1.1rem 0;
-          padding: 1.2rem 1.5rem; overflow-x: auto }
-h1 { margin: 0 } h2 { font-size: 1.2rem; margin: 0 0 .6rem } p { color: #5b6675; margin: .3rem 0 }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid #e3e7ec }
-th { color: #5b6675 } img { max-width: 100%; display: block; margin: .4rem auto }
-"""
+STATUSES = ("accepted", "flagged", "rejected")
+_COLUMNS = ("cohort", "participant", "family", "modality", "site", "split", "sex", "age_at_scan",
+            "status", "reason", "scan_id")
+SHOWN = 12  # pictures of a kind
+PAIRS_SHOWN = 6
+LINES = 8  # cohorts and modalities in one distribution
+SITES = 25
+_SIDES = ("The person's right is on the viewer's right (R) as far as the scan's header tells it; "
+          "anterior is on the right of the first slice. The outline is the brain mask, dark blue "
+          "was not scanned.")
 
 
 def report(archive_uri: str, out: str) -> None:
@@ -44,106 +55,248 @@ def report(archive_uri: str, out: str) -> None:
     """
     check_reachable(archive_uri)
     check_reachable(out)
-    rows = open_archive(archive_uri).rows
+    archive = open_archive(archive_uri)
+    rows = _rows(archive)
     counts = Counter(row["status"] for row in rows)
-    kinds = Counter((row["cohort"], row["modality"], row["status"]) for row in rows)
-    reasons = Counter((row["status"], part.split(":")[0]) for row in rows if row["reason"]
-                      for part in row["reason"].split(";"))
-    sections = [
-        ("By cohort and modality", _table(
-            ("cohort", "modality", "accepted", "flagged", "rejected"),
-            [(*kind, *(kinds[*kind, status] for status in ("accepted", "flagged", "rejected")))
-             for kind in sorted({(cohort, modality) for cohort, modality, _ in kinds})])),
-        ("Reasons", _table(("status", "reason", "scans"),
-                           [(*key, count) for key, count in sorted(reasons.items())])),
-        ("Figures", _image(_histograms(rows))),
-    ]
-    for status in ("accepted", "flagged"):
-        chosen = _spread([row for row in rows if row["status"] == status])
-        if chosen:
-            sections.append((f"{status.capitalize()}: {len(chosen)} of {counts[status]}",
-                             _image(_montage(archive_uri, chosen))))
-    sections.append(("Rejected", _table(
-        ("cohort", "modality", "reason"),
-        [(row["cohort"], row["modality"], row["reason"].split(":")[0]) for row in rows
-         if row["status"] == "rejected"])))
-    lead = (f"{len(rows)} scans of {len({row['participant'] for row in rows})} people: "
-            + ", ".join(f"{counts[status]} {status}" for status in
-                        ("accepted", "flagged", "rejected")))
-    write_bytes(out, _page("Archive quality", lead, sections).encode())
+    people = len({row["participant"] for row in rows})
+    pairs = [NearPair(**row) for row in archive.review.to_pylist()]
+    lead = (f"{len(rows):,} scans of {people:,} people: "
+            + ", ".join(f"{counts[status]:,} {status}" for status in STATUSES))
+    write_bytes(out, page("Archive quality", lead, [
+        tiles([(f"{people:,}", "people", ""), (f"{len(rows):,}", "scans", ""),
+               *((f"{counts[status]:,}", status, status) for status in STATUSES),
+               (f"{len(pairs):,}", "near-duplicate pairs", "")]),
+        _contents(rows), _reasons(rows), _splits(rows), _coverage(rows), _figures(rows),
+        *(_mosaic(archive_uri, rows, status) for status in ("accepted", "flagged")),
+        _rejected(rows), _duplicates(archive_uri, rows, pairs)]).encode())
     print(f"{out}: {lead}")
 
 
-def _page(title: str, lead: str, sections: Iterable[tuple[str, str]]) -> str:
-    body = "".join(f"<section><h2>{html.escape(name)}</h2>{content}</section>"
-                   for name, content in sections)
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
-            f"<style>{_STYLE}</style></head><body><main><h1>{title}</h1>"
-            f"<p>{html.escape(lead)}</p>{body}</main></body></html>")
+def _rows(archive: Archive) -> list[Row]:
+    """The columns that the page needs, and none that names a source."""
+    figures = [name + end for name in rules().figures for end in ("", "_reason")]
+    return archive.scans.select([name for name in (*_COLUMNS, *figures)
+                                 if name in archive.scans.column_names]).to_pylist()
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    if not rows:
-        return "<p>none</p>"
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-                   for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+# ---- counts --------------------------------------------------------------------------------------
+
+def _contents(rows: list[Row]) -> str:
+    kinds: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    sites: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        kinds[row["cohort"], row["modality"]].append(row)
+        if row["site"]:
+            sites[row["cohort"], row["site"]].append(row)
+    largest = sorted(sites.items(), key=lambda item: (-len(item[1]), item[0]))
+    more = (paragraph(f"And {len(largest) - SITES:,} smaller sites.") if len(largest) > SITES
+            else "")
+    unknown = sum(not row["site"] for row in rows)
+    return section(
+        "What is in the archive", key(COLOURS.items()),
+        _status_table(("cohort", "modality"), sorted(kinds.items())), heading("By site"),
+        _status_table(("cohort", "site"), largest[:SITES]), more,
+        paragraph(f"The site of {unknown:,} scans is not known.") if unknown else "")
 
 
-def _image(figure: Any) -> str:
-    """A matplotlib figure as an embedded PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+def _status_table(names: tuple[str, str], groups: Sequence[tuple[tuple[str, str], list[Row]]]
+                  ) -> str:
+    largest = max((len(group) for _, group in groups), default=1)
+    body = []
+    for name, group in groups:
+        counts = Counter(row["status"] for row in group)
+        body.append((*name, len({row["participant"] for row in group}),
+                     *(counts[status] for status in STATUSES),
+                     stack([(counts[status], COLOURS[status]) for status in STATUSES], largest)))
+    return table((*names, "people", *STATUSES, ""), body)
 
 
-def _spread(rows: list[Row]) -> list[Row]:
-    """At most ``_SHOWN`` rows, evenly spread over cohorts and people as sorted."""
-    places = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _SHOWN)).round().astype(int))
+def _codes(row: Row) -> list[str]:
+    """The reasons of a row without details: paths and ids may be among them."""
+    return [part if part.startswith(OUTLIER) else part.split(":")[0]
+            for part in (row["reason"] or "").split(";") if part]
+
+
+def _reasons(rows: list[Row]) -> str:
+    counts = Counter((row["status"], code) for row in rows for code in _codes(row))
+    largest = max(counts.values(), default=1)
+    body = [(status, _plain(code), _why(code), count, stack([(count, COLOURS[status])], largest))
+            for (status, code), count in sorted(counts.items(), key=lambda item: (
+                -STATUSES.index(item[0][0]), -item[1], item[0][1]))]
+    return section("Why scans were flagged or rejected",
+                   paragraph("A scan may have several flags. Rejected scans are not in the feed."),
+                   table(("status", "reason", "meaning", "scans", ""), body))
+
+
+def _plain(code: str) -> str:
+    """A flag or reason in words; flags of qc.yaml by the label of their figure."""
+    side, _, name = code.partition(":" if code.startswith(OUTLIER) else "_")
+    label = next((info.label for figure, info in rules().figures.items()
+                  if name in (figure, figure.removeprefix("qc_"))), None)
+    if label and side in ("low", "high", "outlier"):
+        return f"{side}: {label}"
+    return code.replace("_", " ")
+
+
+def _why(code: str) -> str:
+    """What qc.yaml says of a threshold's flag, or what an outlier is."""
+    if code.startswith(OUTLIER):
+        return "far from the other scans of its cohort and modality"
+    name = code.removeprefix("low_").removeprefix("high_")
+    return next((limit.why for limits in rules().thresholds.values()
+                 for figure, limit in limits.items() if figure.removeprefix("qc_") == name), "")
+
+
+def _splits(rows: list[Row]) -> str:
+    usable = [row for row in rows if row["status"] != "rejected"]
+    splits = sorted({row["split"] for row in usable},
+                    key=lambda name: (["train", "val", "test", name].index(name), name))
+    body, known = [], {}
+    for split in splits:
+        mine = [row for row in usable if row["split"] == split]
+        first: dict[str, Row] = {}
+        for row in sorted(mine, key=lambda row: row["age_at_scan"] or np.inf):
+            first.setdefault(row["participant"], row)
+        sexes = Counter(row["sex"] for row in first.values())
+        years = [row["age_at_scan"] for row in first.values() if row["age_at_scan"] is not None]
+        known[split] = years
+        body.append((split, len(first), len({row["family"] for row in mine}), len(mine),
+                     f"{sexes['F']:,} / {sexes['M']:,} / {len(first) - sexes['F'] - sexes['M']:,}",
+                     _ages(years, len(first) - len(years))))
+    header = ("split", "people", "families", "scans", "F / M / unknown",
+              "age: median (5 to 95 %)")
+    known = {split: years for split, years in known.items() if years}
+    return section("Splits", paragraph("Families are never divided. Age is that of a person's "
+                                       "first scan; rejected scans do not count."),
+                   table(header, body), ages(known) if known else "")
+
+
+def _ages(years: list[float], unknown: int) -> str:
+    """Percentiles, not extremes: the oldest person of a cohort may be known."""
+    low, median, high = np.percentile(years, (5, 50, 95)) if years else (0, 0, 0)
+    parts = [f"{median:.0f} ({low:.0f} to {high:.0f})"] * bool(years)
+    return ", ".join([*parts, *[f"{unknown:,} unknown"] * bool(unknown)])
+
+
+def _coverage(rows: list[Row]) -> str:
+    has: defaultdict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row["status"] != "rejected":
+            has[row["participant"]].add(row["modality"])
+    modalities = sorted({name for names in has.values() for name in names})
+    combinations = Counter(frozenset(names) for names in has.values()).most_common(20)
+    dot = {True: "●", False: "·"}
+    body = [(*(dot[name in names] for name in modalities), count,
+             stack([(count, COLOURS["accepted"])], combinations[0][1]))
+            for names, count in combinations]
+    return section("Which modalities people have",
+                   paragraph("Over all sessions; the most frequent combinations."),
+                   table((*modalities, "people", ""), body))
+
+
+# ---- figures and pictures ------------------------------------------------------------------------
+
+def _figures(rows: list[Row]) -> str:
+    usable = [row for row in rows if row["status"] != "rejected"]
+    drawn = [figure for name, info in rules().figures.items()
+             if (figure := _distribution(usable, name, info))]
+    return section(
+        "Figures of quality", paragraph(
+            "One mark is one scan: blue dots are accepted, orange diamonds flagged, for whatever "
+            "reason. The box spans the quartiles, the dark line is the median. Upright red lines "
+            "are thresholds: broken for a flag, full for rejection."),
+        grid(drawn), _unmeasured(usable))
+
+
+def _distribution(rows: list[Row], name: str, info: FigureInfo) -> str:
+    groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.get(name) is not None:
+            groups[row["cohort"], row["modality"]].append(row)
+    largest = sorted(groups, key=lambda group: (-len(groups[group]), group))[:LINES]
+    lines = []
+    for cohort, modality in sorted(largest):
+        limit = rules().thresholds.get(modality, {}).get(name)
+        group = groups[cohort, modality]
+        pairs = ((limit.flag_below, limit.flag_above), (limit.reject_below, limit.reject_above)
+                 ) if limit else ((), ())
+        flag_at, reject_at = (tuple(at for at in pair if at is not None) for pair in pairs)
+        lines.append(Line(f"{cohort} · {modality}",
+                          np.array([row[name] for row in group], np.float64),
+                          np.array([row["status"] == "flagged" for row in group]),
+                          flag_at, reject_at))
+    return distribution(info.label, info.unit, lines) if lines else ""
+
+
+def _unmeasured(rows: list[Row]) -> str:
+    """How many scans lack which figures, by the reason they give."""
+    missing: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        for name in rules().figures:
+            if reason := row.get(f"{name}_reason"):
+                missing[row["scan_id"], reason].append(rules().figures[name].label)
+    counts = Counter((reason, ", ".join(names)) for (_, reason), names in missing.items())
+    return heading("Not measured") + table(
+        ("reason", "figures", "scans"), [(*what, count) for what, count in counts.most_common()])
+
+
+def _spread(rows: list[Row], count: int) -> list[Row]:
+    """At most ``count`` rows, evenly spread over the archive, the same on every call."""
+    places = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), count)).round().astype(int))
     return [rows[place] for place in places] if rows else []
 
 
-def _histograms(rows: list[Row]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 2.6))
-    for axes, (name, title) in zip(figure.subplots(1, len(_FIGURES)), _FIGURES, strict=True):
-        for status, colour in (("accepted", "#2b6cb0"), ("flagged", "#dd6b20")):
-            values = [row[name] for row in rows
-                      if row["status"] == status and row.get(name) is not None]
-            if values:
-                axes.hist(values, bins=20, color=colour, alpha=0.7, label=status)
-        axes.set_xlabel(title)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("scans")
-    if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.axes[0].legend(frameon=False)
-    return figure
+def _mosaic(uri: str, rows: list[Row], status: str) -> str:
+    all_of_it = [row for row in rows if row["status"] == status]
+    chosen = _spread(all_of_it, SHOWN)
+    if not chosen:
+        return ""
+    return section(f"{status.capitalize()}: {len(chosen):,} of {len(all_of_it):,}",
+                   paragraph(_SIDES), grid(_scan(uri, row) for row in chosen))
 
 
-def _montage(uri: str, rows: list[Row]) -> Any:
-    """Sagittal, coronal and axial middle slices of each scan, right on the viewer's right."""
-    from matplotlib.figure import Figure
+def _scan(uri: str, row: Row, note: str = "") -> str:
+    arrays = read_volume(uri, slot(row["participant"], row["scan_id"]))
+    name = f"{row['cohort']} · {row['modality']}"
+    notes = note or "; ".join(_plain(code) for code in _codes(row))
+    caption = (f"<b>{html.escape(name)}</b> {html.escape(row['scan_id'][:8])}"
+               + (f"<br>{html.escape(notes)}" if notes else ""))
+    return picture(slices(arrays["image"], arrays["mask"]), f"slices of a scan, {name}", caption)
 
-    columns = 2
-    height = -(-len(rows) // columns)
-    figure = Figure(figsize=(11, 2.1 * height), facecolor="white")
-    grid = figure.subplots(height, columns * 3, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for number, row in enumerate(rows):
-        arrays = read_volume(uri, slot(row["participant"], row["scan_id"]))
-        image, brain = arrays["image"], arrays["mask"] == 1
-        for axis in range(3):
-            axes = grid[number // columns, number % columns * 3 + axis]
-            middle = image.shape[axis] // 2
-            axes.imshow(image.take(middle, axis).T, cmap="gray", origin="lower", vmin=0)
-            axes.contour(brain.take(middle, axis).T, levels=[0.5], colors="#38a169",
-                         linewidths=0.7)
-        first = grid[number // columns, number % columns * 3]
-        first.set_zorder(1)  # its title runs over the neighbours
-        note = f"  {row['reason']}" if row["reason"] else ""
-        first.set_title(f"{row['cohort']} {row['modality']} {row['scan_id'][:8]}{note}",
-                        fontsize=8, loc="left")
-    return figure
+
+def _rejected(rows: list[Row]) -> str:
+    counts = Counter((code, row["cohort"], row["modality"]) for row in rows
+                     if row["status"] == "rejected" for code in _codes(row))
+    largest = max(counts.values(), default=1)
+    return section(
+        f"Rejected: {sum(row['status'] == 'rejected' for row in rows):,}",
+        paragraph("Voxels of rejected scans are not kept, so there is nothing to show. The message "
+                  "of each, with the file, is in scans.parquet."),
+        table(("reason", "cohort", "modality", "scans", ""),
+              [(_plain(code), cohort, modality, count,
+                stack([(count, COLOURS["rejected"])], largest))
+               for (code, cohort, modality), count in sorted(counts.items())]))
+
+
+def _duplicates(uri: str, rows: list[Row], pairs: list[NearPair]) -> str:
+    exact = sum(code == "duplicate_of" for row in rows for code in _codes(row))
+    relations = Counter(pair.relation for pair in pairs)
+    by_slot = {(row["participant"], row["scan_id"]): row for row in rows}
+    doubtful = [pair for pair in pairs if pair.relation == "different_people"]
+    shown = [_scan(uri, by_slot[participant, scan_id], f"pair {number}, similarity "
+                   f"{pair.similarity:.2f}")
+             for number, pair in enumerate(doubtful[:PAIRS_SHOWN], 1)
+             for participant, scan_id in ((pair.participant_a, pair.scan_id_a),
+                                          (pair.participant_b, pair.scan_id_b))]
+    names = {"different_people": "different people: one person under two names, or twins",
+             "same_family": "people of one family",
+             "same_person": "visits or repeats of one person"}
+    return section(
+        "Duplicates", paragraph(
+            f"Equal voxels: {exact:,} scans were rejected as copies of another one. Scans that "
+            "only look alike stay in the archive and are listed in review.parquet."),
+        table(("near-duplicate pairs of", "pairs"),
+              [(text, relations[name]) for name, text in names.items()]),
+        heading("Most similar scans of different people") if shown else "", grid(shown))
+
+
