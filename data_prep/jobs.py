@@ -290,7 +290,7 @@ def _commit(out: str, table: pa.Table, labels: pa.Table, people: People) -> Coun
     if (old := archive_table(out, "labels")) is not None:
         others = old.filter(pc.invert(pc.is_in(old["participant"], people.names)))
         labels = pa.concat_tables([others, labels])
-    commit_tables(out, table, labels, pa.table({}))
+    commit_tables(out, table, labels, _review(out, table))
     counts = Counter(table["status"].to_pylist())
     print(f"{out}: {counts['accepted']} accepted, {counts['flagged']} flagged, "
           f"{counts['rejected']} rejected of {len(table)} scans")
@@ -298,6 +298,20 @@ def _commit(out: str, table: pa.Table, labels: pa.Table, people: People) -> Coun
     for reason, count in Counter(reason.split(":")[0] for reason in reasons).most_common():
         print(f"  rejected {count} x {reason}")
     return counts
+
+
+def _review(out: str, table: pa.Table) -> pa.Table:
+    """Near-duplicates to look at; those found before where the table has not changed."""
+    from data_prep.duplicates import SCHEMA, review_table
+
+    old, found = archive_table(out, "scans"), archive_table(out, "review")
+    if old is not None and found is not None and old.equals(table):
+        return found
+    if "fingerprint" not in table.column_names:
+        return SCHEMA.empty_table()
+    rows = table.select(["status", "fingerprint", "modality", "cohort", "participant", "family",
+                         "session", "scan_id"]).filter(usable(table))
+    return review_table(_dicts(rows))
 
 
 def _checked(out: str, table: pa.Table, counts: Counter[str]) -> Counter[str]:

@@ -30,6 +30,7 @@ from data_prep.scan import ScanError
 from neurojepa.errors import DataError
 
 _LOOK_EVERY_S = 0.5
+_START_S = 600.0  # to start and import, on a machine or a file system that is very busy
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ONE_THREAD = {name: "1" for name in (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS",
@@ -55,7 +56,8 @@ class Child:
              memory_bytes: int) -> Any:
         """``function(*arguments)`` in the child; its value, or a Death.
 
-        Memory is what child and descendants have resident; it is looked at twice a second.
+        Memory is what child and descendants have resident; it is looked at twice a second.  The
+        time to start a child and to import ``function`` does not count.
 
         Raises
         ------
@@ -63,18 +65,13 @@ class Child:
             Raised by the call itself, or the child lacks a module: this would fail for all.
         """
         process, pipe = self._started()
-        began = time.monotonic()
         try:
             pipe.send((function, arguments))
-            while not pipe.poll(_LOOK_EVERY_S):
-                if time.monotonic() - began > seconds:
-                    self.end()
-                    return Death("worker_timeout", f"not done after {seconds:.0f} s")
-                used = _resident(process.pid)
-                if used > memory_bytes:
-                    self.end()
-                    return Death("worker_memory", f"took {used / 2**30:.2f} GiB, "
-                                 f"{memory_bytes / 2**30:.2f} are allowed")
+            death = (self._watch(process, pipe, _START_S, memory_bytes)
+                     or pipe.recv() or self._watch(process, pipe, seconds, memory_bytes))
+            if death:
+                self.end()
+                return death
             kind, value = pipe.recv()
         except (EOFError, OSError):
             self.end()
@@ -82,6 +79,19 @@ class Child:
         if kind == "error":
             raise DataError(value)
         return value
+
+    def _watch(self, process: subprocess.Popen[bytes], pipe: Connection, seconds: float,
+               memory_bytes: int) -> Death | None:
+        """Wait until the child says something; a Death where it goes beyond a limit."""
+        began = time.monotonic()
+        while not pipe.poll(_LOOK_EVERY_S):
+            if time.monotonic() - began > seconds:
+                return Death("worker_timeout", f"not done after {seconds:.0f} s")
+            used = _resident(process.pid)
+            if used > memory_bytes:
+                return Death("worker_memory", f"took {used / 2**30:.2f} GiB, "
+                             f"{memory_bytes / 2**30:.2f} are allowed")
+        return None
 
     def end(self) -> None:
         """Kill the child and what it started."""
@@ -135,12 +145,15 @@ def serve(pipe: Connection) -> None:
     """Answer calls until the parent goes."""
     while True:
         try:
-            answer = _answer(*pipe.recv())
+            function, arguments = pipe.recv()
         except EOFError:
             return
         except (ImportError, AttributeError) as error:  # the function is not known here
-            answer = "error", str(error)
-        pipe.send(answer)
+            pipe.send(None)
+            pipe.send(("error", str(error)))
+            continue
+        pipe.send(None)  # from here on the time counts
+        pipe.send(_answer(function, arguments))
 
 
 def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, Any]:

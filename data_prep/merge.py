@@ -2,7 +2,7 @@
 
 Rows of people who are not in this run stay; the others come from the people's records, a few
 thousand people at a time.  Then the whole table is ordered, duplicates across people lose all but
-the first row, and rows far from their cohort are flagged.  About 2 kB a row, twice for a moment.
+the first row, and rows far from their cohort are flagged.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ def scan_rows(scan: Scan, results: list[Row]) -> list[Row]:
 
 
 def merge(kept: pa.Table | None, chunks: Iterable[list[Row]]) -> pa.Table:
-    """One ordered table of the rows that stay and of new ones, duplicates rejected."""
+    """One ordered table of rows that stay and new ones: duplicates rejected, outliers flagged."""
     tables = [scan_table(rows) for rows in chunks]
     if kept is not None:
         tables.insert(0, kept)
     table = _concatenated(tables)
-    return _without_duplicates(table.sort_by([(name, "ascending") for name in _ORDER]))
+    return _with_outliers(
+        _without_duplicates(table.sort_by([(name, "ascending") for name in _ORDER])))
 
 
 def _concatenated(tables: list[pa.Table]) -> pa.Table:
@@ -98,6 +99,35 @@ def _marked(table: pa.Table, marks: dict[int, Row]) -> pa.Table:
         table = table.set_column(table.column_names.index(name), table.schema.field(name),
                                  pa.array(values, pa.string()))
     return table
+
+
+def _with_outliers(table: pa.Table) -> pa.Table:
+    """Flags of scans far from their cohort, computed anew from all figures that are there now."""
+    from data_prep.qc import outlier_flags
+    from data_prep.qc.judge import OUTLIER, rules
+
+    marks: dict[int, Row] = {}
+    columns = ["uri", "member", "modality", "cohort", "status", "reason",
+               *(name for name in rules().figures if name in table.column_names)]
+    for numbers in _groups(table):
+        rows = table.select(columns).take(numbers).to_pylist()
+        found = outlier_flags(rows)
+        for number, row in zip(numbers.tolist(), rows, strict=True):
+            flags = [flag for flag in (row["reason"] or "").split(";")
+                     if flag and not flag.startswith(OUTLIER)]
+            flags += found.get((row["uri"], row["member"], row["modality"]), [])
+            reason = ";".join(flags) or None
+            if reason != row["reason"]:
+                marks[number] = {"reason": reason, "status": "flagged" if flags else "accepted"}
+    return _marked(table, marks)
+
+
+def _groups(table: pa.Table) -> list[np.ndarray]:
+    """Numbers of the usable rows of each cohort and modality."""
+    names = pc.binary_join_element_wise(table["cohort"], table["modality"], "/")
+    codes = names.combine_chunks().dictionary_encode().indices.to_numpy()
+    rows = np.flatnonzero(usable(table))
+    return [rows[codes[rows] == code] for code in np.unique(codes[rows])]
 
 
 def duplicate_of(place: str) -> Row:

@@ -2,18 +2,27 @@
 
 Feed: every member of every tar against the hash, place and voxel count in the index; nothing
 missing, nothing besides.  Archive: every row's voxels against the hash taken when they were
-written, their codes and range; no slot without a row, no two rows of equal content.  Both: no
-person and no family in two splits.
+written, their codes and range; no slot without a row, no two rows of equal content; near-duplicates
+under review are of rows that exist.  Both: no person and no family in two splits, nobody who
+withdrew is left anywhere, no withdrawal half done, an unbroken audit log.
+
+Tars are streamed and volumes read one by one: the memory taken is that of one sample and the index.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import tarfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.audit import audit_problems, read_events, unfinished, withdrawn_people
 from data_prep.splits import check as check_splits
 from data_prep.store import (
+    WITHDRAWN,
     check_reachable,
     list_slots,
     open_archive,
@@ -21,7 +30,6 @@ from data_prep.store import (
     slot,
     voxel_hash,
 )
-from data_prep.tars import read_tar
 from neurojepa.errors import DataError
 from neurojepa.feed.format import (
     AIR,
@@ -31,12 +39,14 @@ from neurojepa.feed.format import (
     join,
     open_feed,
     open_store,
-    read_bytes,
     sha256,
+    store_errors,
 )
 
 Row = dict[str, Any]
 _SHOWN = 20
+_ROWS_AT_ONCE = 10_000
+_REPORT_EVERY_S = 5.0
 
 
 def verify(target: str) -> int:
@@ -69,69 +79,129 @@ def verify(target: str) -> int:
     return 0
 
 
+class _Progress:
+    """A line every few seconds while many samples are read."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.begin = self.last = time.monotonic()
+
+    def step(self) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self.last > _REPORT_EVERY_S or self.done == self.total:
+            self.last = now
+            left = (now - self.begin) / self.done * (self.total - self.done) / 60
+            print(f"{self.done}/{self.total} scans read, about {left:.1f} minutes left", flush=True)
+
+
+# ---- what feed and archive share -----------------------------------------------------------------
+
+def _people_problems(uri: str, rows: pa.Table, labels: pa.Table) -> Iterator[str]:
+    """Splits, withdrawals and the log of them; ``rows`` are those whose person must be allowed."""
+    yield from check_splits(_dicts(rows.select(["participant", "family", "split"])))
+    if broken := list(audit_problems(uri)):
+        yield from broken
+        return
+    gone = pa.array(sorted(withdrawn_people(uri)), pa.string())
+    for name, table in (("rows", rows), ("labels", labels)):
+        left = pc.unique(table["participant"].filter(pc.is_in(table["participant"], gone)))
+        for person in left.to_pylist():
+            yield f"{person} withdrew, but still has {name}; run withdraw again"
+    if unfinished(read_events(uri)):
+        yield f"{uri}: a withdrawal did not come to its end; run withdraw with the same list again"
+
+
+def _repeated(scan_ids: pa.ChunkedArray) -> Iterator[str]:
+    for each in pc.value_counts(scan_ids).to_pylist():
+        if each["counts"] > 1:
+            yield (f"scan {each['values']} occurs {each['counts']} times; one content may have one "
+                   "row")
+
+
+def _dicts(table: pa.Table) -> Iterator[Row]:
+    for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+        yield from batch.to_pylist()
+
+
+# ---- feed ----------------------------------------------------------------------------------------
+
 def _feed_problems(feed: Feed) -> Iterator[str]:
-    rows = feed.index.to_pylist()
-    yield from check_splits(rows)
-    yield from _repeated(row["scan_id"] for row in rows)
-    by_shard: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_shard[row["shard"]].append(row)
+    index = feed.index
+    yield from _people_problems(feed.uri, index, feed.labels())
+    yield from _repeated(index["scan_id"])
+    shards = sorted(pc.unique(index["shard"]).to_pylist())
     fs, root = open_store(join(feed.uri, "shards"))
     for path in fs.find(root):
-        if f"shards/{path.rsplit('/', 1)[-1]}" not in by_shard:
+        if f"shards/{path.rsplit('/', 1)[-1]}" not in shards:
             yield f"{path}: a shard that the index does not know"
-    for number, (shard, own) in enumerate(sorted(by_shard.items()), 1):
-        yield from _shard_problems(feed, shard, own)
-        print(f"{number}/{len(by_shard)} shards read", flush=True)
+    progress = _Progress(index.num_rows)
+    for shard in shards:
+        own = index.filter(pc.equal(index["shard"], shard)).to_pylist()
+        yield from _shard_problems(feed, shard, own, progress)
 
 
-def _shard_problems(feed: Feed, shard: str, rows: list[Row]) -> Iterator[str]:
+def _shard_problems(feed: Feed, shard: str, rows: list[Row], progress: _Progress) -> Iterator[str]:
     uri = join(feed.uri, shard)
+    if len(cohorts := {row["cohort"] for row in rows}) > 1:
+        yield f"{uri}: holds the cohorts {', '.join(sorted(cohorts))}; a shard must be of one"
+    expected = {f"{row['scan_id']}.{kind}.npy.zst": (row, kind, prefix)
+                for row in rows for kind, prefix in (("image", ""), ("label", "label_"))
+                if row[prefix + "length"] is not None}
+    fs, path = open_store(uri)
     try:
-        data = read_bytes(uri)
-        members = {member.name: member for member in read_tar(data, uri)}
+        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
+            for member in tar:
+                if (known := expected.pop(member.name, None)) is None:
+                    yield f"{uri}: {member.name} is not in the index"
+                    continue
+                yield from _member_problems(feed, tar, member, f"{uri}: {member.name}", *known)
+                if known[1] == "image":
+                    progress.step()
+    except FileNotFoundError:
+        yield f"{uri}: not found; pack the feed again"
+        return
+    except tarfile.TarError as error:
+        yield f"{uri}: not a whole tar ({error}); pack the feed again"
+    except store_errors() as error:
+        yield f"{uri}: cannot be read ({error}); check the store"
+    for name in expected:
+        yield f"{uri}: {name}: not in the tar"
+
+
+def _member_problems(feed: Feed, tar: tarfile.TarFile, member: tarfile.TarInfo, where: str,
+                     row: Row, kind: str, prefix: str) -> Iterator[str]:
+    offset, length = row[prefix + "offset"], row[prefix + "length"]
+    if (member.offset_data, member.size) != (offset, length):
+        yield f"{where}: at {member.offset_data}+{member.size}, the index says {offset}+{length}"
+    file = tar.extractfile(member)
+    sample = b"" if file is None else file.read(length)
+    if sha256(sample) != row[prefix + "sha256"]:
+        yield f"{where}: content differs from its hash in the index"
+        return
+    try:
+        array = decode_array(sample, feed.grid.shape, where)
     except DataError as error:
         yield str(error)
         return
-    if len(cohorts := {row["cohort"] for row in rows}) > 1:
-        yield f"{uri}: holds the cohorts {', '.join(sorted(cohorts))}; a shard must be of one"
-    for row in rows:
-        for kind, prefix in (("image", ""), ("label", "label_")):
-            if row[prefix + "length"] is None:
-                continue
-            name = f"{row['scan_id']}.{kind}.npy.zst"
-            where = f"{uri}: {name}"
-            member = members.pop(name, None)
-            if member is None:
-                yield f"{where}: not in the tar"
-                continue
-            offset, length = row[prefix + "offset"], row[prefix + "length"]
-            if (member.offset_data, member.size) != (offset, length):
-                yield (f"{where}: at {member.offset_data}+{member.size}, the index says "
-                       f"{offset}+{length}")
-            sample = data[offset:offset + length]
-            if sha256(sample) != row[prefix + "sha256"]:
-                yield f"{where}: content differs from its hash in the index"
-                continue
-            try:
-                array = decode_array(sample, feed.grid.shape, where)
-            except DataError as error:
-                yield str(error)
-                continue
-            brain = int(((array != AIR) & (array != NOT_SCANNED)).sum())
-            if kind == "image" and brain != row["num_foreground"]:
-                yield f"{where}: {brain} brain voxels, the index says {row['num_foreground']}"
-    for name in members:
-        yield f"{uri}: {name} is not in the index"
+    brain = int(((array != AIR) & (array != NOT_SCANNED)).sum())
+    if kind == "image" and brain != row["num_foreground"]:
+        yield f"{where}: {brain} brain voxels, the index says {row['num_foreground']}"
 
+
+# ---- archive -------------------------------------------------------------------------------------
 
 def _archive_problems(uri: str) -> Iterator[str]:
-    rows = open_archive(uri).rows
-    yield from check_splits(rows)
-    usable = [row for row in rows if row["status"] != "rejected"]
-    yield from _repeated(row["scan_id"] for row in usable)
+    archive = open_archive(uri)
+    scans = archive.scans
+    tombs = pc.fill_null(pc.equal(scans["reason"], WITHDRAWN), False)
+    yield from _people_problems(uri, scans.filter(pc.invert(tombs)), archive.labels)
+    usable = scans.filter(pc.not_equal(scans["status"], "rejected")).select(
+        ["participant", "scan_id", "status", "voxels_sha256"])
+    yield from _repeated(usable["scan_id"])
     slots = list_slots(uri)
-    for number, row in enumerate(usable, 1):
+    progress = _Progress(usable.num_rows)
+    for row in _dicts(usable):
         path = slot(row["participant"], row["scan_id"])
         if row["status"] not in ("accepted", "flagged"):
             yield f"{path}: status {row['status']} is unknown"
@@ -140,13 +210,32 @@ def _archive_problems(uri: str) -> Iterator[str]:
         else:
             yield f"{path}: accepted, but its voxels are not in the archive"
         slots.discard(path)
-        if number % 50 == 0 or number == len(usable):
-            print(f"{number}/{len(usable)} scans read", flush=True)
+        progress.step()
     for path in sorted(slots):
         yield f"{path}: voxels without an accepted row"
-    for row in rows:
-        if row["status"] == "rejected" and not row["reason"]:
-            yield f"{row['uri']}: rejected without a reason"
+    for row in _dicts(scans.filter(pc.equal(scans["status"], "rejected"))
+                      .select(["participant", "session", "modality", "reason"])):
+        if not row["reason"]:
+            yield (f"{row['participant']} session {row['session']} {row['modality']}: rejected "
+                   "without a reason")
+    yield from _record_problems(uri)
+    yield from _review_problems(archive.review, usable)
+
+
+def _record_problems(uri: str) -> Iterator[str]:
+    gone = withdrawn_people(uri) if not list(audit_problems(uri)) else set()
+    fs, root = open_store(join(uri, "results"))
+    for path in fs.ls(root, detail=False) if fs.exists(root) else []:
+        if path.rsplit("/", 1)[-1].rpartition("-")[0] in gone:
+            yield f"{path}: a record of somebody who withdrew; run withdraw again"
+
+
+def _review_problems(review: pa.Table, usable: pa.Table) -> Iterator[str]:
+    for side in ("scan_id_a", "scan_id_b"):
+        if side in review.column_names:
+            known = pc.is_in(review[side], usable["scan_id"].combine_chunks())
+            for scan_id in pc.unique(review[side].filter(pc.invert(known))).to_pylist():
+                yield f"review.parquet: scan {scan_id} is no usable row; run prepare again"
 
 
 def _volume_problems(uri: str, path: str, row: Row) -> Iterator[str]:
@@ -165,9 +254,3 @@ def _volume_problems(uri: str, path: str, row: Row) -> Iterator[str]:
         yield f"{path}: no brain, or a constant one"
     if image.min() < 0 or image[mask != 1].any():
         yield f"{path}: intensities below 0 or outside the brain"
-
-
-def _repeated(scan_ids: Any) -> Iterator[str]:
-    for scan_id, count in Counter(scan_ids).items():
-        if count > 1:
-            yield f"scan {scan_id} occurs {count} times; one content may have one row"

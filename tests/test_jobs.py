@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import jobs
+from data_prep import jobs, task
 from data_prep.store import (
     IMAGE_SCALE,
     check_reachable,
@@ -31,8 +31,8 @@ TWO = {"p1/1/T1w": "one", "p1/2/T1w": "two", "p2/1/T1w": "three", "p2/1/T2w": "f
 
 def run_here(function, tasks, *options) -> dict[str, str]:
     """``run_tasks`` without Ray."""
-    for task in tasks:
-        function(task.argument)
+    for each in tasks:
+        function(each.argument)
     return {}
 
 
@@ -43,7 +43,7 @@ def calls(monkeypatch) -> list[str]:
 
     def run(function, tasks, *options):
         tasks = list(tasks)
-        seen.extend(task.name for task in tasks)
+        seen.extend(each.name for each in tasks)
         return run_here(function, tasks)
 
     monkeypatch.setattr(jobs, "run_tasks", run)
@@ -197,6 +197,7 @@ def test_a_killed_worker_leaves_the_same_bytes(tmp_path: Path, monkeypatch):
 
 def test_archive_on_s3(calls, tmp_path: Path, s3):
     manifest, out = make_manifest(tmp_path, TWO | {"p3/1/T1w": "three"}), f"{s3.uri}/archive"
+    task._child().end()  # one from before the server knows no address of it
     prepare(manifest, tmp_path / "a")
     prepare(manifest, out)
     there, here = open_archive(out), open_archive(str(tmp_path / "a"))
@@ -205,6 +206,20 @@ def test_archive_on_s3(calls, tmp_path: Path, s3):
     assert verify(out) == 0
     prepare(manifest, out)
     assert calls == ["p1", "p2", "p3"] * 2
+
+
+def test_stock_zarr_opens_the_archive_over_s3(calls, tmp_path: Path, s3):
+    import zarr
+
+    task._child().end()
+    out = f"{s3.uri}/stock"
+    prepare(make_manifest(tmp_path, {"p1/1/T1w": "one"}), out)
+    group = zarr.open_group(f"{out}/volumes.zarr/{next(iter(list_slots(out)))}", mode="r")
+    image, mask = volume("one")
+    assert np.abs(group["image"][:] * group["image"].attrs["scale"] - image).max() < 1e-4
+    crop = np.s_[60:120, 72:144, 60:120]  # one inner chunk of the shard
+    assert (group["mask"][crop] == mask[crop]).all()
+    assert group["image"].metadata.dimension_names == ("x", "y", "z")
 
 
 def test_no_s3_is_one_clear_line_in_seconds(monkeypatch, run_cli, tmp_path: Path):
@@ -239,3 +254,28 @@ def test_damaged_slots_are_named(tmp_path: Path):
         read_volume(out, "p/s")
     with pytest.raises(DataError, match="p/none: cannot be read"):
         read_volume(out, "p/none")
+
+
+def test_outliers_are_flagged_from_all_that_is_there_now(calls, tmp_path: Path, monkeypatch):
+    """A scan far from its cohort is flagged by figures; more scans of its kind undo it."""
+    from data_prep import merge
+    from data_prep.qc.judge import rules
+
+    figure = next(name for name, info in rules().figures.items() if info.worse != "none")
+
+    def rows(values: list[float]) -> list[dict]:
+        return [{"uri": f"u{n}", "cohort": "c", "participant": f"p{n}", "session": "1",
+                 "modality": "T1w", "scan_id": f"s{n}", "status": "accepted", figure: value}
+                for n, value in enumerate(values)]
+
+    bulk = [100.0 + n % 5 for n in range(30)]
+    first = merge.merge(None, [rows([*bulk, 1e6, -1e6])])
+    flagged = {row["scan_id"]: row["reason"] for row in first.to_pylist()
+               if row["status"] == "flagged"}
+    assert flagged and set(flagged) <= {"s30", "s31"}
+    assert set(flagged.values()) == {f"outlier:{figure}"}
+    wide = [{**row, "scan_id": f"w{n}", "uri": f"w{n}"} for n, row in enumerate(
+        rows([value for n in range(60) for value in (1e6 + n, -1e6 - n)]))]
+    second = merge.merge(first, [wide])
+    assert set(second["status"].to_pylist()) == {"accepted"}
+    assert second["reason"].null_count == len(second)

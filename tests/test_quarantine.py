@@ -20,33 +20,36 @@ from neurojepa.feed.format import sha256
 from tests.fakes import QUICK, fake_prepare, make_manifest
 from tests.test_jobs import calls, tree_bytes  # noqa: F401
 
-LIMITS = Limits(memory_bytes=1 << 30, seconds_per_scan=2.0)
+LIMITS = Limits(memory_bytes=1 << 30, seconds_per_scan=60.0)
+IMPATIENT = replace(LIMITS, seconds_per_scan=3.0)
 
 
 @pytest.fixture
 def prepare(calls, tmp_path: Path) -> Callable[..., dict[str, str | None]]:  # noqa: F811
     """Prepare "person/session/modality" -> text; returns the reason of each."""
 
-    def run(contents: dict[str, str], out: str = "a", **options) -> dict[str, str | None]:
-        jobs.prepare([make_manifest(tmp_path, contents)], str(tmp_path / out), QUICK, 1,
-                     prepare_one=fake_prepare, limits=LIMITS, **options)
+    def run(contents: dict[str, str], limits: Limits = LIMITS,
+            **options) -> dict[str, str | None]:
+        out = str(tmp_path / "a")
+        jobs.prepare([make_manifest(tmp_path, contents)], out, QUICK, 1,
+                     prepare_one=fake_prepare, limits=limits, **options)
         return {"/".join((row["participant"], row["session"], row["modality"])): row["reason"]
-                for row in open_archive(str(tmp_path / out)).rows}
+                for row in open_archive(out).rows}
 
     return run
 
 
 @pytest.mark.parametrize("text, reason, message", [
     ("segv", "worker_crashed", "the process died of SIGSEGV"),
-    ("hang", "worker_timeout", "not done after 2 s"),
+    ("hang", "worker_timeout", "not done after 3 s"),
     ("eat", "worker_memory", "1.00 are allowed"),
     ("crash", "worker_failed", "ZeroDivisionError: a fault in the code (fakes.py:"),
 ])
 def test_only_the_poison_scan_is_lost(prepare, calls, tmp_path: Path, text: str,  # noqa: F811
                                       reason: str, message: str):
-    contents = {"p1/1/T1w": "one", "p1/2/T1w": text, "p1/3/T1w": "three", "p2/1/T1w": "two"}
-    assert prepare(contents) == {"p1/1/T1w": None, "p1/2/T1w": reason, "p1/3/T1w": None,
-                                 "p2/1/T1w": None}
+    contents = {"p1/1/T1w": "one", "p1/2/T1w": text, "p2/1/T1w": "two"}
+    assert prepare(contents, IMPATIENT if text == "hang" else LIMITS) == {
+        "p1/1/T1w": None, "p1/2/T1w": reason, "p2/1/T1w": None}
     row = open_archive(str(tmp_path / "a")).rows[1]
     assert message in row["message"] and row["scan_id"] is None
     assert verify(str(tmp_path / "a")) == 0
@@ -66,7 +69,8 @@ def test_quarantined_people_are_tried_again_when_told_to(prepare, calls, tmp_pat
 
 
 def test_scans_that_die_only_together_are_all_given_up(prepare):
-    reasons = prepare({"p1/1/T1w": "one", "p1/2/T1w": "crowd", "p2/1/T1w": "two"})
+    reasons = prepare({"p1/1/T1w": "one", "p1/2/T1w": "crowd", "p2/1/T1w": "two"},
+                      IMPATIENT)
     assert reasons == {"p1/1/T1w": "worker_timeout", "p1/2/T1w": "worker_timeout",
                        "p2/1/T1w": None}
 
