@@ -26,8 +26,8 @@ from data_prep.scan import ScanError
 from neurojepa.errors import DataError
 from neurojepa.feed.format import open_store, store_errors
 
-MAX_MEMBERS = 100_000
-MAX_READ_BYTES = 16 << 20  # at once: bounds central directories and the long headers of tars
+MAX_MEMBERS = 2_000_000  # a delivery of DICOM slices of a whole study in one zip
+MAX_READ_BYTES = 256 << 20  # at once: bounds central directories and the long headers of tars
 MAX_TOTAL_BYTES = 64 << 30  # claimed by all members together
 # Masks and label maps deflate well, so the ratio counts only where the result is large.
 BOMB_BYTES, BOMB_RATIO = 256 << 20, 300

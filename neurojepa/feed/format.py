@@ -225,7 +225,7 @@ def decode_array(data: bytes, shape: tuple[int, ...], name: str,
         array = np.empty(shape, dtype) if out is None else out
         if array.dtype != dtype or array.shape != stored:
             raise DataError(f"{name}: is {dtype} {stored}, {array.dtype} {array.shape} is needed")
-        view, done = memoryview(array.reshape(-1).view(np.uint8)), 0
+        view, done = array.reshape(-1).view(np.uint8).data, 0
         while done < len(view):
             if not (count := reader.readinto(view[done:])):
                 raise ValueError(f"ends after {done} of {len(view)} bytes")

@@ -236,7 +236,7 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
     yield memoryview(struct.pack("<Q", len(text)) + text)
     for tensor in tensors.values():
         if tensor.nbytes:
-            yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _check_space(uri: str, num_bytes: int) -> None:
