@@ -25,7 +25,7 @@ from data_prep.synth.scanner import Head, Pose, View
 VOLUME_COLUMNS = ("ventricle_ml", "hippocampus_ml", "cortex_gm_ml", "csf_ml", "lesion_ml",
                   "brain_ml")
 PERSONAL = ((3.0, 20.0), (0.8, 10.0))  # rms and width of the personal deformation, millimetres
-SHAPE_MM = 2.0  # by which one sd of the shape trait moves the poles of the brain
+SHAPE_MM = 3.0  # by which one sd of the shape trait moves the poles of the brain
 HALF_LENGTH_MM = 85.0  # from the middle of the brain to its poles
 
 

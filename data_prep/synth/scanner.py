@@ -97,9 +97,9 @@ class View:
     def mean_signal(self, table: np.ndarray) -> np.ndarray:
         """float32 signal: ``table`` [1000] by label, averaged over each voxel.
 
-        Voxels of 2 mm and more are averages over parts of 1 to 2 mm.
+        From 2 mm on, a voxel is the average of two parts along each axis.
         """
-        parts = np.maximum(self.grid.voxel_mm.round(3).astype(int), 1)
+        parts = np.where(self.grid.voxel_mm > 1.99, 2, 1)
         fine = table[self.labels if (parts == 1).all() else self._labels(self.grid.finer(parts))]
         for axis, part in enumerate(parts):
             if part > 1:
