@@ -56,10 +56,10 @@ class Scan:
 
 
 # Sidecar keys kept in ``facts``: BIDS names, whatever the cohort calls them.
-FACTS = ("FrameTimesStart", "FrameDuration", "Units", "TimeZero", "InjectionStart", "RepetitionTime", "EchoTime",
-         "SliceThickness", "MRAcquisitionType", "ContrastBolusIngredient", "Defaced",
-         "RadionuclideHalfLife", "InjectedRadioactivity", "InjectedRadioactivityUnits",
-         "BodyWeight")
+FACTS = ("FrameTimesStart", "FrameDuration", "Units", "TimeZero", "InjectionStart",
+         "RepetitionTime", "EchoTime", "SliceThickness", "MRAcquisitionType",
+         "ContrastBolusIngredient", "Defaced", "RadionuclideHalfLife", "InjectedRadioactivity",
+         "InjectedRadioactivityUnits", "BodyWeight")
 
 SCAN_SCHEMA = pa.schema([
     (name, pa.float64() if name in ("age_at_scan", "field_strength", "modified")

@@ -116,7 +116,7 @@ def test_a_feed_without_its_commit_record_or_with_a_changed_index_is_refused(
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     target = tmp_path / "is-a-directory"
     (target / "child").mkdir(parents=True)
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot be written"):
         write_bytes(str(target), b"data")
     assert [path.name for path in tmp_path.iterdir()] == ["is-a-directory"]
 

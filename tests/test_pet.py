@@ -74,6 +74,12 @@ def test_late_frames_are_weighted_by_their_duration():
     assert flags == []
 
 
+def test_frames_timed_from_the_scan_are_counted_from_the_injection():
+    facts = {**BQ, "FrameTimesStart": [0, 300, 900, 1200], "FrameDuration": [300, 600, 300, 600],
+             "InjectionStart": -3000}
+    assert late(series([1, 4, 100, 9]), facts, tracer="AV45")[1]["pet_window_min"] == "50-70"
+
+
 def test_a_frame_counts_when_half_of_it_is_inside_the_window():
     facts = {**BQ, "FrameTimesStart": [0, 2700, 3300, 3900, 4500],
              "FrameDuration": [2700, 600, 600, 600, 600]}

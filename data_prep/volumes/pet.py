@@ -138,7 +138,7 @@ def _span(start: np.ndarray, duration: np.ndarray) -> str:
 
 def _frame_times(facts: Mapping[str, object], count: int, name: str
                  ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Starts and durations in seconds; None where the sidecar has neither."""
+    """Starts after the injection and durations, in seconds; None where the sidecar has neither."""
     values = [facts.get(key) for key in ("FrameTimesStart", "FrameDuration")]
     if values == [None, None]:
         return None
@@ -153,7 +153,8 @@ def _frame_times(facts: Mapping[str, object], count: int, name: str
         raise ScanError("bad_frames", f"{name}: {count} frames, {start.size} FrameTimesStart and "
                         f"{duration.size} FrameDuration; starts must rise and durations lie in 0 "
                         f"to {MAX_FRAME_S:g} s")
-    return start, duration
+    injected = facts.get("InjectionStart")  # seconds after TimeZero, as the frames are
+    return start - (injected if isinstance(injected, int | float) else 0), duration
 
 
 # ---- ratio --------------------------------------------------------------------------------------
