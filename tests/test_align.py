@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from data_prep.scan import ScanError
 from data_prep.synth.anatomy import load_anatomy
-from data_prep.synth.cohort import draw_person
+from data_prep.synth.cohort import SITES, draw_person
 from data_prep.synth.person import file_names, make_visit
 from data_prep.volumes.align import midpoint, nearest_rigid, register_rigid, rotation_deg, template
 from data_prep.volumes.brain import brain_mask
@@ -151,10 +152,10 @@ def test_what_is_no_brain_fails_to_register(tmp_path):
 def test_thick_t2w_slices_stay_with_their_t1w(shared_data, tmp_path, index: int, visit: int,
                                               anatomy: str):
     """Heads on which a mask-limited metric ran 25 mm away, or ends a little below its start."""
-    person = draw_person(0, index)
-    files, _ = make_visit(load_anatomy(anatomy, shared_data / "labels"), person,
-                          person.visits[visit], 0, 2.0)
-    names = file_names(person, person.visits[visit])
+    person = replace(draw_person(0, index), site=SITES[1])
+    seen = replace(person.visits[visit], modalities=("T1w", "T2w"))
+    files, _ = make_visit(load_anatomy(anatomy, shared_data / "labels"), person, seen, 0, 2.0)
+    names = file_names(person, seen)
     scans = {}
     for modality in ("T1w", "T2w"):
         path = tmp_path / f"{modality}.nii.gz"
