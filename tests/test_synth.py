@@ -1,4 +1,4 @@
-"""The synthetic cohort: a valid tree, the same bytes every time, truth in scans, left and right."""
+"""The synthetic cohort: a valid tree, equal bytes every time, truth in scans, left and right."""
 
 from __future__ import annotations
 
