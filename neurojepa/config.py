@@ -93,7 +93,12 @@ class ObjectiveConfig(Config):
 class OptimConfig(Config):
     lr: float = Field(5e-4, gt=0)
     min_lr: float = Field(1e-6, ge=0)
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="of lr after the warm-up; under constant a later end changes no "
+        "earlier step")
     warmup_steps: int = Field(100, ge=0)
+    cooldown_steps: int = Field(0, ge=0, description="last steps of the run, in which lr falls "
+                                "linearly to min_lr")
     weight_decay: float = Field(0.04, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: float = Field(1.0, gt=0)

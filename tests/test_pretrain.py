@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
@@ -13,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from neurojepa.config import OptimConfig, RootConfig, dump_config
+from neurojepa.config import RootConfig, dump_config
 from neurojepa.errors import ConfigError
 from neurojepa.pretrain import main
 from neurojepa.train.checkpoint import committed_steps, latest_step
 from neurojepa.train.rows import read_rows
-from neurojepa.train.schedule import learning_rate, rates_at
 from tests.feeds import tiny_config, write_feed
 from tests.worker import ROOT, job, run_module, run_ranks
 
@@ -40,21 +38,6 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "neurojepa.pretrain", *arguments], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**environment, "OMP_NUM_THREADS": "1"})
-
-
-def test_learning_rate_warms_up_and_decays() -> None:
-    optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
-    rates = [learning_rate(step, 11, optim) for step in range(11)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[7] == pytest.approx(0.55)  # half way down
-    assert rates[10] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rates[3:]))
-
-
-def test_sparsity_warms_up(tmp_path: Path) -> None:
-    config = tiny_config("feed", tmp_path)
-    full = config.objective.sparse.l1
-    assert [rates_at(s, config).l1 / full for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
 def test_a_stopped_run_continues_as_if_nothing_had_happened(feed: str, tmp_path: Path) -> None:

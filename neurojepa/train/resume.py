@@ -12,10 +12,11 @@ from neurojepa.config import RootConfig, validate
 from neurojepa.errors import ConfigError
 from neurojepa.train.checkpoint import Checkpoint, latest_step, open_checkpoint
 
-# What may differ when a run continues: none of it changes which samples a step sees or its maths.
+# What may differ when a run continues: none of it changes which samples a step sees or its maths,
+# but for the cooldown, which is decided late.
 FREE = ("data.feed", "data.prefetch_batches", "data.read_threads", "model.activation_checkpointing",
         "train.zero", "train.micro_batch", "train.checkpoint_every", "train.keep_last",
-        "train.milestone_every", "train.log_every", "run.")
+        "train.milestone_every", "train.log_every", "optim.cooldown_steps", "run.")
 
 
 def check_same_recipe(config: RootConfig) -> None:

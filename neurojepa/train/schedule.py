@@ -30,9 +30,24 @@ def rates_at(step: int, config: RootConfig) -> Rates:
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
-    """Linear warm-up to ``lr``, then half a cosine down to ``min_lr`` at the last step."""
+    """Linear warm-up to ``lr``, half a cosine down to ``min_lr`` or none, and a linear cooldown.
+
+    The cooldown is decided late: a run of constant rate that is extended, or given a cooldown,
+    before its last ``cooldown_steps`` has had the rates that it would have had from the start.
+    (Warm-up, stable, decay: Hu et al. 2024; Haegele et al. 2024.)
+    """
     if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    rest = max(1, steps - 1 - optim.warmup_steps)
-    progress = min(1.0, (step - optim.warmup_steps) / rest)
-    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        rate = optim.lr * (step + 1) / optim.warmup_steps
+    elif optim.schedule == "constant":
+        rate = optim.lr
+    else:
+        rest = max(1, steps - 1 - optim.warmup_steps)
+        progress = min(1.0, (step - optim.warmup_steps) / rest)
+        rate = _between(optim, 0.5 * (1 + math.cos(math.pi * progress)))
+    if step >= steps - optim.cooldown_steps:
+        rate = min(rate, _between(optim, (steps - 1 - step) / optim.cooldown_steps))
+    return rate
+
+
+def _between(optim: OptimConfig, share: float) -> float:
+    return optim.min_lr + (optim.lr - optim.min_lr) * share
