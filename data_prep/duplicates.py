@@ -64,7 +64,7 @@ class NearPair:
     scan_id_b: str
 
 
-def fingerprint(image: np.ndarray, mask: np.ndarray) -> str:
+def fingerprint(image: np.ndarray, mask: np.ndarray) -> str | None:
     """Low-resolution description of a prepared volume, as text for the scan's row.
 
     Parameters
@@ -74,7 +74,7 @@ def fingerprint(image: np.ndarray, mask: np.ndarray) -> str:
 
     Returns
     -------
-    str
+    str, or None where no cell has brain in it
         base64 of one signed byte per cell of the ellipsoid: how much brighter it is than its
         surroundings, in 1/32 standard deviations; 0 where there is no brain
     """
@@ -82,10 +82,10 @@ def fingerprint(image: np.ndarray, mask: np.ndarray) -> str:
     blocks = [edge for n in cells for edge in (n, CELL_VOXELS)]
     brain = mask == 1
     share = brain.reshape(blocks).mean(axis=(1, 3, 5))
-    total = np.where(brain, image, 0).astype(np.float64).reshape(blocks).mean(axis=(1, 3, 5))
+    total = np.where(brain, image, 0).reshape(blocks).mean(axis=(1, 3, 5), dtype=np.float64)
     inside = (share > MIN_SHARE) & _ellipsoid()
     if not inside.any():
-        raise ValueError("fingerprint: the mask has no brain")
+        return None
     # Over the brain's part of a cell: blind to where the mask ends.
     level = np.divide(total, share, out=np.zeros(cells), where=inside)
     level[inside] -= level[inside].mean()

@@ -15,6 +15,7 @@ from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from data_prep.duplicates import fingerprint
 from data_prep.limits import Child, Death
 from data_prep.merge import duplicate_of
 from data_prep.scan import Scan, ScanError, split_member
@@ -173,6 +174,7 @@ def _prepare_and_write(work: Work, scans: list[Scan], rows: list[Row]) -> None:
             row |= duplicate_of(place)
             continue
         seen.add(result.scan_id)
+        row["figures"]["fingerprint"] = fingerprint(result.image, result.mask)
         row["voxels_sha256"] = write_volume(work.out, place, result.image, result.mask,
                                             result.label, getattr(result, "parcels", None))
     _commit_record(work, rows)

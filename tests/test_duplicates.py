@@ -95,6 +95,11 @@ def test_the_review_table_has_a_row_for_each_pair(people: list[dict], copy: str)
     assert review_table([]).num_rows == 0
 
 
+def test_no_brain_has_no_fingerprint() -> None:
+    nothing = np.zeros(SHAPE, np.uint8)
+    assert fingerprint(nothing.astype(np.float32), nothing) is None
+
+
 def test_a_damaged_fingerprint_is_named(people: list[dict]) -> None:
     with pytest.raises(DataError, match="scan id-x: its fingerprint is damaged"):
         near_pairs([*people, row("x", "AAAA")])
