@@ -160,29 +160,14 @@ def _affine(head: Volume, mask: np.ndarray, modality: str, preset: Preset,
         fixed, moving = target.image, stripped(head.data, mask)
     else:
         fixed, moving = target.mask.astype(np.float32), mask.astype(np.float32)
-    return _two_steps(fixed, moving, head.affine, centre_of(mask, head.affine), preset,
-                      sitk.ImageRegistrationMethod.SetMetricAsCorrelation
-                      if metric == "correlation" else _mutual_information)
-
-
-def whole_head_affine(head: Volume, inside: np.ndarray, preset: Preset) -> np.ndarray:
-    """12-dof affine by mutual information of a whole head with the template's brain, [4, 4].
-
-    Template mm to head mm; ``inside``: bool, the head, whose centre is where the search begins.
-    SimpleITK's RuntimeError where the images lose each other.
-    """
-    return _two_steps(template(preset.template_mm).image, head.data, head.affine,
-                      centre_of(inside, head.affine), preset, _mutual_information)
-
-
-def _two_steps(fixed: np.ndarray, moving: np.ndarray, affine: np.ndarray, centre: np.ndarray,
-               preset: Preset, set_metric: SetMetric) -> np.ndarray:
-    """Rotation first: from a turned head the 12 parameters at once stop too early."""
-    target = template(preset.template_mm)
-    images = to_itk(fixed, target.affine), shrunk(moving, affine, 2.0 * preset.template_mm)
+    set_metric = (sitk.ImageRegistrationMethod.SetMetricAsCorrelation
+                  if metric == "correlation" else _mutual_information)
+    images = to_itk(fixed, target.affine), shrunk(moving, head.affine, 2.0 * preset.template_mm)
+    # Rotation first: from a turned head the 12 parameters at once stop too early.
     rigid = sitk.Euler3DTransform()
     rigid.SetCenter(MNI_CENTRE_MM)
-    rigid.SetTranslation((centre - centre_of(target.mask, target.affine)).tolist())
+    rigid.SetTranslation((centre_of(mask, head.affine)
+                          - centre_of(target.mask, target.affine)).tolist())
     coarse = _register(*images, rigid, shrink=preset.shrink, sampling=preset.sampling,
                        set_metric=set_metric).matrix
     return _register(*images, to_transform(coarse, MNI_CENTRE_MM), shrink=preset.shrink,
