@@ -18,7 +18,6 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +63,8 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
     seen = Seen()
     walked = Source(source, Seen.load(seen_at, cohort), tables, seen)
     others = _Linked(name, key, links, beside)
-    with tempfile.TemporaryFile() as spool:
+    with tempfile.TemporaryDirectory() as folder:
+        spool = f"{folder}/scans.parquet"
         people = _People(name, key)
         reader = importlib.import_module(f"data_prep.cohorts.{cohort}")
         _spool(spool, people.take(reader.read_cohort(walked, name)))
@@ -200,9 +200,9 @@ def _states(batch: pa.RecordBatch) -> np.ndarray:
     return np.array([[hash(value) for value in column] for column in columns], np.int64).T
 
 
-def _spool(file: IO[bytes], scans: Iterator[tuple[Scan, str]]) -> None:
+def _spool(path: str, scans: Iterator[tuple[Scan, str]]) -> None:
     """Write scans in row groups, family and split still empty."""
-    with pq.ParquetWriter(file, SCAN_SCHEMA) as writer:
+    with pq.ParquetWriter(path, SCAN_SCHEMA) as writer:
         group: list[tuple[Scan, str]] = []
         for pair in scans:
             group.append(pair)
@@ -219,7 +219,7 @@ def _batch(scans: list[tuple[Scan, str]]) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=SCAN_SCHEMA)
 
 
-def _with_splits(spool: IO[bytes], families: dict[str, str],
+def _with_splits(spool: str, families: dict[str, str],
                  splits: dict[str, str]) -> tuple[bytes, np.ndarray]:
     """The manifest's bytes, and the ``_states`` of its scans."""
     out, states = io.BytesIO(), []
@@ -243,8 +243,8 @@ def _cohort_name(source: str, name: str | None) -> str:
 
 
 def _tell(name: str, out: str, manifest: bytes, notes: Counter[str]) -> None:
-    table = pq.read_table(io.BytesIO(manifest), columns=["participant", "family", "split",
-                                                         "modality"])
+    table = pq.ParquetFile(pa.BufferReader(manifest)).read(["participant", "family", "split",
+                                                       "modality"])
     kinds = Counter(table["modality"].to_pylist())
     splits = table["split"].to_pylist()
     in_split = {kind: Counter(dict(zip(table[kind].to_pylist(), splits, strict=True)).values())
@@ -284,10 +284,13 @@ def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
     """A Parquet table, or those columns of it, or DataError naming the file."""
     data = read_bytes(path)
     try:
-        if columns and (missing := set(columns) - set(pq.read_schema(io.BytesIO(data)).names)):
+        # Arrow's threads must need no interpreter, or one that still runs when the process exits
+        # aborts it (github.com/apache/arrow/issues/34314): no pq.read_table, no Python file
+        file = pq.ParquetFile(pa.BufferReader(data))
+        if columns and (missing := set(columns) - set(file.schema_arrow.names)):
             raise DataError(f"{path}: lacks the columns {', '.join(sorted(missing))}; it is not a "
                             "manifest of this version; delete it and run index again")
-        return pq.read_table(io.BytesIO(data), columns=columns)
+        return file.read(columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a Parquet table ({str(error).splitlines()[0]}); make it "
                         "again") from error

@@ -55,7 +55,7 @@ class Seen:
         if not fs.exists(inner):
             return seen
         try:
-            file = pq.ParquetFile(io.BytesIO(read_bytes(path)))
+            file = pq.ParquetFile(pa.BufferReader(read_bytes(path)))
             if (file.schema_arrow.metadata or {}).get(b"reader") == _mark(reader):
                 for batch in file.iter_batches(_ROW_GROUP):
                     columns = [batch.column(name).to_pylist() for name in _SCHEMA.names]

@@ -314,8 +314,9 @@ def _parquet(uri: str) -> pa.Table:
 
 
 def _table(data: bytes) -> pa.Table:
-    """Not by pq.read_table: the threads it starts can abort the process as it exits."""
-    return pq.ParquetFile(io.BytesIO(data)).read()
+    # Not pq.read_table, not a Python file: Arrow's threads must need no interpreter, or one that
+    # still runs when the process exits aborts it (github.com/apache/arrow/issues/34314).
+    return pq.ParquetFile(pa.BufferReader(data)).read()
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
