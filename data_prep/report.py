@@ -135,7 +135,7 @@ def _plain(code: str) -> str:
                   if name in (figure, figure.removeprefix("qc_"))), None)
     if label and side in ("low", "high", "outlier"):
         return f"{side}: {label}"
-    return code.replace("_", " ")
+    return code.removesuffix("_of").replace("_", " ")
 
 
 def _why(code: str) -> str:

@@ -52,7 +52,8 @@ figcaption b { color: var(--ink); font-weight: 600 }
 svg text { font: 11px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: #566274 }
 svg text.name { fill: #1b2430 }
 @media (max-width: 40rem) {
-  table { font-size: .82rem } th, td { padding-right: .55rem }
+  main { padding: 1.2rem .5rem 3rem } section { padding: 1rem .6rem }
+  table { font-size: .77rem } th, td { padding-right: .45rem }
   table.wide .bar { display: none } th { white-space: normal }
 }
 @media print {
