@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from neurojepa.model.flops import step_flops
 from tools.bench.common import brains, machine, print_table
-from tools.bench.flops import step_flops
 
 BATCH = {"small": 2, "base": 2, "large": 1}
 
