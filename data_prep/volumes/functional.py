@@ -29,10 +29,13 @@ from data_prep.volumes.align import (
     register_rigid_from,
     template,
 )
+from data_prep.volumes.bold import bold_maps, scale_map
 from data_prep.volumes.brain import carried, check_mask, silhouette
+from data_prep.volumes.cifti import archive_maps, read_cifti
 from data_prep.volumes.decode import fetch
 from data_prep.volumes.geometry import centre_of
 from data_prep.volumes.output import (
+    codes_on_archive,
     interpolate,
     judged,
     mask_codes,
@@ -207,18 +210,20 @@ def _pet(scan: Scan, series: Series, anchors: Sequence[Anchor], preset: Preset) 
 # ---- BOLD ----------------------------------------------------------------------------------------
 
 def _bold(scan: Scan, series: Series, anchors: Sequence[Anchor], preset: Preset) -> list[Prepared]:
-    from data_prep.volumes.bold import bold_maps, scale_map
-
     image = _still(series)
     pose = locate(image, scan, anchors, preset)
-    confounds = fetch(*split_member(scan.confounds_uri)) if scan.confounds_uri else None
+    confounds, fault = _confounds(scan)
     found = bold_maps(series, scan.processing, confounds, pose.native_brain)
+    if not found.maps:
+        raise ScanError("no_maps", f"{series.name}: neither a mean nor fluctuations in "
+                                   f"{series.data.shape[3]} volumes")
     # Cleaned series are zero where nothing was measured.
     seen = to_archive(image.data != 0, image.affine, pose.matrix) | (
         scanned(image, pose.matrix) & ~pose.brain)
     brain, mask = pose.brain & seen, mask_codes(pose.brain, seen)
-    figures = found.figures | _described(image, series, pose, "BOLD")
-    flags = found.flags + pose.flags + judged(figures, "BOLD", image.name)
+    figures = found.figures | fault | _described(image, series, pose, "BOLD")
+    flags = [*found.flags, *(["bad_confounds"] if fault else []), *pose.flags,
+             *judged(figures, "BOLD", image.name)]
     return [Prepared(replace(scan, modality=name), map_id(series.scan_id, name),
                      scale_map(name, interpolate(volume, pose.matrix, brain, preset), brain),
                      mask, pose.label, dict(figures), list(flags))
@@ -227,9 +232,20 @@ def _bold(scan: Scan, series: Series, anchors: Sequence[Anchor], preset: Preset)
 
 def _still(series: Series) -> Volume:
     """The image of a series that shows the head: its mean, or its spread where it is demeaned."""
-    mean = series.data.mean(axis=3)
-    spread = np.stack([part.std(axis=-1) for part in series.data])  # a series is large: by slab
-    return series.volume(mean if np.abs(mean).mean() > spread.mean() else spread)
+    some = series.data[::4, ::4, ::4]
+    if np.abs(some.mean(axis=3)).mean() > some.std(axis=3).mean() or series.data.shape[3] == 1:
+        return series.volume(series.data.mean(axis=3))
+    return series.volume(np.stack([part.std(axis=-1) for part in series.data]))  # by slab: large
+
+
+def _confounds(scan: Scan) -> tuple[bytes | None, Figures]:
+    """The table of motion, or why there is none; the series is good without it."""
+    if not scan.confounds_uri:
+        return None, {}
+    try:
+        return fetch(*split_member(scan.confounds_uri)), {}
+    except ScanError as error:
+        return None, {"confounds_reason": error.code}
 
 
 def map_id(scan_id: str, name: str) -> str:
@@ -253,19 +269,21 @@ def is_cifti_name(scan: Scan) -> bool:
 
 
 def _cifti(scan: Scan) -> list[Prepared]:
-    from data_prep.volumes.cifti import archive_maps, read_cifti
-
-    found = read_cifti(
-        scan.uri, scan.member, scan.surface_uri, processing=scan.processing,
-        confounds=fetch(*split_member(scan.confounds_uri)) if scan.confounds_uri else None,
-        facts=json.loads(scan.facts or "{}"))
+    confounds, fault = _confounds(scan)
+    found = read_cifti(scan.uri, scan.member, scan.surface_uri, processing=scan.processing,
+                       confounds=confounds, facts=json.loads(scan.facts or "{}"))
     images, mask = archive_maps(found, scan.modality)
-    figures = found.figures | {
+    figures = found.figures | fault | {
         "placement": "delivered", "mask_source": "grayordinates",
         "archive_to_scan": json.dumps(np.eye(4).tolist()),
         "brain_ml_archive": float((mask == BRAIN).sum() / 1000)}
+    label = None
+    if scan.label_uri:  # a dlabel of the same grayordinates
+        codes = read_cifti(*split_member(scan.label_uri), scan.surface_uri)
+        label = codes_on_archive(next(iter(codes.maps.values())), np.eye(4))
+    flags = [*found.flags, *(["bad_confounds"] if fault else [])]
     prepared = [Prepared(replace(scan, modality=name), map_id(found.scan_id, name), image, mask,
-                         None, dict(figures), list(found.flags))
+                         label, dict(figures), list(flags))
                 for name, image in images.items()]
     if found.kind == "dtseries":  # the series of parcels goes with the first of its maps
         prepared[0].parcels = found.parcels

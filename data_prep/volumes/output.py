@@ -95,7 +95,11 @@ def label_map(scan: Scan, matrix: np.ndarray) -> np.ndarray | None:
     """The label map that came with a scan, by world coordinates, nearest neighbour; int16."""
     if not scan.label_uri:
         return None
-    source = read_scan(*split_member(scan.label_uri), label=True)
+    return codes_on_archive(read_scan(*split_member(scan.label_uri), label=True), matrix)
+
+
+def codes_on_archive(source: Volume, matrix: np.ndarray) -> np.ndarray:
+    """Codes on the archive grid, int16; ``matrix``: archive mm to the map's mm."""
     codes = np.rint(source.data)
     if not INT16.min <= codes.min() <= codes.max() <= INT16.max:
         raise ScanError("label_range", f"{source.name}: codes {codes.min():g} to {codes.max():g} "
