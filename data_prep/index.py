@@ -54,7 +54,8 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
     Raises
     ------
     DataError
-        The source or a table cannot be read, or no scan is found in it.
+        The source or a table cannot be read, no scan is found in it, or the manifest at ``out`` is
+        of other people.
     """
     labels_path(out)
     name = _cohort_name(source, name)
@@ -72,6 +73,9 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
             told = "; ".join(f"{count} x {note}" for note, count in sorted(walked.notes.items()))
             raise DataError(f"{source}: no scan found ({told or 'no file of a kind that is taken'})"
                             "; check --cohort and --source")
+        if earlier.splits and earlier.splits.keys().isdisjoint(people.names.values()):
+            raise DataError(f"{out}: has none of these people, so it was made with another key, "
+                            "--name or source; choose another --out, or delete it")
         families, splits = people.settle(others, earlier.splits, walked.notes)
         seen.save(seen_at, cohort)
         write_bytes(labels_path(out), parquet_bytes(people.label_table(walked.notes)))

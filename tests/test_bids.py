@@ -143,6 +143,22 @@ def test_contradictory_age_and_sex_are_unknown_and_reported(tmp_path: Path):
                           "participants.tsv: repeated row, the first is used": 1}
 
 
+@pytest.mark.parametrize("age", ["-4", "n/a", "89+", "about 60", "nan", "1e9"])
+def test_an_age_that_is_no_age_is_unknown(tmp_path: Path, age: str):
+    read = Read(write(tmp_path / "d", {
+        **DATASET, "participants.tsv": f"participant_id\tage\nsub-1\t{age}\n",
+        "sub-1/anat/sub-1_T1w.nii.gz": "x"}))
+    assert read.scans["sub-1_T1w"].age_at_scan is None and read.labels == []
+
+
+def test_several_scans_of_a_visit_are_one_session(tmp_path: Path):
+    anat = "sub-1/ses-a/anat/sub-1_ses-a"
+    scans = Read(write(tmp_path / "d", {
+        **DATASET, f"{anat}_run-1_T1w.nii.gz": "x", f"{anat}_run-2_T1w.nii.gz": "x",
+        f"{anat}_T2w.nii.gz": "x"})).scans
+    assert [scan.session for scan in scans.values()] == ["a"] * 3
+
+
 def test_without_tables_nothing_is_known_and_nothing_made_up(tmp_path: Path):
     read = Read(write(tmp_path / "d", {**DATASET, "sub-1/anat/sub-1_T1w.nii.gz": "x"}))
     scan = read.scans["sub-1_T1w"]
@@ -325,9 +341,13 @@ def test_exclusions_of_scans_tsv_and_phantoms(tmp_path: Path):
                                              "anat/sub-1_ses-a_run-3_T1w.nii.gz\t1\tn/a\n",
         "sub-1/ses-a/anat/sub-1_ses-a_run-1_T1w.nii.gz": "x",
         "sub-1/ses-a/anat/sub-1_ses-a_run-2_T1w.nii.gz": "x",
+        "sub-2/sub-2_scans.tsv": "filename\texclude\nfunc/sub-2_task-a_bold.nii.gz\tyes\n",
+        "sub-2/func/sub-2_task-a_bold.nii.gz": "x",
+        "derivatives/f/sub-2/func/sub-2_task-a_desc-preproc_bold.nii.gz": "x",
         "sub-Phantom02/anat/sub-Phantom02_T1w.nii.gz": "x"}))
     reasons = {name: scan.reason for name, scan in read.scans.items()}
     assert reasons == {"sub-1_ses-a_run-1_T1w": "cohort_unusable", "sub-1_ses-a_run-2_T1w": None,
+                       "sub-2_task-a_desc-preproc_bold": "cohort_unusable",
                        "sub-Phantom02_T1w": "phantom"}
     assert read.notes["scans.tsv names a file that is not there"] == 1
     assert "2001" not in json.dumps(read.source.seen)

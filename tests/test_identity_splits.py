@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.identity import load_key, pseudonym
-from data_prep.splits import check, group_people, split_of
+from data_prep.splits import LINK, check, group_people, settle, split_of
 from neurojepa.errors import ConfigError
 
 KEY = b"0123456789abcdef0123456789abcdef"
@@ -54,6 +54,22 @@ def test_groups_are_transitive_and_named_stably():
     assert len({groups["a"], groups["d"], groups["e"]}) == 3
     more = group_people("abcdexyz", [*ties[::-1], ("x", "f:9"), ("y", "f:1"), ("z", "g:2")])
     assert {name: more[name] for name in "abcde"} == groups
+
+
+def test_a_linked_group_is_named_by_its_link_and_split_alike_everywhere():
+    groups = group_people("ab", [("a", "a family"), ("a", LINK + "p"), ("b", "a family")])
+    assert set(groups.values()) == {f"tag:{LINK}p"}
+    names = [f"tag:{LINK}{number}" for number in range(50)]
+    assert [split_of(KEY, "c", name) for name in names] == [split_of(KEY, "d", name)
+                                                            for name in names]
+    own = [f"tag:{number}" for number in range(50)]
+    assert [split_of(KEY, "c", name) for name in own] != [split_of(KEY, "d", name) for name in own]
+
+
+def test_people_keep_what_they_had_and_the_last_split_wins():
+    groups = {"a": "g", "b": "g", "c": "h", "d": "new"}
+    settled = settle(KEY, "c", groups, {"a": "train", "b": "val", "c": "test", "gone": "train"})
+    assert settled == {"g": "val", "h": "test", "new": split_of(KEY, "c", "new")}
 
 
 def test_split_shares_and_key():

@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from data_prep.cohorts.base import Source, parse_table
@@ -54,14 +53,14 @@ def test_manifest_has_pseudonyms_families_and_splits(tree: Path, tmp_path: Path,
     scans = indexed(tree, out)
     assert {scan.cohort for scan in scans.values()} == {"cohort"}
     assert scans["sub-007_ses-a_T1w"].participant == person("007")
-    text = pq.read_table(out).drop(["uri", "label_uri", "mask_uri"]).to_pylist()
+    text = read_table(str(out)).drop(["uri", "label_uri", "mask_uri"]).to_pylist()
     assert "007" not in json.dumps(text)
     families = {name.split("_")[0]: scan.family for name, scan in scans.items()}
     # f1 unites two people, and g one of them with a third
     assert families["sub-007"] == families["sub-8"] == families["sub-9"] != families["sub-10"]
     alone = scans["sub-10_T1w"]
     assert alone.family == alone.participant
-    labels = pq.read_table(labels_path(str(out)))
+    labels = read_table(labels_path(str(out)))
     assert sorted(set(labels["participant"].to_pylist())) == sorted(map(person, ["007", "8", "9"]))
     assert labels.to_pylist() == sorted(labels.to_pylist(), key=lambda row: (
         row["participant"], row["session"], row["name"]))
@@ -261,6 +260,15 @@ def test_a_damaged_manifest_is_named(tmp_path: Path):
         read_manifest(str(tmp_path / "m.parquet"))
     with pytest.raises(ConfigError, match="must end in"):
         labels_path("m.csv")
+
+
+def test_a_manifest_of_other_people_is_not_replaced(tree: Path, tmp_path: Path):
+    out = tmp_path / "m.parquet"
+    indexed(tree, out)
+    before = out.read_bytes()
+    with pytest.raises(DataError, match="none of these people, so it was made with another key"):
+        index("bids", str(tree), str(out), KEY[::-1])
+    assert out.read_bytes() == before
 
 
 def test_links_need_their_columns(tree: Path, tmp_path: Path):

@@ -22,6 +22,7 @@ from typing import Any
 
 from data_prep.cohorts.base import Findings, Found, Source, parse_table
 from data_prep.cohorts.bids_derived import (
+    UNUSABLE,
     Companions,
     Taken,
     choose_runs,
@@ -135,13 +136,19 @@ class _Dataset(Reader):
         inherited = _sidecars(sidecars)
         raw, processed, others = self._sort(label, files, derived)
         taken = self._take(raw, processed, inherited)
+        self._rule_out(taken, tables, {found.path for found in files})
+        runs = choose_runs([one for one in taken if one.modality == "BOLD"], self.notes)
+        taken = [*(one for one in taken if one.modality != "BOLD"), *runs,
+                 *take_maps(processed, runs)]
         used = {id(one.image) for one in taken}
         Companions(taken, self.notes).give(
             [image for image in processed if id(image) not in used
              and not cleaned_series(image) and not self._is_gone(image)], others)
         if not taken:
             return None
-        self._rule_out(label, taken, tables, {found.path for found in files})
+        if is_phantom(label):
+            for one in taken:
+                one.reason = "phantom"
         return self._describe(label, taken, tables)
 
     # ---- files
@@ -190,9 +197,7 @@ class _Dataset(Reader):
                 program = habits()["cleaned"]["preproc"]
             if program:
                 taken.append(self.take(image, self._facts(image, inherited, own), program))
-        runs = choose_runs([one for one in taken if one.modality == "BOLD"], self.notes)
-        return [*(one for one in taken if one.modality != "BOLD"), *runs,
-                *take_maps(processed, runs)]
+        return taken
 
     def _first_echoes(self, raw: list[Image]) -> Iterator[Image]:
         """Raw images of a kind that is taken; of several echoes the first."""
@@ -244,9 +249,8 @@ class _Dataset(Reader):
             {name: value for name, value in row.items() if name != "acq_time"}
             for row in parse_table(self.source.read(one), one.uri)])
 
-    def _rule_out(self, label: str, taken: list[Taken], tables: list[Found],
-                  paths: set[str]) -> None:
-        """Set the reason of scans that the cohort, or the deny list of phantoms, rules out."""
+    def _rule_out(self, taken: list[Taken], tables: list[Found], paths: set[str]) -> None:
+        """Set the reason of scans that the cohort rules out in scans.tsv."""
         by_path = {one.image.found.path: one for one in taken}
         for table in tables:
             if not table.name.endswith("_scans.tsv"):
@@ -258,10 +262,7 @@ class _Dataset(Reader):
                     self.notes["scans.tsv names a file that is not there"] += 1
                 for column, values in habits()["unusable"].items():
                     if one and (row.get(column) or "").lower() in values:
-                        one.reason = "cohort_unusable"
-        if is_phantom(label):
-            for one in taken:
-                one.reason = "phantom"
+                        one.reason = UNUSABLE
 
     def _describe(self, label: str, taken: list[Taken], tables: list[Found]) -> Findings:
         """The scans with age, sex and site, and labels and ties."""

@@ -23,6 +23,7 @@ from data_prep.cohorts.bids_names import (
 _RUN = ("space", "desc", "res", "den", "stat", "echo", "part")  # not part of a run's identity
 _OWN_SPACE = ("", "orig", "boldref", "func")
 _SURFACE = "surf.gii"
+UNUSABLE = "cohort_unusable"
 MAPS = {"alff": "ALFF", "falff": "fALFF", "tsnr": "tSNR"}  # dscalar files of a run
 
 
@@ -81,6 +82,8 @@ def choose_runs(series: list[Taken], notes: Counter[str]) -> list[Taken]:
                   "derivative not used: the BOLD series in another space or form is"] += 1
             if other.processing is None:
                 best.facts = {**other.facts, **best.facts}
+                if other.reason == UNUSABLE:  # cleaning does not mend what the cohort rules out
+                    best.reason = UNUSABLE
         chosen.append(best)
     return chosen
 
