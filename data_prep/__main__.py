@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from neurojepa.errors import ConfigError, run_command
@@ -73,7 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     step = steps.add_parser("prepare", help="scans -> quality-checked volumes in MNI space")
     step.add_argument("--manifest", required=True, nargs="+")
     step.add_argument("--out", required=True, help="archive to make or add to")
-    step.add_argument("--preset", default="default", choices=["quick", "default"])
+    step.add_argument("--preset", default="default", choices=["quick", "default", "paper"],
+                      help="quick: for a first look; paper: the published order, scan by scan")
+    step.add_argument("--mask-tool", default="deepbet", choices=["deepbet", "synthstrip", "hd-bet"],
+                      help="brain extraction: built in, or a command installed on every node")
     step.add_argument("--workers", type=_positive, help="people prepared at once (default: as "
                       "many as the machine or the cluster has CPUs)")
     step.add_argument("--ray-address", help="a running Ray cluster (default: $RAY_ADDRESS, as in "
@@ -146,8 +150,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from data_prep.task import Limits
     from data_prep.volumes.preset import PRESETS
 
+    preset = replace(PRESETS[arguments.preset], mask_tool=arguments.mask_tool)
     limits = Limits(int(arguments.memory_gib * 2**30), 60 * arguments.minutes_per_scan)
-    prepare(arguments.manifest, arguments.out, PRESETS[arguments.preset], arguments.workers,
+    prepare(arguments.manifest, arguments.out, preset, arguments.workers,
             arguments.ray_address, limits=limits, retry_quarantined=arguments.retry_quarantined)
     return 0
 

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from data_prep.scan import ScanError
-from neurojepa.errors import DataError
+from neurojepa.errors import ConfigError, DataError
 
 _LOOK_EVERY_S = 0.5
 _START_S = 600.0  # to start and import, on a machine or a file system that is very busy
@@ -163,6 +163,8 @@ def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[s
         return "value", Death("worker_memory", f"no memory was left ({error})")
     except ImportError as error:
         return "error", f"the worker lacks a module ({error}); install the same version everywhere"
+    except ConfigError as error:  # a tool that this node does not have
+        return "error", str(error)
     except DataError as error:
         if not isinstance(error, ScanError):
             return "error", str(error)

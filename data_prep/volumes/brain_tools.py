@@ -6,14 +6,14 @@ Nothing is fetched: where a tool would download its weights, install them before
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
-import signal
 import subprocess
 import tempfile
 from pathlib import Path
 
 import nibabel as nib
+import psutil
 
 from data_prep.scan import ScanError
 from data_prep.volumes.read import Volume, read_scan
@@ -76,11 +76,19 @@ def _run(command: list[str], folder: Path, limit_s: float) -> tuple[int | None, 
     log = folder / "output.txt"
     with log.open("wb") as output, subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True) as process:
+            stderr=subprocess.STDOUT) as process:
         try:
             status: int | None = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # and whatever it started
+            _kill(process.pid)
             status = None
     lines = log.read_text(errors="replace").splitlines()
     return status, next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def _kill(pid: int) -> None:
+    """End a tool and what it started; it stays in our process group, so that it ends with us."""
+    process = psutil.Process(pid)
+    for member in [*process.children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
