@@ -3,6 +3,7 @@
     python -m neurojepa.pretrain --config configs/demo.yaml data.feed=FEED run.dir=runs/a
     deepspeed --num_gpus 2 --module neurojepa.pretrain --config configs/demo.yaml ...
     python -m neurojepa.pretrain --config ... run.launcher=local run.ranks=2
+    python -m neurojepa.pretrain --config ... --dry-run --gpus 64     # what it will cost
 
 Exit status: 0 finished, 2 bad input (one line says what), 75 stopped by SIGTERM or SIGUSR1 after
 a checkpoint.
@@ -25,10 +26,21 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="recipe (YAML)")
     parser.add_argument("--local_rank", help="given by the deepspeed launcher; not used")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print model size, compute, memory, time and exit; reads no voxels")
+    parser.add_argument("--gpus", type=int, metavar="N",
+                        help="ranks to plan for (default: run.ranks)")
+    parser.add_argument("--device", default="h100", help="to plan for (default: %(default)s)")
+    parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE",
+                        help="of the device's bf16 peak that is reached (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value",
                         help="values that differ from the recipe, for example train.steps=100")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from neurojepa.dry_run import dry_run
+
+        return dry_run(config, arguments.gpus, arguments.device, arguments.mfu)
     if already_finished(config):
         from neurojepa.train.resume import check_same_recipe
 

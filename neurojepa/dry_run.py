@@ -1,0 +1,282 @@
+"""What a run will cost, before a cluster is booked: ``python -m neurojepa.pretrain ... --dry-run``.
+
+The model is built without memory and its forward runs on tensors without contents, so that even
+``huge`` takes seconds; of the feed only the index is read.  Memory follows from how the engine
+keeps its state: 12 bytes of fp32 master and moments per trained weight and 4 of EMA per weight of
+the encoder, split over ranks, besides weights, gradients and the bytes that autograd saves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurojepa.config import RootConfig
+from neurojepa.errors import ConfigError
+from neurojepa.feed.format import Feed, Grid, open_feed
+from neurojepa.feed.order import Order
+from neurojepa.model.flops import DEVICES, step_flops, tokens_per_volume
+from neurojepa.model.jepa import SparseJEPA, build_model
+from neurojepa.model.moe import MoE
+from neurojepa.objective.views import Views
+
+# Reading, hash and decoding of one volume of the 1.5 mm grid on one core, ms: tools/bench feed.
+LOADER_MS, LOADER_VOXELS = 3.0, 108 * 132 * 108
+BUCKET = 5e8  # elements that DeepSpeed reduces at once, by default
+GIB = 2**30
+PARTS = ("encoder", "predictor", "code")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of parameters and buffers; ``active`` are those that one token uses."""
+
+    parts: dict[str, int]  # trained
+    active: dict[str, int]
+    buffers: int
+
+    @property
+    def trained(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimates for a run on ``gpus`` devices.  Sizes in bytes, times in seconds."""
+
+    weights: Weights
+    tokens: tuple[int, int, int]  # per volume: all, context, target
+    flops_per_volume: float
+    micro_steps: int
+    filled: float  # share of the micro-batches that are samples, not fill-up
+    memory: dict[int, dict[str, float]]  # by ZeRO stage: weights, gradients, state, buckets
+    activations: dict[int, float]  # by model.activation_checkpointing
+    host: dict[str, float]  # per rank: start, checkpoint
+    checkpoint: float
+    volumes_per_s: float
+    loader_cores: float  # of all ranks together
+    step_s: float
+    total_s: float
+    epochs: float
+
+
+def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> Plan:
+    """Estimate a run.
+
+    Parameters
+    ----------
+    device : str
+        A name in ``DEVICES``, in any case: h100, a100, ...
+    mfu : float
+        Share of the device's bf16 peak that training reaches.
+
+    Raises
+    ------
+    ConfigError
+        Unknown device, a share outside (0, 1], more ranks than samples in a step, or a model that
+        does not fit the feed's grid.
+    """
+    train = config.train
+    peak = _device(device)[0]
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu {mfu}: a share of the peak lies in (0, 1]; 0.4 is usual")
+    if not 1 <= gpus <= train.global_batch:
+        raise ConfigError(f"--gpus {gpus}: at least 1, and each of train.global_batch = "
+                          f"{train.global_batch} scans goes to one rank")
+    model = _model(config, feed.grid)
+    weights, tokens = _weights(model), tokens_per_volume(config, feed.grid)
+    targets = round(tokens * config.objective.masks.target_share)
+    flops = step_flops(config, tokens)
+    micro_steps = math.ceil(train.global_batch / (gpus * train.micro_batch))
+    filled = train.global_batch / (gpus * train.micro_batch * micro_steps)
+    rate = gpus * peak * mfu * filled / flops
+    state = state_bytes(weights)
+    modes = sorted({0, 1, config.model.activation_checkpointing})
+    return Plan(
+        weights=weights, tokens=(tokens, tokens - targets, targets), flops_per_volume=flops,
+        micro_steps=micro_steps, filled=filled,
+        memory={stage: _memory(weights, stage, gpus, train.dtype) for stage in (1, 2, 3)},
+        activations={every: activation_bytes(config, feed.grid, every) for every in modes},
+        host={"start": 4.0 * (weights.trained + weights.parts["encoder"]),
+              "checkpoint": state / gpus},
+        checkpoint=state + 4 * weights.buffers, volumes_per_s=rate,
+        loader_cores=rate * LOADER_MS / 1e3 * math.prod(feed.grid.shape) / LOADER_VOXELS,
+        step_s=train.global_batch / rate, total_s=train.steps * train.global_batch / rate,
+        epochs=train.steps * train.global_batch / Order(feed.index, config.data,
+                                                        train.seed).num_samples)
+
+
+def state_bytes(weights: Weights) -> float:
+    """Masters, moments and EMA of all ranks together, as a checkpoint holds them."""
+    return 12.0 * weights.trained + 4.0 * weights.parts["encoder"]
+
+
+def activation_bytes(config: RootConfig, grid: Grid, every: int) -> float:
+    """What autograd keeps of a micro-batch's forward, plus the block that is being recomputed.
+
+    Parameters
+    ----------
+    every : int
+        As ``model.activation_checkpointing``: 0 none, k = every k-th block of the encoder.
+    """
+    kept = _saved_bytes(config, grid, every)
+    if not every:
+        return kept
+    from neurojepa.model.sizes import SIZES
+
+    recomputed = math.ceil(SIZES[config.model.size].depth / every)
+    return kept + (_saved_bytes(config, grid, 0) - kept) / recomputed
+
+
+def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> str:
+    """The plan as text."""
+    found = plan(config, feed, gpus, device, mfu)
+    train, weights = config.train, found.weights
+    memory = _device(device)[1]
+    lines = [
+        f"model {config.model.size}: {weights.trained / 1e6:.1f} M trained parameters, "
+        f"{sum(weights.active.values()) / 1e6:.1f} M active per token; target copy "
+        f"{weights.parts['encoder'] / 1e6:.1f} M"]
+    lines += [f"  {part:10} {count / 1e6:10.1f} M   active {weights.active[part] / 1e6:8.1f} M"
+              for part, count in weights.parts.items()]
+    tokens, context, targets = found.tokens
+    lines += [
+        f"tokens per volume: {tokens} ({context} context, {targets} target in each of "
+        f"{len(config.objective.masks.scales)} masks)",
+        f"compute: {found.flops_per_volume / 1e9:.1f} GFLOPs a volume, "
+        f"{found.flops_per_volume * train.global_batch / 1e12:.2f} TFLOPs a step of "
+        f"{train.global_batch} scans",
+        f"ranks: {gpus}, {found.micro_steps} micro-step(s) of {train.micro_batch}" + (
+            "" if found.filled == 1 else f"; {1 - found.filled:.1%} of the compute fills up "
+            "micro-batches: choose a train.micro_batch that divides "
+            f"{train.global_batch / gpus:g}"), "",
+        f"memory per rank in GiB ({device} has {memory}); activations of {train.micro_batch} "
+        "scans by model.activation_checkpointing",
+        f"  {'zero':6}{'weights':>9}{'gradients':>11}{'optimizer+EMA':>15}{'buckets':>9}"
+        + "".join(f"{f'total ({every})':>12}" for every in found.activations)]
+    for stage, parts in found.memory.items():
+        totals = "".join(f"{_total(parts, activations, memory):>12}"
+                         for activations in found.activations.values())
+        mark = " <" if stage == train.zero else ""
+        lines.append(f"  {stage:<6}{parts['weights'] / GIB:9.2f}{parts['gradients'] / GIB:11.2f}"
+                     f"{parts['state'] / GIB:15.2f}{parts['buckets'] / GIB:9.2f}{totals}{mark}")
+    lines += [
+        "  activations: " + ", ".join(f"({every}) {size / GIB:.2f}"
+                                      for every, size in found.activations.items())
+        + "; ! does not fit, < is configured",
+        f"host memory per rank: {found.host['start'] / GIB:.1f} GiB at the start, "
+        f"{found.host['checkpoint'] / GIB:.1f} GiB for the copy of a checkpoint", "",
+        f"checkpoint: {found.checkpoint / GIB:.2f} GiB; {train.keep_last + 1} at most, besides "
+        f"milestones: {(train.keep_last + 1) * found.checkpoint / GIB:.1f} GiB",
+        f"at an MFU of {mfu:.0%}: {found.volumes_per_s:.0f} volumes/s, "
+        f"{found.volumes_per_s * tokens:.0f} tokens/s, {found.step_s:.3f} s a step, a checkpoint "
+        f"every {_duration(found.step_s * train.checkpoint_every)}",
+        f"loader: {found.loader_cores:.1f} cores over all ranks ({LOADER_MS:g} ms a volume of the "
+        "1.5 mm grid)",
+        f"run: {train.steps} steps, {found.epochs:.1f} epochs, "
+        f"{_duration(found.total_s)} ({found.total_s * gpus / 3600:.0f} device hours)"]
+    return "\n".join(lines)
+
+
+def dry_run(config: RootConfig, gpus: int | None, device: str, mfu: float) -> int:
+    """Print the plan; ``gpus`` is run.ranks where it is not given."""
+    feed = open_feed(config.data.feed)
+    print(render(config, feed, gpus or config.run.ranks, device, mfu))
+    return 0
+
+
+# ---- pieces --------------------------------------------------------------------------------------
+
+def _device(name: str) -> tuple[float, int]:
+    for known, facts in DEVICES.items():
+        if known.lower() == name.lower():
+            return facts
+    raise ConfigError(f"--device {name}: not known; one of {', '.join(DEVICES)}")
+
+
+def _model(config: RootConfig, grid: Grid) -> SparseJEPA:
+    with torch.device("meta"):
+        return build_model(config, grid)
+
+
+def _weights(model: SparseJEPA) -> Weights:
+    parts = {part: _count(getattr(model, part)) for part in PARTS}
+    idle = sum((1 - layer.top_k / len(layer.router)) * (layer.w1.numel() + layer.w2.numel())
+               for layer in model.encoder.modules() if isinstance(layer, MoE))
+    active = {**parts, "encoder": round(parts["encoder"] - idle)}
+    buffers = sum(tensor.numel() for name, tensor in model.named_buffers()
+                  if not name.startswith("target."))
+    return Weights(parts, active, buffers)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _memory(weights: Weights, stage: int, ranks: int, dtype: str) -> dict[str, float]:
+    """Bytes per rank of what does not depend on the batch."""
+    width = 2.0 if dtype == "bf16" else 4.0
+    trained = float(weights.trained)
+    held = width * (trained + weights.parts["encoder"])  # and the target
+    # the engine runs bf16 at stage 1 as stage 2
+    whole_gradients = stage == 1 and dtype == "fp32"
+    bucket = width * BUCKET + (4.0 * min(trained, BUCKET) if dtype == "bf16" else 0.0)
+    return {"weights": held / (ranks if stage == 3 else 1),
+            "gradients": 4.0 * trained / (1 if whole_gradients else ranks),
+            "state": state_bytes(weights) / ranks, "buckets": bucket}
+
+
+def _saved_bytes(config: RootConfig, grid: Grid, every: int) -> float:
+    """Bytes of the distinct tensors that a micro-batch's forward saves for the backward."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = config.model_copy(update={
+        "model": config.model.model_copy(update={"activation_checkpointing": every})})
+    model = _model(config, grid).bfloat16()  # the type in which torch knows grouped_mm's shape
+    saved: dict[int, Any] = {}  # kept alive, lest an address is used again
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu")
+        parameters = {_address(parameter) for parameter in model.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if _address(tensor) not in parameters:
+                saved[_address(tensor)] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(_views(config, grid), 0.0)
+    width = 2 if config.train.dtype == "fp32" else 1
+    return float(width * sum(storage.nbytes() for storage in saved.values()))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _views(config: RootConfig, grid: Grid) -> Views:
+    """A micro-batch of the right shapes, without contents."""
+    B, N, M = config.train.micro_batch, tokens_per_volume(config, grid), \
+        len(config.objective.masks.scales)
+    T = round(N * config.objective.masks.target_share)
+    index = torch.int64
+    return Views(
+        torch.empty(B, N, config.model.patch_voxels**3), torch.empty(B, N, 3), torch.empty(B, N),
+        torch.empty(B, N, dtype=torch.bool), torch.empty(B, M, N - T, dtype=index),
+        torch.empty(B, M, T, dtype=index), torch.empty(B, dtype=index), torch.empty(B))
+
+
+def _total(parts: dict[str, float], activations: float, memory: int) -> str:
+    total = (sum(parts.values()) + activations) / GIB
+    return f"{total:.1f}{'!' if total > memory else ''}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
