@@ -69,6 +69,32 @@ def moved(affine: np.ndarray, rotation_deg: float, shift_mm: tuple[float, float,
     return motion @ affine, motion
 
 
+def flirt_points(image: nib.Nifti1Image, voxels: np.ndarray) -> np.ndarray:
+    """Where FLIRT counts voxels [n, 3] to be: scaled, x from the other end if not left-handed."""
+    if np.linalg.det(image.affine[:3, :3]) > 0:
+        voxels = np.c_[image.shape[0] - 1 - voxels[:, 0], voxels[:, 1:]]
+    return voxels * np.array(image.header.get_zooms()[:3])
+
+
+def flirt_matrix(uri: str, to_mni: np.ndarray) -> np.ndarray:
+    """The matrix that FLIRT would write for a file that ``to_mni`` maps to MNI mm."""
+    image = nib.load(uri)
+    voxels = np.random.default_rng(0).uniform(0, image.shape, (50, 3))
+    world = nib.affines.apply_affine(image.affine, voxels)
+    reference = nib.Nifti1Image(np.zeros((182, 218, 182), np.uint8), np.array(
+        [[-1.0, 0, 0, 90], [0, 1, 0, -126], [0, 0, 1, -72], [0, 0, 0, 1]]))
+    there = nib.affines.apply_affine(
+        np.linalg.inv(reference.affine) @ to_mni, world)
+    solved = np.linalg.lstsq(np.c_[flirt_points(image, voxels), np.ones(50)],
+                             flirt_points(reference, there), rcond=None)[0]
+    return np.vstack([solved.T, [0, 0, 0, 1]])
+
+
+def save_matrix(path: Path, matrix: np.ndarray) -> str:
+    path.write_text("\n".join("  ".join(f"{x:.10f}" for x in row) for row in matrix) + "  \n")
+    return str(path)
+
+
 def scan(uri: str, modality: str = "T1w", session: str = "1", **more: str) -> Scan:
     return Scan(uri=uri, cohort="test", participant="p", family="p", session=session,
                 modality=modality, split="train", **more)  # type: ignore[arg-type]

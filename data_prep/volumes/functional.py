@@ -45,6 +45,7 @@ from data_prep.volumes.output import (
     source_figures,
     to_archive,
 )
+from data_prep.volumes.pet_table import known_tracer
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.read import Series, Volume, read_scan, read_series
 from data_prep.volumes.results import BRAIN, Prepared, Rejected, rejected
@@ -188,6 +189,7 @@ def _anchored(image: Volume, scan: Scan, anchor: Anchor, preset: Preset) -> Pose
 # ---- PET -----------------------------------------------------------------------------------------
 
 def _pet(scan: Scan, series: Series, anchors: Sequence[Anchor], preset: Preset) -> Prepared:
+    known_tracer(scan.tracer, series.name)  # or the search for its place would be in vain
     image, figures, flags = pet.mean_frame(series, series.facts, scan.tracer, scan.processing)
     pose = locate(image, scan, anchors, preset)
     seen = scanned(image, pose.matrix)
