@@ -78,3 +78,22 @@ def test_bad_input_is_one_clear_line(recipe: Path, run_cli) -> None:
     done = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe), "run.launcher=slurm")
     assert done.returncode == 2 and "run.launcher = 'slurm'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:
+    rank = (f"import os, time; open(r'{tmp_path}/' + os.environ['RANK'], 'w').write("
+            "str(os.getpid())); time.sleep(120)")
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from neurojepa.train.launch import _local; "
+         f"_local(2, [sys.executable, '-c', {rank!r}])"], cwd=ROOT)
+    files = [tmp_path / "0", tmp_path / "1"]
+    end = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < end and launcher.poll() is None
+        time.sleep(0.02)
+    launcher.kill()
+    launcher.wait()
+    ranks = [Path("/proc", file.read_text()) for file in files]
+    while any(rank.exists() for rank in ranks):
+        assert time.monotonic() < end
+        time.sleep(0.02)

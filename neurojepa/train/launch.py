@@ -5,11 +5,13 @@
 RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment, just as ``deepspeed``
 or ``torchrun`` would start it; so there is one training code and three ways to start it.
 
-A rank that fails ends the others: nobody waits in a collective for a rank that is gone.
+A rank that fails ends the others: nobody waits in a collective for a rank that is gone.  A local
+launcher that is killed takes its ranks along, so the next start finds the run directory its own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -26,6 +28,8 @@ from neurojepa.errors import ClusterError, ConfigError, NeurojepaError
 GRACE_S = 5.0  # the peers of a dead rank notice by themselves in well under a second
 POLL_S = 0.1
 READY_S = 60.0  # for Ray to find room for all ranks
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def launch(config: RootConfig, argv: list[str]) -> int:
@@ -67,7 +71,7 @@ def _local(num_ranks: int, command: list[str]) -> int:
                 # own session: Ctrl-C reaches a rank once, through us
                 ranks.append(subprocess.Popen(
                     command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    start_new_session=True))
+                    start_new_session=True, preexec_fn=_die_with_launcher))
             status = _wait_for_first_failure(ranks)
             if status:
                 _wait_all(ranks, GRACE_S)
@@ -77,6 +81,12 @@ def _local(num_ranks: int, command: list[str]) -> int:
                     process.kill()
                 process.wait()
     return status
+
+
+def _die_with_launcher() -> None:
+    """In the child, before it becomes a rank: SIGKILL when the launcher is gone."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_for_first_failure(ranks: list[subprocess.Popen[bytes]]) -> int:
