@@ -35,6 +35,12 @@ class DataConfig(Config):
     )
     prefetch_batches: int = Field(2, ge=1, description="micro-batches read ahead")
     read_threads: int = Field(8, ge=1, description="range reads in flight per rank")
+    retry_s: float = Field(60, ge=0, description="how long reads are tried again while the store "
+                           "fails, before training stops")
+    replace_damaged: bool = Field(False, description="a damaged sample is replaced by the next of "
+                                  "its group instead of stopping the run")
+    max_damaged_share: float = Field(0.001, ge=0, le=1, description="of the samples read; three "
+                                     "are always borne")
 
 
 class ModelConfig(Config):
@@ -84,6 +90,9 @@ class AugmentConfig(Config):
 
 
 class ObjectiveConfig(Config):
+    method: Literal["jepa", "mae", "cnn"] = Field(
+        "jepa", description="mae, cnn: the baselines, a masked autoencoder and a supervised CNN")
+    label: str = Field("age", description="what cnn learns: a number, or one of two names")
     masks: MaskConfig = MaskConfig()
     sparse: SparseConfig = SparseConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -106,6 +115,19 @@ class OptimConfig(Config):
     router_bias_rate: float = Field(1e-3, ge=0, description="step of loss-free expert balancing")
 
 
+class HealthConfig(Config):
+    """When a step is dropped, and when the run goes back or stops (train/health.py)."""
+
+    spike_deviations: float = Field(10.0, ge=0, description="a loss or gradient norm so many "
+                                    "robust standard deviations above those of the last steps is "
+                                    "dropped; 0: only what is not finite")
+    max_skips: int = Field(5, ge=1, description="steps of 20 that may be dropped before the run "
+                           "goes back to its checkpoint and steps over these samples")
+    max_rollbacks: int = Field(3, ge=0, description="to one checkpoint, before the run stops")
+    min_target_std: float = Field(0.02, ge=0, description="below it the targets have collapsed")
+    min_effective_rank: float = Field(1.2, ge=0, description="of the targets, likewise")
+
+
 class TrainConfig(Config):
     steps: int = Field(ge=1)
     global_batch: int = Field(8, ge=1, description="scans per step, the same at any world size")
@@ -118,6 +140,9 @@ class TrainConfig(Config):
     milestone_every: int = Field(0, ge=0, description="steps between checkpoints that are kept for "
                                  "good and exported to weights/step-N; 0 for none")
     log_every: int = Field(10, ge=1, description="steps between reads of device metrics")
+    probe_every: int = Field(0, ge=0, description="steps between probes of age, sex and diagnosis "
+                             "on embeddings of people in train and val; 0 for none")
+    health: HealthConfig = HealthConfig()
 
 
 class RunConfig(Config):
@@ -126,6 +151,8 @@ class RunConfig(Config):
         "env", description="env: as started (alone, or under deepspeed); local, ray: start ranks")
     ranks: int = Field(1, ge=1, description="ranks to start when launcher is local or ray")
     deterministic: bool = False
+    time_limit_min: float = Field(0, ge=0, description="stop with a checkpoint before so many "
+                                  "minutes are over; 0: no limit but that of the Slurm job")
 
 
 class RootConfig(Config):
@@ -139,6 +166,9 @@ class RootConfig(Config):
     @model_validator(mode="after")
     def _budget_splits(self) -> RootConfig:
         budget = self.model.token_budget
+        if budget is not None and self.objective.method == "cnn":
+            raise ValueError(f"model.token_budget {budget}: objective.method cnn sees whole "
+                             "volumes; set model.token_budget=null")
         if budget is not None:
             target = round(budget * self.objective.masks.target_share)
             if not 0 < target < budget:

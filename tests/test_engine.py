@@ -74,7 +74,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two = [named(name, **train) for name, train in VARIANTS.items()]
     two += [named("filled", dtype="fp32", micro_batch=3)]  # 2 of 6 places repeat, with weight 0
     two += [{**named(f"poisoned{zero}", zero=zero), "poison": [2, 1]} for zero in (1, 3)]
+    two += [{**named(f"starved{zero}", zero=zero, dtype="fp32"), "starve": True}
+            for zero in (1, 3)]
     expect_success(run_ranks(two, folder, ranks=2))
+    three = [named(f"three-zero{zero}", zero=zero, dtype="fp32") for zero in (1, 3)]
+    expect_success(run_ranks(three, folder, ranks=3))  # 2 of 6 places repeat, with weight 0
     one = [named("one", zero=1, dtype="fp32"), named("one-bf16", zero=1, dtype="bf16")]
     expect_success(run_ranks(one, folder))
     return folder
@@ -102,7 +106,8 @@ def final(runs: Path, run: str) -> Checkpoint:
 def test_engine_equals_the_plain_loop(runs: Path) -> None:
     oracle = plain_loop(config_of(runs, "oracle", dtype="fp32"))
     parameters = dict(oracle["model"].named_parameters())
-    for run in ("fp32-zero1", "fp32-zero2", "fp32-zero3", "one", "filled"):
+    for run in ("fp32-zero1", "fp32-zero2", "fp32-zero3", "one", "filled", "three-zero1",
+                "three-zero3"):
         assert losses(runs, run) == pytest.approx(oracle["losses"], abs=1e-5)
         masters, ema = final(runs, run).parameters("master"), final(runs, run).parameters("ema")
         assert set(masters) == {n for n in parameters if not n.startswith("target.")}
@@ -120,10 +125,32 @@ def test_engine_equals_the_plain_loop(runs: Path) -> None:
             torch.testing.assert_close(stored[name], tensor)
 
 
+def test_the_target_moves_under_every_stage(runs: Path) -> None:
+    for run in ("fp32-zero1", "fp32-zero3", "bf16-zero3", "three-zero3"):
+        ema = final(runs, run).parameters("ema")
+        first = dict(build_model(config_of(runs, run), open_feed(
+            str(runs / "feed")).grid).named_parameters())
+        name = max(ema, key=lambda name: ema[name].numel())
+        assert not torch.allclose(ema[name], first[name].detach(), atol=1e-4, rtol=0)
+
+
+def test_an_expert_without_tokens_hangs_no_stage(runs: Path) -> None:
+    assert losses(runs, "starved1") == pytest.approx(losses(runs, "starved3"), abs=1e-5)
+    assert losses(runs, "starved1") != losses(runs, "fp32-zero1")
+    ends = final(runs, "starved3").parameters("master")
+    for name, start in build_model(config_of(runs, "starved3"), open_feed(
+            str(runs / "feed")).grid).named_parameters():
+        if name.endswith(".w1") and name.startswith("encoder."):
+            moved = (ends[name] - start.detach()).abs().amax((1, 2))
+            assert moved[0] < 1e-5 < moved[1:].min()  # only decay reached the first expert
+
+
 def test_bf16_follows_fp32_and_keeps_fp32_state(runs: Path) -> None:
     for run in ("bf16-zero1", "bf16-zero3", "one-bf16"):
         assert losses(runs, run) == pytest.approx(losses(runs, "one"), abs=2e-3)
-        tensors = {**final(runs, run).parameters("ema"), **final(runs, run).buffers()}
+        buffers = {name: tensor for name, tensor in final(runs, run).buffers().items()
+                   if not name.startswith("health.")}
+        tensors = {**final(runs, run).parameters("ema"), **buffers}
         assert {t.dtype for t in tensors.values()} == {torch.float32}
 
 

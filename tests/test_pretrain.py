@@ -130,9 +130,10 @@ def test_a_run_that_only_skips_is_stopped(feed: str, tmp_path: Path) -> None:
                     "optim.warmup_steps=0")
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 2
-    assert "not finite in 20 steps in a row; lower optim.lr" in errors
-    events = [row["event"] for row in read_rows(str(tmp_path / "run" / "events.jsonl"))]
-    assert events.count("skip") == 20 and "finish" not in events
+    assert "training diverged: more than 5 of 20 steps up to step 7 were dropped" in errors
+    events = read_rows(str(tmp_path / "run" / "events.jsonl"))
+    assert [row["event"] for row in events] == ["start", *["skip"] * 6, "diverged"]
+    assert events[-1]["reason"] == "before the first checkpoint"  # none was made of a broken state
 
 
 def test_feed_and_run_directory_in_an_object_store(s3: Any, tmp_path: Path) -> None:

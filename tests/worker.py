@@ -2,7 +2,8 @@
 
     python -m tests.worker JOBS.json      with RANK, WORLD_SIZE, ... in the environment, or alone
 
-JOBS is a list of {"config": path, "poison": [step, rank] or null, "resave": dir or null}.
+JOBS is a list of {"config": path} with, if wanted, "poison": [step, rank], "starve": true (the
+first expert gets no tokens), "resave": dir.
 """
 
 from __future__ import annotations
@@ -69,17 +70,32 @@ def _write_jobs(jobs: list[dict[str, Any]], folder: Path) -> Path:
 def main() -> int:
     from neurojepa.train import loop
 
-    make_views = loop.make_views
+    make_views, build_model = loop.make_views, loop.build_model
     for each in json.loads(Path(sys.argv[1]).read_text()):
         config = load_config(each["config"])
         if each.get("poison"):
             loop.make_views = _poisoned(make_views, config, *each["poison"])
+        if each.get("starve"):
+            loop.build_model = _starved(build_model)
         if each.get("resave"):
             _resave(config, each["resave"])
         else:
             loop.train(config)
-        loop.make_views = make_views
+        loop.make_views, loop.build_model = make_views, build_model
     return 0
+
+
+def _starved(build_model: Any) -> Any:
+    """build_model whose routers never choose the first expert."""
+    from neurojepa.model.moe import moe_layers
+
+    def build(*arguments: Any) -> Any:
+        model = build_model(*arguments)
+        for layer in moe_layers(model):
+            layer.bias[0] = -100
+        return model
+
+    return build
 
 
 def _poisoned(make_views: Any, config: RootConfig, step: int, rank: int) -> Any:
@@ -105,7 +121,8 @@ def _resave(config: RootConfig, folder: str) -> None:
     run = Run(config, start_world())
     old = checkpoint.open_checkpoint(config.run.dir, run.step).manifest
     saver = Saver(folder, run.engine, run.world, keep_last=1, milestone_every=0)
-    saver.start(run.step, {key: old[key] for key in ("config", "feed", "order", "health")})
+    saver.start(run.step, {key: old[key] for key in ("config", "feed", "order", "health",
+                                                   "skipped_windows")})
     saver.finish()
     saver.close()
     run.close()

@@ -101,8 +101,11 @@ LABELS_SCHEMA = pa.schema([
 
 # ---- storage -------------------------------------------------------------------------------------
 
-def open_store(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_store(uri: str, own_retries: bool = True) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system and path of a URI; s3:// is configured by the usual AWS_* variables.
+
+    ``own_retries=False`` is for callers that ask again themselves: each request is made once, and
+    an object store that is silent is noticed in seconds.
 
     Raises
     ------
@@ -110,8 +113,15 @@ def open_store(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         The URI's scheme is unknown or its driver is not installed.
     """
     try:
-        return fsspec.core.url_to_fs(uri, **({"use_listings_cache": False}
-                                             if uri.startswith("s3:") else {}))
+        if not uri.startswith("s3:"):
+            return fsspec.core.url_to_fs(uri)
+        if own_retries:
+            return fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        limits = {"connect_timeout": 5, "read_timeout": 15, "retries": {"max_attempts": 1}}
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=limits,
+                                         skip_instance_cache=True)  # as it differs from all others
+        fs.retries = 1
+        return fs, path
     except (ValueError, ImportError) as error:
         raise DataError(f"{uri}: cannot open this kind of store ({error})") from error
 

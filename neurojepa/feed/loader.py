@@ -1,18 +1,24 @@
 """From positions to micro-batches: range reads, hash check, decoding, many samples ahead.
 
-Step s covers positions [s*G, (s+1)*G) with G = train.global_batch.  A rank takes its micro-batches
-from them as a fixed function of (rank, world), so every world size sees the same samples in a
-step.  Where G does not divide by world x micro_batch, the last micro-step is filled up with
-repeats of weight 0.  There is no state to save: a loader starts at any step.
+Step s covers G = train.global_batch positions from ``first_position(s)``.  A rank takes its
+micro-batches from them as a fixed function of (rank, world), so every world size sees the same
+samples in a step.  Where G does not divide by world x micro_batch, the last micro-step is filled up
+with repeats of weight 0.  There is no state to save: a loader starts at any step.
+
+A store that fails is asked again for ``data.retry_s``.  A sample whose bytes are wrong twice ends
+the run or, with ``data.replace_damaged``, is replaced by the next good one of its group's epoch:
+again a function of the position, so the same on every rank and after every restart.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +34,14 @@ from neurojepa.feed.format import (
     sha256,
     store_errors,
 )
-from neurojepa.feed.order import Order
+from neurojepa.feed.order import Order, Window, first_position
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 8.0  # between tries; each is twice the one before
+MAX_REPLACEMENTS = 10  # damaged samples in a row; more are no accident
+
+
+class DamagedSample(DataError):
+    """Stored bytes that are wrong, not merely out of reach."""
 
 
 @dataclass
@@ -48,15 +61,32 @@ class Batch:
 
 
 class SampleReader:
-    """Random access to the images (and label maps) of a feed by row of its index."""
+    """Random access to the images (and label maps) of a feed by row of its index.
 
-    def __init__(self, feed: Feed) -> None:
-        self.feed = feed
-        self.fs, self.root = open_store(feed.uri)
+    Parameters
+    ----------
+    feed : Feed
+    retry_s : float
+        How long a store that fails is asked again.
+    """
+
+    def __init__(self, feed: Feed, retry_s: float = 60) -> None:
+        self.feed, self.retry_s = feed, retry_s
+        self.fs, self.root = open_store(feed.uri, own_retries=False)
         self.columns = {name: feed.index[name].to_pylist() for name in feed.index.column_names}
+        self.retries: deque[str] = deque()  # what the store said each time it was asked again
+        self._closed = threading.Event()
 
     def image(self, row: int, out: np.ndarray | None = None) -> np.ndarray:
-        """uint8 codes [X, Y, Z] of a sample, in ``out`` if it is given."""
+        """uint8 codes [X, Y, Z] of a sample, in ``out`` if it is given.
+
+        Raises
+        ------
+        DamagedSample
+            Its bytes do not match the index, or cannot be decoded.
+        DataError
+            The store cannot be read.
+        """
         return self._array(row, "", out)
 
     def label(self, row: int) -> np.ndarray:
@@ -66,20 +96,42 @@ class SampleReader:
                             "map; choose scans whose label_length is set")
         return self._array(row, "label_")
 
+    def close(self) -> None:
+        """Ask the store no more: reads that wait to try again fail at once."""
+        self._closed.set()
+
     def _array(self, row: int, kind: str, out: np.ndarray | None = None) -> np.ndarray:
         shard = self.columns["shard"][row]
         start = self.columns[kind + "offset"][row]
         end = start + self.columns[kind + "length"][row]
         name = f"{join(self.feed.uri, shard)} bytes {start}-{end} ({self.columns['scan_id'][row]})"
-        try:
-            data = self.fs.cat_file(join(self.root, shard), start=start, end=end)
-        except store_errors() as error:
-            raise DataError(f"{name}: cannot be read ({error or type(error).__name__}); check the "
-                            "store, then run: python -m data_prep verify FEED") from error
-        if sha256(data) != self.columns[kind + "sha256"][row]:
-            raise DataError(f"{name}: content differs from its hash in the index; the shard is "
-                            "damaged; run: python -m data_prep verify FEED")
-        return decode_array(data, self.feed.grid.shape, name, out)
+        for attempt in ("first", "last"):  # the way here may have spoilt it: ask once more
+            data = self._bytes(name, join(self.root, shard), start, end)
+            try:
+                if sha256(data) != self.columns[kind + "sha256"][row]:
+                    raise DataError(f"{name}: content differs from its hash in the index; the "
+                                    "shard is damaged; run: python -m data_prep verify FEED")
+                return decode_array(data, self.feed.grid.shape, name, out)
+            except DataError as error:
+                if attempt == "last":
+                    raise DamagedSample(str(error)) from error
+        raise AssertionError("unreachable")
+
+    def _bytes(self, name: str, path: str, start: int, end: int) -> bytes:
+        began, delay = time.monotonic(), FIRST_DELAY_S
+        while True:
+            try:
+                return self.fs.cat_file(path, start=start, end=end)
+            except store_errors() as error:
+                left = began + self.retry_s - time.monotonic()
+                says = f"{error or type(error).__name__}"
+                # that a file is not there is an answer, not an outage
+                if isinstance(error, FileNotFoundError) or left <= 0 \
+                        or self._closed.wait(min(delay, left)):
+                    raise DataError(f"{name}: cannot be read ({says}); check the store, then run: "
+                                    "python -m data_prep verify FEED") from error
+                self.retries.append(says)
+                delay = min(2 * delay, LONGEST_DELAY_S)
 
 
 class Loader:
@@ -89,20 +141,23 @@ class Loader:
     """
 
     def __init__(self, feed: Feed, config: RootConfig, rank: int, world: int,
-                 first_step: int) -> None:
+                 first_step: int, windows: Iterable[Window] = ()) -> None:
         train = config.train
         self.order = Order(feed.index, config.data, train.seed)
-        self.reader = SampleReader(feed)
+        self.reader = SampleReader(feed, config.data.retry_s)
         self.rank, self.world = rank, world
         self.global_batch, self.micro_batch = train.global_batch, train.micro_batch
-        self.steps = range(first_step, train.steps)
+        self.last_step = train.steps
+        self.seek(first_step, windows)
+        self.replace_damaged = config.data.replace_damaged
+        self._damaged: deque[dict[str, Any]] = deque()
         self.micro_steps = -(-self.global_batch // (world * self.micro_batch))
         self.prefetch = config.data.prefetch_batches
         self.wait_s = 0.0
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="feed")
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead: deque[tuple[Batch, list[Future[np.ndarray]]]] = deque()
+        ahead: deque[tuple[Batch, list[Future[int]]]] = deque()
         for positions, weights in self._plan():
             ahead.append(self._begin(positions, weights))
             if len(ahead) > self.prefetch:
@@ -110,42 +165,83 @@ class Loader:
         while ahead:
             yield self._finish(*ahead.popleft())
 
+    def seek(self, first_step: int, windows: Iterable[Window]) -> None:
+        """Let the next iteration begin at another step, with other windows stepped over."""
+        self.steps, self.windows = range(first_step, self.last_step), tuple(windows)
+
+    @property
+    def has_reports(self) -> bool:
+        """Whether ``take_reports`` has something to tell."""
+        return bool(self._damaged or self.reader.retries)
+
+    def take_reports(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Damaged samples {scan_id, shard, position, problem} and the store's errors, since then.
+
+        The samples were replaced, the errors went away.
+        """
+        return _drain(self._damaged), _drain(self.reader.retries)
+
     def close(self) -> None:
         """Stop reading ahead."""
+        self.reader.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _plan(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Positions and weights, each [micro_batch], of this rank's micro-batches."""
         for step in self.steps:
+            begin = first_position(step, self.global_batch, self.windows)
             for micro_step in range(self.micro_steps):
                 first = (micro_step * self.world + self.rank) * self.micro_batch
                 place = np.arange(first, first + self.micro_batch)
                 real = place < self.global_batch
                 place = np.where(real, place, place % self.global_batch)
-                yield step * self.global_batch + place, real.astype(np.float32)
+                yield begin + place, real.astype(np.float32)
 
     def _begin(self, positions: np.ndarray,
-               weights: np.ndarray) -> tuple[Batch, list[Future[np.ndarray]]]:
+               weights: np.ndarray) -> tuple[Batch, list[Future[int]]]:
         """A batch whose voxels are being read, straight into (pinned) memory of its own."""
         pinned = torch.cuda.is_available()
-        rows = self.order.rows(positions)
-        columns = self.reader.columns
         batch = Batch(
-            voxels=torch.empty(len(rows), *self.reader.feed.grid.shape, dtype=torch.uint8,
+            voxels=torch.empty(len(positions), *self.reader.feed.grid.shape, dtype=torch.uint8,
                                pin_memory=pinned),
-            modality=torch.tensor([MODALITIES.index(columns["modality"][row]) for row in rows],
-                                  pin_memory=pinned),
+            modality=torch.empty(len(positions), dtype=torch.int64, pin_memory=pinned),
             position=torch.tensor(positions, dtype=torch.int64, pin_memory=pinned),
             weight=torch.tensor(weights, pin_memory=pinned),
-            scan_ids=[columns["scan_id"][row] for row in rows],
+            scan_ids=[],
         )
         voxels = batch.voxels.numpy()
-        return batch, [self._pool.submit(self.reader.image, int(row), voxels[place])
-                       for place, row in enumerate(rows)]
+        return batch, [self._pool.submit(self._read, int(position), voxels[place])
+                       for place, position in enumerate(positions)]
 
-    def _finish(self, batch: Batch, images: list[Future[np.ndarray]]) -> Batch:
+    def _read(self, position: int, out: np.ndarray) -> int:
+        """Read the sample of a position, or who stands in for it; returns its row."""
+        columns = self.reader.columns
+        for ahead in range(MAX_REPLACEMENTS + 1):
+            row = self.order.row(position, ahead)
+            try:
+                self.reader.image(row, out)
+            except DamagedSample as error:
+                if not self.replace_damaged:
+                    raise DataError(f"{error}; or set data.replace_damaged=true") from error
+                self._damaged.append({"scan_id": columns["scan_id"][row],
+                                     "shard": columns["shard"][row], "position": position,
+                                     "problem": str(error)})
+            else:
+                return row
+        raise DataError(f"{self.reader.feed.uri}: position {position}: its sample and the "
+                        f"{MAX_REPLACEMENTS} after it are damaged; run: python -m data_prep verify "
+                        f"{self.reader.feed.uri}")
+
+    def _finish(self, batch: Batch, reads: list[Future[int]]) -> Batch:
         begin = time.perf_counter()
-        for image in images:
-            image.result()
+        rows = [read.result() for read in reads]
         self.wait_s += time.perf_counter() - begin
+        columns = self.reader.columns
+        batch.scan_ids = [columns["scan_id"][row] for row in rows]
+        for place, row in enumerate(rows):
+            batch.modality[place] = MODALITIES.index(columns["modality"][row])
         return batch
+
+
+def _drain(items: deque[Any]) -> list[Any]:
+    return [items.popleft() for _ in range(len(items))]  # threads may append meanwhile

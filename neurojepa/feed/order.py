@@ -7,11 +7,15 @@ Samples form groups: one for everything, or one per 'cohort/modality' when the c
 weights.  Positions come in blocks of BLOCK; in each block a group owns a fixed number of slots at
 places shuffled by (seed, block), and the k-th slot of a group takes the k-th sample of an endless
 sequence of that group's epochs, each epoch sorted by a hash of (seed, epoch, scan_id).
+
+A step takes the positions that follow the step before, but for windows that a rollback stepped
+over: ``first_position``.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -21,6 +25,12 @@ from neurojepa.config import DataConfig
 from neurojepa.errors import ConfigError
 
 BLOCK = 1000
+Window = tuple[int, int]  # (from_step, shift): from this step on, so many steps' samples later
+
+
+def first_position(step: int, global_batch: int, windows: Iterable[Window]) -> int:
+    """The first of the ``global_batch`` positions of a step (counted from 0)."""
+    return (step + sum(shift for start, shift in windows if start <= step)) * global_batch
 
 
 class Order:
@@ -56,19 +66,21 @@ class Order:
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Row numbers of the feed's index at the given positions, shape [n] -> [n]."""
-        return np.array([self._row(int(position)) for position in positions], dtype=np.int64)
+        return np.array([self.row(int(position)) for position in positions], dtype=np.int64)
 
-    def _row(self, position: int) -> int:
+    def row(self, position: int, ahead: int = 0) -> int:
+        """The row at a position, or the one so many places ahead in its group's epoch."""
         block, place = divmod(position, BLOCK)
         group_of, rank_of = self._pattern(block)
         group = int(group_of[place])
         turn = block * self._slots[group] + int(rank_of[place])
         epoch, within = divmod(turn, len(self._groups[group]))
-        return int(self._groups[group][self._epoch(group, epoch)[within]])
+        members = self._epoch(group, epoch)
+        return int(members[(within + ahead) % len(members)])
 
     def _sorted_epoch(self, group: int, epoch: int) -> np.ndarray:
         salt = np.uint64(_hash(f"{self.seed}/{group}/{epoch}"))
-        return np.argsort(_mix(self._keys[group] ^ salt), kind="stable")
+        return self._groups[group][np.argsort(_mix(self._keys[group] ^ salt), kind="stable")]
 
     def _shuffled_pattern(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """[BLOCK] group at each place of the block, and its how-manieth slot in the block."""

@@ -30,7 +30,7 @@ from neurojepa.errors import CheckpointError, DataError
 from neurojepa.feed.format import join, open_store, read_bytes, sha256, store_errors
 from neurojepa.train.engine import SOURCE, STATE_KEYS, Fragment
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def step_uri(run_dir: str, step: int) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
+from neurojepa.train.health import Guard
 from neurojepa.train.world import World, bounded_groups
 
 KNOWN_VERSION = "0.19."
@@ -71,6 +72,7 @@ class Engine:
                 model=model, optimizer=optimizer,
                 config=deepspeed_config(config, world.size, micro_steps))[0]
         self._zero: Any = self._engine.optimizer
+        self._micro_steps = micro_steps
         self._stage3 = config.train.zero == 3
         self._flats: list[Tensor] = (self._zero.fp32_partitioned_groups_flat if self._stage3
                                      else self._zero.single_partition_of_fp32_groups)
@@ -80,6 +82,8 @@ class Engine:
         self.fragments = list(self._fragments_3() if self._stage3 else self._fragments_12())
         self._ema = {i: self._flats[i].detach().clone() for i, group in enumerate(self._groups)
                      if self._names[id(group[0])].startswith(SOURCE)}
+        self.guard = Guard(config.train.health.spike_deviations, world)
+        self._watch_norms()
         self._publish()
 
     # ---- a step ----------------------------------------------------------------------------------
@@ -95,6 +99,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; they are averaged over ranks and micro-steps."""
+        self.guard.add(loss)
         self._engine.backward(loss)
 
     def step(self, lr: float) -> bool:
@@ -103,13 +108,36 @@ class Engine:
         Returns
         -------
         bool
-            False between boundaries, and where a gradient on any rank was not finite: then no
-            rank has changed anything.
+            False between boundaries, and where the guard or a gradient that is not finite on any
+            rank forbids the step: then no rank has changed anything.
         """
+        if self._engine.is_gradient_accumulation_boundary():
+            self.guard.end_step(self._micro_steps)
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
         return self._engine.was_step_applied()
+
+    def _watch_norms(self) -> None:
+        """Show each step's gradient norm to the guard.
+
+        Where that says inf, DeepSpeed's own skip drops the step, on all ranks and without another
+        read by the host.
+        """
+        if not self._stage3:
+            norm = self._zero.scaled_global_norm
+            self._zero.scaled_global_norm = lambda: self.guard.judge(norm())
+            return
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        norms = self._zero._get_norm_groups
+
+        def judged() -> list[Tensor]:
+            groups = norms()
+            verdict = self.guard.judge(combine_grad_norm_groups(groups))
+            return [torch.where(verdict.isfinite(), group, torch.inf) for group in groups]
+
+        self._zero._get_norm_groups = judged
 
     def grad_norm(self) -> float:
         """Norm of the last step's whole gradient before clipping; inf where it was skipped."""
@@ -195,10 +223,10 @@ class Engine:
         return state
 
     def buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers (router bias, atom usage), alike on every rank."""
+        """Persistent buffers (router bias, atom usage) and the guard's, alike on every rank."""
         params = set(self._params)
         return {name: tensor for name, tensor in self.module.state_dict().items()
-                if name not in params and not name.startswith(TARGET)}
+                if name not in params and not name.startswith(TARGET)} | self.guard.tensors()
 
     @torch.no_grad()
     def load(self, read: Callable[[Fragment, str], Tensor], buffers: dict[str, Tensor],

@@ -2,16 +2,18 @@
 
 ``train(config)`` runs in every rank.  It continues from the run directory's latest checkpoint, or
 starts; all state is the checkpoint and the number of steps done, since samples, masks, augmentation
-and rates are pure functions of the step.  SIGTERM or SIGUSR1 at any rank ends the run at the next
-step boundary with a checkpoint and status 75 ("try again"), as batch systems expect.
+and rates are pure functions of the step and of the windows of samples that were stepped over.
+
+SIGTERM or SIGUSR1 at any rank, or the end of its time, ends the run at the next step boundary with
+a checkpoint and status 75 ("try again"), as batch systems expect.  Where many steps had to be
+dropped, the run goes back to its last checkpoint and steps over the samples since.
 """
 
 from __future__ import annotations
 
-import signal
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -19,19 +21,19 @@ from neurojepa.config import RootConfig, dump_config
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import join, open_feed, write_bytes
 from neurojepa.feed.loader import Loader
+from neurojepa.feed.order import Window, first_position
 from neurojepa.model.jepa import build_model
 from neurojepa.model.moe import moe_layers, update_router_bias
 from neurojepa.objective.views import make_views
 from neurojepa.train import checkpoint
 from neurojepa.train.engine import Engine
-from neurojepa.train.health import Health
+from neurojepa.train.health import Damage, Health, collapsed, diverged
 from neurojepa.train.metrics import Heartbeat, Metrics
 from neurojepa.train.resume import check_same_run
 from neurojepa.train.saver import Saver
 from neurojepa.train.schedule import rates_at
+from neurojepa.train.stopping import REQUEUE, StopRequest
 from neurojepa.train.world import World, start_world
-
-REQUEUE = 75  # EX_TEMPFAIL: stopped on request, run again to continue
 
 
 def train(config: RootConfig) -> int:
@@ -40,12 +42,14 @@ def train(config: RootConfig) -> int:
     Returns
     -------
     int
-        0 when finished, ``REQUEUE`` when stopped by a signal.
+        0 when finished, ``REQUEUE`` when stopped by a signal or the time limit.
 
     Raises
     ------
     ConfigError, DataError, CheckpointError
         See ``Run``; the run directory is as before.
+    NeurojepaError
+        The run diverged or collapsed, or the feed failed; its last checkpoint counts.
     """
     world = start_world(config.run.deterministic)
     run = Run(config, world)
@@ -74,73 +78,88 @@ class Run:
                 f"train.global_batch = {config.train.global_batch}: this run has {world.size} "
                 "ranks, and each needs a scan per step; raise it or start fewer ranks")
         self.config, self.world = config, world
-        self._stop = False
-        self._handlers = {number: signal.signal(number, self._on_signal)
-                          for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self.stop = StopRequest(config.run.time_limit_min)
         self.feed = open_feed(config.data.feed)
-        done = checkpoint.latest_step(config.run.dir)
-        self.step = done or 0
-        self.loader = Loader(self.feed, config, world.rank, world.size, self.step)
-        self.health = Health()
-        restored = self._open(done)
+        self.loader = Loader(self.feed, config, world.rank, world.size, first_step=0)
+        found = self._latest()
         self.engine = Engine(build_model(config, self.feed.grid), config, world,
                              self.loader.micro_steps)
         self.moe = moe_layers(self.engine.module)
         self._atom_usage: torch.Tensor | None = self.engine.buffers().get("code.usage")
-        if restored is not None:
-            self.engine.load(restored.read, restored.buffers(), restored.manifest["adam_step"])
-            self.health = Health(**restored.manifest["health"])
+        self.health = Health(config.train.health, found.manifest["health"] if found else None)
+        self.damage = Damage(config.data.max_damaged_share)
+        self._take_up(found, found.manifest["skipped_windows"] if found else ())
+        self._started_at = self.step
         self.saver = Saver(config.run.dir, self.engine, world, config.train.keep_last,
                            config.train.milestone_every)
         self.metrics = Metrics(config.run.dir, world, config.train.global_batch, self.step)
         self.heartbeat = Heartbeat(config.run.dir, world.rank)
         if world.rank == 0:
             write_bytes(join(config.run.dir, "config.yaml"), dump_config(config).encode())
-        self.metrics.event("resume" if done else "start", self.step, world=world.size,
+        self.metrics.event("resume" if found else "start", self.step, world=world.size,
                            zero=config.train.zero, dtype=config.train.dtype)
 
-    def _open(self, step: int | None) -> checkpoint.Checkpoint | None:
+    def _latest(self) -> checkpoint.Checkpoint | None:
+        step = checkpoint.latest_step(self.config.run.dir)
         if step is None:
             return None
         found = checkpoint.open_checkpoint(self.config.run.dir, step)
         check_same_run(found, self.config, self.feed.fingerprint, self.loader.order.fingerprint)
         return found
 
+    def _take_up(self, found: checkpoint.Checkpoint | None, windows: Sequence[Window]) -> None:
+        """Stand where a checkpoint (or a new run) does; ``windows`` of samples are passed over."""
+        self.step = found.step if found else 0
+        self.windows = [(start, shift) for start, shift in windows]
+        if found:
+            self.engine.load(found.read, found.buffers(), found.manifest["adam_step"])
+        self.loader.seek(self.step, self.windows)
+        self._batches = iter(self.loader)
+        self._began = (time.perf_counter(), self.step)
+
     def to_end(self) -> int:
-        """Train until the last step or a signal."""
-        config, micro_batches = self.config.train, iter(self.loader)
+        """Train until the last step or a request to stop."""
+        config = self.config.train
         self._say(f"step {self.step}/{config.steps}: {self.loader.order.num_samples} scans, "
                   f"{self.world.size} rank(s), {self.loader.micro_steps} micro-step(s) a step")
-        self._began = (time.perf_counter(), self.step)
         while self.step < config.steps:
-            self._train_step(micro_batches)
+            applied = self._train_step()
             self.heartbeat.beat(self.step)
-            stop, writing = self.world.any(self._stop, self.saver.writing)
+            if self.health.must_go_back(self.step, applied):
+                self._go_back()
+                continue
+            stop, writing, reports = self.world.any(
+                bool(self.stop.reason), self.saver.writing, self.loader.has_reports)
             last = self.step == config.steps
             if self.saver.pending and not writing:
                 self._committed(self.saver.advance())
-            if stop or last or self.step % config.checkpoint_every == 0:
+            # a state in trouble is no place to go back to
+            if stop or last or (self.step % config.checkpoint_every == 0 and applied):
                 self._checkpoint()
             if stop or last:
                 self._committed(self.saver.finish())
+            if reports:
+                self._report_data()
             if last or self.step % config.log_every == 0:
-                self.metrics.flush(self.loader.wait_s)
+                self._flush()
                 self._progress()
             if stop and not last:
-                self.metrics.event("stop", self.step, reason="signal")
-                self._say(f"stopped at step {self.step} by a signal; run again to continue")
+                reason = self.stop.reason or "signal"  # maybe of another rank
+                self.metrics.event("stop", self.step, reason=reason)
+                self._say(f"stopped at step {self.step} by a {reason}; run again to continue")
                 return REQUEUE
         self._finish()
         return 0
 
-    def _train_step(self, micro_batches: Any) -> None:
+    def _train_step(self) -> bool:
+        """One step; returns whether it was applied or, on all ranks, dropped."""
         config = self.config
         rates = rates_at(self.step, config)
         # DeepSpeed averages over ranks and micro-steps; the loss of a step is per sample.
         scale = self.world.size * self.loader.micro_steps / config.train.global_batch
         applied = False
         for _ in range(self.loader.micro_steps):
-            batch = next(micro_batches).to(self.world.device)
+            batch = next(self._batches).to(self.world.device)
             views = make_views(batch, config, self.feed.grid, config.train.seed)
             # fill-up repeats must not count as load of the experts
             views.valid_BN &= views.weight_B[:, None] > 0
@@ -159,15 +178,50 @@ class Run:
         self.metrics.end_step(self.step, {"lr": rates.lr, "l1": rates.l1, "skipped": not applied,
                                           "grad_norm": self.engine.grad_norm()})
         if not applied:
-            self.metrics.event("skip", self.step, reason="gradient not finite")
-        self.health.observe(self.step, applied)
+            self.metrics.event("skip", self.step, **self.engine.guard.why())
+        return applied
+
+    def _go_back(self) -> None:
+        """Take up the last checkpoint and step over the samples since; all ranks together."""
+        self._committed(self.saver.finish())
+        found, config = self._latest(), self.config.train
+        why = self.health.go_back(found.manifest["health"] if found else None)
+        if why or not found:
+            self.metrics.event("diverged", self.step, reason=why)
+            raise diverged(self.step, why or "", config.health)
+        begin = first_position(found.step, config.global_batch, self.windows)
+        end = first_position(self.step, config.global_batch, self.windows)
+        self.metrics.event("rollback", self.step, to=found.step, positions=[begin, end])
+        self._say(f"step {self.step}: too many steps were dropped; back to step {found.step}, "
+                  f"stepping over the samples at positions {begin} to {end - 1}")
+        self.metrics.rewind(found.step)
+        self._take_up(found, [*self.windows, (found.step, self.step - found.step)])
+
+    def _report_data(self) -> None:
+        """Log what the loaders of all ranks met; collective."""
+        reports = self.world.gather(self.loader.take_reports())
+        for report in self.damage.new(item for damaged, _ in reports for item in damaged):
+            self.metrics.event("damaged", self.step, **report)
+        if retries := [text for _, retried in reports for text in retried]:
+            self.metrics.event("store_retry", self.step, tries=len(retries), says=retries[-1])
+        read = (self.step - self._started_at) * self.config.train.global_batch
+        self.damage.check(read)
+
+    def _flush(self) -> None:
+        """Write pending rows and look at them; collective."""
+        self.metrics.flush(self.loader.wait_s)
+        figures = self.health.collapse(self.metrics.last_row)
+        if figures and self.step > self.config.optim.warmup_steps:
+            self.metrics.event("collapse", self.step, **figures)
+            raise collapsed(self.step, figures)
 
     def _checkpoint(self) -> None:
         began = time.perf_counter()
-        self.metrics.flush(self.loader.wait_s)  # rows first: a committed step has its row
+        self._flush()  # rows first: a committed step has its row
         record = {"config": self.config.model_dump(mode="json"), "feed": self.feed.fingerprint,
                   "grid": asdict(self.feed.grid),
-                  "order": self.loader.order.fingerprint, "health": asdict(self.health)}
+                  "order": self.loader.order.fingerprint, "health": self.health.record(),
+                  "skipped_windows": self.windows}
         self._committed(self.saver.finish())
         self.saver.start(self.step, record)
         self._stalled_s = time.perf_counter() - began
@@ -175,8 +229,10 @@ class Run:
 
     def _committed(self, step: int | None) -> None:
         if step is not None:
-            self.metrics.event("checkpoint", step, stalled_s=self._stalled_s,
-                               seconds=time.perf_counter() - self._began_saving)
+            seconds = time.perf_counter() - self._began_saving
+            self.stop.checkpoint_s = seconds
+            self.health.progressed()
+            self.metrics.event("checkpoint", step, stalled_s=self._stalled_s, seconds=seconds)
 
     def _finish(self) -> None:
         if self.world.rank == 0:
@@ -199,13 +255,9 @@ class Run:
         if self.world.rank == 0:
             print(text, flush=True)
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._stop = True
-
     def close(self) -> None:
         """Stop reading ahead, give the device and the signals back."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self.stop.close()
         self.loader.close()
         self.saver.close()
         self.metrics.close()

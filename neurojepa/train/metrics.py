@@ -94,6 +94,12 @@ class Metrics:
             append_rows(join(self.run_dir, "metrics.jsonl"), rows)
             self._to_board(rows)
 
+    def rewind(self, step: int) -> None:
+        """Forget the steps after ``step``: they will be done again, otherwise."""
+        self._pending, self._sums = [], {}
+        if self.world.rank == 0:
+            self._keep_until(step)
+
     def event(self, name: str, step: int, **facts: Any) -> None:
         """Append to events.jsonl (rank 0)."""
         if self.world.rank == 0:

@@ -14,9 +14,11 @@ from neurojepa.train.checkpoint import Checkpoint, latest_step, open_checkpoint
 
 # What may differ when a run continues: none of it changes which samples a step sees or its maths,
 # but for the cooldown, which is decided late.
-FREE = ("data.feed", "data.prefetch_batches", "data.read_threads", "model.activation_checkpointing",
-        "train.zero", "train.micro_batch", "train.checkpoint_every", "train.keep_last",
-        "train.milestone_every", "train.log_every", "optim.cooldown_steps", "run.")
+FREE = ("data.feed", "data.prefetch_batches", "data.read_threads", "data.retry_s",
+        "data.replace_damaged", "data.max_damaged_share", "model.activation_checkpointing",
+        "train.health.", "train.zero", "train.micro_batch", "train.checkpoint_every",
+        "train.keep_last", "train.milestone_every", "train.log_every", "optim.cooldown_steps",
+        "run.")
 
 
 def check_same_recipe(config: RootConfig) -> None:
