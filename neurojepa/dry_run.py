@@ -20,7 +20,7 @@ from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Feed, Grid, open_feed
 from neurojepa.feed.order import Order
 from neurojepa.model.flops import DEVICES, step_flops, tokens_per_volume
-from neurojepa.model.jepa import SparseJEPA, build_model
+from neurojepa.model.jepa import build_model
 from neurojepa.model.moe import MoE
 from neurojepa.objective.views import Views
 
@@ -28,7 +28,6 @@ from neurojepa.objective.views import Views
 LOADER_MS, LOADER_VOXELS = 3.0, 108 * 132 * 108
 BUCKET = 5e8  # elements that DeepSpeed reduces at once, by default
 GIB = 2**30
-PARTS = ("encoder", "predictor", "code")
 
 
 @dataclass(frozen=True)
@@ -198,15 +197,16 @@ def _device(name: str) -> tuple[float, int]:
     raise ConfigError(f"--device {name}: not known; one of {', '.join(DEVICES)}")
 
 
-def _model(config: RootConfig, grid: Grid) -> SparseJEPA:
+def _model(config: RootConfig, grid: Grid) -> nn.Module:
     with torch.device("meta"):
         return build_model(config, grid)
 
 
-def _weights(model: SparseJEPA) -> Weights:
-    parts = {part: _count(getattr(model, part)) for part in PARTS}
+def _weights(model: nn.Module) -> Weights:
+    parts = {name: _count(part) for name, part in model.named_children() if name != "target"}
     idle = sum((1 - layer.top_k / len(layer.router)) * (layer.w1.numel() + layer.w2.numel())
-               for layer in model.encoder.modules() if isinstance(layer, MoE))
+               for layer in model.modules()
+               if isinstance(layer, MoE) and layer.router.requires_grad)
     active = {**parts, "encoder": round(parts["encoder"] - idle)}
     buffers = sum(tensor.numel() for name, tensor in model.named_buffers()
                   if not name.startswith("target."))
