@@ -7,15 +7,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
+from data_prep.scan import ScanError
 from data_prep.volumes.align import dice, template
-from data_prep.volumes.geometry import on_grid, to_itk
-from data_prep.volumes.intensity import window
+from data_prep.volumes.geometry import on_grid, resample, to_itk
+from data_prep.volumes.intensity import scale, window
 from data_prep.volumes.pipeline import Prepared, Rejected, prepare_person
 from data_prep.volumes.preset import PRESETS
-from data_prep.volumes.read import read_scan
+from data_prep.volumes.published import crop_neck
+from data_prep.volumes.read import Volume, read_scan
 from neurojepa.feed.format import ARCHIVE_GRID
 from tests.synthetic_head import brain, moved, save, scan
 
@@ -156,13 +159,75 @@ def test_a_mask_that_is_no_brain_is_refused(tmp_path):
     assert "8 ml" in item.message
 
 
-def test_a_lesion_does_not_move_the_intensity_window():
-    values = np.random.default_rng(0).normal(500, 60, 100_000)
-    lesion = values.copy()
-    lesion[:1500] = 1500  # 1.5 % of the brain
-    (low, high), (low_lesion, high_lesion) = window(values), window(lesion)
-    assert low_lesion == pytest.approx(low, abs=5)
-    assert (high_lesion - high) / (high - low) < 0.2
+@pytest.mark.parametrize("level", [100, 500, 1100, 2500])
+def test_a_lesion_of_30_ml_leaves_normal_tissue_where_it_was(level):
+    data, mask, voxel_ml = brain()[0], template(2).mask, 0.008
+    lesion = np.zeros(mask.shape, bool)
+    lesion.ravel()[np.flatnonzero(mask)[90_000:90_000 + int(30 / voxel_ml)]] = True
+    before = scale(data, mask)
+    after = scale(np.where(lesion, level, data).astype(np.float32), mask)
+    normal = mask & ~lesion
+    assert np.abs(after - before)[normal].mean() < 0.01
+    if level > 1100:  # and it has room to be seen
+        assert after[lesion].min() > after[normal].max()
+
+
+def test_a_brain_of_one_value_has_no_window():
+    with pytest.raises(ScanError, match="half of the brain"):
+        window(np.r_[np.full(80, 5.0), np.arange(20.0)])
+
+
+def test_freesurfers_labels_follow_in_their_own_space(tmp_path):
+    """An aseg.mgz lies on FreeSurfer's conformed grid (LIA, 1 mm), not on the scan's."""
+    data, affine = brain()
+    turned, _ = moved(affine, 8, (3, 6, -4))
+    conformed = np.array([[-1.0, 0, 0, 128], [0, 0, 1, -128], [0, -1, 0, 128], [0, 0, 0, 1]])
+    codes = on_box(np.where(template(2).mask, 41, 0).astype(np.uint8), turned, conformed)
+    codes[:128][codes[:128] == 41] = 2  # x falls along LIA: the first half is the right
+    path = tmp_path / "aseg.mgz"
+    nib.save(nib.MGHImage(codes.astype(np.int32), conformed), path)
+    item = whole(prepare_person([scan(save(tmp_path / "t1.nii.gz", data, turned),
+                                      label_uri=str(path))], QUICK))[0]
+    assert set(np.unique(item.label)) == {0, 2, 41}
+    assert dice(item.label > 0, item.mask == 1) > 0.97
+    right = np.argwhere(item.label == 2).mean(axis=0)[0]
+    left = np.argwhere(item.label == 41).mean(axis=0)[0]
+    assert right - left > 40  # index x rises to the right
+
+
+def on_box(codes: np.ndarray, affine: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Codes on a grid of 256^3, nearest neighbour."""
+    return resample(to_itk(codes, affine), np.eye(4), (256, 256, 256), box, NEAREST)
+
+
+# ---- the published order -------------------------------------------------------------------------
+
+PAPER = replace(PRESETS["paper"], template_mm=2, shrink=(4, 2), sampling=0.5, mask_cube=192)
+
+
+def test_the_published_order_takes_size_away_and_scales_by_the_whole_volume(tmp_path):
+    data, affine = brain()
+    small, _ = moved(affine, 6, (5, -10, 4), zoom=0.85)
+    uri = save(tmp_path / "a.nii.gz", data, small)
+    pet, item = prepare_person([scan(uri, "PET"), scan(uri)], PAPER)
+    assert isinstance(pet, Rejected) and pet.reason == "not_in_preset"
+    assert isinstance(item, Prepared), item
+    check_contract(item)
+    assert item.figures["brain_ml_archive"] == pytest.approx(template(2).brain_ml, rel=0.03)
+    assert item.figures["affine_volume_factor"] == pytest.approx(0.85 ** -3, rel=0.05)
+    # the 99.5th percentile of the volume, three quarters of which are air, is the 98th of a brain
+    assert 0.005 * 0.7 < (item.image >= 1).mean() < 0.005 * 1.3
+
+
+def test_a_neck_is_cropped_and_the_world_stays():
+    data = np.zeros((40, 40, 130), np.float32)
+    data[5:35, 5:35, 20:110] = 100  # 180 mm of head and neck under 40 mm of air
+    volume = Volume("head", data, np.diag([2.0, 2.0, 2.0, 1.0]))
+    head, inside = crop_neck(volume)
+    kept = head.affine[2, 3] / 2
+    assert (109 - kept) * 2 == pytest.approx(170, abs=2)
+    np.testing.assert_array_equal(head.data, data[:, :, int(kept):])
+    np.testing.assert_array_equal(inside, head.data > 50)
 
 
 # ---- real scans ----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import SimpleITK as sitk
 
 from data_prep.scan import Scan, ScanError
 from data_prep.volumes.align import coverage, fault, judge, place
-from data_prep.volumes.brain import brain_mask
+from data_prep.volumes.brain import brain_mask, check_mask
 from data_prep.volumes.geometry import on_grid, resample, to_array, to_itk
 from data_prep.volumes.intensity import correct_bias_field, to_unit
 from data_prep.volumes.output import (
@@ -35,6 +35,7 @@ from data_prep.volumes.output import (
     placement_flags,
     scanned,
     source_figures,
+    to_archive,
 )
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.read import Volume, read_scan
@@ -61,18 +62,23 @@ def prepare_published(scan: Scan, preset: Preset) -> Prepared:
     read = read_scan(scan.uri, scan.member)
     head, inside = crop_neck(read)
     head = replace(head, data=correct_bias_field(head.data, head.affine, inside))
-    first, _ = brain_mask(head, preset)
+    first, source = brain_mask(head, preset)
     matrix = place(head, first, scan.modality, preset).affine
     image = on_grid(to_itk(head.data, head.affine), matrix, ARCHIVE_GRID, sitk.sitkBSpline3)
     image = np.clip(image, head.data.min(), head.data.max())
     placed = Volume(read.name, image, ARCHIVE_GRID.affine)
-    brain, source = brain_mask(placed, preset)
+    if source == "stripped":  # a spline swings into the zeros around it
+        brain = to_archive(first, head.affine, matrix)
+    else:
+        brain, source = brain_mask(placed, preset)
     placement = judge(np.eye(4), placed, brain, scan.modality)
     placement = replace(placement, affine=matrix, rigid=matrix,
                         volume_factor=float(1 / np.linalg.det(matrix[:3, :3])))
     if what := fault(placement, preset, preset.min_dice):
         raise ScanError("registration_failed", f"{read.name}: placement in MNI152 failed: {what}")
-    figures = native_figures(scan, read, _native(brain, matrix, read)) | source_figures(read)
+    native = _native(brain, matrix, read)
+    check_mask(native, read, preset, source)  # what was not finite in the file is known there
+    figures = native_figures(scan, read, native) | source_figures(read)
     figures |= placement_figures(placement, matrix) | {
         "brain_ml_archive": float(brain.sum() / 1000), "mask_source": source,
         "ncc_template": placement.ncc, "template_covered": coverage(matrix, read)}
