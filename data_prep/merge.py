@@ -29,12 +29,11 @@ def scan_rows(scan: Scan, results: list[Row]) -> list[Row]:
 
 def merge(kept: pa.Table | None, chunks: Iterable[list[Row]]) -> pa.Table:
     """One ordered table of rows that stay and new ones: duplicates rejected, outliers flagged."""
-    tables = [scan_table(rows) for rows in chunks]
-    if kept is not None:
-        tables.insert(0, kept)
+    tables = [] if kept is None else [kept]
+    tables += [scan_table(rows) for rows in chunks]
     table = _concatenated(tables)
-    return _with_outliers(
-        _without_duplicates(table.sort_by([(name, "ascending") for name in _ORDER])))
+    table = table.sort_by([(name, "ascending") for name in _ORDER])
+    return _with_outliers(_without_duplicates(table))
 
 
 def _concatenated(tables: list[pa.Table]) -> pa.Table:
@@ -48,7 +47,7 @@ def _concatenated(tables: list[pa.Table]) -> pa.Table:
     schema = pa.schema([fields[name] for name in
                         [*fixed, *sorted(fields.keys() - set(fixed))]])
     return pa.concat_tables([_with_schema(table, schema) for table in tables]
-                            or [schema.empty_table()]).combine_chunks()
+                            or [schema.empty_table()])
 
 
 def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -103,23 +102,36 @@ def _marked(table: pa.Table, marks: dict[int, Row]) -> pa.Table:
 
 def _with_outliers(table: pa.Table) -> pa.Table:
     """Flags of scans far from their cohort, computed anew from all figures that are there now."""
-    from data_prep.qc import outlier_flags
     from data_prep.qc.judge import OUTLIER, rules
 
-    marks: dict[int, Row] = {}
-    columns = ["uri", "member", "modality", "cohort", "status", "reason",
-               *(name for name in rules().figures if name in table.column_names)]
+    flags: dict[int, list[str]] = {}
+    old = pc.fill_null(pc.match_substring(table["reason"], OUTLIER), False).to_numpy()
+    for number in np.flatnonzero(old & usable(table)).tolist():
+        flags[number] = []
     for numbers in _groups(table):
-        rows = table.select(columns).take(numbers).to_pylist()
-        found = outlier_flags(rows)
-        for number, row in zip(numbers.tolist(), rows, strict=True):
-            flags = [flag for flag in (row["reason"] or "").split(";")
-                     if flag and not flag.startswith(OUTLIER)]
-            flags += found.get((row["uri"], row["member"], row["modality"]), [])
-            reason = ";".join(flags) or None
-            if reason != row["reason"]:
-                marks[number] = {"reason": reason, "status": "flagged" if flags else "accepted"}
+        for figure in sorted(rules().figures.keys() & set(table.column_names)):
+            for number, found in _outliers(table, numbers, figure).items():
+                flags.setdefault(number, []).extend(found)
+    marks: dict[int, Row] = {}
+    for number, found in flags.items():
+        reason = (table["reason"][number].as_py() or "").split(";")
+        own = [flag for flag in reason if flag and not flag.startswith(OUTLIER)] + found
+        marks[number] = {"reason": ";".join(own) or None,
+                         "status": "flagged" if own else "accepted"}
     return _marked(table, marks)
+
+
+def _outliers(table: pa.Table, numbers: np.ndarray, figure: str) -> dict[int, list[str]]:
+    """Row number -> flags of one figure, among rows of one cohort and modality."""
+    from data_prep.qc import outlier_flags
+
+    values = table[figure].take(numbers).to_pylist()
+    # a row's number stands for its name: all that the judge needs is small
+    found = outlier_flags({"uri": number, "member": None, "modality": "", "cohort": "",
+                           "status": "accepted", figure: value}
+                          for number, value in zip(numbers.tolist(), values, strict=True)
+                          if value is not None)
+    return {int(key[0]): names for key, names in found.items()}
 
 
 def _groups(table: pa.Table) -> list[np.ndarray]:

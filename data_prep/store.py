@@ -130,10 +130,12 @@ def open_archive(uri: str) -> Archive:
     return Archive(uri, **tables, fingerprint=fingerprint)
 
 
-def archive_table(uri: str, name: str) -> pa.Table | None:
+def archive_table(uri: str, name: str, columns: list[str] | None = None) -> pa.Table | None:
     """scans, labels or review of an archive, committed or not; None where it is not there yet."""
     fs, path = open_store(join(uri, f"{name}.parquet"))
-    return read_table(join(uri, f"{name}.parquet")) if fs.exists(path) else None
+    if not fs.exists(path):
+        return None
+    return read_table(join(uri, f"{name}.parquet"), columns)
 
 
 def scan_table(rows: list[Row]) -> pa.Table:
