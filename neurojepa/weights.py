@@ -18,14 +18,15 @@ import torch
 from neurojepa.config import RootConfig, validate
 from neurojepa.errors import CheckpointError, DataError, run_command
 from neurojepa.feed.format import Grid, grid_from_record, join, read_bytes, sha256, write_bytes
-from neurojepa.model.jepa import SparseJEPA, build_model
+from neurojepa.model.averaged import Averaged
+from neurojepa.model.jepa import build_model
 
 
 @dataclass(frozen=True)
 class Weights:
     """A model with what it was trained on.  ``model`` is in evaluation mode, on the CPU, fp32."""
 
-    model: SparseJEPA
+    model: Averaged
     config: RootConfig
     grid: Grid
     step: int
@@ -48,7 +49,8 @@ def export(run_dir: str, out: str, step: int | None = None) -> int:
     if step is None:
         raise CheckpointError(f"{run_dir}: no committed checkpoint; train first, or check the path")
     checkpoint = open_checkpoint(run_dir, step)
-    buffers = checkpoint.buffers()
+    buffers = {name: buffer for name, buffer in checkpoint.buffers().items()
+               if not name.startswith("health.")}  # the trainer's, not the model's
     tensors = checkpoint.parameters("master") | buffers
     # the target's weights are the EMA; its router biases follow the encoder's
     followed = {name: buffer for name, buffer in buffers.items() if name.startswith("encoder.")}

@@ -13,8 +13,9 @@ import torch
 from neurojepa.config import AugmentConfig, RootConfig
 from neurojepa.errors import DataError
 from neurojepa.feed.format import MODALITIES, Feed
+from neurojepa.feed.labels import scan_labels
 from neurojepa.feed.loader import Batch, SampleReader
-from neurojepa.model.jepa import SparseJEPA
+from neurojepa.model.averaged import Averaged
 from neurojepa.objective.views import make_views
 
 
@@ -38,18 +39,7 @@ class Embeddings:
         DataError
             No one has a label of this name.
         """
-        by_session, by_person = {}, {}
-        for row in table.to_pylist():
-            if row["name"] == name and row["value"]:
-                if row["session"]:
-                    by_session[row["participant"], row["session"]] = row["value"]
-                else:
-                    by_person[row["participant"]] = row["value"]
-        if not by_session and not by_person:
-            raise DataError(f"labels.parquet has no label {name!r}; it has "
-                            f"{sorted(set(table['name'].to_pylist()))}")
-        return np.array([by_session.get((person, session), by_person.get(person, ""))
-                         for person, session in zip(self.participant, self.session, strict=True)])
+        return scan_labels(table, name, self.participant.tolist(), self.session.tolist())
 
 
 def select_rows(feed: Feed, modality: str | None, cohort: str | None) -> np.ndarray:
@@ -71,7 +61,7 @@ def select_rows(feed: Feed, modality: str | None, cohort: str | None) -> np.ndar
 
 
 @torch.no_grad()
-def embed(model: SparseJEPA, config: RootConfig, feed: Feed, rows: np.ndarray,
+def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
           batch_size: int = 8) -> Embeddings:
     """Embed scans of a feed without augmentation or masks.
 

@@ -15,6 +15,7 @@ import numpy as np
 from neurojepa.downstream.embed import Embeddings
 from neurojepa.downstream.stats import Score, auroc, mean_absolute_error, r_squared, score
 from neurojepa.errors import DataError
+from neurojepa.feed.labels import as_numbers
 
 Kind = Literal["regression", "classification"]
 
@@ -63,7 +64,7 @@ def probe(embeddings: Embeddings, target: str, values: np.ndarray) -> ProbeResul
     if people[0] < 5 or people[1] < 2:
         raise DataError(f"label {target!r}: known for {people[0]} people of split train and "
                         f"{people[1]} of split test; a probe needs at least 5 and 2")
-    numeric = _as_numbers(values[known])
+    numeric = as_numbers(values[known])
     if numeric is not None:
         truth = np.zeros(len(values))
         truth[known] = numeric
@@ -124,10 +125,3 @@ def _tuned(estimator, parameter: str, grid: np.ndarray, scoring, folds):
     # a fold that cannot be scored is an error: without scores the first penalty would win
     return GridSearchCV(pipeline, {f"model__{parameter}": grid}, scoring=scoring, cv=folds,
                         error_score="raise")
-
-
-def _as_numbers(values: np.ndarray) -> np.ndarray | None:
-    try:
-        return values.astype(float)
-    except ValueError:
-        return None

@@ -12,34 +12,29 @@ Shape letters: B scans, M masks, N tokens, C context and T target tokens, D widt
 
 from __future__ import annotations
 
-import copy
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
-from neurojepa.feed.format import MODALITIES, Grid
+from neurojepa.feed.format import Grid
+from neurojepa.model.averaged import Averaged
 from neurojepa.model.encoder import Encoder
-from neurojepa.model.moe import MoE
 from neurojepa.model.predictor import Predictor
 from neurojepa.model.sizes import SIZES
 from neurojepa.model.sparse import Coded, SparseCode
-from neurojepa.objective.losses import take, token_weights
+from neurojepa.objective.losses import sample_sums, take, token_weights
 from neurojepa.objective.views import Views
 
 
-class SparseJEPA(nn.Module):
+class SparseJEPA(Averaged):
     """Encoder, its frozen target copy, predictor and sparse code."""
 
     def __init__(self, config: RootConfig, grid: Grid) -> None:
-        super().__init__()
         check_shapes(config, grid)
+        super().__init__(Encoder(config.model))
         size = SIZES[config.model.size]
         self.background_weight = config.objective.background_weight
-        self.encoder = Encoder(config.model)
-        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.predictor = Predictor(size)
         self.code = SparseCode(config.objective.sparse, size.predictor_dim, size.dim)
 
@@ -67,7 +62,7 @@ class SparseJEPA(nn.Module):
 
         prediction_B, sparsity_B = per_sample(coded.error), l1 * per_sample(coded.norm_h)
         loss_B = views.weight_B * (prediction_B + sparsity_B)
-        metrics = _metrics(views, loss_B.detach(), {
+        metrics = sample_sums(views, loss_B.detach(), {
             "prediction": prediction_B, "sparsity": sparsity_B, "l0": per_sample(coded.num_active)})
         weight_VT = (views.weight_B[:, None, None] * weight_BMT).flatten(0, 1)
         whole = {**_batch_metrics(coded, z_VTD, weight_VT), "dead_atoms": self.code.dead_share()}
@@ -76,7 +71,7 @@ class SparseJEPA(nn.Module):
 
     def _predict(self, views: Views) -> tuple[Coded, Tensor]:
         """Predictions for all masks, and the target latents [V, T, D]."""
-        z_BND = self._target_latents(views.tokens_BNP, views.coords_BN3, views.valid_BN)
+        z_BND = self.latents(views)
         context_BMC, masks = views.context_BMC, views.context_BMC.shape[1]
         order_BMN = torch.cat([context_BMC, views.target_BMT], -1)
         coords_VN3 = take(views.coords_BN3, order_BMN).flatten(0, 1)
@@ -89,24 +84,9 @@ class SparseJEPA(nn.Module):
         z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
         return self.code(predicted, z_VTD), z_VTD
 
-    @torch.no_grad()
-    def _target_latents(self, tokens_BNP: Tensor, coords_BN3: Tensor, valid_BN: Tensor) -> Tensor:
-        """Layer-normed float32 latents [B, N, D] of the target encoder."""
-        for target, source in zip(_moes(self.target), _moes(self.encoder), strict=True):
-            target.bias.copy_(source.bias)  # routing follows the encoder; only weights are averaged
-        z_BND = self.target(tokens_BNP, coords_BN3, valid_BN)
-        return F.layer_norm(z_BND.float(), z_BND.shape[-1:])
 
-    @torch.no_grad()
-    def embed(self, views: Views) -> Tensor:
-        """float32 [B, D]: mean over a scan's valid tokens of the target encoder's output."""
-        z_BND = self._target_latents(views.tokens_BNP, views.coords_BN3, views.valid_BN)
-        valid_BN1 = views.valid_BN[..., None].float()
-        return (z_BND * valid_BN1).sum(1) / valid_BN1.sum(1).clamp(min=1)
-
-
-def build_model(config: RootConfig, grid: Grid) -> SparseJEPA:
-    """A model whose initial weights are a function of the config alone.
+def build_model(config: RootConfig, grid: Grid) -> Averaged:
+    """The model of ``objective.method``; its initial weights are a function of the config alone.
 
     Raises
     ------
@@ -115,6 +95,14 @@ def build_model(config: RootConfig, grid: Grid) -> SparseJEPA:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
+        if config.objective.method == "mae":
+            from neurojepa.baselines.mae import MAE
+
+            return MAE(config, grid)
+        if config.objective.method == "cnn":
+            from neurojepa.baselines.cnn import CNN
+
+            return CNN(config, grid)
         return SparseJEPA(config, grid)
 
 
@@ -134,22 +122,6 @@ def check_shapes(config: RootConfig, grid: Grid) -> None:
             f"model.token_budget = {budget} exceeds the {tokens} tokens of grid {grid.name!r} "
             f"({' x '.join(map(str, counts))} patches of {patch} voxels); set at most {tokens}, "
             "or null for all")
-
-
-def _moes(encoder: nn.Module) -> list[MoE]:
-    return [layer for layer in encoder.modules() if isinstance(layer, MoE)]
-
-
-def _metrics(views: Views, loss_B: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weighted sums of the per-sample parts, and the loss and weight of each modality."""
-    weight_B = views.weight_B
-    metrics = {"weight": weight_B.sum()}
-    metrics |= {name: (weight_B * part_B.detach()).sum() for name, part_B in parts.items()}
-    for index, name in enumerate(MODALITIES):
-        of_B = (views.modality_B == index).float()
-        metrics[f"loss/{name}"] = (of_B * loss_B).sum()
-        metrics[f"weight/{name}"] = (of_B * weight_B).sum()
-    return metrics
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
-"""Loss weights of target tokens: little for air, none for what was not scanned."""
+"""Loss weights of target tokens, little for air and none for the unscanned; sums for metrics."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from neurojepa.feed.format import MODALITIES
+from neurojepa.objective.views import Views
 
 
 def token_weights(foreground: Tensor, valid: Tensor, background_weight: float) -> Tensor:
@@ -28,3 +31,15 @@ def take(x_BNd: Tensor, index_BMk: Tensor) -> Tensor:
     """
     rows_B11 = torch.arange(len(x_BNd), device=x_BNd.device)[:, None, None]
     return x_BNd[rows_B11, index_BMk]
+
+
+def sample_sums(views: Views, loss_B: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over samples: weight, each part [B] by weight, loss and weight of each modality."""
+    weight_B = views.weight_B
+    metrics = {"weight": weight_B.sum()}
+    metrics |= {name: (weight_B * part_B.detach()).sum() for name, part_B in parts.items()}
+    for index, name in enumerate(MODALITIES):
+        of_B = (views.modality_B == index).float()
+        metrics[f"loss/{name}"] = (of_B * loss_B).sum()
+        metrics[f"weight/{name}"] = (of_B * weight_B).sum()
+    return metrics

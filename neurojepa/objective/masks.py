@@ -25,7 +25,7 @@ from neurojepa.objective import random
 
 FOREGROUND_SHARE = 0.1  # of brain voxels, above which a token counts as foreground
 # random streams, apart from those of the views
-_PLACE, _SECTION, _DEPTH, _ASPECT, _TIES = range(16, 21)
+_PLACE, _SECTION, _DEPTH, _ASPECT, _TIES, _UNIFORM = range(16, 22)
 _SCALE_STRIDE = 1024  # streams of different scales never meet
 
 
@@ -58,6 +58,21 @@ def draw_masks(coords_BN3: Tensor, foreground_BN: Tensor, valid_BN: Tensor, mask
         targets.append(order_BN[:, :num_targets].sort(dim=1).values)
         contexts.append(order_BN[:, num_targets:].sort(dim=1).values)
     return torch.stack(contexts, 1), torch.stack(targets, 1)
+
+
+def draw_uniform_masks(num_tokens: int, target_share: float, seed: int,
+                       position_B: Tensor) -> tuple[Tensor, Tensor]:
+    """One split per scan in which every token is as likely a target: context and target as above.
+
+    Returns
+    -------
+    context_B1C, target_B1T : int64 indices into N, ascending
+    """
+    num_targets = round(num_tokens * target_share)
+    drawn_BN = random.uniform(seed, position_B, _UNIFORM, num_tokens)
+    order_BN = drawn_BN.sort(dim=1, stable=True).indices
+    target_BT, context_BC = order_BN.split([num_targets, num_tokens - num_targets], 1)
+    return context_BC.sort(1).values[:, None], target_BT.sort(1).values[:, None]
 
 
 def _distance_to_blocks(coords_BN3: Tensor, foreground_BN: Tensor,

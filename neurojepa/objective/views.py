@@ -21,7 +21,7 @@ from torch import Tensor
 from neurojepa.config import AugmentConfig, RootConfig
 from neurojepa.feed.format import AIR, NOT_SCANNED, Grid
 from neurojepa.objective import random
-from neurojepa.objective.masks import draw_masks
+from neurojepa.objective.masks import draw_masks, draw_uniform_masks
 
 # Standardisation of brain intensities, which preparation scales to [0, 1].
 INTENSITY_MEAN, INTENSITY_STD = 0.5, 0.25
@@ -70,9 +70,13 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> 
     valid_BN = scanned_Bn[rows_B1, keep_BN]
     tokens_BNP = _tokens(codes_BnP[rows_B1, keep_BN], keep_BN, grid, patch,
                          config.objective.augment, seed, batch.position)
-    context_BMC, target_BMT = draw_masks(coords_BN3, foreground_BN, valid_BN,
-                                         config.objective.masks, patch * grid.spacing_mm,
-                                         seed, batch.position)
+    masks = config.objective.masks
+    if config.objective.method == "jepa":
+        context_BMC, target_BMT = draw_masks(coords_BN3, foreground_BN, valid_BN, masks,
+                                             patch * grid.spacing_mm, seed, batch.position)
+    else:
+        context_BMC, target_BMT = draw_uniform_masks(keep_BN.shape[1], masks.target_share, seed,
+                                                     batch.position)
     shows_brain_B = (brain_Bn.sum(-1) > 0).float()
     return Views(tokens_BNP, coords_BN3, foreground_BN, valid_BN, context_BMC, target_BMT,
                  batch.modality, batch.weight * shows_brain_B)

@@ -1,0 +1,1 @@
+"""What the sparse JEPA is measured against, trained by the same loop on the same feed."""

@@ -1,0 +1,67 @@
+"""Masked autoencoder in 3D (He et al. 2022): the same encoder, trained to fill in voxels.
+
+    visible tokens -> encoder -> narrow decoder -> voxels of the hidden tokens
+
+Encoder, tokens, coordinates and the decoder's width and depth are the JEPA's; what differs is one
+uniform mask per scan and the target, voxels standardised within each patch.
+
+Shape letters: B scans, N tokens, C visible and T hidden tokens, P voxels a patch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from neurojepa.config import RootConfig
+from neurojepa.feed.format import Grid
+from neurojepa.model.averaged import Averaged
+from neurojepa.model.encoder import Encoder
+from neurojepa.model.jepa import check_shapes
+from neurojepa.model.layers import INIT_STD
+from neurojepa.model.predictor import Predictor
+from neurojepa.model.sizes import SIZES
+from neurojepa.objective.losses import sample_sums, take, token_weights
+from neurojepa.objective.views import Views
+
+EPSILON = 1e-6  # of the variance within a patch, as published; air alone becomes zero
+
+
+class MAE(Averaged):
+    """Encoder, its moving average, and a decoder to voxels."""
+
+    def __init__(self, config: RootConfig, grid: Grid) -> None:
+        check_shapes(config, grid)
+        super().__init__(Encoder(config.model))
+        size = SIZES[config.model.size]
+        self.background_weight = config.objective.background_weight
+        self.decoder = Predictor(size)
+        self.voxels = nn.Linear(size.predictor_dim, config.model.patch_voxels**3)
+        nn.init.trunc_normal_(self.voxels.weight, std=INIT_STD)
+        nn.init.zeros_(self.voxels.bias)
+
+    def forward(self, views: Views, l1: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a micro-batch and its metrics, as of ``SparseJEPA.forward``; no ``l1`` here."""
+        visible_BC, hidden_BT = views.context_BMC[:, 0], views.target_BMT[:, 0]
+        order_BN = torch.cat([visible_BC, hidden_BT], -1)
+        coords_BN3, valid_BN = _take(views.coords_BN3, order_BN), _take(views.valid_BN, order_BN)
+        C = visible_BC.shape[1]
+        y_BCD = self.encoder(_take(views.tokens_BNP, visible_BC), coords_BN3[:, :C],
+                             valid_BN[:, :C])
+        filled_BTP = self.voxels(self.decoder(y_BCD, coords_BN3, valid_BN, views.modality_B))
+        truth_BTP = _standardised(_take(views.tokens_BNP, hidden_BT))
+        error_BT = (filled_BTP.float() - truth_BTP).square().mean(-1)
+        weight_BT = token_weights(_take(views.foreground_BN, hidden_BT), valid_BN[:, C:],
+                                  self.background_weight)
+        prediction_B = (weight_BT * error_BT).sum(-1)
+        loss_B = views.weight_B * prediction_B
+        return loss_B.sum(), sample_sums(views, loss_B.detach(), {"prediction": prediction_B})
+
+
+def _take(x_BNd: Tensor, index_Bk: Tensor) -> Tensor:
+    return take(x_BNd, index_Bk[:, None])[:, 0]
+
+
+def _standardised(token_BTP: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(token_BTP, -1, keepdim=True)
+    return (token_BTP - mean) / (variance + EPSILON).sqrt()
