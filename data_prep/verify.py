@@ -214,10 +214,9 @@ def _archive_problems(uri: str) -> Iterator[str]:
     for path in sorted(slots):
         yield f"{path}: voxels without an accepted row"
     for row in _dicts(scans.filter(pc.equal(scans["status"], "rejected"))
-                      .select(["participant", "session", "modality", "reason"])):
+                      .select(["participant", "modality", "reason"])):
         if not row["reason"]:
-            yield (f"{row['participant']} session {row['session']} {row['modality']}: rejected "
-                   "without a reason")
+            yield f"{row['participant']}: a {row['modality']} is rejected without a reason"
     yield from _record_problems(uri)
     yield from _review_problems(archive.review, usable)
 

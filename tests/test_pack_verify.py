@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
 from data_prep import jobs
 from data_prep.report import report
-from data_prep.store import IMAGE_SCALE, open_archive, read_volume, slot
+from data_prep.store import IMAGE_SCALE, commit_tables, open_archive, read_volume, slot
 from data_prep.tars import pack, resample
 from data_prep.verify import verify
 from neurojepa.errors import DataError
@@ -234,8 +236,6 @@ def test_verify_finds_a_changed_index(feed: Path):
 
 
 def test_verify_finds_damage_in_an_archive(archive: str, tmp_path: Path, capsys):
-    import shutil
-
     import zarr
 
     out = tmp_path / "a"
@@ -254,6 +254,19 @@ def test_verify_finds_damage_in_an_archive(archive: str, tmp_path: Path, capsys)
     table = pq.read_table(out / "scans.parquet")
     pq.write_table(table.slice(1), out / "scans.parquet")
     with pytest.raises(DataError, match=r"does not match archive\.json"):
+        verify(str(out))
+
+
+def test_verify_finds_a_review_of_scans_that_are_not_there(archive: str, tmp_path: Path, capsys):
+    out = tmp_path / "a"
+    shutil.copytree(archive, out)
+    opened = open_archive(str(out))
+    known = next(row["scan_id"] for row in opened.rows if row["status"] != "rejected")
+    commit_tables(str(out), opened.scans, opened.labels,
+                  pa.table({"scan_id_a": [known], "scan_id_b": ["gone"]}))
+    assert "review.parquet: scan gone is no usable row" in wrong(out, capsys)
+    (out / "review.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match=r"review\.parquet: does not match archive\.json"):
         verify(str(out))
 
 

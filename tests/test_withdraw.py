@@ -132,6 +132,25 @@ def test_an_interrupted_withdrawal_is_finished_by_the_next(cohort: Cohort, monke
     assert withdrawn_people(cohort.feed) == withdrawn_people(cohort.archive)
 
 
+def test_verify_finds_whom_a_withdrawal_left_behind(cohort: Cohort, tmp_path: Path, capsys):
+    """People logged as withdrawn whose rows, labels, records and voxels are all still there."""
+    for target in (cohort.archive, cohort.feed):
+        append_event(target, {"event": "withdrawn", "people": [LEFT], "lists": [], "shards": []})
+        append_event(target, {"event": "purged", "scans": 2})
+        capsys.readouterr()
+        assert verify(target) == 1
+        said = capsys.readouterr().out
+        assert f"{LEFT} withdrew, but still has rows; run withdraw again" in said
+        assert f"{LEFT} withdrew, but still has labels" in said
+    assert verify(cohort.archive) == 1
+    assert "a record of somebody who withdrew" in capsys.readouterr().out
+    log = Path(cohort.feed) / NAME
+    log.write_bytes(log.read_bytes().replace(b'"scans": 2', b'"scans": 1').replace(
+        LEFT.encode(), STAYS.encode()))
+    assert verify(cohort.feed) == 1
+    assert "line 2: does not follow from the line before" in capsys.readouterr().out
+
+
 # ---- lists ---------------------------------------------------------------------------------------
 
 def test_the_newest_list_of_each_study_counts(tmp_path: Path):

@@ -1,0 +1,70 @@
+"""No id and no date of the cohort's own reaches what is printed, the report or a message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep import jobs
+from data_prep.index import index
+from data_prep.report import report
+from data_prep.store import open_archive
+from data_prep.tars import pack
+from data_prep.verify import verify
+from data_prep.withdraw import withdraw
+from neurojepa.errors import DataError
+from neurojepa.feed.format import TRAINING_GRIDS
+from tests.fakes import QUICK, fake_prepare
+from tests.test_jobs import run_here
+from tests.trees import KEY, write
+
+IDS = ("NDARINV1", "NDARINV2", "NDARINV3")
+SECRETS = ("NDARINV", "2011-06", "201106")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    texts = {IDS[0]: ("one", "bad"), IDS[1]: ("one", "crash"), IDS[2]: ("two", "three")}
+    files = {f"sub-{name}/ses-2011060{visit}/anat/sub-{name}_ses-2011060{visit}_T1w.nii.gz": text
+             for name, pair in texts.items() for visit, text in zip((2, 3), pair, strict=True)}
+    files |= {f"sub-{name}/sub-{name}_sessions.tsv": "session_id\tacq_time\tage\n"
+              "ses-20110602\t2011-06-02T10:11:12\t50\n" for name in IDS}
+    return write(tmp_path / "cohort", files | {
+        "participants.tsv": "participant_id\tsex\n" + "".join(f"sub-{i}\tF\n" for i in IDS)})
+
+
+def test_only_pseudonyms_are_shown(tree: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "run_tasks", run_here)
+    manifest, archive, feed, page = (str(tmp_path / name)
+                                     for name in ("m.parquet", "a", "f", "r.html"))
+    listing = tmp_path / "left.csv"
+    listing.write_text(f"cohort,participant\nc,{IDS[2]}\n")
+    index("bids", str(tree), manifest, KEY, "c")
+    jobs.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)
+    rows = open_archive(archive).rows
+    pack(archive, feed, TRAINING_GRIDS["3mm"], 1 << 20)
+    report(archive, page)
+    assert verify(archive) == verify(feed) == 0
+    withdraw([str(listing)], [archive, feed], KEY)
+    jobs.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)
+    shown = capsys.readouterr().out.replace(str(tmp_path), "")
+    assert {row["reason"].split(":")[0] for row in rows if row["reason"]} == {
+        "truncated", "worker_failed", "duplicate_of"}
+    shown += Path(page).read_text() + "".join(
+        f"{row['participant']} {row['family']} {row['message']} {row['provenance']} {row['reason']}"
+        for row in rows)
+    shown += "".join((Path(target) / "audit.jsonl").read_text() for target in (archive, feed))
+    assert len(shown) > 5000 and not [secret for secret in SECRETS if secret in shown]
+
+
+def test_errors_that_end_a_run_name_no_person(tree: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "run_tasks", run_here)
+    for path in tree.rglob("*.nii.gz"):
+        path.write_text("bad")
+    index("bids", str(tree), str(tmp_path / "m.parquet"), KEY, "c")
+    with pytest.raises(DataError, match="none of 6 scans is usable") as error:
+        jobs.prepare([str(tmp_path / "m.parquet")], str(tmp_path / "a"), QUICK, 1,
+                     prepare_one=fake_prepare)
+    said = str(error.value) + capsys.readouterr().out
+    assert "ends after 3 bytes" in said and not [secret for secret in SECRETS if secret in said]
