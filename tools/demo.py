@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 # The demo's pseudonyms protect no one: its people are invented, or public as the real scans are.
 # A fixed key makes the split, and so the whole demo, the same everywhere.
-DEMO_KEY = "the demo cohort is invented; its key is public (170)"  # a split with all parts
+DEMO_KEY = "the demo cohort is invented; its key is public (288)"  # a split with all parts
 SCAN_SUFFIXES = ("_T1w", "_T2w", "_FLAIR")
 
 

@@ -52,10 +52,11 @@ def read_columns(uri: str, wanted: Callable[[str], bool]) -> Iterator[dict[str, 
 
 
 def _parquet(file: IO[bytes], wanted: Callable[[str], bool]) -> Iterator[pa.RecordBatch]:
-    table = pq.ParquetFile(file)
+    table = pq.ParquetFile(file, pre_buffer=False)
     names = [name for name in table.schema_arrow.names if wanted(name)]
     if names:
-        yield from table.iter_batches(_ROWS, columns=names)
+        # an Arrow thread that holds a Python file can abort the interpreter at exit
+        yield from table.iter_batches(_ROWS, columns=names, use_threads=False)
 
 
 def _text(file: IO[bytes], wanted: Callable[[str], bool]) -> Iterator[pa.RecordBatch]:
