@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--beside", action="append", default=[], metavar="MANIFEST",
                       help="manifest of another cohort in --links, whose splits hold for its "
                            "people here too; may be repeated")
+    step.add_argument("--withdrawn", action="append", default=[], metavar="CSV|FOLDER",
+                      help="withdrawal list whose people are left out, as withdraw takes it")
     step.add_argument("--out", required=True, help="manifest to write or renew, *.parquet")
     step.add_argument("--name", help="cohort name in all tables (default: the source's last part)")
     step.add_argument("--key", help="file of the pseudonym key (default: $NEUROJEPA_KEY_FILE, "
@@ -141,7 +143,8 @@ def _index(arguments: argparse.Namespace) -> int:
     from data_prep.index import index
 
     index(arguments.cohort, arguments.source, arguments.out, load_key(arguments.key),
-          arguments.name, arguments.table, arguments.links, arguments.beside)
+          arguments.name, arguments.table, arguments.links, arguments.beside,
+          arguments.withdrawn)
     return 0
 
 

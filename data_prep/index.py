@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from data_prep.cohorts.base import Findings, Source, read_tsv
 from data_prep.identity import pseudonym
+from data_prep.lists import read_lists
 from data_prep.scan import SCAN_SCHEMA, Scan
 from data_prep.seen import Seen
 from data_prep.splits import LINK, SPLIT_BELOW, group_people, scope, settle
@@ -37,7 +38,7 @@ _IDENTITY, _STATE = ("uri", "member", "modality"), ("size_bytes", "modified")
 
 def index(cohort: str, source: str, out: str, key: bytes, name: str | None = None,
           tables: Sequence[str] = (), links: str | None = None,
-          beside: Sequence[str] = ()) -> None:
+          beside: Sequence[str] = (), withdrawn: Sequence[str] = ()) -> None:
     """Index a source and write its manifest; prints what was found.
 
     Parameters
@@ -50,6 +51,8 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
         CSV (cohort, participant, person) of the same people in several cohorts.
     beside
         Manifests of those other cohorts, made with the same links: their people's splits hold.
+    withdrawn
+        Withdrawal lists, as ``withdraw`` takes them: the people on them are left out.
 
     Raises
     ------
@@ -66,7 +69,8 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
     others = _Linked(name, key, links, beside)
     with tempfile.TemporaryDirectory() as folder:
         spool = f"{folder}/scans.parquet"
-        people = _People(name, key)
+        people = _People(name, key, {left for each in read_lists(withdrawn, name)
+                                     for left in each.pseudonyms(key)})
         reader = importlib.import_module(f"data_prep.cohorts.{cohort}")
         _spool(spool, people.take(reader.read_cohort(walked, name)))
         if not people.names:
@@ -77,6 +81,8 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
             raise DataError(f"{out}: has none of these people, so it was made with another key, "
                             "--name or source; choose another --out, or delete it")
         families, splits = people.settle(others, earlier.splits, walked.notes)
+        if people.num_left_out:
+            walked.notes["scans of people who withdrew"] = people.num_left_out
         seen.save(seen_at, cohort)
         write_bytes(labels_path(out), parquet_bytes(people.label_table(walked.notes)))
         scans, states = _with_splits(spool, families, splits)
@@ -88,8 +94,9 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
 class _People:
     """The people met so far: pseudonyms, ties and labels."""
 
-    def __init__(self, cohort: str, key: bytes) -> None:
-        self.cohort, self.key = cohort, key
+    def __init__(self, cohort: str, key: bytes, withdrawn: set[str]) -> None:
+        self.cohort, self.key, self.withdrawn = cohort, key, withdrawn
+        self.num_left_out = 0
         self.names: dict[str, str] = {}  # pseudonyms, of people with a scan
         self.ties: list[tuple[str, str]] = []
         self._labels: list[tuple[str, str, str, str]] = []
@@ -99,6 +106,9 @@ class _People:
         """Each scan with its person's pseudonym; ties and labels are kept."""
         for found in findings:
             name = pseudonym(self.key, self.cohort, found.participant)
+            if name in self.withdrawn:
+                self.num_left_out += len(found.scans)
+                continue
             self.ties += [(found.participant, tag) for tag in found.ties]
             self._labels += [(name, *label) for label in found.labels]
             if len(self._labels) >= _ROW_GROUP:

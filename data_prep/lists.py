@@ -34,6 +34,7 @@ class WithdrawalList:
     date: str  # YYYYMMDD, followed by the time of day where it is the file's own time
     sha256: str
     people: list[tuple[str, str]]
+    bare: bool  # without the column cohort
 
     def record(self) -> dict[str, str | int]:
         """What an audit log says about it."""
@@ -66,7 +67,7 @@ def read_lists(paths: Sequence[str], cohort: str | None = None) -> list[Withdraw
         if study not in newest or date > newest[study][0]:
             newest[study] = date, file
     lists = [_read(file, study, date, cohort) for study, (date, file) in sorted(newest.items())]
-    bare = [each.study for each in lists if cohort and any(c == cohort for c, _ in each.people)]
+    bare = [each.study for each in lists if each.bare]
     if len(bare) > 1:  # ids of one application mean other people in another
         raise ConfigError(f"--list: {' and '.join(bare)} are lists of different studies, but "
                           f"both would be about {cohort}; withdraw them one by one")
@@ -109,15 +110,15 @@ def _read(file: Path, study: str, date: str, cohort: str | None) -> WithdrawalLi
     rows = [(number, [cell.strip() for cell in row])
             for number, row in enumerate(csv.reader(io.StringIO(text)), 1) if any(row)]
     header = rows[0][1] if rows else []
-    if "cohort" in header:
-        people = _with_columns(file, header, rows[1:])
-    else:
+    if bare := "cohort" not in header:
         people = _bare(file, [row for row in rows if row[1] != header
                               or header[0].lower() not in _HEADERS], cohort)
+    else:
+        people = _with_columns(file, header, rows[1:])
     if not people:
         raise DataError(f"{file}: names nobody; an empty withdrawal list is most likely a "
                         "failed download")
-    return WithdrawalList(str(file), study, date, sha256(data), people)
+    return WithdrawalList(str(file), study, date, sha256(data), people, bare)
 
 
 def _with_columns(file: Path, header: list[str],

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_prep import jobs
-from data_prep.index import index
+from data_prep.identity import pseudonym
+from data_prep.index import index, labels_path, read_table
 from data_prep.report import report
 from data_prep.store import open_archive
 from data_prep.tars import pack
@@ -31,7 +32,8 @@ def tree(tmp_path: Path) -> Path:
     files |= {f"sub-{name}/sub-{name}_sessions.tsv": "session_id\tacq_time\tage\n"
               "ses-20110602\t2011-06-02T10:11:12\t50\n" for name in IDS}
     return write(tmp_path / "cohort", files | {
-        "participants.tsv": "participant_id\tsex\n" + "".join(f"sub-{i}\tF\n" for i in IDS)})
+        "participants.tsv": "participant_id\tsex\tdiagnosis\n" + "".join(
+            f"sub-{name}\tF\tCN\n" for name in IDS)})
 
 
 def test_only_pseudonyms_are_shown(tree: Path, tmp_path: Path, monkeypatch, capsys):
@@ -68,3 +70,14 @@ def test_errors_that_end_a_run_name_no_person(tree: Path, tmp_path: Path, monkey
                      prepare_one=fake_prepare)
     said = str(error.value) + capsys.readouterr().out
     assert "ends after 3 bytes" in said and not [secret for secret in SECRETS if secret in said]
+
+
+def test_people_on_a_list_are_not_indexed(tree: Path, tmp_path: Path, capsys):
+    (tmp_path / "w1_20250131.csv").write_text(f"{IDS[2]}\nNDARINV9\n")
+    out = str(tmp_path / "m.parquet")
+    index("bids", str(tree), out, KEY, "c", withdrawn=[str(tmp_path / "w1_20250131.csv")])
+    people = {row["participant"] for row in read_table(out).to_pylist()}
+    assert people == {pseudonym(KEY, "c", name) for name in IDS[:2]}
+    assert "noted 2 x scans of people who withdrew" in capsys.readouterr().out
+    labels = read_table(labels_path(out))["participant"].to_pylist()
+    assert labels and set(labels) == people
