@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Commands that other files run, because they need hosts, a Ray cluster or much time.
 ELSEWHERE = {
     "bash tools/demo.sh": "test_demo.py",
+    "python -m tools.bench": "test_bench.py",
     "deepspeed --hostfile hosts --module neurojepa.pretrain": "test_hosts.py",
     "ray job submit -- python -m neurojepa.pretrain": "test_ray_launch.py",
 }
