@@ -17,6 +17,7 @@ from dataclasses import asdict
 
 import torch
 
+from neurojepa.baselines.cnn import Labels
 from neurojepa.config import RootConfig, dump_config
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import join, open_feed, write_bytes
@@ -29,6 +30,7 @@ from neurojepa.train import checkpoint
 from neurojepa.train.engine import Engine
 from neurojepa.train.health import Damage, Health, collapsed, diverged
 from neurojepa.train.metrics import Heartbeat, Metrics
+from neurojepa.train.probe import OnlineProbe
 from neurojepa.train.resume import check_same_run
 from neurojepa.train.saver import Saver
 from neurojepa.train.schedule import rates_at
@@ -81,6 +83,8 @@ class Run:
         self.stop = StopRequest(config.run.time_limit_min)
         self.feed = open_feed(config.data.feed)
         self.loader = Loader(self.feed, config, world.rank, world.size, first_step=0)
+        self.labels = Labels(self.feed, config) if config.objective.method == "cnn" else None
+        self.probe = OnlineProbe(config, self.feed, world) if config.train.probe_every else None
         found = self._latest()
         self.engine = Engine(build_model(config, self.feed.grid), config, world,
                              self.loader.micro_steps)
@@ -128,6 +132,8 @@ class Run:
             if self.health.must_go_back(self.step, applied):
                 self._go_back()
                 continue
+            if self.probe and self.step % config.probe_every == 0:
+                self.probe.run(self.engine.module, self.step, self.metrics)
             stop, writing, reports = self.world.any(
                 bool(self.stop.reason), self.saver.writing, self.loader.has_reports)
             last = self.step == config.steps
@@ -161,6 +167,8 @@ class Run:
         for _ in range(self.loader.micro_steps):
             batch = next(self._batches).to(self.world.device)
             views = make_views(batch, config, self.feed.grid, config.train.seed)
+            if self.labels:
+                views = self.labels.attach(views, batch.scan_ids)
             # fill-up repeats must not count as load of the experts
             views.valid_BN &= views.weight_B[:, None] > 0
             loss, sums = self.engine.forward(views, rates.l1)

@@ -17,8 +17,8 @@ from neurojepa.train.checkpoint import Checkpoint, latest_step, open_checkpoint
 FREE = ("data.feed", "data.prefetch_batches", "data.read_threads", "data.retry_s",
         "data.replace_damaged", "data.max_damaged_share", "model.activation_checkpointing",
         "train.health.", "train.zero", "train.micro_batch", "train.checkpoint_every",
-        "train.keep_last", "train.milestone_every", "train.log_every", "optim.cooldown_steps",
-        "run.")
+        "train.keep_last", "train.milestone_every", "train.log_every", "train.probe_every",
+        "optim.cooldown_steps", "run.")
 
 
 def check_same_recipe(config: RootConfig) -> None:

@@ -1,0 +1,135 @@
+"""A cheap look during training at what the embeddings hold: probes.jsonl.
+
+Every ``train.probe_every`` steps the target encoder embeds the same scans, one each of up to 64
+people of split ``train`` and of ``val``; the ranks share the work.  A ridge on the former predicts
+age, sex and diagnosis of the latter, where the feed has these labels.  Nothing of the training
+changes, so a run is bit-equal with and without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import numpy as np
+from torch import nn
+
+from neurojepa.config import RootConfig
+from neurojepa.downstream.embed import embed
+from neurojepa.downstream.stats import auroc, mean_absolute_error, r_squared
+from neurojepa.errors import ConfigError, DataError
+from neurojepa.feed.format import Feed, join
+from neurojepa.feed.labels import as_numbers, scan_labels
+from neurojepa.model.averaged import Averaged
+from neurojepa.train.metrics import Metrics
+from neurojepa.train.rows import read_rows, write_rows
+from neurojepa.train.world import World
+
+TARGETS = ("age", "sex", "diagnosis")
+MAX_PEOPLE = 64  # of a split
+LEAST_PEOPLE = 4
+PENALTIES = 10.0 ** np.arange(-1, 6)
+
+
+class OnlineProbe:
+    """The scans and labels of a run's probes.
+
+    Raises
+    ------
+    ConfigError
+        The feed has too few people of a split with any of ``TARGETS``.
+    """
+
+    def __init__(self, config: RootConfig, feed: Feed, world: World) -> None:
+        self.config, self.feed, self.world = config, feed, world
+        column = {name: np.array(feed.index[name].to_pylist())
+                  for name in ("participant", "session", "split")}
+        self.rows = np.concatenate([_choose(feed, config, split) for split in ("train", "val")])
+        self.train = column["split"][self.rows] == "train"
+        table = feed.labels()
+        self.truth: dict[str, np.ndarray] = {}
+        for target in TARGETS:
+            try:
+                labels = scan_labels(table, target, column["participant"][self.rows].tolist(),
+                                     column["session"][self.rows].tolist())
+            except DataError:  # no one has it
+                continue
+            truth = _as_truth(labels)
+            if truth is not None and all(_varies(truth[part]) for part in (self.train,
+                                                                           ~self.train)):
+                self.truth[target] = truth
+        if not self.truth:
+            raise ConfigError(f"train.probe_every = {config.train.probe_every}: fewer than "
+                              f"{LEAST_PEOPLE} people of split train or val have a label that "
+                              f"varies among {', '.join(TARGETS)}; set it to 0")
+
+    def run(self, model: nn.Module, step: int, metrics: Metrics) -> None:
+        """Probe after ``step``; collective."""
+        began = time.perf_counter()
+        values = self._embed(model)
+        if self.world.rank:
+            return
+        scores = {f"{target}/{name}": value for target, truth in self.truth.items()
+                  for name, value in _score(values, truth, self.train).items()}
+        scores["seconds"] = time.perf_counter() - began
+        uri = join(self.config.run.dir, "probes.jsonl")
+        kept = [row for row in read_rows(uri) if row["step"] < step]  # others were rolled back
+        write_rows(uri, [*kept, {"step": step, **scores}])
+        metrics.event("probe", step, **scores)
+
+    def _embed(self, model: nn.Module) -> np.ndarray:
+        """[n, D] embeddings of all scans, on every rank."""
+        size = self.world.size
+        each = -(-len(self.rows) // size)  # alike on all ranks: a sharded forward is collective
+        mine = np.resize(self.rows, each * size)[self.world.rank::size]
+        assert isinstance(model, Averaged)
+        was_training = model.training
+        values = embed(model, self.config, self.feed, mine, self.config.train.micro_batch).values
+        model.train(was_training)
+        shares = np.stack(self.world.gather(values), 1)  # [each, rank, D]
+        return shares.reshape(each * size, -1)[:len(self.rows)]
+
+
+def _choose(feed: Feed, config: RootConfig, split: str) -> np.ndarray:
+    """Rows of one scan each of up to ``MAX_PEOPLE`` people, by a hash of their pseudonyms."""
+    first: dict[str, int] = {}
+    for row, (person, of_split, modality) in enumerate(zip(
+            *(feed.index[name].to_pylist() for name in ("participant", "split", "modality")),
+            strict=True)):
+        if of_split == split and modality in (config.data.modalities or [modality]):
+            first.setdefault(person, row)
+    people = sorted(first, key=lambda person: hashlib.sha256(person.encode()).digest())
+    return np.array([first[person] for person in people[:MAX_PEOPLE]], dtype=np.int64)
+
+
+def _as_truth(labels: np.ndarray) -> np.ndarray | None:
+    """Numbers, or 0 and 1 for two names, nan where unknown; None for more names."""
+    known = labels != ""
+    truth = np.full(len(labels), np.nan)
+    numbers, names = as_numbers(labels[known]), sorted(set(labels[known].tolist()))
+    if numbers is not None:
+        truth[known] = numbers
+    elif len(names) == 2:
+        truth[known] = labels[known] == names[1]
+    else:
+        return None
+    return truth
+
+
+def _varies(truth: np.ndarray) -> bool:
+    known = truth[np.isfinite(truth)]
+    return len(known) >= LEAST_PEOPLE and np.ptp(known) > 0
+
+
+def _score(values: np.ndarray, truth: np.ndarray, train: np.ndarray) -> dict[str, float]:
+    from sklearn.linear_model import RidgeCV
+
+    known = np.isfinite(truth)
+    fit, test = known & train, known & ~train
+    mean, std = values[fit].mean(0), values[fit].std(0) + 1e-6
+    model = RidgeCV(PENALTIES).fit((values[fit] - mean) / std, truth[fit])
+    predicted = model.predict((values[test] - mean) / std)
+    if set(truth[known]) == {0.0, 1.0}:
+        return {"auroc": auroc(truth[test], predicted)}
+    return {"mae": mean_absolute_error(truth[test], predicted),
+            "r2": r_squared(truth[test], predicted)}
