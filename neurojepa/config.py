@@ -124,8 +124,8 @@ class HealthConfig(Config):
     max_skips: int = Field(5, ge=1, description="steps of 20 that may be dropped before the run "
                            "goes back to its checkpoint and steps over these samples")
     max_rollbacks: int = Field(3, ge=0, description="to one checkpoint, before the run stops")
-    min_target_std: float = Field(0.02, ge=0, description="below it the targets have collapsed")
-    min_effective_rank: float = Field(1.2, ge=0, description="of the targets, likewise")
+    min_target_std: float = Field(0.05, ge=0, description="below it the targets have collapsed")
+    min_effective_rank: float = Field(1.1, ge=0, description="of the targets, likewise")
 
 
 class TrainConfig(Config):

@@ -2,12 +2,21 @@
 
     python -m tests.worker JOBS.json      with RANK, WORLD_SIZE, ... in the environment, or alone
 
-JOBS is a list of {"config": path} with, if wanted, "poison": [step, rank], "starve": true (the
-first expert gets no tokens), "resave": dir.
+JOBS is a list of {"config": path} with, if wanted,
+
+    "poison": [step or steps, rank]   the samples of these steps, NaN on one rank
+    "spike": [steps, rank, factor]    one rank's loss is so many times as large
+    "collapse": step                  from here on the target gives the same for all tokens
+    "starve": true                    the first expert gets no tokens
+    "die": ["Class.method", n]        in its n-th call; then the job is started again
+    "expect": text                    the job fails with this in its message
+    "resave": dir                     instead of training, load the checkpoint and save it there
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -16,9 +25,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from neurojepa.config import RootConfig, dump_config, load_config
-from neurojepa.errors import run_command
+from neurojepa.errors import NeurojepaError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,24 +80,36 @@ def _write_jobs(jobs: list[dict[str, Any]], folder: Path) -> Path:
 def main() -> int:
     from neurojepa.train import loop
 
-    make_views, build_model = loop.make_views, loop.build_model
     for each in json.loads(Path(sys.argv[1]).read_text()):
         config = load_config(each["config"])
-        if each.get("poison"):
-            loop.make_views = _poisoned(make_views, config, *each["poison"])
-        if each.get("starve"):
-            loop.build_model = _starved(build_model)
-        if each.get("resave"):
-            _resave(config, each["resave"])
-        else:
-            loop.train(config)
-        loop.make_views, loop.build_model = make_views, build_model
+        with contextlib.ExitStack() as faults:
+            for name, fault in FAULTS.items():
+                if name in each:
+                    faults.enter_context(fault(loop, config, each[name]))
+            if "resave" in each:
+                _resave(config, each["resave"])
+                continue
+            try:
+                loop.train(config)
+            except _Death:
+                loop.train(config)
+            except NeurojepaError as error:
+                if each.get("expect", "no failure") not in str(error):
+                    raise
+                print(f"as expected: {error}")
+            else:
+                assert "expect" not in each
     return 0
 
 
-def _starved(build_model: Any) -> Any:
-    """build_model whose routers never choose the first expert."""
+class _Death(BaseException):
+    """Passes through everything, as a kill would."""
+
+
+def _starved(loop: Any, config: RootConfig, _: bool) -> Any:
     from neurojepa.model.moe import moe_layers
+
+    build_model = loop.build_model
 
     def build(*arguments: Any) -> Any:
         model = build_model(*arguments)
@@ -95,20 +117,72 @@ def _starved(build_model: Any) -> Any:
             layer.bias[0] = -100
         return model
 
-    return build
+    return mock.patch.object(loop, "build_model", build)
 
 
-def _poisoned(make_views: Any, config: RootConfig, step: int, rank: int) -> Any:
-    """make_views that gives one rank NaN tokens in one step."""
+def _poisoned(loop: Any, config: RootConfig, fault: tuple[int | list[int], int]) -> Any:
+    (steps, rank), make_views = fault, loop.make_views
+    steps = [steps] if isinstance(steps, int) else steps
 
     def views(batch: Any, *arguments: Any) -> Any:
         made = make_views(batch, *arguments)
-        if (int(batch.position[0]) // config.train.global_batch == step
+        if (int(batch.position[0]) // config.train.global_batch in steps
                 and os.environ["RANK"] == str(rank)):
             made.tokens_BNP.fill_(float("nan"))
         return made
 
-    return views
+    return mock.patch.object(loop, "make_views", views)
+
+
+def _spiking(loop: Any, config: RootConfig, fault: tuple[list[int], int, float]) -> Any:
+    (steps, rank, factor), forward = fault, loop.Engine.forward
+
+    def scaled(self: Any, views: Any, l1: Any) -> Any:
+        loss, sums = forward(self, views, l1)
+        hit = views.step in steps and os.environ["RANK"] == str(rank)
+        return loss * (factor if hit else 1.0), sums
+
+    make_views = loop.make_views
+
+    def views(batch: Any, *arguments: Any) -> Any:
+        made = make_views(batch, *arguments)
+        made.step = int(batch.position[0]) // config.train.global_batch
+        return made
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(loop.Engine, "forward", scaled))
+    stack.enter_context(mock.patch.object(loop, "make_views", views))
+    return stack
+
+
+def _collapsing(loop: Any, config: RootConfig, step: int) -> Any:
+    update, steps = loop.Engine.update_ema, itertools.count(1)
+
+    def updated(self: Any, momentum: float) -> None:
+        if next(steps) >= step:
+            for ema in self._ema.values():
+                ema.zero_()
+            momentum = 1.0
+        update(self, momentum)
+
+    return mock.patch.object(loop.Engine, "update_ema", updated)
+
+
+def _dying(loop: Any, config: RootConfig, fault: tuple[str, int]) -> Any:
+    where, fatal = fault
+    owner, method = where.split(".")
+    original, calls = getattr(getattr(loop, owner), method), itertools.count(1)
+
+    def called(self: Any, *arguments: Any) -> Any:
+        if next(calls) == fatal:
+            raise _Death
+        return original(self, *arguments)
+
+    return mock.patch.object(getattr(loop, owner), method, called)
+
+
+FAULTS = {"starve": _starved, "poison": _poisoned, "spike": _spiking, "collapse": _collapsing,
+          "die": _dying}
 
 
 def _resave(config: RootConfig, folder: str) -> None:

@@ -11,6 +11,7 @@ the order of samples.  A rollback shifts the order: see ``feed.order.first_posit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -78,15 +79,12 @@ class Guard:
     def why(self) -> dict[str, Any]:
         """Why the last step was dropped, with its values and limits (waits for the device)."""
         (loss, norm), (max_loss, max_norm) = self._values.tolist(), self._limits.tolist()
-        for value, limit, name in ((loss, max_loss, "loss"), (norm, max_norm, "gradient")):
-            if not abs(value) < float("inf"):
-                reason = f"{name} not finite"
-                break
-            if value > limit:
-                reason = f"{name} spike"
-                break
-        return {"reason": reason, "loss": loss, "loss_limit": max_loss, "grad_norm": norm,
-                "grad_norm_limit": max_norm}
+        compared = (("loss", loss, max_loss), ("gradient", norm, max_norm))
+        reasons = [f"{name} {'spike' if math.isfinite(value) else 'not finite'}"
+                   for name, value, limit in compared
+                   if not (math.isfinite(value) and value <= limit)]
+        return {"reason": ", ".join(reasons), "loss": loss, "loss_limit": max_loss,
+                "grad_norm": norm, "grad_norm_limit": max_norm}
 
     def _current_limits(self) -> Tensor:
         """float64 [2], inf where there is no limit (yet)."""
