@@ -14,6 +14,7 @@ All private attributes of DeepSpeed are touched in this file alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,7 @@ class Engine:
         self.world = world
         optimizer = torch.optim.AdamW(param_groups(model, config.optim.weight_decay),
                                       lr=config.optim.lr, betas=config.optim.betas, fused=True)
-        with bounded_groups():
+        with bounded_groups(), _nothing_compiled():
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer,
                 config=deepspeed_config(config, world.size, micro_steps))[0]
@@ -260,6 +261,18 @@ class Engine:
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back."""
         self._engine.destroy()
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """DeepSpeed looks at an optimizer we do not use, which decorates itself with torch.compile: to
+    load the compiler would take most of the time of a start."""
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda inner: inner)  # type: ignore
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
