@@ -1,6 +1,7 @@
 """Export, embedding and probes: what is loaded is what was trained, and leaks are refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,19 @@ def test_a_probe_finds_signal_and_not_noise() -> None:
     classes = np.where(truth > 0, "yes", "no")
     result = probe(with_signal, "x", classes)
     assert result.scores["auroc"].low > 0.8 and result.classes == ("no", "yes")
+
+
+def test_a_probe_learns_from_one_modality_and_is_tested_on_another() -> None:
+    both, truth = embeddings(60, signal=5.0)
+    modality = np.where(np.arange(len(truth)) % 2, "T2w", "T1w")
+    both = replace(both, modality=modality)
+    values = truth.astype(str)
+    crossed = probe(both, "x", values, fit_on="T1w", test_on="T2w")
+    assert crossed.scores["r2"].num_scans == 20 and crossed.scores["r2"].value > 0.6
+    both.values[modality == "T2w", 0] *= -1  # another space
+    assert probe(both, "x", values, fit_on="T1w", test_on="T2w").scores["r2"].value < 0
+    with pytest.raises(DataError, match="0 people of split val"):
+        probe(both, "x", values, split="val")
 
 
 def test_a_person_in_two_splits_is_an_error() -> None:

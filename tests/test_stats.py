@@ -36,6 +36,17 @@ def test_repeated_scans_of_a_person_do_not_narrow_the_interval() -> None:
     assert (as_if_apart.high - as_if_apart.low) < 0.4 * (once.high - once.low)
 
 
+def test_people_of_one_group_are_no_independent_observations() -> None:
+    rng = np.random.default_rng(2)
+    groups = np.repeat(np.arange(8), 25)
+    error = np.repeat(rng.normal(size=8), 25) + 0.01 * rng.normal(size=200)
+    people = np.arange(200)
+    apart = score(mean_absolute_error, error, np.zeros(200), people)
+    grouped = score(mean_absolute_error, error, np.zeros(200), people, groups)
+    assert grouped.value == apart.value and grouped.num_people == 200
+    assert (grouped.high - grouped.low) > 3 * (apart.high - apart.low)
+
+
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     covered = 0

@@ -1,6 +1,6 @@
 """Linear probes on frozen embeddings: regression (ridge) and classification (logistic).
 
-Fitted on the people of split ``train``, tested on those of split ``test``.  The penalty is chosen
+Fitted on the people of split ``train``, tested on those of another split.  The penalty is chosen
 by cross-validation that keeps each person in one fold.  Before anything is fitted, the split is
 checked: a person or family on both sides is an error, not a warning.
 """
@@ -33,43 +33,52 @@ class ProbeResult:
     classes: tuple[str, str] | None = None  # (negative, positive)
 
 
-def check_leak(embeddings: Embeddings) -> None:
-    """Raise DataError when a person or family stands in both train and test."""
+def check_leak(embeddings: Embeddings, split: str = "test") -> None:
+    """Raise DataError when a person or family stands in both train and ``split``."""
     for name, values in (("participant", embeddings.participant), ("family", embeddings.family)):
-        both = set(values[embeddings.split == "train"]) & set(values[embeddings.split == "test"])
+        both = set(values[embeddings.split == "train"]) & set(values[embeddings.split == split])
         if both:
-            raise DataError(f"{len(both)} {name}s are in both train and test (first: "
+            raise DataError(f"{len(both)} {name}s are in both train and {split} (first: "
                             f"{sorted(both)[0]}); run: python -m data_prep verify FEED")
 
 
-def probe(embeddings: Embeddings, target: str, values: np.ndarray) -> ProbeResult:
-    """Fit on train, test on test.
+def probe(embeddings: Embeddings, target: str, values: np.ndarray, split: str = "test",
+          fit_on: str | None = None, test_on: str | None = None) -> ProbeResult:
+    """Fit on train, test on another split.
 
     Parameters
     ----------
     values : [n] array of str
         The label of each scan, "" where unknown (left out).  Numbers make a regression, two
         names a classification with the alphabetically later one as positive.
+    split : str
+        The split to test on.
+    fit_on, test_on : str
+        Modality of the scans to learn from and to test on; None takes all.
 
     Raises
     ------
     DataError
         Too few labelled people, more than two classes, or a class missing from a split.
     """
-    check_leak(embeddings)
+    check_leak(embeddings, split)
     known = values != ""
-    train = known & (embeddings.split == "train")
-    test = known & (embeddings.split == "test")
+    train = known & (embeddings.split == "train") & _shows(embeddings, fit_on)
+    test = known & (embeddings.split == split) & _shows(embeddings, test_on)
     people = len(set(embeddings.participant[train])), len(set(embeddings.participant[test]))
     if people[0] < 5 or people[1] < 2:
         raise DataError(f"label {target!r}: known for {people[0]} people of split train and "
-                        f"{people[1]} of split test; a probe needs at least 5 and 2")
+                        f"{people[1]} of split {split}; a probe needs at least 5 and 2")
     numeric = as_numbers(values[known])
     if numeric is not None:
         truth = np.zeros(len(values))
         truth[known] = numeric
         return _regression(embeddings, target, truth, train, test, people[0])
     return _classification(embeddings, target, values, train, test, people[0])
+
+
+def _shows(embeddings: Embeddings, modality: str | None) -> np.ndarray:
+    return np.isin(embeddings.modality, embeddings.modality if modality is None else modality)
 
 
 def _regression(embeddings: Embeddings, target: str, truth: np.ndarray, train: np.ndarray,
@@ -81,9 +90,9 @@ def _regression(embeddings: Embeddings, target: str, truth: np.ndarray, train: n
     model = _tuned(Ridge(), "alpha", np.logspace(-1, 5, 13), "neg_mean_squared_error", folds)
     model.fit(embeddings.values[train], truth[train], groups=embeddings.participant[train])
     predicted = model.predict(embeddings.values[test])
-    who = embeddings.participant[test]
-    scores = {"mae": score(mean_absolute_error, truth[test], predicted, who),
-              "r2": score(r_squared, truth[test], predicted, who)}
+    who = embeddings.participant[test], embeddings.family[test]
+    scores = {"mae": score(mean_absolute_error, truth[test], predicted, *who),
+              "r2": score(r_squared, truth[test], predicted, *who)}
     return ProbeResult(target, "regression", scores, truth[test], predicted, num_people)
 
 
@@ -110,7 +119,8 @@ def _classification(embeddings: Embeddings, target: str, values: np.ndarray, tra
                    np.logspace(-5, 0, 11), loss, folds)
     model.fit(embeddings.values[train], truth[train], groups=embeddings.participant[train])
     predicted = model.predict_proba(embeddings.values[test])[:, 1]
-    scores = {"auroc": score(auroc, truth[test], predicted, embeddings.participant[test])}
+    scores = {"auroc": score(auroc, truth[test], predicted, embeddings.participant[test],
+                             embeddings.family[test])}
     return ProbeResult(target, "classification", scores, truth[test], predicted, num_people,
                        (names[0], names[1]))
 

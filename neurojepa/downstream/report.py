@@ -18,7 +18,8 @@ def probe_page(results: Results, record: dict[str, Any]) -> str:
     return page("Linear probes on frozen embeddings",
                 f"Step {record['step']}, feed {record['feed']}" + (f", {which}" if which else ""),
                 [section("Scores on people of the test split", probe_table(results),
-                         paragraph("95 % intervals resample people, with all their scans.")),
+                         paragraph("95 % intervals resample families, then people with "
+                                   "all their scans.")),
                  section("Predictions", figure(probe_figure(results),
                                                "Each point is a scan of the test split."))])
 

@@ -2,7 +2,8 @@
 
 Two scans of one person are not two observations, so every interval here draws people with
 replacement and takes all scans of the people drawn (the cluster bootstrap, Davison & Hinkley
-1997, section 3.8).
+1997, section 3.8).  Where people come in groups that have much in common (families, the anatomy
+that synthetic heads are made from), groups are drawn first, then people within each.
 """
 
 from __future__ import annotations
@@ -33,20 +34,35 @@ class Score:
 
 
 def score(metric: Metric, truth: np.ndarray, predicted: np.ndarray, people: np.ndarray,
-          draws: int = 1000, seed: int = 0) -> Score:
-    """Evaluate ``metric(truth, predicted)``, arrays [n], and its interval over people [n].
+          groups: np.ndarray | None = None, draws: int = 1000, seed: int = 0) -> Score:
+    """Evaluate ``metric(truth, predicted)``, arrays [n, ...], and its interval.
 
     Draws on which the metric is undefined (nan, for example a single class) are left out.
+
+    Parameters
+    ----------
+    people : [n], who each scan is of.
+    groups : [n], the group of each scan's person; None takes each person as a group.
     """
     rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(people == person) for person in np.unique(people)]
+    groups = people if groups is None else groups
+    members = [[np.flatnonzero(people == person) for person in np.unique(people[groups == group])]
+               for group in np.unique(groups)]
     values = []
     for _ in range(draws):
-        drawn = np.concatenate([members[k] for k in rng.integers(len(members), size=len(members))])
+        drawn = np.concatenate([scans for k in rng.integers(len(members), size=len(members))
+                                for scans in _resampled(members[k], rng)])
         values.append(metric(truth[drawn], predicted[drawn]))
     defined = [value for value in values if np.isfinite(value)]
     low, high = np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan)
-    return Score(metric(truth, predicted), float(low), float(high), len(truth), len(members))
+    return Score(metric(truth, predicted), float(low), float(high), len(truth),
+                 sum(map(len, members)))
+
+
+def _resampled(people: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    if len(people) == 1:
+        return people
+    return [people[k] for k in rng.integers(len(people), size=len(people))]
 
 
 def mean_absolute_error(truth: np.ndarray, predicted: np.ndarray) -> float:
