@@ -12,6 +12,8 @@ a checkpoint.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     from neurojepa.train.loop import train
     from neurojepa.train.world import leave_world
 
+    gc.enable()
     status = train(config)
     leave_world()
     return status
@@ -73,4 +76,7 @@ def already_finished(config: RootConfig) -> bool:
 
 
 if __name__ == "__main__":
+    # Half a million objects stay from import to exit: to look for cycles among them takes seconds.
+    gc.disable()
+    atexit.register(gc.freeze)
     run_command(main)
