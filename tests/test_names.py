@@ -18,7 +18,7 @@ from neurojepa.errors import DataError
 from neurojepa.feed.format import TRAINING_GRIDS
 from tests.fakes import QUICK, fake_prepare
 from tests.test_jobs import run_here
-from tests.trees import KEY, write
+from tests.trees import DESCRIPTION, KEY, write
 
 IDS = ("NDARINV1", "NDARINV2", "NDARINV3")
 SECRETS = ("NDARINV", "2011-06", "201106")
@@ -32,6 +32,7 @@ def tree(tmp_path: Path) -> Path:
     files |= {f"sub-{name}/sub-{name}_sessions.tsv": "session_id\tacq_time\tage\n"
               "ses-20110602\t2011-06-02T10:11:12\t50\n" for name in IDS}
     return write(tmp_path / "cohort", files | {
+        "dataset_description.json": DESCRIPTION,
         "participants.tsv": "participant_id\tsex\tdiagnosis\n" + "".join(
             f"sub-{name}\tF\tCN\n" for name in IDS)})
 
