@@ -169,7 +169,7 @@ def test_a_probe_learns_from_one_modality_and_is_tested_on_another() -> None:
     assert crossed.scores["r2"].num_scans == 20 and crossed.scores["r2"].value > 0.6
     both.values[modality == "T2w", 0] *= -1  # another space
     assert probe(both, "x", values, fit_on="T1w", test_on="T2w").scores["r2"].value < 0
-    with pytest.raises(DataError, match="0 people of split val"):
+    with pytest.raises(DataError, match="0 of split val"):
         probe(both, "x", values, split="val")
 
 

@@ -1,0 +1,258 @@
+"""One run of the quality table: train by the loop, embed, predict; in a process of its own.
+
+    python -m tools.bench._quality_run FOLDER
+
+FOLDER holds recipe.yaml and run.json ({"scrambled": bool}); it gets scores.npz, written last.  What
+is stored are predictions, so that the table can resample people without the model.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.synth import codes
+from neurojepa.baselines.cnn import CNN, Labels
+from neurojepa.config import RootConfig, load_config
+from neurojepa.downstream import embed as embedding
+from neurojepa.downstream.embed import Embeddings, select_rows
+from neurojepa.downstream.probe import probe
+from neurojepa.errors import DataError
+from neurojepa.feed.format import Feed, Grid, open_feed, write_bytes
+from neurojepa.feed.loader import SampleReader
+from neurojepa.model.averaged import Averaged
+from neurojepa.objective.views import Views, make_views, patch_centres_mm, patchify
+from neurojepa.weights import export, load, untrained
+
+LABELS = {"age": "age", "diagnosis": "diagnosis", "sex": "sex", "lesions": "lesion_ml"}
+CROSSED = ("T2w", "FLAIR")  # tested by what was learnt on T1w
+STRUCTURES = {"ventricles": codes.VENTRICLES, "hippocampi": codes.HIPPOCAMPI,
+              "cortex": codes.CORTEX, "white matter": codes.WHITE, "deep grey": codes.DEEP_GREY,
+              "outer fluid": (codes.FLUID,), "lesions": (codes.LESION,)}
+PENALTIES = 10.0 ** np.arange(-3, 4)  # per token, of standardised features
+Arrays = dict[str, np.ndarray]
+
+
+def main(folder: Path) -> None:
+    config = load_config(folder / "recipe.yaml")
+    if json.loads((folder / "run.json").read_text())["scrambled"]:
+        scramble(open_feed(config.data.feed).grid, config.model.patch_voxels)
+    began = time.process_time()
+    model = trained(config, folder)
+    train_s = time.process_time() - began
+    feed = open_feed(config.data.feed)
+    if isinstance(model, CNN):
+        scores = predicted_by(model, config, feed)
+    else:
+        rows = np.concatenate([select_rows(feed, modality, None)
+                               for modality in ("T1w", *CROSSED)])
+        scores = probed(embedding.embed(model, config, feed, rows), feed)
+        scores |= segmented(model, config, feed)
+    finish(folder, scores | {"train_cpu_s": np.array(train_s)})
+
+
+def finish(folder: Path, scores: Arrays) -> None:
+    """Write scores.npz."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **scores)
+    write_bytes(str(folder / "scores.npz"), buffer.getvalue())
+
+
+def trained(config: RootConfig, folder: Path) -> Averaged:
+    """The model after ``train.steps`` steps, or as it begins where there are none to take."""
+    feed = open_feed(config.data.feed)
+    if (folder / "untrained").exists():
+        return untrained(config, feed.grid).model
+    if not (folder / "weights" / "config.json").exists():
+        from neurojepa.train.loop import train
+
+        train(config)
+        export(config.run.dir, str(folder / "weights"))
+        shutil.rmtree(Path(config.run.dir) / "checkpoints")
+    return load(str(folder / "weights")).model
+
+
+def scramble(grid: Grid, patch: int) -> None:
+    """Let every patch carry the coordinates of another one, the same for all scans.
+
+    The control for what coordinates are good for: a bug of this kind was published.
+    """
+    centres = patch_centres_mm(grid, patch)
+    order = torch.randperm(len(centres), generator=torch.Generator().manual_seed(0))
+    from neurojepa.train import loop
+
+    def scrambled(batch: Any, config: RootConfig, grid: Grid, seed: int) -> Views:
+        views = make_views(batch, config, grid, seed)
+        views.coords_BN3 = centres[order][patch_numbers(views, grid, patch)]
+        return views
+
+    loop.make_views = embedding.make_views = scrambled  # type: ignore[assignment]
+
+
+def patch_numbers(views: Views, grid: Grid, patch: int) -> torch.Tensor:
+    """int64 [B, N]: which patch of the grid each token is."""
+    counts = torch.tensor([size // patch for size in grid.shape])
+    index = (views.coords_BN3 / (patch * grid.spacing_mm) + counts / 2).floor().long()
+    return (index[..., 0] * counts[1] + index[..., 1]) * counts[2] + index[..., 2]
+
+
+# ---- predictions ---------------------------------------------------------------------------------
+
+def targets(embeddings: Embeddings, feed: Feed) -> Arrays:
+    """Each target's labels, str [n]; the lesion load as log(1 + ml)."""
+    table = feed.labels()
+    found = {name: embeddings.labels(table, label) for name, label in LABELS.items()}
+    found["lesions"] = np.array([value and repr(float(np.log1p(float(value))))
+                                 for value in found["lesions"]])
+    return found
+
+
+def probed(embeddings: Embeddings, feed: Feed) -> Arrays:
+    """Predictions of every target from T1w on T1w, and of age and sex across modalities."""
+    scores: Arrays = {}
+    labels = targets(embeddings, feed)
+    ways = [(name, name, "T1w", "test") for name in labels]
+    ways += [("val age", "age", "T1w", "val")]
+    ways += [(f"{name} on {other}", name, other, "test")
+             for name in ("age", "sex") for other in CROSSED]
+    for way, name, modality, split in ways:
+        try:
+            result = probe(embeddings, name, labels[name], split, "T1w", modality)
+        except DataError as error:
+            print(f"{way}: left out: {error}", flush=True)
+            continue
+        tested = ((labels[name] != "") & (embeddings.split == split)
+                  & (embeddings.modality == modality))
+        scores |= stored(way, result.truth, result.predicted, embeddings.participant[tested],
+                         embeddings.family[tested])
+    return scores
+
+
+def stored(way: str, truth: np.ndarray, predicted: np.ndarray, people: np.ndarray,
+           groups: np.ndarray) -> Arrays:
+    return {f"{way}/truth": truth, f"{way}/predicted": predicted, f"{way}/people": people,
+            f"{way}/groups": groups}
+
+
+@torch.no_grad()
+def predicted_by(model: CNN, config: RootConfig, feed: Feed) -> Arrays:
+    """What the network's own head says of the T1w scans of split test (age: also of val)."""
+    name = next(key for key, label in LABELS.items() if label == config.objective.label)
+    labels = Labels(feed, config)
+    scores: Arrays = {}
+    for way, split in ((name, "test"), *([("val age", "val")] if name == "age" else [])):
+        rows = select_rows(feed, "T1w", None)
+        rows = rows[np.array(feed.index["split"].to_pylist())[rows] == split]
+        truth, predicted, weight = [], [], []
+        for batch in embedding.batches(feed, rows, 8):
+            views = labels.attach(make_views(batch, embedding.without_augmentation(config),
+                                             feed.grid, 0), batch.scan_ids)
+            predicted.append(model.predict(views).double().numpy())
+            truth.append(views.label_B.double().numpy())
+            weight.append(views.weight_B.numpy())
+        known = np.concatenate(weight) > 0
+        people, groups = (np.array(feed.index[column].to_pylist())[rows][known]
+                          for column in ("participant", "family"))
+        said = [np.concatenate(values)[known] * labels.std + labels.mean
+                for values in (truth, predicted)]
+        if name == "lesions":  # as the probes have it
+            said = [np.log1p(values.clip(0)) for values in said]
+        scores |= stored(way, said[0], said[1], people, groups)
+    return scores
+
+
+# ---- segmentation --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def segmented(model: Averaged, config: RootConfig, feed: Feed) -> Arrays:
+    """Overlap of true and predicted shares of each structure in each patch, of T1w scans.
+
+    A linear map from a frozen token to the share of its patch's voxels that each structure fills,
+    ridge, its penalty chosen on val.  A scan's overlap is the fuzzy Dice over all patches of the
+    grid, 2 sum min(p, q) / sum (p + q); tokens outside the budget count as predictions of 0.  The
+    same for the mean share of each patch over train, which knows places only, is ``atlas``.
+    """
+    parts = {split: tokens_and_shares(model, config, feed, split)
+             for split in ("train", "val", "test")}
+    (x, y), fitted = flat(*parts["train"]), parts["train"]
+    if not len(y) or not len(parts["test"][1]):
+        print("segmentation: left out: no label maps", flush=True)
+        return {}
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x = (x - mean) / std
+    gram, right, offset = x.T @ x / len(x), x.T @ (y - y.mean(0)) / len(x), y.mean(0)
+    weights = [np.linalg.solve(gram + penalty * np.eye(len(gram)), right)
+               for penalty in PENALTIES]
+
+    def predict(weight: np.ndarray, part: tuple[Any, ...]) -> np.ndarray:
+        values, shares, number = part[0], part[1], part[2]
+        guess = np.zeros_like(shares)
+        for scan in range(len(shares)):
+            of_tokens = (values[scan] - mean) / std @ weight + offset
+            guess[scan, number[scan]] = of_tokens.clip(0, 1)
+        return guess
+
+    val = parts["val"] if len(parts["val"][1]) else fitted
+    errors = [np.square(predict(weight, val) - val[1]).mean() for weight in weights]
+    test = parts["test"]
+    guess = predict(weights[int(np.argmin(errors))], test)
+    atlas = np.broadcast_to(fitted[1].mean(0), test[1].shape)
+    rows = test[3]
+    people, groups = (np.array(feed.index[column].to_pylist())[rows]
+                      for column in ("participant", "family"))
+    return (stored("segmentation", test[1].sum(1), overlap(test[1], guess), people, groups)
+            | stored("atlas", test[1].sum(1), overlap(test[1], atlas), people, groups))
+
+
+def overlap(shares: np.ndarray, guess: np.ndarray) -> np.ndarray:
+    """[scans, structures] fuzzy Dice; nan where a scan has none of a structure."""
+    total = (shares + guess).sum(1)
+    dice = 2 * np.minimum(shares, guess).sum(1) / np.maximum(total, 1e-9)
+    return np.where(shares.sum(1) > 0, dice, np.nan)
+
+
+def tokens_and_shares(model: Averaged, config: RootConfig, feed: Feed, split: str
+                      ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [s, N, D], shares [s, n, structures], patch of each token [s, N], rows [s]."""
+    index = feed.index
+    rows = np.array([row for row, (modality, of_split, length) in enumerate(zip(
+        *(index[name].to_pylist() for name in ("modality", "split", "label_length")),
+        strict=True)) if modality == "T1w" and of_split == split and length], dtype=np.int64)
+    patch, reader = config.model.patch_voxels, SampleReader(feed)
+    values, shares, numbers = [], [], []
+    plain = embedding.without_augmentation(config)
+    for batch in embedding.batches(feed, rows, 8):
+        true_places = make_views(batch, plain, feed.grid, 0)
+        views = embedding.make_views(batch, plain, feed.grid, 0)
+        values.append(model.latents(views).numpy())
+        numbers.append(patch_numbers(true_places, feed.grid, patch).numpy())
+    for row in rows.tolist():
+        label = patchify(torch.from_numpy(reader.label(row).astype(np.int32))[None], patch)[0]
+        shares.append(np.stack([torch.isin(label, torch.tensor(of)).double().mean(-1).numpy()
+                                for of in STRUCTURES.values()], -1))
+    if not len(rows):
+        return np.zeros((0, 1, 1)), np.zeros((0, 1, 1)), np.zeros((0, 1), np.int64), rows
+    return np.concatenate(values), np.stack(shares), np.concatenate(numbers), rows
+
+
+def flat(values: np.ndarray, shares: np.ndarray, number: np.ndarray, rows: np.ndarray
+         ) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [s * N, D] and the shares of their patches [s * N, structures]."""
+    of_tokens = np.take_along_axis(shares, number[..., None], 1) if len(rows) else shares
+    return values.reshape(-1, values.shape[-1]).astype(np.float64), \
+        of_tokens.reshape(-1, shares.shape[-1])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # DeepSpeed's threads have nothing left to do

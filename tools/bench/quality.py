@@ -1,0 +1,311 @@
+"""quality: what representations are good for, ours beside what they are measured against.
+
+Frozen before the first table:
+  cohort     data_prep synth, version 2 of its recipe, seed 0, anatomies derived from the MNI152
+             template (16), 2 mm; the effect sizes are the constants of data_prep/synth/cohort.py
+  split      by anatomy, under the key below: of the 16, 10 train, 1 is for choices (val), 5 test;
+             chosen among 60 keys by the sizes of its parts, before any model was trained
+  way        prepare --preset quick, pack --grid 3mm; T1w, T2w and FLAIR
+  budget     the same steps and scans a step for every method, the tiny encoder, 416 tokens of
+             18 mm (every patch with brain)
+  tuning     sparse and dense JEPA, MAE and CNN: three learning rates each at seed 0, chosen by the
+             age error on val; the CNN's is chosen for age and kept for its other labels
+  probes     on the frozen mean token: ridge, logistic; fitted on T1w scans of train, tested on
+             those of test, or on its T2w and FLAIR (age, sex); segmentation: _quality_run.py
+  intervals  95 %, anatomies drawn first, then people in each; of the mean over seeds
+
+CNN: a network per label, scored by its own head.  Ridge (automatic): volumes of the brain mask and
+of three tissue classes of the prepared T1w.  Ridge (true): the volumes of the label maps, a
+ceiling, for people are made from them.  Atlas: the mean share of each patch over train.
+
+Every run keeps a folder below --work (default build/bench-quality); what is finished is not done
+again, so it can be interrupted.  Half an hour makes the cohort, 4 hours on 2 cores the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neurojepa.config import dump_config, validate
+from neurojepa.downstream.embed import Embeddings, select_rows
+from neurojepa.downstream.stats import mean_absolute_error
+from neurojepa.errors import NeurojepaError
+from neurojepa.feed.format import Feed, open_feed
+from neurojepa.feed.loader import SampleReader
+from tools.bench._quality_table import Arrays, plain, row_of, scores_of, show
+from tools.bench.common import machine
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "anatomies of the quality table 46"
+TRUE_VOLUMES = ("brain_ml", "ventricle_ml", "hippocampus_ml", "cortex_gm_ml", "csf_ml",
+                "lesion_ml")
+CNN_LABELS = {"age": "age", "diagnosis": "diagnosis", "sex": "sex", "lesions": "lesion_ml"}
+METHODS: dict[str, dict[str, Any]] = {
+    "sparse JEPA": {},
+    "dense JEPA": {"objective.sparse.code": "identity"},
+    "MAE": {"objective.method": "mae"},
+    "CNN": {"objective.method": "cnn", "model.token_budget": None, "data.modalities": ["T1w"]},
+}
+ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA, at its learning rate
+    "no experts": {"model.moe": False},
+    "lambda 0": {"objective.sparse.l1": 0.0},
+    "lambda 1e-2": {"objective.sparse.l1": 1e-2},
+    "budget 320": {"model.token_budget": 320},
+    "all tokens": {"model.token_budget": None},
+    "air weighs as brain": {"objective.background_weight": 1.0},
+    "no augmentation": {"objective.augment": {"gamma": 0, "noise": 0, "bias_field": 0}},
+    "scrambled coordinates": {},
+    "slower average": {"optim.ema": 0.998},
+}
+@dataclass(frozen=True)
+class Plan:
+    """How much of it."""
+
+    people: int
+    steps: int
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]  # learning rates that are tried at the first seed
+    methods: tuple[str, ...] = tuple(METHODS)
+    labels: tuple[str, ...] = tuple(CNN_LABELS)
+    ablations: tuple[str, ...] = tuple(ABLATIONS)
+    spacing_mm: float = 2.0
+    batch: int = 8
+
+
+FULL = Plan(people=200, steps=1000, seeds=(0, 1, 2), rates=(5e-4, 1e-3, 2e-3))
+QUICK = Plan(people=14, steps=4, seeds=(0,), rates=(1e-3,), methods=("sparse JEPA", "MAE", "CNN"),
+             labels=("age",), ablations=("scrambled coordinates",), spacing_mm=4.0)
+
+
+@dataclass
+class Job:
+    """A run to make: its folder and recipe; ``steps`` 0 leaves the model as it begins."""
+
+    folder: Path
+    overrides: dict[str, Any] = field(default_factory=dict)
+    rate: float = 1e-3
+    seed: int = 0
+    scrambled: bool = False
+    untrained: bool = False
+
+
+def run(quick: bool, official: str | None, work: str | None = None) -> dict[str, Any]:
+    """Make what is missing and print the tables; returns them."""
+    folder = Path(work or ROOT / "build" / "bench-quality") / ("quick" if quick else "full")
+    return measure(QUICK if quick else FULL, folder)
+
+
+def measure(plan: Plan, work: Path) -> dict[str, Any]:
+    """The table of a plan, below ``work``."""
+    print(machine())
+    print(json.dumps(asdict(plan)))
+    feed = open_feed(make_feed(plan, work))
+    ridges(feed, work)
+    todo = [Job(work / "runs" / "random-0", untrained=True)]
+    todo += [job(plan, work, method, rate=rate) for method in plan.methods for rate in plan.rates]
+    Runs(plan, feed.uri).make(todo)
+    chosen = {method: choose_rate(plan, work, method) for method in plan.methods}
+    Runs(plan, feed.uri).make(list(_remaining(plan, work, chosen)))
+    return tables(plan, work, chosen)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+def job(plan: Plan, work: Path, method: str, rate: float, seed: int = 0,
+        label: str = "age") -> Job:
+    """A run of a method; a CNN has one for each label."""
+    overrides = dict(METHODS[method])
+    name = method.replace(" ", "-").lower()
+    if method == "CNN":
+        overrides["objective.label"], name = CNN_LABELS[label], f"{name}-{label}"
+    return Job(work / "runs" / f"{name}-lr{rate:g}-{seed}", overrides, rate, seed)
+
+
+def ablation(work: Path, name: str, rate: float) -> Job:
+    folder = work / "runs" / f"without-{name.replace(' ', '-')}"
+    return Job(folder, ABLATIONS[name], rate, scrambled=name == "scrambled coordinates")
+
+
+def _remaining(plan: Plan, work: Path, chosen: dict[str, float]) -> Iterator[Job]:
+    """Everything but the tuning, the main table first."""
+    for seed in plan.seeds:
+        yield Job(work / "runs" / f"random-{seed}", seed=seed, untrained=True)
+        for method, rate in chosen.items():
+            labels = plan.labels if method == "CNN" else ("age",)
+            yield from (job(plan, work, method, rate, seed, label) for label in labels)
+    for name in plan.ablations:
+        yield ablation(work, name, chosen["sparse JEPA"])
+
+
+class Runs:
+    """Makes runs, as many at once as there are cores, each in a process of one thread."""
+
+    def __init__(self, plan: Plan, feed: str) -> None:
+        self.plan, self.feed = plan, feed
+
+    def make(self, jobs: list[Job]) -> None:
+        """Those that are not finished."""
+        jobs = [each for each in jobs if not (each.folder / "scores.npz").exists()]
+        began, cores = time.monotonic(), len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(cores) as pool:
+            for done, name in enumerate(pool.map(self._make, jobs), 1):
+                minutes = (time.monotonic() - began) / 60
+                left = minutes / done * (len(jobs) - done)
+                print(f"run {done}/{len(jobs)} {name}: {minutes:.1f} min so far, about {left:.0f} "
+                      "min left of this stage", flush=True)
+
+    def _make(self, each: Job) -> str:
+        folder, plan = each.folder, self.plan
+        folder.mkdir(parents=True, exist_ok=True)
+        tree = {
+            "data": {"feed": self.feed, "modalities": ["T1w", "T2w", "FLAIR"], "read_threads": 2},
+            "model": {"size": "tiny", "patch_voxels": 6, "token_budget": 416},
+            "objective": {"sparse": {"l1_warmup_steps": plan.steps // 10}},
+            "optim": {"lr": each.rate, "warmup_steps": plan.steps // 10, "ema": 0.99},
+            "train": {"steps": plan.steps, "global_batch": plan.batch, "micro_batch": plan.batch,
+                      "seed": each.seed, "dtype": "fp32", "keep_last": 1, "log_every": 20,
+                      "checkpoint_every": max(plan.steps // 8, 1)},
+            "run": {"dir": str(folder / "run")}}
+        for dotted, value in each.overrides.items():
+            *parents, leaf = dotted.split(".")
+            node: dict[str, Any] = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = value
+        (folder / "recipe.yaml").write_text(dump_config(validate(tree, str(folder))))
+        (folder / "run.json").write_text(json.dumps({"scrambled": each.scrambled}))
+        if each.untrained:
+            (folder / "untrained").touch()
+        command(folder / "log.txt", "tools.bench._quality_run", str(folder))
+        return folder.name
+
+
+def command(log: Path, *arguments: str) -> None:
+    """Run a module on one thread, its output in a file."""
+    with log.open("w") as out:
+        done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, stdout=out,
+                              stderr=subprocess.STDOUT, env={
+                                  **os.environ, "OMP_NUM_THREADS": "1",
+                                  "PYTHONPATH": str(ROOT)})
+    if done.returncode:
+        raise NeurojepaError(f"{arguments[0]} ended with status {done.returncode}; see {log}")
+
+
+def make_feed(plan: Plan, work: Path) -> str:
+    """The cohort, prepared and packed; returns the feed."""
+    work.mkdir(parents=True, exist_ok=True)
+    cohort, archive, feed = (str(work / name) for name in ("cohort", "archive", "feed"))
+    manifest, key = str(work / "manifest.parquet"), work / "key"
+    if not (work / "feed" / "feed.json").exists():
+        key.touch(mode=0o600)
+        key.write_text(KEY)
+        for stage in (
+            ("synth", "--out", cohort, "--participants", str(plan.people), "--spacing-mm",
+             str(plan.spacing_mm)),
+            ("index", "--cohort", "bids", "--name", "quality", "--source", cohort, "--out",
+             manifest, "--key", str(key)),
+            ("prepare", "--manifest", manifest, "--out", archive, "--preset", "quick"),
+            ("pack", "--archive", archive, "--out", feed, "--grid", "3mm"),
+        ):
+            began = time.monotonic()
+            command(work / f"{stage[0]}.log", "data_prep", *stage)
+            print(f"{stage[0]}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
+    return feed
+
+
+# ---- ridge on volumes ----------------------------------------------------------------------------
+
+def ridges(feed: Feed, work: Path) -> None:
+    """Scores of the two ridges on volumes."""
+    from tools.bench._quality_run import finish, probed
+
+    rows = select_rows(feed, "T1w", None)
+    column = {name: np.array(feed.index[name].to_pylist())[rows] for name in (
+        "scan_id", "participant", "family", "session", "modality", "split")}
+    known = Embeddings(values=np.zeros((len(rows), 1)), **column)
+    true = np.stack([known.labels(feed.labels(), name) for name in TRUE_VOLUMES], 1).astype(float)
+    for name, values in (("ridge-automatic", tissue_volumes(feed, rows)), ("ridge-true", true)):
+        folder = work / "runs" / f"{name}-0"
+        if not (folder / "scores.npz").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            values = np.concatenate([values, np.log1p(values), values / values.sum(1)[:, None]], 1)
+            finish(folder, probed(Embeddings(values=values.astype(np.float32), **column), feed))
+
+
+def tissue_volumes(feed: Feed, rows: np.ndarray) -> np.ndarray:
+    """[n, 4] ml of the brain mask and of dark, middle and bright tissue in each prepared T1w.
+
+    Three classes of intensity by k-means (Lloyd 1982) on its histogram, from fixed quantiles.
+    """
+    reader, volumes, values = SampleReader(feed), [], np.arange(1, 255)
+    for row in rows.tolist():
+        counts = np.bincount(reader.image(row).ravel(), minlength=256)[1:255].astype(float)
+        centres = np.interp([0.1, 0.45, 0.85], counts.cumsum() / counts.sum(), values)
+        for _ in range(50):
+            nearest = np.abs(values[:, None] - centres).argmin(1)
+            centres = np.array([np.average(values[nearest == k], weights=counts[nearest == k]
+                                           + 1e-9) for k in range(3)])
+        volumes.append([counts.sum(), *(counts[nearest == k].sum() for k in range(3))])
+    return np.array(volumes) * feed.grid.spacing_mm**3 / 1000
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+def choose_rate(plan: Plan, work: Path, method: str) -> float:
+    """The learning rate with the least error of age on val."""
+    def error(rate: float) -> float:
+        found = scores_of(job(plan, work, method, rate).folder)
+        if "val age/truth" not in found:  # a cohort too small to choose by
+            return 0.0
+        return mean_absolute_error(found["val age/truth"], found["val age/predicted"])
+
+    errors = {rate: error(rate) for rate in plan.rates}
+    print(f"{method}: error of age on val by learning rate: "
+          + ", ".join(f"{rate:g}: {value:.2f}" for rate, value in errors.items()))
+    return min(errors, key=lambda rate: errors[rate])
+
+
+def tables(plan: Plan, work: Path, chosen: dict[str, float]) -> dict[str, Any]:
+    """Print and return the main table, the differences and the ablations."""
+    main: dict[str, list[Arrays]] = {}
+    for method, rate in chosen.items():
+        labels = plan.labels if method == "CNN" else ("age",)
+        main[method] = [
+            {key: value for label in labels for key, value in scores_of(
+                job(plan, work, method, rate, seed, label).folder).items()}
+            for seed in plan.seeds]
+    runs = work / "runs"
+    main["random init"] = [scores_of(runs / f"random-{seed}") for seed in plan.seeds]
+    for name in ("automatic", "true"):
+        main[f"ridge on {name} volumes"] = [scores_of(runs / f"ridge-{name}-0")]
+    atlas = main["random init"][0]
+    main["atlas"] = [{key.replace("atlas", "segmentation"): value for key, value in atlas.items()
+                      if key.startswith("atlas")}]
+    table = {name: row_of(found) for name, found in main.items()}
+    differences = {f"sparse JEPA - {other}": row_of(main["sparse JEPA"], main[other])
+                   for other in ("random init", "MAE", "dense JEPA") if other in main}
+    first = {"sparse JEPA (this seed)": row_of(main["sparse JEPA"][:1])}
+    ablations = first | {name: row_of([scores_of(ablation(work, name, 0).folder)])
+                         for name in plan.ablations}
+    for title, rows in ((f"{len(plan.seeds)} seeds", table), ("differences", differences),
+                        ("ablations, 1 seed", ablations)):
+        print(f"\n{title}")
+        show(rows)
+    seconds = {name: float(np.mean([run["train_cpu_s"] for run in found]))
+               for name, found in main.items() if "train_cpu_s" in found[0]}
+    print("\nCPU seconds of a training: "
+          + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    return {"table": plain(table), "differences": plain(differences),
+            "ablations": plain(ablations), "learning_rates": chosen, "train_cpu_s": seconds,
+            "plan": asdict(plan)}
