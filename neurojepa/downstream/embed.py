@@ -73,7 +73,7 @@ def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
     model.eval()
     config = without_augmentation(config)
     values = []
-    for batch in _batches(feed, rows, batch_size):
+    for batch in batches(feed, rows, batch_size):
         views = make_views(batch.to(device), config, feed.grid, config.train.seed)
         values.append(model.embed(views).cpu().numpy())
     column = {name: np.array(feed.index[name].to_pylist())[rows]
@@ -88,7 +88,8 @@ def without_augmentation(config: RootConfig) -> RootConfig:
     return config.model_copy(update={"objective": objective})
 
 
-def _batches(feed: Feed, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
+def batches(feed: Feed, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
+    """Scans in order, ``batch_size`` at a time, at position 0: nothing of them is drawn."""
     reader = SampleReader(feed)
     with ThreadPoolExecutor(8) as pool:
         for start in range(0, len(rows), batch_size):
