@@ -84,7 +84,7 @@ class Plan:
 
 
 FULL = Plan(people=200, steps=1000, seeds=(0, 1, 2), rates=(5e-4, 1e-3, 2e-3))
-QUICK = Plan(people=14, steps=4, seeds=(0,), rates=(1e-3,), methods=("sparse JEPA", "MAE", "CNN"),
+QUICK = Plan(people=16, steps=4, seeds=(0,), rates=(1e-3,), methods=("sparse JEPA", "MAE", "CNN"),
              labels=("age",), ablations=("scrambled coordinates",), spacing_mm=4.0)
 
 
@@ -191,15 +191,15 @@ class Runs:
         return folder.name
 
 
-def command(log: Path, *arguments: str) -> None:
-    """Run a module on one thread, its output in a file."""
-    with log.open("w") as out:
-        done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, stdout=out,
-                              stderr=subprocess.STDOUT, env={
-                                  **os.environ, "OMP_NUM_THREADS": "1",
-                                  "PYTHONPATH": str(ROOT)})
+def command(log: Path | None, *arguments: str) -> None:
+    """Run a module on one thread; its output goes to a file, or to ours."""
+    with open(log or os.devnull, "w") as file:
+        done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT,
+                              stdout=file if log else None, stderr=subprocess.STDOUT,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise NeurojepaError(f"{arguments[0]} ended with status {done.returncode}; see {log}")
+        raise NeurojepaError(f"{' '.join(arguments[:2])} ended with status {done.returncode}; see "
+                             f"{log or 'above'}")
 
 
 def make_feed(plan: Plan, work: Path) -> str:
@@ -218,9 +218,7 @@ def make_feed(plan: Plan, work: Path) -> str:
             ("prepare", "--manifest", manifest, "--out", archive, "--preset", "quick"),
             ("pack", "--archive", archive, "--out", feed, "--grid", "3mm"),
         ):
-            began = time.monotonic()
-            command(work / f"{stage[0]}.log", "data_prep", *stage)
-            print(f"{stage[0]}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
+            command(None, "data_prep", *stage)
     return feed
 
 
