@@ -117,7 +117,7 @@ def open_store(uri: str, own_retries: bool = True) -> tuple[fsspec.AbstractFileS
             return fsspec.core.url_to_fs(uri)
         if own_retries:
             return fsspec.core.url_to_fs(uri, use_listings_cache=False)
-        limits = {"connect_timeout": 5, "read_timeout": 15, "retries": {"max_attempts": 1}}
+        limits = {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}
         fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=limits,
                                          skip_instance_cache=True)  # as it differs from all others
         fs.retries = 1
@@ -127,9 +127,10 @@ def open_store(uri: str, own_retries: bool = True) -> tuple[fsspec.AbstractFileS
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """What a store raises when it cannot be reached (for ``except``); botocore's once loaded."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (OSError, botocore.BotoCoreError) if botocore else (OSError,)
+    """What a store raises when it cannot be reached (for ``except``); a driver's once loaded."""
+    botocore, aiohttp = map(sys.modules.get, ("botocore.exceptions", "aiohttp"))
+    return (OSError, *([botocore.BotoCoreError] if botocore else []),
+            *([aiohttp.ClientError] if aiohttp else []))  # s3fs lets it pass: a cut answer
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
