@@ -17,6 +17,7 @@ from neurojepa.config import RootConfig, dump_config, validate
 from neurojepa.downstream.embed import embed, select_rows
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import LABELS_SCHEMA, Feed, commit_feed, open_feed, write_bytes
+from neurojepa.model.flops import forward_flops
 from neurojepa.model.jepa import build_model
 from neurojepa.objective.masks import draw_uniform_masks
 from neurojepa.objective.views import make_views, patchify
@@ -230,3 +231,9 @@ def test_the_mae_hides_what_it_predicts(root: Path) -> None:
 def test_recipes_of_baselines_are_stored(root: Path) -> None:
     assert "method: mae" in (root / "mae" / "config.yaml").read_text()
     assert "method: jepa" in dump_config(tiny_config("feed", root))
+
+
+def test_the_mae_is_counted_as_what_it_computes(root: Path) -> None:
+    jepa, mae = (forward_flops(config_of("feed", root, method), 32) for method in ("jepa", "mae"))
+    assert mae[0] == mae[1]  # all of it is trained
+    assert 0 < mae[1] < jepa[1] < jepa[0]

@@ -48,7 +48,10 @@ def step_flops(config: RootConfig, tokens: int) -> float:
 
 
 def forward_flops(config: RootConfig, tokens: int) -> tuple[float, float]:
-    """FLOPs of one volume's forward, and the part of them that has a backward."""
+    """FLOPs of one volume's forward, and the part of them that has a backward.
+
+    Of the JEPA or the masked autoencoder; a CNN's are not counted, it gets the JEPA's.
+    """
     size, masks = SIZES[config.model.size], len(config.objective.masks.scales)
     targets = round(tokens * config.objective.masks.target_share)
     voxels = config.model.patch_voxels**3
@@ -69,6 +72,10 @@ def forward_flops(config: RootConfig, tokens: int) -> tuple[float, float]:
         block = n * width * 12 * width * 2 + 4 * n * n * width
         return size.predictor_depth * block + 2 * (n - targets) * size.dim * width
 
+    if config.objective.method == "mae":  # one mask, no target encoder, voxels as output
+        voxel_head = 2 * targets * size.predictor_dim * voxels
+        trained = encoder(tokens - targets) + predictor(tokens) + voxel_head
+        return trained, trained
     sparse = config.objective.sparse
     atoms = (sparse.atoms or 4 * size.dim) if sparse.code != "identity" else 0
     head = 2 * targets * (size.predictor_dim * (atoms or size.dim) + atoms * size.dim)

@@ -123,7 +123,7 @@ def probed(embeddings: Embeddings, feed: Feed) -> Arrays:
     ways = [(name, name, "T1w", "test") for name in labels]
     ways += [("val age", "age", "T1w", "val")]
     ways += [(f"{name} on {other}", name, other, "test")
-             for name in ("age", "sex") for other in CROSSED]
+             for name in ("age", "sex") for other in CROSSED if other in embeddings.modality]
     for way, name, modality, split in ways:
         try:
             result = probe(embeddings, name, labels[name], split, "T1w", modality)
