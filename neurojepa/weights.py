@@ -130,6 +130,11 @@ def untrained(config: RootConfig, grid: Grid) -> Weights:
 def _card(record: dict, tensors: dict[str, torch.Tensor]) -> str:
     config, grid = record["config"], record["grid"]
     encoder = sum(t.numel() for name, t in tensors.items() if name.startswith("encoder."))
+    objective = config["objective"]
+    method = {"jepa": f"prediction of latents through a {objective['sparse']['code']} code",
+              "mae": "a masked autoencoder, voxels filled in",
+              "cnn": f"a network supervised by {objective.get('label')}"}[
+                  objective.get("method", "jepa")]
     return f"""# neurojepa weights
 
 - encoder: {config['model']['size']}, {encoder:,} parameters, patch
@@ -137,7 +142,7 @@ def _card(record: dict, tensors: dict[str, torch.Tensor]) -> str:
   voxels of {grid['spacing_mm']} mm, grid {' x '.join(map(str, grid['shape']))} centred at MNI
   {tuple(grid['centre_mm'])} mm, axes x y z in RAS
 - trained for {record['step']} steps of {config['train']['global_batch']} scans; feed
-  {record['feed']}; prediction through a {config['objective']['sparse']['code']} code
+  {record['feed']}; {method}
 - use: `neurojepa.weights.load(DIR)`, then `neurojepa.downstream.embed.embed`; an embedding is the
   mean of the target encoder's tokens
 - not a medical device; check on your own scanners and people before drawing conclusions
