@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from neurojepa.downstream.stats import mean_absolute_error
+from neurojepa.errors import ConfigError
 from neurojepa.feed.format import TRAINING_GRIDS, open_feed
 from neurojepa.objective.views import make_views
 from tests.feeds import GRID, tiny_config, write_feed
@@ -75,3 +76,10 @@ def test_no_two_runs_share_a_folder_and_every_method_is_tuned_alike(plan: qualit
     tuned = [quality.job(plan, tmp_path, method, rate).folder.name
              for method in plan.methods for rate in plan.rates]
     assert len(set(tuned)) == len(plan.methods) * len(plan.rates)
+
+
+def test_a_folder_of_another_plan_is_refused(tmp_path: Path) -> None:
+    quality.claim(quality.QUICK, tmp_path / "work")
+    quality.claim(quality.QUICK, tmp_path / "work")
+    with pytest.raises(ConfigError, match="another plan"):
+        quality.claim(quality.FULL, tmp_path / "work")

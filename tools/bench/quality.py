@@ -19,7 +19,7 @@ of three tissue classes of the prepared T1w.  Ridge (true): the volumes of the l
 ceiling, for people are made from them.  Atlas: the mean share of each patch over train.
 
 Every run keeps a folder below --work (default build/bench-quality); what is finished is not done
-again, so it can be interrupted.  Half an hour makes the cohort, 4 hours on 2 cores the rest.
+again, so it can be interrupted.  The whole takes about 4 hours on 2 cores.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import numpy as np
 from neurojepa.config import dump_config, validate
 from neurojepa.downstream.embed import Embeddings, select_rows
 from neurojepa.downstream.stats import mean_absolute_error
-from neurojepa.errors import NeurojepaError
+from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import Feed, open_feed
 from neurojepa.feed.loader import SampleReader
 from tools.bench._quality_table import Arrays, plain, row_of, scores_of, show
@@ -109,7 +109,7 @@ def run(quick: bool, official: str | None, work: str | None = None) -> dict[str,
 def measure(plan: Plan, work: Path) -> dict[str, Any]:
     """The table of a plan, below ``work``."""
     print(machine())
-    print(json.dumps(asdict(plan)))
+    claim(plan, work)
     feed = open_feed(make_feed(plan, work))
     ridges(feed, work)
     todo = [Job(work / "runs" / "random-0", untrained=True)]
@@ -118,6 +118,24 @@ def measure(plan: Plan, work: Path) -> dict[str, Any]:
     chosen = {method: choose_rate(plan, work, method) for method in plan.methods}
     Runs(plan, feed.uri).make(list(_remaining(plan, work, chosen)))
     return tables(plan, work, chosen)
+
+
+def claim(plan: Plan, work: Path) -> None:
+    """Make ``work`` this plan's, or check that it is.
+
+    Raises
+    ------
+    ConfigError
+        It holds the runs of another plan.
+    """
+    text = json.dumps(asdict(plan))
+    print(text)
+    file = work / "plan.json"
+    if file.exists() and file.read_text() != text:
+        raise ConfigError(f"--work {work}: holds runs of another plan, {file.read_text()}; choose "
+                          "another folder or delete it")
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -204,7 +222,6 @@ def command(log: Path | None, *arguments: str) -> None:
 
 def make_feed(plan: Plan, work: Path) -> str:
     """The cohort, prepared and packed; returns the feed."""
-    work.mkdir(parents=True, exist_ok=True)
     cohort, archive, feed = (str(work / name) for name in ("cohort", "archive", "feed"))
     manifest, key = str(work / "manifest.parquet"), work / "key"
     if not (work / "feed" / "feed.json").exists():
