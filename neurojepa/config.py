@@ -151,6 +151,8 @@ class RunConfig(Config):
         "env", description="env: as started (alone, or under deepspeed); local, ray: start ranks")
     ranks: int = Field(1, ge=1, description="ranks to start when launcher is local or ray")
     deterministic: bool = False
+    trackers: list[Literal["mlflow", "wandb"]] = Field(
+        [], description="that get the metrics too, besides TensorBoard")
     time_limit_min: float = Field(0, ge=0, description="stop with a checkpoint before so many "
                                   "minutes are over; 0: no limit but that of the Slurm job")
 

@@ -140,9 +140,12 @@ class Engine:
 
         self._zero._get_norm_groups = judged
 
-    def grad_norm(self) -> float:
-        """Norm of the last step's whole gradient before clipping; inf where it was skipped."""
-        return float(self._engine.get_global_grad_norm())
+    def grad_norm(self) -> Tensor | float:
+        """Norm of the last step's whole gradient before clipping; inf where it was skipped.
+
+        It may still be on the device.
+        """
+        return self._engine.get_global_grad_norm()
 
     @torch.no_grad()
     def update_ema(self, momentum: float) -> None:

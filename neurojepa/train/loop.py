@@ -35,6 +35,7 @@ from neurojepa.train.resume import check_same_run
 from neurojepa.train.saver import Saver
 from neurojepa.train.schedule import rates_at
 from neurojepa.train.stopping import REQUEUE, StopRequest
+from neurojepa.train.telemetry import write_environment
 from neurojepa.train.world import World, start_world
 
 
@@ -96,10 +97,11 @@ class Run:
         self._started_at = self.step
         self.saver = Saver(config.run.dir, self.engine, world, config.train.keep_last,
                            config.train.milestone_every)
-        self.metrics = Metrics(config.run.dir, world, config.train.global_batch, self.step)
+        self.metrics = Metrics(config, self.feed.grid, world, self.step)
         self.heartbeat = Heartbeat(config.run.dir, world.rank)
         if world.rank == 0:
             write_bytes(join(config.run.dir, "config.yaml"), dump_config(config).encode())
+        write_environment(config, world, self.feed.fingerprint, self.loader.order.fingerprint)
         self.metrics.event("resume" if found else "start", self.step, world=world.size,
                            zero=config.train.zero, dtype=config.train.dtype)
 
@@ -215,9 +217,9 @@ class Run:
         read = (self.step - self._started_at) * self.config.train.global_batch
         self.damage.check(read)
 
-    def _flush(self) -> None:
+    def _flush(self, durable: bool = False) -> None:
         """Write pending rows and look at them; collective."""
-        self.metrics.flush(self.loader.wait_s)
+        self.metrics.flush(self.loader.wait_s, durable)
         figures = self.health.collapse(self.metrics.last_row)
         if figures and self.step > self.config.optim.warmup_steps:
             self.metrics.event("collapse", self.step, **figures)
@@ -225,7 +227,7 @@ class Run:
 
     def _checkpoint(self) -> None:
         began = time.perf_counter()
-        self._flush()  # rows first: a committed step has its row
+        self._flush(durable=True)  # rows first: a committed step has its row
         record = {"config": self.config.model_dump(mode="json"), "feed": self.feed.fingerprint,
                   "grid": asdict(self.feed.grid),
                   "order": self.loader.order.fingerprint, "health": self.health.record(),

@@ -1,9 +1,9 @@
-"""What a run tells about itself: metrics.jsonl, events.jsonl, heartbeat/, TensorBoard.
+"""What a run tells about itself: metrics.jsonl, events.jsonl, heartbeat/, trackers.
 
 The loop hands over device scalars; they stay on the device until a flush (every log_every steps
 and before each checkpoint), which sums them over ranks in one collective, reads them once and lets
 rank 0 write.  metrics.jsonl has one row per step: a resumed run drops the rows past its
-checkpoint.
+checkpoint.  An object store gets rows once a minute, before each checkpoint and with each event.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import socket
 import time
 from typing import Any
@@ -18,11 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurojepa.feed.format import is_local, join, open_store, write_bytes
-from neurojepa.train.rows import append_rows, read_rows, write_rows
+from neurojepa.config import RootConfig
+from neurojepa.feed.format import Grid, is_local, join, open_store, write_bytes
+from neurojepa.model.flops import peak_flops, step_flops, tokens_per_volume
+from neurojepa.train.rows import append_rows, drop_rows
+from neurojepa.train.telemetry import Trackers, check_trackers
 from neurojepa.train.world import World
 
 HEARTBEAT_PUT_S = 5.0  # shortest time between heartbeats to an object store
+ROWS_PUT_S = 60.0  # and between rows of metrics that nothing hurries
 
 
 class Metrics:
@@ -30,29 +35,35 @@ class Metrics:
 
     Parameters
     ----------
-    run_dir : str
-        Run directory, local or URI.
+    config : RootConfig
+    grid : Grid
+        Of the feed, for the tokens and FLOPs of a volume.
     world : World
-    global_batch : int
-        Samples per step, for rates and the loss.
     resumed : int
         Steps already done; later rows of an earlier attempt are dropped.
+
+    Raises
+    ------
+    ConfigError
+        run.trackers names a package that is not installed.
     """
 
-    def __init__(self, run_dir: str, world: World, global_batch: int, resumed: int) -> None:
-        self.run_dir, self.world, self.global_batch = run_dir, world, global_batch
+    def __init__(self, config: RootConfig, grid: Grid, world: World, resumed: int) -> None:
+        check_trackers(config.run.trackers)
+        self.run_dir, self.world = config.run.dir, world
+        self.global_batch = config.train.global_batch
         self.last_row: dict[str, Any] = {}
+        self._work = _Work(config, grid, world)
         self._sums: dict[str, Tensor] = {}
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self._flushed, self._waited = time.perf_counter(), 0.0
-        self._board: Any = None
+        self._unwritten: list[dict[str, Any]] = []
+        self._written = -math.inf
+        self._local = is_local(open_store(self.run_dir)[0])
+        self._trackers: Trackers | None = None
         if world.rank == 0:
             self._keep_until(resumed)
-            if is_local(open_store(run_dir)[0]):  # event files are appended to; stores cannot
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(join(open_store(run_dir)[1], "tensorboard"),
-                                            purge_step=resumed + 1)
+            self._trackers = Trackers(config, resumed)
 
     def add(self, loss: Tensor, sums: dict[str, Tensor]) -> None:
         """Add a micro-batch's weighted sums (no device sync)."""
@@ -60,68 +71,95 @@ class Metrics:
             value = value.detach().double()
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
-    def end_step(self, step: int, host: dict[str, Any]) -> None:
-        """Close the row of ``step`` with values known on the host."""
-        self._pending.append(({"step": step, **host}, self._sums))
+    def end_step(self, step: int, known: dict[str, Any]) -> None:
+        """Close the row of ``step`` with values alike on all ranks (device scalars wait)."""
+        self._pending.append(({"step": step, **known}, self._sums))
         self._sums = {}
 
-    def flush(self, waited_s: float) -> None:
+    def flush(self, waited_s: float, durable: bool = False) -> None:
         """Sum the pending rows over ranks and write them.  Collective.
 
         Parameters
         ----------
         waited_s : float
             Seconds the trainer has waited for data since the start.
+        durable : bool
+            They must be in the run directory on return.
         """
-        if not self._pending:
-            return
+        if self._pending:
+            rows = self._rows(waited_s)
+            self.last_row = rows[-1]
+            if self._trackers is not None:
+                self._unwritten += rows
+                self._trackers.log(rows)
+                for problem in self._trackers.problems():
+                    self.event("tracker", rows[-1]["step"], problem=problem)
+        if durable or self._local or time.monotonic() - self._written > ROWS_PUT_S:
+            self._write()
+
+    def _rows(self, waited_s: float) -> list[dict[str, Any]]:
         keys = sorted(self._pending[0][1])
         table = torch.stack([torch.stack([sums[key] for key in keys])
                              for _, sums in self._pending])
         values = self.world.sum_(table).tolist()
         now = time.perf_counter()
         seconds = (now - self._flushed) / len(values)
-        rates = {"volumes_per_s": self.global_batch / seconds, "step_s": seconds,
+        rates = {**self._work.rates(self.global_batch / seconds), "step_s": seconds,
                  "data_wait": (waited_s - self._waited) / len(values) / seconds}
         rows = []
-        for (host, _), row in zip(self._pending, values, strict=True):
+        for (known, _), row in zip(self._pending, values, strict=True):
+            known = {key: value.item() if isinstance(value, Tensor) else value
+                     for key, value in known.items()}
             means = _means(dict(zip(keys, row, strict=True)))
-            rows.append({**host, "loss": row[keys.index("loss")] / self.global_batch, **means,
+            rows.append({**known, "loss": row[keys.index("loss")] / self.global_batch, **means,
                          **rates})
         self._pending, self._flushed, self._waited = [], now, waited_s
-        self.last_row = rows[-1]
-        if self.world.rank == 0:
-            append_rows(join(self.run_dir, "metrics.jsonl"), rows)
-            self._to_board(rows)
+        return rows
+
+    def _write(self) -> None:
+        if self._unwritten:
+            append_rows(join(self.run_dir, "metrics.jsonl"), self._unwritten)
+            self._unwritten, self._written = [], time.monotonic()
 
     def rewind(self, step: int) -> None:
         """Forget the steps after ``step``: they will be done again, otherwise."""
         self._pending, self._sums = [], {}
         if self.world.rank == 0:
+            self._write()
             self._keep_until(step)
 
     def event(self, name: str, step: int, **facts: Any) -> None:
-        """Append to events.jsonl (rank 0)."""
+        """Append to events.jsonl (rank 0), after the rows that led to it."""
         if self.world.rank == 0:
+            self._write()
             append_rows(join(self.run_dir, "events.jsonl"),
                         [{"time": time.time(), "event": name, "step": step, **facts}])
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
-
-    def _to_board(self, rows: list[dict[str, Any]]) -> None:
-        if self._board is not None:
-            for row in rows:
-                for key, value in row.items():
-                    if key != "step" and isinstance(value, int | float):
-                        self._board.add_scalar(key, value, row["step"])
-            self._board.flush()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _keep_until(self, step: int) -> None:
-        uri = join(self.run_dir, "metrics.jsonl")
-        rows = [row for row in read_rows(uri) if row["step"] <= step]
-        write_rows(uri, rows)
+        drop_rows(join(self.run_dir, "metrics.jsonl"), lambda row: row["step"] <= step)
+
+
+class _Work:
+    """What volumes per second mean in tokens and in shares of the devices' peak."""
+
+    def __init__(self, config: RootConfig, grid: Grid, world: World) -> None:
+        self._cuda = world.device.type == "cuda"
+        self._tokens = tokens_per_volume(config, grid)
+        peak = peak_flops(torch.cuda.get_device_name(world.device)) if self._cuda else None
+        self._share = None  # of all devices' peak that one volume per second takes
+        if peak and config.objective.method == "jepa":
+            self._share = step_flops(config, self._tokens) / (peak * world.size)
+
+    def rates(self, volumes_per_s: float) -> dict[str, Any]:
+        peak = (torch.cuda.max_memory_allocated() if self._cuda
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+        return {"volumes_per_s": volumes_per_s, "tokens_per_s": volumes_per_s * self._tokens,
+                "mfu": None if self._share is None else volumes_per_s * self._share,
+                "memory_mib": peak / 2**20}
 
 
 class Heartbeat:

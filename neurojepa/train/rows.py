@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 from neurojepa.errors import DataError
@@ -34,10 +35,14 @@ def write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
 
 
 def append_rows(uri: str, rows: list[dict[str, Any]]) -> None:
-    """Append rows; an object store, which cannot append, gets the whole object anew."""
+    """Append rows, all or none.
+
+    An object store makes a new object of the old one and the rows: S3 copies what is large on its
+    own side, so the cost does not grow with the file; other stores get the whole object anew.
+    """
     fs, path = open_store(uri)
     if not is_local(fs):
-        write_rows(uri, read_rows(uri) + rows)
+        _append_object(fs, path, uri, rows)
         return
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -51,6 +56,32 @@ def append_rows(uri: str, rows: list[dict[str, Any]]) -> None:
     except OSError as error:
         raise DataError(f"{path}: cannot append ({error.strerror}); free space or choose another "
                         "run.dir") from error
+
+
+def drop_rows(uri: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop rows from the end of the file up to the last one that ``keep`` accepts."""
+    fs, path = open_store(uri)
+    if not fs.exists(path):
+        return
+    data = read_bytes(uri)
+    end = data.rfind(b"\n") + 1  # what follows was cut by a kill
+    while end:
+        start = data.rfind(b"\n", 0, end - 1) + 1
+        if keep(json.loads(data[start:end])):
+            break
+        end = start
+    if end < len(data):
+        write_bytes(uri, data[:end])
+
+
+def _append_object(fs: Any, path: str, uri: str, rows: list[dict[str, Any]]) -> None:
+    try:
+        with fs.open(path, "ab") as file:
+            file.write(_lines(rows))
+    except (NotImplementedError, ValueError):  # a store that has no such thing
+        write_rows(uri, read_rows(uri) + rows)
+    except store_errors() as error:
+        raise DataError(f"{uri}: cannot append ({error}); check the store") from error
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:
