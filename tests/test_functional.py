@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from data_prep.scan import Scan
-from data_prep.volumes.align import dice, template
+from data_prep.volumes.align import template
 from data_prep.volumes.functional import in_template_space
+from data_prep.volumes.matching import dice
 from data_prep.volumes.pipeline import Prepared, Rejected, prepare_person
 from data_prep.volumes.preset import PRESETS
 from neurojepa.feed.format import ARCHIVE_GRID

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from data_prep.scan import ScanError
-from data_prep.volumes.align import dice, template
+from data_prep.volumes.align import template
 from data_prep.volumes.geometry import on_grid, resample, to_itk
 from data_prep.volumes.intensity import scale, window
+from data_prep.volumes.matching import dice
 from data_prep.volumes.pipeline import Prepared, Rejected, prepare_person
 from data_prep.volumes.preset import PRESETS
 from data_prep.volumes.published import crop_neck

@@ -21,19 +21,13 @@ import numpy as np
 from data_prep.qc import Figures, describe, quality
 from data_prep.scan import Scan, ScanError, split_member
 from data_prep.volumes import pet
-from data_prep.volumes.align import (
-    Placement,
-    check_session_shift,
-    dice,
-    place,
-    register_rigid_from,
-    template,
-)
+from data_prep.volumes.align import Placement, place, template
 from data_prep.volumes.bold import bold_maps, scale_map
 from data_prep.volumes.brain import carried, check_mask, silhouette
 from data_prep.volumes.cifti import archive_maps, read_cifti
 from data_prep.volumes.decode import fetch
 from data_prep.volumes.geometry import centre_of
+from data_prep.volumes.matching import dice
 from data_prep.volumes.output import (
     codes_on_archive,
     interpolate,
@@ -50,6 +44,7 @@ from data_prep.volumes.preset import Preset
 from data_prep.volumes.read import Series, Volume, read_scan, read_series
 from data_prep.volumes.results import BRAIN, Prepared, Rejected, rejected
 from data_prep.volumes.session import Work, carried_from
+from data_prep.volumes.within import check_session_shift, register_rigid_from
 
 # Of the anchor's mask with what is bright in PET or EPI: uptake leaves out ventricles and
 # infarcts, EPI the frontal sinuses, and both show some scalp.  A wrong pose has less than 0.6.

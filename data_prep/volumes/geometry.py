@@ -83,3 +83,20 @@ def nearest_rotation(matrix: np.ndarray) -> np.ndarray:
     """Orthogonal factor of the polar decomposition of a 3x3 matrix with positive determinant."""
     u, _, v = np.linalg.svd(matrix)
     return u @ np.diag([1.0, 1.0, np.linalg.det(u @ v)]) @ v
+
+
+def nearest_rigid(affine: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """The rotation and translation nearest to an affine.
+
+    The rotation is the orthogonal factor of the polar decomposition (Higham 1986); the point
+    ``centre`` goes where the affine takes it.
+    """
+    rigid = np.eye(4)
+    rigid[:3, :3] = nearest_rotation(affine[:3, :3])
+    rigid[:3, 3] = affine[:3, :3] @ centre + affine[:3, 3] - rigid[:3, :3] @ centre
+    return rigid
+
+
+def rotation_deg(matrix: np.ndarray) -> float:
+    cosine = (np.trace(nearest_rotation(matrix[:3, :3])) - 1) / 2
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))

@@ -14,20 +14,16 @@ import SimpleITK as sitk
 
 from data_prep.qc import Figures, describe, quality
 from data_prep.scan import Scan, ScanError
-from data_prep.volumes.align import (
-    Placement,
-    check_session_shift,
-    dice,
-    place_given,
-    register_rigid,
-)
+from data_prep.volumes.align import Placement, place_given
 from data_prep.volumes.brain import brain_mask, check_mask
 from data_prep.volumes.geometry import centre_of, nearest_rotation, resample, to_itk
 from data_prep.volumes.intensity import correct_bias_field
+from data_prep.volumes.matching import dice
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.read import Volume
 from data_prep.volumes.results import Rejected, rejected
 from data_prep.volumes.transforms import template_to_scan
+from data_prep.volumes.within import check_session_shift, register_rigid
 
 MIN_SESSION_DICE = 0.8  # of the masks of two scans of one session, where both were scanned
 MAX_SHARED_STRETCH = 1e-3  # between two of the cohort's matrices that are one and the same
