@@ -20,6 +20,7 @@ from data_prep.volumes.session import Work
 from neurojepa.feed.format import ARCHIVE_GRID
 
 MIN_COVERED = 0.99  # of the template's brain inside the field of view, or the scan is flagged
+SPLINE_REACH = 12  # voxels, after which a spline's coefficient knows nothing of a value
 INT16 = np.iinfo(np.int16)
 
 
@@ -78,12 +79,27 @@ def interpolate(volume: Volume, matrix: np.ndarray, brain: np.ndarray, preset: P
     box = tuple(slice(int(i[0]), int(i[-1]) + 1) for i in inside)
     affine = ARCHIVE_GRID.affine
     affine[:3, 3] += affine[:3, :3] @ [part.start for part in box]
-    image = resample(to_itk(volume.data, volume.affine), matrix,
-                     tuple(part.stop - part.start for part in box), affine,
+    shape = tuple(part.stop - part.start for part in box)
+    image = resample(_source_box(volume, matrix @ affine, shape), matrix, shape, affine,
                      sitk.sitkBSpline3 if preset.spline else sitk.sitkLinear)
     # A spline swings below and above its data at sharp edges.
     found[box] = np.clip(image, volume.data.min(), volume.data.max())
     return found
+
+
+def _source_box(volume: Volume, matrix: np.ndarray, shape: tuple[int, ...]) -> sitk.Image:
+    """The part of a volume that voxels of an output box need; ``matrix``: its voxels to mm.
+
+    A spline's coefficients depend on all voxels, but by 0.27 to the power of their distance.
+    """
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
+    to_voxel = np.linalg.inv(volume.affine) @ matrix
+    voxels = to_voxel[:3, :3] @ corners + to_voxel[:3, 3:]
+    low = np.clip(np.floor(voxels.min(axis=1)).astype(int) - SPLINE_REACH, 0, None)
+    high = np.ceil(voxels.max(axis=1)).astype(int) + SPLINE_REACH
+    affine = volume.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ low
+    return to_itk(volume.data[tuple(map(slice, low, high))], affine)
 
 
 def mask_codes(brain: np.ndarray, seen: np.ndarray) -> np.ndarray:
