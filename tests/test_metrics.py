@@ -139,11 +139,11 @@ class Recorder:
         self.closed = False
         self.gate = gate
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, flush: list[tuple[int, dict[str, float]]]) -> None:
         if self.gate:
             self.gate.wait()
-        assert "loss" in values and "step" not in values
-        self.steps.append(step)
+        assert all("loss" in values and "step" not in values for _, values in flush)
+        self.steps += [step for step, _ in flush]
 
     def close(self) -> None:
         self.closed = True

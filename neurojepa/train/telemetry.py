@@ -37,7 +37,7 @@ from neurojepa.train.world import World
 
 SOFTWARE = ("neurojepa", "torch", "deepspeed", "numpy", "safetensors", "fsspec", "s3fs", "pyarrow")
 QUEUED_FLUSHES = 1000  # that wait for a slow server before some are left out
-CLOSE_S = 10.0  # for the servers to take what is left
+CLOSE_S = 20.0  # for the servers to take what is left
 
 
 def write_environment(config: RootConfig, world: World, feed: str, order: str) -> None:
@@ -86,10 +86,13 @@ def _commit() -> str | None:
 
 # ---- trackers ------------------------------------------------------------------------------------
 
+Flush = list[tuple[int, dict[str, float]]]  # step and values of some rows
+
+
 class Tracker(Protocol):
     """A service that keeps metrics; opened, used and closed in one thread."""
 
-    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def log(self, flush: Flush) -> None: ...
 
     def close(self) -> None: ...
 
@@ -154,13 +157,12 @@ class _Service:
 
     def __init__(self, name: str, open_: Callable[[], Tracker]) -> None:
         self.name, self._open = name, open_
-        self._queue: queue.Queue[list[tuple[int, dict[str, float]]] | None] = queue.Queue(
-            QUEUED_FLUSHES)
+        self._queue: queue.Queue[Flush | None] = queue.Queue(QUEUED_FLUSHES)
         self._problem, self._told = "", False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, flush: list[tuple[int, dict[str, float]]]) -> None:
+    def put(self, flush: Flush) -> None:
         try:
             self._queue.put_nowait(flush)
         except queue.Full:
@@ -184,8 +186,7 @@ class _Service:
         try:
             tracker = self._open()
             while (flush := self._queue.get()) is not None:
-                for step, values in flush:
-                    tracker.log(step, values)
+                tracker.log(flush)
         except Exception as error:  # whatever a client raises must not end the training
             self._problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             while self._queue.get() is not None:
@@ -209,20 +210,25 @@ class MLflow:
         experiment = found.experiment_id if found else self._client.create_experiment("neurojepa")
         tag = _run_id(config)
         runs = self._client.search_runs([experiment], f"tags.run = '{tag}'", max_results=1)
-        if runs:
-            self._run = runs[0].info.run_id
+        self._run = runs[0].info.run_id if runs else self._client.create_run(
+            experiment, tags={"run": tag}, run_name=_run_name(config)).info.run_id
+        if runs and runs[0].data.params:
             return
-        self._run = self._client.create_run(experiment, tags={"run": tag},
-                                            run_name=_run_name(config)).info.run_id
-        for key, value in _flat(config.model_dump(mode="json")).items():
-            self._client.log_param(self._run, key, value)
+        from mlflow.entities import Param
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+        facts = [Param(key, str(value))
+                 for key, value in _flat(config.model_dump(mode="json")).items()]
+        for first in range(0, len(facts), 100):  # as many as the protocol takes at once
+            self._client.log_batch(self._run, params=facts[first:first + 100])
+
+    def log(self, flush: Flush) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self._run, [Metric(name, value, now, step)
-                                           for name, value in values.items()])
+        metrics = [Metric(name, value, now, step)
+                   for step, values in flush for name, value in values.items()]
+        for first in range(0, len(metrics), 1000):
+            self._client.log_batch(self._run, metrics[first:first + 1000])
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
@@ -239,8 +245,9 @@ class WandB:
                                resume="allow", dir=path if is_local(store) else None,
                                config=config.model_dump(mode="json"))
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
+    def log(self, flush: Flush) -> None:
+        for step, values in flush:
+            self._run.log(values, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -154,8 +154,7 @@ def _ours(kind: str, size: str) -> dict[str, Any]:
                       "log_every": 10**6},
             "run": {"dir": str(Path(folder) / "run")}}, "bench")
         run = Run(config, start_world())
-        batches = iter(run.loader)
-        found = _measure(lambda: run._train_step(batches), batch, steps)
+        found = _measure(run._train_step, batch, steps)
         tokens = config.model.token_budget or (
             shape.grid[0] * shape.grid[1] * shape.grid[2] // shape.patch**3)
         run.close()
