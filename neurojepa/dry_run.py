@@ -76,11 +76,14 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
     Raises
     ------
     ConfigError
-        Unknown device, a share outside (0, 1], more ranks than samples in a step, or a model that
-        does not fit the feed's grid.
+        Another method than jepa, an unknown device, a share outside (0, 1], more ranks than
+        samples in a step, or a model that does not fit the feed's grid.
     """
     train = config.train
     peak = _device(device)[0]
+    if config.objective.method != "jepa":
+        raise ConfigError(f"objective.method = {config.objective.method}: the dry run knows the "
+                          "cost of jepa only")
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu}: a share of the peak lies in (0, 1]; 0.4 is usual")
     if not 1 <= gpus <= train.global_batch:

@@ -112,6 +112,14 @@ def test_what_cannot_be_planned(feed: str, tmp_path: Path, gpus: int, device: st
         plan(tiny_config(feed, tmp_path), open_feed(feed), gpus, device, mfu)
 
 
+def test_only_our_own_method_is_planned(feed: str, tmp_path: Path) -> None:
+    config = tiny_config(feed, tmp_path)
+    other = config.model_copy(update={
+        "objective": config.objective.model_copy(update={"method": "mae"})})
+    with pytest.raises(ConfigError, match="knows the cost of jepa only"):
+        plan_of(other)
+
+
 def test_peaks_by_the_name_of_the_device() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12

@@ -264,8 +264,7 @@ def _watch(launcher: subprocess.Popen[bytes], notes: Path, kill: dict[str, Any] 
             for process in psutil.Process(launcher.pid).children():
                 victims[process.pid] = process
         if kill and kill["event"] is None and attempt.killed is None:
-            trained = any('"step"' in path.read_text() for path in notes.glob("notes-*.jsonl"))
-            if due is None and len(victims) == ranks and (starting or trained):
+            if due is None and len(victims) == ranks and (starting or _trained(notes)):
                 due = time.monotonic() + kill["after_s"]
             if due is not None and time.monotonic() >= due and launcher.poll() is None:
                 attempt.killed = time.time()
@@ -273,10 +272,14 @@ def _watch(launcher: subprocess.Popen[bytes], notes: Path, kill: dict[str, Any] 
         if time.monotonic() - began > TIMEOUT_S:
             _kill("all", launcher, list(victims.values()))
             launcher.kill()
-        time.sleep(0.005)
+        time.sleep(0.01)
     attempt.status, attempt.ended = launcher.wait(), time.time()
     if attempt.status == 0:
         attempt.killed = None  # it had just finished
+
+
+def _trained(notes: Path) -> bool:
+    return any('"step"' in path.read_text() for path in notes.glob("notes-*.jsonl"))
 
 
 def _kill(who: str, launcher: subprocess.Popen[bytes], ranks: list[psutil.Process]) -> None:
