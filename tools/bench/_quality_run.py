@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from neurojepa.feed.format import Feed, Grid, open_feed, write_bytes
 from neurojepa.feed.loader import SampleReader
 from neurojepa.model.averaged import Averaged
 from neurojepa.objective.views import Views, make_views, patch_centres_mm, patchify
+from neurojepa.train.rows import read_rows
 from neurojepa.weights import export, load, untrained
 
 LABELS = {"age": "age", "diagnosis": "diagnosis", "sex": "sex", "lesions": "lesion_ml"}
@@ -46,9 +48,9 @@ def main(folder: Path) -> None:
     config = load_config(folder / "recipe.yaml")
     if json.loads((folder / "run.json").read_text())["scrambled"]:
         scramble(open_feed(config.data.feed).grid, config.model.patch_voxels)
-    began = time.process_time()
     model = trained(config, folder)
-    train_s = time.process_time() - began
+    spent = folder / "train_cpu_s"
+    train_s = float(spent.read_text()) if spent.exists() else 0.0
     feed = open_feed(config.data.feed)
     if isinstance(model, CNN):
         scores = predicted_by(model, config, feed)
@@ -75,7 +77,12 @@ def trained(config: RootConfig, folder: Path) -> Averaged:
     if not (folder / "weights" / "config.json").exists():
         from neurojepa.train.loop import train
 
+        began = time.process_time()
         train(config)
+        events = read_rows(config.run.dir + "/events.jsonl")
+        whole = all(row["event"] != "resume" for row in events)  # else others did a part of it
+        spent = time.process_time() - began if whole else np.nan
+        (folder / "train_cpu_s").write_text(str(spent))
         export(config.run.dir, str(folder / "weights"))
         shutil.rmtree(Path(config.run.dir) / "checkpoints")
     return load(str(folder / "weights")).model
@@ -178,39 +185,76 @@ def segmented(model: Averaged, config: RootConfig, feed: Feed) -> Arrays:
 
     A linear map from a frozen token to the share of its patch's voxels that each structure fills,
     ridge, its penalty chosen on val.  A scan's overlap is the fuzzy Dice over all patches of the
-    grid, 2 sum min(p, q) / sum (p + q); tokens outside the budget count as predictions of 0.  The
-    same for the mean share of each patch over train, which knows places only, is ``atlas``.
+    grid, 2 sum min(p, q) / sum (p + q); tokens outside the budget count as predictions of 0.
+
+    ``atlas`` is the mean share of each patch over train, which knows places only.  ``placed`` is
+    told the place: it maps how a token differs from the mean token of its patch over train to how
+    the shares differ from the atlas.
     """
     parts = {split: tokens_and_shares(model, config, feed, split)
              for split in ("train", "val", "test")}
-    (x, y), fitted = flat(*parts["train"]), parts["train"]
-    if not len(y) or not len(parts["test"][1]):
-        print("segmentation: left out: no label maps", flush=True)
+    if not all(len(part.rows) for part in parts.values()):
+        print("segmentation: left out: a split has no label maps", flush=True)
         return {}
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x = (x - mean) / std
-    gram, right, offset = x.T @ x / len(x), x.T @ (y - y.mean(0)) / len(x), y.mean(0)
-    weights = [np.linalg.solve(gram + penalty * np.eye(len(gram)), right)
-               for penalty in PENALTIES]
+    train, test = parts["train"], parts["test"]
+    atlas = train.shares.mean(0)
+    column = [np.array(feed.index[name].to_pylist())[test.rows]
+              for name in ("participant", "family")]
+    guesses = {"segmentation": mapped(parts, train.values.mean((0, 1)), np.zeros_like(atlas)),
+               "placed": mapped(parts, mean_tokens(train), atlas),
+               "atlas": np.broadcast_to(atlas, test.shares.shape)}
+    scores: Arrays = {}
+    for name, guess in guesses.items():
+        scores |= stored(name, test.shares.sum(1), overlap(test.shares, guess), *column)
+    return scores
 
-    def predict(weight: np.ndarray, part: tuple[Any, ...]) -> np.ndarray:
-        values, shares, number = part[0], part[1], part[2]
-        guess = np.zeros_like(shares)
-        for scan in range(len(shares)):
-            of_tokens = (values[scan] - mean) / std @ weight + offset
-            guess[scan, number[scan]] = of_tokens.clip(0, 1)
+
+@dataclass
+class Part:
+    """The labelled T1w scans of a split."""
+
+    values: np.ndarray  # [s, N, D] tokens
+    number: np.ndarray  # [s, N] patch of each token
+    shares: np.ndarray  # [s, n, structures], of every patch of the grid
+    rows: np.ndarray  # [s] of the feed's index
+
+    def at_tokens(self) -> np.ndarray:
+        """[s, N, structures] shares of the tokens' patches."""
+        return np.take_along_axis(self.shares, self.number[..., None], 1)
+
+
+def mapped(parts: dict[str, Part], origin: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """[s, n, structures] shares that tokens of test predict: ``base`` and a linear map of what a
+    token differs by from ``origin``, [D] or [n, D]."""
+    def differing(part: Part) -> np.ndarray:
+        return part.values - (origin if origin.ndim == 1 else origin[part.number])
+
+    train = parts["train"]
+    x = differing(train).reshape(-1, train.values.shape[-1]).astype(np.float64)
+    y = (train.at_tokens() - base[train.number]).reshape(len(x), -1)
+    scale, offset = x.std(0) + 1e-6, y.mean(0)
+    gram = (x / scale).T @ (x / scale) / len(x)
+    right = (x / scale).T @ (y - offset) / len(x)
+
+    def predict(part: Part, penalty: float) -> np.ndarray:
+        weight = np.linalg.solve(gram + penalty * np.eye(len(gram)), right)
+        found = base[part.number] + differing(part) / scale @ weight + offset
+        guess = np.repeat(base[None], len(part.rows), 0)
+        np.put_along_axis(guess, part.number[..., None], found.clip(0, 1), 1)
         return guess
 
-    val = parts["val"] if len(parts["val"][1]) else fitted
-    errors = [np.square(predict(weight, val) - val[1]).mean() for weight in weights]
-    test = parts["test"]
-    guess = predict(weights[int(np.argmin(errors))], test)
-    atlas = np.broadcast_to(fitted[1].mean(0), test[1].shape)
-    rows = test[3]
-    people, groups = (np.array(feed.index[column].to_pylist())[rows]
-                      for column in ("participant", "family"))
-    return (stored("segmentation", test[1].sum(1), overlap(test[1], guess), people, groups)
-            | stored("atlas", test[1].sum(1), overlap(test[1], atlas), people, groups))
+    errors = [np.square(predict(parts["val"], penalty) - parts["val"].shares).mean()
+              for penalty in PENALTIES]
+    return predict(parts["test"], PENALTIES[int(np.argmin(errors))])
+
+
+def mean_tokens(part: Part) -> np.ndarray:
+    """[n, D] mean token of each patch; that of all where a patch never was a token."""
+    n, D = part.shares.shape[1], part.values.shape[-1]
+    total, count = np.zeros((n, D)), np.zeros((n, 1))
+    np.add.at(total, part.number.ravel(), part.values.reshape(-1, D))
+    np.add.at(count, part.number.ravel(), 1)
+    return np.where(count > 0, total / np.maximum(count, 1), part.values.mean((0, 1)))
 
 
 def overlap(shares: np.ndarray, guess: np.ndarray) -> np.ndarray:
@@ -220,36 +264,27 @@ def overlap(shares: np.ndarray, guess: np.ndarray) -> np.ndarray:
     return np.where(shares.sum(1) > 0, dice, np.nan)
 
 
-def tokens_and_shares(model: Averaged, config: RootConfig, feed: Feed, split: str
-                      ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [s, N, D], shares [s, n, structures], patch of each token [s, N], rows [s]."""
+def tokens_and_shares(model: Averaged, config: RootConfig, feed: Feed, split: str) -> Part:
+    """Tokens and shares of the T1w scans of a split that have a label map."""
     index = feed.index
     rows = np.array([row for row, (modality, of_split, length) in enumerate(zip(
         *(index[name].to_pylist() for name in ("modality", "split", "label_length")),
         strict=True)) if modality == "T1w" and of_split == split and length], dtype=np.int64)
     patch, reader = config.model.patch_voxels, SampleReader(feed)
-    values, shares, numbers = [], [], []
+    none = np.zeros((0, 1, 1))
+    values, shares, numbers = [none], [none], [none[..., 0].astype(np.int64)]
     plain = embedding.without_augmentation(config)
     for batch in embedding.batches(feed, rows, 8):
         true_places = make_views(batch, plain, feed.grid, 0)
-        views = embedding.make_views(batch, plain, feed.grid, 0)
+        views = embedding.make_views(batch, plain, feed.grid, 0)  # maybe scrambled
         values.append(model.latents(views).numpy())
         numbers.append(patch_numbers(true_places, feed.grid, patch).numpy())
     for row in rows.tolist():
-        label = patchify(torch.from_numpy(reader.label(row).astype(np.int32))[None], patch)[0]
-        shares.append(np.stack([torch.isin(label, torch.tensor(of)).double().mean(-1).numpy()
-                                for of in STRUCTURES.values()], -1))
-    if not len(rows):
-        return np.zeros((0, 1, 1)), np.zeros((0, 1, 1)), np.zeros((0, 1), np.int64), rows
-    return np.concatenate(values), np.stack(shares), np.concatenate(numbers), rows
-
-
-def flat(values: np.ndarray, shares: np.ndarray, number: np.ndarray, rows: np.ndarray
-         ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [s * N, D] and the shares of their patches [s * N, structures]."""
-    of_tokens = np.take_along_axis(shares, number[..., None], 1) if len(rows) else shares
-    return values.reshape(-1, values.shape[-1]).astype(np.float64), \
-        of_tokens.reshape(-1, shares.shape[-1])
+        label = patchify(torch.from_numpy(reader.label(row).astype(np.int32))[None], patch)
+        shares.append(torch.stack([torch.isin(label, torch.tensor(of)).double().mean(-1)
+                                   for of in STRUCTURES.values()], -1).numpy())
+    first = int(len(rows) > 0)  # without the empty one, whose shape is not theirs
+    return Part(*(np.concatenate(each[first:]) for each in (values, numbers, shares)), rows)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ COLUMNS: dict[str, tuple[str, Metric]] = {  # title: predictions of a run, metri
     "sex AUROC": ("sex", auroc),
     "lesions R2": ("lesions", r_squared),
     "segmentation Dice": ("segmentation", _mean_overlap),
+    "Dice, place told": ("placed", _mean_overlap),
     "age R2, T1w to T2w": ("age on T2w", r_squared),
     "age R2, T1w to FLAIR": ("age on FLAIR", r_squared),
     "sex AUROC, T1w to T2w": ("sex on T2w", auroc),
