@@ -8,7 +8,7 @@ takes head size away.  What differs from the scripts, which need FSL and FreeSur
 
     - The affine is found between brains, as in the other presets, where the scripts give FLIRT
       whole heads.  No installed package ships a whole-head template, and a whole head on the
-      template's brain went astray in 3 of 6 scans here.  So a first, discarded brain mask is drawn.
+      template's brain went astray in 3 of 7 scans here.  So a first, discarded brain mask is drawn.
     - The search for turns of 90 degrees is left out: headers say how a head lies.
     - The preset's mask tool stands for SynthStrip, nilearn's MNI152 for FSL's and the ICBM T2w.
     - The volume has the 180 x 216 x 180 mm of the published crop but lies on the archive grid.
