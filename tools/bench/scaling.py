@@ -25,11 +25,13 @@ def run(quick: bool, official: str | None) -> dict[str, Any]:
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-scaling-") as folder:
         feed = _feed(folder, GRID)
-        steps = 3 if quick else 6
+        steps = 3 if quick else 5
         stages = [(2, 1), (3, 2)] if quick else [(z, r) for z in (1, 2, 3) for r in (1, 2)]
-        found = {(zero, ranks): in_ranks(ranks, "tools.bench.scaling:measure", feed=feed, zero=zero,
-                                         global_batch=2 * ranks, steps=steps)
-                 for zero, ranks in stages}
+        found = {}
+        for zero, ranks in stages:
+            print(f"zero {zero}, {ranks} rank(s) ...", flush=True)
+            found[zero, ranks] = in_ranks(ranks, "tools.bench.scaling:measure", feed=feed,
+                                          zero=zero, global_batch=2 * ranks, steps=steps)
         print_table(("zero", "ranks", "scans a step", "s a step", "CPU-s a volume and rank",
                      "state MiB a rank", "dry run", "weights MiB", "dry run", "peak RSS MiB"),
                     [(zero, ranks, 2 * ranks, each["step_s"], each["cpu_s"], each["state_mib"],
