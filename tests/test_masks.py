@@ -78,9 +78,10 @@ def test_masks_are_blocks_not_salt_and_pepper():
 
 def test_larger_scales_give_larger_holes():
     coords = make_views(make_batch(1), make_config(None), GRID, 0).coords_BN3.expand(64, -1, 3)
+    every = torch.arange(NUM_PATCHES).expand(64, -1)
     foreground, valid = torch.ones(64, NUM_PATCHES), torch.ones(64, NUM_PATCHES, dtype=torch.bool)
     masks = MaskConfig(scales=[(40, 0.01, 0.05), (1, 0.9, 1.0)], target_share=0.4)
-    context, target = draw_masks(coords, foreground, valid, masks, 9.0, 0, torch.arange(64))
+    context, target = draw_masks(every, (8, 10, 8), foreground, valid, masks, 0, torch.arange(64))
     rows = torch.arange(64)[:, None]
     nearest = [torch.cdist(coords[rows, target[:, m]], coords[rows, context[:, m]]).amin(-1).mean()
                for m in range(2)]

@@ -10,7 +10,11 @@ Context and target are disjoint and together use all N tokens.  Unscanned tokens
 listed too (their number differs between scans, the shapes must not), but they count for nothing:
 attention never reads them (``valid``) and as targets their loss weight is 0.
 
-Shape letters: B scans, N tokens, M masks, K blocks of a mask, C context and T target tokens.
+All scales are drawn at once.  Lengths are whole 128ths of a token, so distances are exact and the
+masks the same on every device.
+
+Shape letters: B scans, n patches of the grid, N tokens kept, M masks, K blocks of all masks, C
+context and T target tokens.
 """
 
 from __future__ import annotations
@@ -24,21 +28,21 @@ from neurojepa.config import MaskConfig
 from neurojepa.objective import random
 
 FOREGROUND_SHARE = 0.1  # of brain voxels, above which a token counts as foreground
-# random streams, apart from those of the views
-_PLACE, _SECTION, _DEPTH, _ASPECT, _TIES, _UNIFORM = range(16, 22)
-_SCALE_STRIDE = 1024  # streams of different scales never meet
+_UNIT = 128  # lengths per token: up to 127 tokens fit into int16, the fastest for a CPU
+_BLOCKS, _UNIFORM = 16, 17  # random streams, apart from those of the views
 
 
-def draw_masks(coords_BN3: Tensor, foreground_BN: Tensor, valid_BN: Tensor, masks: MaskConfig,
-               token_mm: float, seed: int, position_B: Tensor) -> tuple[Tensor, Tensor]:
+def draw_masks(keep_BN: Tensor, counts: tuple[int, int, int], foreground_BN: Tensor,
+               valid_BN: Tensor, masks: MaskConfig, seed: int,
+               position_B: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one context/target split per scale.
 
     Parameters
     ----------
-    coords_BN3 : token centres, mm.
+    keep_BN : int64, each token's patch among those of the grid (x, y, z; z fastest).
+    counts : patches of the grid along x, y, z.
     foreground_BN : share of brain voxels of each token.
     valid_BN : False where nothing was scanned.
-    token_mm : edge of a token.
     position_B : int64, the key of each sample's draws.
 
     Returns
@@ -46,18 +50,26 @@ def draw_masks(coords_BN3: Tensor, foreground_BN: Tensor, valid_BN: Tensor, mask
     context_BMC, target_BMT : int64 indices into N, ascending
         T = round(N * target_share) and C = N - T
     """
-    num_tokens = coords_BN3.shape[1]
+    num_tokens = keep_BN.shape[1]
     num_targets = round(num_tokens * masks.target_share)
     foreground_BN = (foreground_BN > FOREGROUND_SHARE) & valid_BN
-    contexts, targets = [], []
-    for scale, blocks in enumerate(masks.scales):
-        distance_BN = _distance_to_blocks(coords_BN3, foreground_BN, blocks, masks.aspect,
-                                          token_mm, seed, position_B, scale * _SCALE_STRIDE)
-        ties_BN = random.uniform(seed, position_B, _TIES + scale * _SCALE_STRIDE, num_tokens)
-        order_BN = _fill_in_proportion(distance_BN + 1e-3 * ties_BN, foreground_BN, valid_BN)
-        targets.append(order_BN[:, :num_targets].sort(dim=1).values)
-        contexts.append(order_BN[:, num_targets:].sort(dim=1).values)
-    return torch.stack(contexts, 1), torch.stack(targets, 1)
+    num_blocks = sum(blocks for blocks, _, _ in masks.scales)
+    num_ties = len(masks.scales) * num_tokens
+    shapes, ties = random.uniform(seed, position_B, _BLOCKS, 6 * num_blocks + num_ties).split(
+        [6 * num_blocks, num_ties], 1)
+    distance_BMN = _distance_to_blocks(keep_BN, counts, foreground_BN, masks,
+                                       shapes.view(-1, num_blocks, 6))
+    ties_BMN = (ties * (1 << 24)).long().view_as(distance_BMN)  # exact
+    # one sort ranks the tokens of each stratum by distance: foreground, background, unscanned
+    stratum_B1N = 2 - valid_BN.long()[:, None] - foreground_BN.long()[:, None]
+    key_BMN = ((stratum_B1N << 20) + distance_BMN << 24) + ties_BMN
+    order_BMN = key_BMN.sort(dim=2, stable=True).indices
+    chosen_B1N = _leading_parts(foreground_BN, valid_BN, num_targets)[:, None]
+    is_target_BMN = torch.empty_like(order_BMN, dtype=torch.bool).scatter_(
+        2, order_BMN, chosen_B1N.expand_as(order_BMN))
+    target_BMT, context_BMC = _front(is_target_BMN).split(
+        [num_targets, num_tokens - num_targets], 2)
+    return context_BMC, target_BMT
 
 
 def draw_uniform_masks(num_tokens: int, target_share: float, seed: int,
@@ -75,51 +87,64 @@ def draw_uniform_masks(num_tokens: int, target_share: float, seed: int,
     return context_BC.sort(1).values[:, None], target_BT.sort(1).values[:, None]
 
 
-def _distance_to_blocks(coords_BN3: Tensor, foreground_BN: Tensor,
-                        blocks: tuple[int, float, float], aspect: tuple[float, float],
-                        token_mm: float, seed: int, position_B: Tensor, stream: int) -> Tensor:
-    """[B, N] mm: distance along the farthest axis to the union of the scale's random boxes.
+def _distance_to_blocks(keep_BN: Tensor, counts: tuple[int, int, int], foreground_BN: Tensor,
+                        masks: MaskConfig, drawn_BK6: Tensor) -> Tensor:
+    """int64 [B, M, N]: distance along the farthest axis to the union of each scale's random boxes.
 
     A box takes a share of the foreground's volume: uniform between the scale's bounds, times a
-    second uniform share, as the cross-section and depth of V-JEPA's blocks.
+    second uniform share, as the cross-section and depth of V-JEPA's blocks.  ``drawn_BK6`` is
+    uniform: place, cross-section, depth and stretch along three axes.
     """
-    num_blocks, smallest, largest = blocks
-
-    def draw(use: int, count: int) -> Tensor:
-        return random.uniform(seed, position_B, use + stream, count)
-
+    per_scale = [blocks for blocks, _, _ in masks.scales]
+    # in float64: what is rounded to whole numbers is then the same on every device
+    drawn_BK6 = drawn_BK6.double()
     # centres at random foreground tokens, so that blocks lie where there is something to predict
-    order_BN = (~foreground_BN).to(torch.uint8).sort(dim=1, stable=True).indices
     num_foreground_B1 = foreground_BN.sum(1, keepdim=True)
-    places_B1 = torch.where(num_foreground_B1 > 0, num_foreground_B1, coords_BN3.shape[1])
-    pick_BK = random.integers(seed, position_B, _PLACE + stream, num_blocks, places_B1)
-    rows_B1 = torch.arange(len(order_BN), device=order_BN.device)[:, None]
-    centre_BK3 = coords_BN3[rows_B1, order_BN.gather(1, pick_BK)]
+    places_B1 = torch.where(num_foreground_B1 > 0, num_foreground_B1, keep_BN.shape[1])
+    pick_BK = (drawn_BK6[..., 0] * places_B1).long()
+    centre_BK = keep_BN.gather(1, _front(foreground_BN).gather(1, pick_BK))
 
-    share_BK = (smallest + (largest - smallest) * draw(_SECTION, num_blocks)
-                ) * draw(_DEPTH, num_blocks)
-    log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
-    stretch_BK3 = (log_low + (log_high - log_low) * draw(_ASPECT, num_blocks * 3)
-                   ).view(-1, num_blocks, 3)
+    section_BK = torch.cat([low + (high - low) * part for (_, low, high), part in zip(
+        masks.scales, drawn_BK6[..., 1].split(per_scale, 1), strict=True)], 1)
+    edge_BK = (section_BK * drawn_BK6[..., 2] * places_B1) ** (1 / 3)
+    log_low, log_high = (math.log(bound) for bound in masks.aspect)
+    stretch_BK3 = log_low + (log_high - log_low) * drawn_BK6[..., 3:]
     stretch_BK3 = torch.exp(stretch_BK3 - stretch_BK3.mean(-1, keepdim=True))  # volume unchanged
-    edge_mm_BK = (share_BK * places_B1) ** (1 / 3) * token_mm
-    half_BK3 = edge_mm_BK[..., None] * stretch_BK3 / 2
+    half_BK3 = (edge_BK[..., None] * stretch_BK3 * (_UNIT / 2)).round()
+    half_BK3 = half_BK3.clamp(max=127 * _UNIT).short()
 
-    beyond_BKN3 = (coords_BN3[:, None] - centre_BK3[:, :, None]).abs() - half_BK3[:, :, None]
-    return beyond_BKN3.amax(-1).amin(1)
+    def beyond(axis: int, place_BK: Tensor) -> Tensor:
+        """int16 [B, K, count]: how far layers of patches lie outside the boxes along an axis."""
+        layers = torch.arange(counts[axis], dtype=torch.int16, device=keep_BN.device)
+        return (layers - place_BK.short()[..., None]).abs() * _UNIT - half_BK3[..., axis, None]
+
+    rows, columns = counts[1] * counts[2], counts[2]
+    x_BKx, y_BKy = beyond(0, centre_BK // rows), beyond(1, centre_BK // columns % counts[1])
+    z_BKz = beyond(2, centre_BK % columns)
+    yz_BK1r = torch.maximum(y_BKy[..., None], z_BKz[..., None, :]).flatten(2)[:, :, None]
+    beyond_BKn = torch.maximum(x_BKx[..., None], yz_BK1r).flatten(2)
+    distance_BMn = torch.stack([part.amin(1) for part in beyond_BKn.split(per_scale, 1)], 1)
+    index_BMN = keep_BN[:, None].expand(-1, len(per_scale), -1)
+    return distance_BMn.gather(2, index_BMN).long()
 
 
-def _fill_in_proportion(distance_BN: Tensor, foreground_BN: Tensor, valid_BN: Tensor) -> Tensor:
-    """int64 [B, N]: tokens by their rank within their own stratum, nearest to the blocks first.
+def _leading_parts(foreground_BN: Tensor, valid_BN: Tensor, num_targets: int) -> Tensor:
+    """bool [B, N]: the places of the targets when tokens are sorted by stratum, then by distance.
 
-    Any leading part of the order holds foreground, background and unscanned tokens in the
-    proportions of the whole (to within one token each).
+    Each stratum gives its leading part, in proportion to its size (to within one token).
     """
-    stratum_BN = torch.where(valid_BN, torch.where(foreground_BN, 0, 1), 2)
-    near_BN = distance_BN.sort(dim=1, stable=True).indices
-    stratum_near_BN = stratum_BN.gather(1, near_BN)
-    member_BN3 = stratum_near_BN[..., None] == torch.arange(3, device=near_BN.device)
-    rank_BN = (member_BN3.cumsum(1) * member_BN3).sum(-1)
-    size_BN = member_BN3.sum(1).gather(1, stratum_near_BN)
-    quantile_BN = (rank_BN - 0.5) / size_BN
-    return near_BN.gather(1, quantile_BN.sort(dim=1, stable=True).indices)
+    N = valid_BN.shape[1]
+    place_N = torch.arange(N, device=valid_BN.device)
+    inner_B2 = torch.stack([foreground_BN.sum(1), valid_BN.sum(1)], 1)
+    bounds_B4 = torch.nn.functional.pad(torch.nn.functional.pad(inner_B2, (1, 0)), (0, 1), value=N)
+    quota_B3 = ((2 * num_targets * bounds_B4 + N) // (2 * N)).diff(dim=1)
+    start_B31 = bounds_B4[:, :3, None]
+    return ((place_N >= start_B31) & (place_N < start_B31 + quota_B3[..., None])).any(1)
+
+
+def _front(mask: Tensor) -> Tensor:
+    """int64 [..., N]: indices of a mask's true elements, ascending, then those of the others."""
+    place_N = torch.arange(mask.shape[-1], device=mask.device)
+    rank = mask.cumsum(-1)
+    slot = torch.where(mask, rank - 1, rank[..., -1:] + place_N - rank)
+    return torch.empty_like(slot).scatter_(-1, slot, place_N.expand_as(slot))
