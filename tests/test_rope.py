@@ -16,8 +16,8 @@ def scores(coords_N3: torch.Tensor, head_dim: int = 32) -> torch.Tensor:
     """Query-key products of one query and one key placed at every pair of coordinates."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, head_dim).expand(2, 1, 1, len(coords_N3), head_dim)
-    cos, sin = rotation(coords_N3[None], head_dim)
-    return (rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(-1, -2))[0, 0]
+    turn = rotation(coords_N3[None], head_dim)
+    return (rotate(q, turn) @ rotate(k, turn).transpose(-1, -2))[0, 0]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
@@ -68,7 +68,7 @@ def test_scores_follow_a_subset_and_a_permutation():
 @pytest.mark.parametrize("head_dim", [24, 32, 40, 64, 80])
 def test_rotation_keeps_norms(head_dim: int):
     x = torch.randn(1, 2, 576, head_dim)
-    turned = rotate(x, *rotation(patch_centres_mm(GRIDS[0], 3)[None], head_dim))
+    turned = rotate(x, rotation(patch_centres_mm(GRIDS[0], 3)[None], head_dim))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
 

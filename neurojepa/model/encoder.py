@@ -47,13 +47,13 @@ class Encoder(nn.Module):
         [B, N, D] in the dtype of the parameters
         """
         x_BND = self.patch(tokens_BNP.to(self.patch.weight.dtype))
-        rope = rotation(coords_BN3, self.head_dim)
+        turn_B1Np = rotation(coords_BN3, self.head_dim)
         for i, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.checkpoint_every and i % self.checkpoint_every == 0:
-                x_BND, load_E = checkpoint(block, x_BND, rope, valid_BN, use_reentrant=False,
+                x_BND, load_E = checkpoint(block, x_BND, turn_B1Np, valid_BN, use_reentrant=False,
                                            preserve_rng_state=False)  # nothing here is drawn
             else:
-                x_BND, load_E = block(x_BND, rope, valid_BN)
+                x_BND, load_E = block(x_BND, turn_B1Np, valid_BN)
             if load_E is not None and torch.is_grad_enabled():
                 # out here and not in the layer: a recomputed block would count its tokens twice
                 _moe_of(block).load += load_E

@@ -29,14 +29,17 @@ class Attention(nn.Module):
         self.gate = nn.Linear(dim, heads) if head_gate else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BND: Tensor, rope: tuple[Tensor, Tensor], readable_B11N: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, turn_B1Np: Tensor, readable_B11N: Tensor,
+                first: int = 0) -> Tensor:
+        """What the tokens from ``first`` on read from all readable ones, [B, N - first, D]."""
         B, N, D = x_BND.shape
         q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        y_BHNd = F.scaled_dot_product_attention(q, k, v, attn_mask=readable_B11N)
+        q = rotate(self.q_norm(q[:, :, first:]), turn_B1Np[:, :, first:])
+        k = rotate(self.k_norm(k), turn_B1Np)
+        y_BHTd = F.scaled_dot_product_attention(q, k, v, attn_mask=readable_B11N)
         if self.gate is not None:
-            y_BHNd = y_BHNd * self.gate(x_BND).sigmoid().transpose(1, 2)[..., None]
-        return self.proj(y_BHNd.transpose(1, 2).reshape(B, N, D))
+            y_BHTd = y_BHTd * self.gate(x_BND[:, first:]).sigmoid().transpose(1, 2)[..., None]
+        return self.proj(y_BHTd.transpose(1, 2).reshape(B, N - first, D))
 
 
 class MLP(nn.Module):
@@ -64,15 +67,21 @@ class Block(nn.Module):
             dim, experts.num_experts, experts.top_k, experts.expert_hidden,
             shared=MLP(dim, experts.num_shared * experts.expert_hidden))
 
-    def forward(self, x_BND: Tensor, rope: tuple[Tensor, Tensor],
-                valid_BN: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the tokens and, of an MoE block, how many were routed to each expert."""
-        x_BND = x_BND + self.attention(self.norm1(x_BND), rope, readable(valid_BN))
-        y_BND = self.norm2(x_BND)
+    def forward(self, x_BND: Tensor, turn_B1Np: Tensor, valid_BN: Tensor,
+                first: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Tokens from ``first`` on (a last block's others go unread), all of which are read from.
+
+        Returns
+        -------
+        [B, N - first, D] and, of an MoE block, how many of them were routed to each expert
+        """
+        y_BTD = self.attention(self.norm1(x_BND), turn_B1Np, readable(valid_BN), first)
+        x_BTD = x_BND[:, first:] + y_BTD
+        y_BTD = self.norm2(x_BTD)
         if isinstance(self.mlp, MoE):
-            y_BND, load_E = self.mlp(y_BND, valid_BN)
-            return x_BND + y_BND, load_E
-        return x_BND + self.mlp(y_BND), None
+            y_BTD, load_E = self.mlp(y_BTD, valid_BN[:, first:])
+            return x_BTD + y_BTD, load_E
+        return x_BTD + self.mlp(y_BTD), None
 
 
 def readable(valid_BN: Tensor) -> Tensor:

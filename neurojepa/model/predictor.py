@@ -53,7 +53,7 @@ class Predictor(nn.Module):
         modality_Bd = self.modality((modality_B[:, None] == known).to(x_BCd.dtype))
         mask_BTd = (self.mask_token + modality_Bd)[:, None].expand(B, coords_BN3.shape[1] - C, d)
         x_BNd = torch.cat([x_BCd, mask_BTd], 1)
-        rope = rotation(coords_BN3, self.head_dim)
-        for block in self.blocks:
-            x_BNd, _ = block(x_BNd, rope, valid_BN)
-        return self.norm(x_BNd[:, C:])
+        turn_B1Np, last = rotation(coords_BN3, self.head_dim), len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x_BNd, _ = block(x_BNd, turn_B1Np, valid_BN, first=C if i == last else 0)
+        return self.norm(x_BNd)

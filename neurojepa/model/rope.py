@@ -18,8 +18,8 @@ from torch import Tensor
 SHORTEST_MM, LONGEST_MM = 60.0, 1000.0
 
 
-def rotation(coords_BN3: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every token's pairs.
+def rotation(coords_BN3: Tensor, head_dim: int) -> Tensor:
+    """The turn of every token's pairs, as complex numbers of size 1.
 
     Parameters
     ----------
@@ -28,18 +28,17 @@ def rotation(coords_BN3: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
     Returns
     -------
-    cos, sin : float32 [B, 1, N, head_dim / 2], to pass to ``rotate``
+    complex64 [B, 1, N, head_dim / 2], to pass to ``rotate``
     """
     pairs, per_axis = head_dim // 2, head_dim // 2 // 3
     steps = torch.arange(per_axis, device=coords_BN3.device) / max(per_axis - 1, 1)
     wavelength_mm = SHORTEST_MM * (LONGEST_MM / SHORTEST_MM) ** steps
     angle = (2 * math.pi * coords_BN3.float()[..., None] / wavelength_mm).flatten(-2)
     angle = torch.nn.functional.pad(angle, (0, pairs - 3 * per_axis))[:, None]
-    return angle.cos(), angle.sin()
+    return torch.complex(angle.cos(), angle.sin())
 
 
-def rotate(x_BHNd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + d/2) of queries or keys; computed in float32."""
-    first, second = x_BHNd.float().chunk(2, -1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned.to(x_BHNd.dtype)
+def rotate(x_BHNd: Tensor, turn_B1Np: Tensor) -> Tensor:
+    """Turn channel pairs (2i, 2i + 1) of queries or keys; computed in float32."""
+    pairs_BHNp = torch.view_as_complex(x_BHNd.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs_BHNp * turn_B1Np).flatten(-2).to(x_BHNd.dtype)
