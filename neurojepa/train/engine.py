@@ -170,9 +170,10 @@ class Engine:
             target.ds_tensor.copy_(ema.narrow(0, offset, length))
 
     def _publish_replicated(self, i: int, ema: Tensor) -> None:
-        local = ema.to(self._zero.bit16_groups_flat[i].dtype)
-        whole = local.new_empty(local.numel() * self.world.size)
-        dist.all_gather_into_tensor(whole, local, group=self._zero.real_dp_process_group[i])
+        whole = local = ema.to(self._zero.bit16_groups_flat[i].dtype)
+        if self.world.size > 1:
+            whole = local.new_empty(local.numel() * self.world.size)
+            dist.all_gather_into_tensor(whole, local, group=self._zero.real_dp_process_group[i])
         # offsets are padded for alignment, so not the running sum of sizes
         for param, offset in zip(self._zero.round_robin_bit16_groups[i],
                                  self._zero.round_robin_bit16_offsets[i], strict=True):
