@@ -20,7 +20,7 @@ def run_demo(out: Path, scans: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "tools/demo.sh", "--out", str(out), "--scans", str(scans),
          "--participants", PARTICIPANTS], cwd=ROOT, capture_output=True, text=True,
-        timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        timeout=880, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
