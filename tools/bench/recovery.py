@@ -36,6 +36,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, ELASTIC_STEPS, TIMEOUT_S = 40, 60, 240.0
 SETUPS = ((1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (1, "bf16"), (2, "fp32"))
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
+# Where roundings differ they may not decide whether a step counts, nor be blown up by gradients
+# that grow tenfold, as they do on these few scans after 40 steps at the usual rate.
+CALM = ("train.health.spike_deviations=0", "optim.lr=1.0e-4")
 ELASTIC = (  # ranks and ZeRO stage of each leg
     ("2 -> 1 ranks", "fp32", ((2, 2), (1, 2))), ("1 -> 2 ranks", "fp32", ((1, 2), (2, 2))),
     ("2 -> 3 ranks", "fp32", ((2, 2), (3, 2))), ("2 -> 1 ranks", "bf16", ((2, 2), (1, 2))),
@@ -183,8 +186,7 @@ class Bench:
         job.write_text(json.dumps({"folder": str(notes), "event": event, "arguments": [
             "--config", str(self._recipe()), f"run.dir={run_dir}", f"run.ranks={ranks}",
             f"train.zero={zero}", f"train.dtype={dtype}", f"train.steps={steps}",
-            # a rounding may not decide whether a step counts, where roundings differ
-            *(["train.health.spike_deviations=0"] if steps == ELASTIC_STEPS else [])]}))
+            *(CALM if steps == ELASTIC_STEPS else [])]}))
         environment = {key: value for key, value in os.environ.items() if key != "RANK"}
         with open(notes / "log", "wb") as log:
             launcher = subprocess.Popen(
