@@ -47,7 +47,9 @@ def test_distributions():
     assert chi2 < 50  # 19 degrees of freedom: p ~ 1e-4
     n = random.normal(3, position, 9, 4000)
     assert abs(n.mean()) < 0.01 and abs(n.std() - 1) < 0.01 and n.abs().max() < 3.47
-    assert abs((n**3).mean()) < 0.03
+    assert n.shape == (50, 8000)
+    assert abs((n**3).mean()) < 0.03 and abs((n**4).mean() - 2.7) < 0.05  # Irwin-Hall of four
+    assert abs((n[:, ::2] * n[:, 1::2]).mean()) < 0.01  # the two of a counter
 
 
 def test_integers_respect_their_bounds():

@@ -139,25 +139,25 @@ def _tokens(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int, augment:
     """Decode the kept patches, augment inside the brain, standardise."""
     scanned_BNP = (codes_BNP + 1).bool()
     brain_BNP = codes_BNP.bool() & scanned_BNP
-    value_BNP = (codes_BNP.float() - 1) / 253
+    value_BNP = codes_BNP.float().sub_(1).div_(253)
 
     def level(stream: int, largest: float) -> Tensor:
         return largest * random.uniform(seed, position_B, stream, 1)[..., None]  # [B, 1, 1]
 
     if augment.gamma > 0:
         exponent = torch.exp(2 * level(_GAMMA, augment.gamma) - augment.gamma)
-        value_BNP = value_BNP.clamp(min=0) ** exponent
+        value_BNP = value_BNP.clamp_(min=0) ** exponent
     if augment.bias_field > 0:
         field_BNP = _bias_field(keep_BN, grid, patch, seed, position_B)
-        value_BNP = value_BNP * torch.exp(level(_BIAS_LEVEL, augment.bias_field) * field_BNP)
+        value_BNP *= torch.exp(field_BNP.mul_(level(_BIAS_LEVEL, augment.bias_field)))
     if augment.noise > 0:
-        # counted by voxel of the grid, so a voxel's noise does not depend on the budget
-        voxel_BNP = keep_BN[..., None] * patch**3 + torch.arange(patch**3, device=keep_BN.device)
-        noise_BNP = random.normal(seed, position_B, _NOISE, voxel_BNP)
-        value_BNP = value_BNP + level(_NOISE_LEVEL, augment.noise) * noise_BNP
-    value_BNP = torch.where(brain_BNP, value_BNP.clamp(min=0), 0)
-    token_BNP = (value_BNP - INTENSITY_MEAN) / INTENSITY_STD
-    return torch.where(scanned_BNP, token_BNP, 0)  # unknown voxels carry the mean
+        # counted by patch of the grid, so a voxel's noise does not depend on the budget
+        pairs = torch.arange((patch**3 + 1) // 2, device=keep_BN.device)
+        drawn = random.normal(seed, position_B, _NOISE, keep_BN[..., None] * len(pairs) + pairs)
+        value_BNP.addcmul_(drawn[..., :patch**3], level(_NOISE_LEVEL, augment.noise))
+    value_BNP.clamp_(min=0).mul_(brain_BNP)
+    # unknown voxels carry the mean
+    return value_BNP.sub_(INTENSITY_MEAN).div_(INTENSITY_STD).mul_(scanned_BNP)
 
 
 def _bias_field(keep_BN: Tensor, grid: Grid, patch: int, seed: int, position_B: Tensor) -> Tensor:
@@ -175,9 +175,11 @@ def _bias_field(keep_BN: Tensor, grid: Grid, patch: int, seed: int, position_B: 
         basis_BNvi = basis.view(-1, patch, BIAS_TERMS)[patch_BN]
         # contract the first remaining degree: [B, N, i, rest] -> [B, N, rest, v]; plain sums, whose
         # rounding does not depend on the batch as a matrix product's may
-        terms = [field[:, :, i].unsqueeze(-1) * _align(basis_BNvi[..., i], field.dim() - 2)
-                 for i in range(BIAS_TERMS)]
-        field = terms[0] + terms[1] + terms[2]
+        of_degree = [(field[:, :, i].unsqueeze(-1), _align(basis_BNvi[..., i], field.dim() - 2))
+                     for i in range(BIAS_TERMS)]
+        field = of_degree[0][0] * of_degree[0][1]
+        for coefficients, basis in of_degree[1:]:
+            field = field.addcmul_(coefficients, basis)
     return field.flatten(2)
 
 
