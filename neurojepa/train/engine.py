@@ -309,6 +309,7 @@ def deepspeed_config(config: RootConfig, world_size: int, micro_steps: int) -> d
         "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": stage,
+            "reduce_bucket_size": 20_000_000,  # of 2 GB by default, taken anew in each step
             "memory_efficient_linear": False,  # it replaces F.linear for the whole process
             "stage3_param_persistence_threshold": 0,  # persistent targets would lag one step
         },
