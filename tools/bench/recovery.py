@@ -3,8 +3,8 @@ never disturbed, bit for bit: losses, gradient norms, state hash, sample ids.
 
 A chain is one run that is killed several times, by SIGKILL of a rank, of all ranks or of the
 launcher: at instants drawn by a seed, or inside a piece of code (see victim.py).  Elastic cases
-are killed once and go on with other ranks or another ZeRO stage; their losses must agree within
-the tolerances of the design over 50 steps.
+are killed once or twice and go on with other ranks or another ZeRO stage; their losses over 50
+steps must agree within 1e-5, or within 2e-3 where gates can flip (bf16, experts, sparse code).
 
 Results are kept below runs/bench-recovery-CODE, where CODE is a hash of the package: run it again
 to continue.
@@ -35,15 +35,22 @@ from tools.bench.victim import EVENTS
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, ELASTIC_STEPS, TIMEOUT_S = 40, 60, 240.0
 SETUPS = ((1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (1, "bf16"), (2, "fp32"))
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
+# A rounding can open a gate of the sparse code that stands at zero, or send a token that stands
+# between two experts to the other: then a gradient jumps.  SMOOTH has neither.
+TOLERANCE = {("fp32", False): 1e-5, ("fp32", True): 2e-3, ("bf16", True): 2e-3}
 # Where roundings differ they may not decide whether a step counts, nor be blown up by gradients
 # that grow tenfold, as they do on these few scans after 40 steps at the usual rate.
+SMOOTH = ("model.moe=false", "objective.sparse.code=identity", "objective.sparse.dense_loss=l2")
 CALM = ("train.health.spike_deviations=0", "optim.lr=1.0e-4")
-ELASTIC = (  # ranks and ZeRO stage of each leg
-    ("2 -> 1 ranks", "fp32", ((2, 2), (1, 2))), ("1 -> 2 ranks", "fp32", ((1, 2), (2, 2))),
-    ("2 -> 3 ranks", "fp32", ((2, 2), (3, 2))), ("2 -> 1 ranks", "bf16", ((2, 2), (1, 2))),
-    ("ZeRO 1 -> 3 -> 2", "fp32", ((2, 1), (2, 3), (2, 2))),
-    ("ZeRO 1 -> 3 -> 2", "bf16", ((2, 1), (2, 3), (2, 2))))
+ELASTIC = (  # with gates or without; ranks and ZeRO stage of each leg
+    ("2 -> 1 ranks", "fp32", False, ((2, 2), (1, 2))),
+    ("1 -> 2 ranks", "fp32", False, ((1, 2), (2, 2))),
+    ("2 -> 3 ranks", "fp32", False, ((2, 2), (3, 2))),
+    ("ZeRO 1 -> 3 -> 2", "fp32", False, ((2, 1), (2, 3), (2, 2))),
+    ("2 -> 3 ranks", "fp32", True, ((2, 2), (3, 2))),
+    ("ZeRO 1 -> 3 -> 2", "fp32", True, ((2, 1), (2, 3), (2, 2))),
+    ("2 -> 1 ranks", "bf16", True, ((2, 2), (1, 2))),
+    ("ZeRO 1 -> 3 -> 2", "bf16", True, ((2, 1), (2, 3), (2, 2))))
 ONLY_RANK_0 = ("manifest", "latest", "remove", "row")
 LARGEST = {"views": 30, "step": 60, "ema": 12, "snapshot": 3, "write": 12, "manifest": 3,
            "latest": 3, "remove": 2, "row": 4, "load": 1}
@@ -127,35 +134,38 @@ class Bench:
                 "restarts": [parts for a, b in itertools.pairwise(attempts)
                              if (parts := _restart(a, b))]}
 
-    def elastic(self, number: int, name: str, dtype: str,
+    def elastic(self, number: int, name: str, dtype: str, gated: bool,
                 legs: tuple[tuple[int, int], ...]) -> dict[str, Any]:
         """Kill a run and go on at another size; how far its losses are from one that did not."""
-        plain = self._undisturbed(legs[0][1], dtype, ELASTIC_STEPS, legs[0][0])
+        plain = self._undisturbed(legs[0][1], dtype, ELASTIC_STEPS, legs[0][0], gated)
         run_dir, attempts = self.folder / f"elastic-{number}", []
         shutil.rmtree(run_dir, ignore_errors=True)
         for leg, (ranks, zero) in enumerate(legs):
             last = leg == len(legs) - 1
             kill = None if last else _event("ema", 0, 9 if leg == 0 else 4)
-            attempts.append(self._start(run_dir, ranks, zero, dtype, ELASTIC_STEPS, kill))
+            attempts.append(self._start(run_dir, ranks, zero, dtype, ELASTIC_STEPS, kill,
+                                        gated))
         rows, _, samples = self._end(run_dir, attempts)
         whole = len(rows) == len(plain[0]) == ELASTIC_STEPS
         apart = (max(abs(a[1] - b[1]) for a, b in zip(rows, plain[0], strict=True)) if whole
                  else None)
-        close = apart is not None and apart <= TOLERANCE[dtype] and samples == plain[2]
-        self._say(f"{name}, {dtype}: " + (f"losses within {apart:.2g}" if close else
+        close = apart is not None and apart <= TOLERANCE[dtype, gated] and samples == plain[2]
+        kind = f"{dtype} {'gated' if gated else 'smooth'}"
+        self._say(f"{name}, {kind}: " + (f"losses within {apart:.2g}" if close else
                   f"losses {apart} apart, or other samples; see {run_dir}"))
         if close:
             shutil.rmtree(run_dir)
-        return {"case": name, "dtype": dtype, "apart": apart, "close": close,
+        return {"case": name, "dtype": dtype, "gated": gated, "apart": apart, "close": close,
                 "same_samples": samples == plain[2]}
 
-    def _undisturbed(self, zero: int, dtype: str, steps: int, ranks: int = 2) -> Any:
+    def _undisturbed(self, zero: int, dtype: str, steps: int, ranks: int = 2,
+                     gated: bool = True) -> Any:
         """The end of an undisturbed run, made once."""
-        run_dir = self.folder / f"plain-{zero}-{dtype}-{steps}-{ranks}"
+        run_dir = self.folder / f"plain-{zero}-{dtype}-{steps}-{ranks}{'' if gated else '-smooth'}"
         kept = run_dir.with_suffix(".json")
         if not kept.exists():
             shutil.rmtree(run_dir, ignore_errors=True)
-            attempt = self._start(run_dir, ranks, zero, dtype, steps, None)
+            attempt = self._start(run_dir, ranks, zero, dtype, steps, None, gated)
             kept.write_text(json.dumps(self._end(run_dir, [attempt])))
         rows, state, samples = json.loads(kept.read_text())
         return rows, state, samples
@@ -176,7 +186,7 @@ class Bench:
         return rows, state, samples
 
     def _start(self, run_dir: Path, ranks: int, zero: int, dtype: str, steps: int,
-               kill: dict[str, Any] | None) -> Attempt:
+               kill: dict[str, Any] | None, gated: bool = True) -> Attempt:
         """Start the run once and let it end, or kill it."""
         number = len(list(run_dir.glob("attempt-*")))
         notes = run_dir / f"attempt-{number}"
@@ -186,7 +196,7 @@ class Bench:
         job.write_text(json.dumps({"folder": str(notes), "event": event, "arguments": [
             "--config", str(self._recipe()), f"run.dir={run_dir}", f"run.ranks={ranks}",
             f"train.zero={zero}", f"train.dtype={dtype}", f"train.steps={steps}",
-            *(CALM if steps == ELASTIC_STEPS else [])]}))
+            *(() if gated else SMOOTH), *(CALM if steps == ELASTIC_STEPS else [])]}))
         environment = {key: value for key, value in os.environ.items() if key != "RANK"}
         with open(notes / "log", "wb") as log:
             launcher = subprocess.Popen(
@@ -320,7 +330,7 @@ def _restart(killed: Attempt, after: Attempt) -> dict[str, float] | None:
     if killed.killed is None or any("step" not in marks for marks in after.marks.values()):
         return None
     ends = [killed.killed, killed.ended, slow["process"], slow["imports"], slow["world"],
-            slow["engine"], slow.get("load", slow["engine"]), slow["step"]]
+            slow["engine"], min(slow.get("load", slow["engine"]), slow["step"]), slow["step"]]
     return dict(zip(PARTS, [b - a for a, b in itertools.pairwise(ends)], strict=True))
 
 
@@ -330,9 +340,10 @@ def _report(chains: list[dict[str, Any]], elastic: list[dict[str, Any]]) -> dict
     print_table(("chain", "zero", "dtype", "kills", "bit-equal"),
                 [(row["name"], row["zero"], row["dtype"], "; ".join(row["kills"]),
                   "yes" if row["equal"] else "NO") for row in chains])
-    print_table(("elastic", "dtype", "largest difference of a loss", "same samples", "within"),
-                [(row["case"], row["dtype"], row["apart"], str(row["same_samples"]),
-                  "yes" if row["close"] else "NO") for row in elastic])
+    print_table(("elastic", "dtype", "gates", "largest difference of a loss", "same samples",
+                 "within"),
+                [(row["case"], row["dtype"], "yes" if row["gated"] else "no", row["apart"],
+                  str(row["same_samples"]), "yes" if row["close"] else "NO") for row in elastic])
     restarts = [parts for row in chains for parts in row["restarts"]]
     totals = [sum(parts.values()) for parts in restarts]
     medians = {part: statistics.median(parts[part] for parts in restarts) for part in PARTS}
@@ -344,7 +355,8 @@ def _report(chains: list[dict[str, Any]], elastic: list[dict[str, Any]]) -> dict
     equal = all(row["equal"] for row in chains) and all(row["close"] for row in elastic)
     return {"equal_runs": int(equal), "kill_to_step_s": statistics.median(totals),
             "kill_to_step_max_s": max(totals), "kills": kills, "parts_s": medians,
-            "elastic": {f"{row['case']} {row['dtype']}": row["apart"] for row in elastic}}
+            "elastic": {f"{row['case']} {row['dtype']} {'gated' if row['gated'] else 'smooth'}":
+                        row["apart"] for row in elastic}}
 
 
 def _code() -> str:

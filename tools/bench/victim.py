@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+STARTED = time.time()  # of this process, but for the interpreter
 EVENTS = ("views", "step", "ema", "snapshot", "write", "manifest", "latest", "remove", "row",
           "load")
 
@@ -63,11 +64,9 @@ class Notes:
     """Lines of a rank: the samples of each micro-batch, and when each part of the start ended."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        import psutil
-
         self.rank, self._marked = rank, {"process"}
         self._path = folder / f"notes-{rank}.jsonl"
-        self.write(mark="process", time=psutil.Process().create_time())
+        self.write(mark="process", time=STARTED)
 
     def write(self, **facts: Any) -> None:
         with open(self._path, "a") as file:
