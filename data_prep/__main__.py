@@ -23,6 +23,7 @@ COHORTS = {
     "abcd": "ABCD: NBDC releases (BIDS and tables), NDA packages, derivatives of collection 3165",
     "adni": "ADNI: the tree as LONI delivers it, NIfTI or DICOM, and its CSV tables",
     "bids": "any BIDS dataset with its derivatives, or a folder of loose *_T1w.nii.gz files",
+    "files": "whatever files a --table lists, with person and modality; see cohorts/files.py",
 }
 GRIDS = ["1.5mm", "3mm", "paper"]  # of TRAINING_GRIDS, whose import would slow --help
 

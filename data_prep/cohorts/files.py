@@ -1,0 +1,134 @@
+"""A table that lists files, one scan a row, to Scans: for scans that follow no cohort's layout.
+
+    file,participant_id,session_id,modality,age,sex,diagnosis,mask,labels
+    old/p07.nii.gz,p07,1,T1w,63,F,AD,old/p07_mask.nii.gz,
+    dicom/p08/,p08,1,T2w,71,M,CN,,
+
+``file`` is a path below the source: a NIfTI, MGZ or CIFTI file, or a folder of DICOM slices (it
+ends in "/").  A JSON sidecar of the same name is read.  Needed are file, participant_id and
+modality; ``mask`` and ``labels`` name a brain mask and a label map of the scan, ``tracer`` that of
+a PET; age, sex, site, family_id, split_group, diagnosis and other numbers are as in a
+participants.tsv.  Give the table, or several, as ``--table``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from data_prep.cohorts.base import Findings, Found, Source, parse_table
+from data_prep.cohorts.bids_derived import Taken
+from data_prep.cohorts.bids_names import MODALITIES, Image, Name
+from data_prep.cohorts.bids_scan import Reader
+from data_prep.cohorts.bids_tables import Person, Row
+from neurojepa.errors import ConfigError, DataError
+from neurojepa.feed.format import read_bytes
+
+_NEEDED = ("file", "participant_id", "modality")
+_FILES = ("file", "mask", "labels")  # columns that hold a path
+_OWN = {*_FILES, "modality", "tracer"}  # of the scan, not of the person
+_SUFFIXES = {modality: suffix for suffix, modality in MODALITIES.items()}
+Line = tuple[str, Row]  # where it stands, for errors
+
+
+def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
+    """The scans that the tables list, person by person.
+
+    Raises
+    ------
+    ConfigError
+        No table was given.
+    DataError
+        A table cannot be read, lacks a column, or a row names no modality, no person or a file
+        that is not there.
+    """
+    if not source.tables:
+        raise ConfigError("--cohort files reads the files that a table lists; give it as "
+                          f"--table, with columns {', '.join(_NEEDED)}")
+    lines = [line for uri in source.tables for line in _lines(uri)]
+    files = _find(source, {row[column] or "" for _, row in lines for column in _FILES
+                           if row.get(column)})
+    reader = Reader(source, cohort)
+    lines.sort(key=lambda line: line[1]["participant_id"] or "")
+    for participant, own in groupby(lines, key=lambda line: line[1]["participant_id"]):
+        yield _person(reader, str(participant), list(own), files)
+
+
+def _lines(uri: str) -> Iterator[Line]:
+    rows = parse_table(read_bytes(uri), uri, "," if uri.endswith(".csv") else "\t")
+    if missing := [name for name in _NEEDED if rows and name not in rows[0]]:
+        raise DataError(f"{uri}: has no column {', '.join(missing)}; add it")
+    for number, row in enumerate(rows, 1):
+        where = f"{uri} row {number}"
+        for name in _NEEDED:
+            if not row[name]:
+                raise DataError(f"{where}: {name} is empty; fill it in or remove the row")
+        if row["modality"] not in _SUFFIXES:
+            raise DataError(f"{where}: modality {row['modality']!r} is none of "
+                            f"{', '.join(_SUFFIXES)}")
+        row["participant_id"] = (row["participant_id"] or "").removeprefix("sub-")
+        row["session_id"] = (row.get("session_id") or "1").removeprefix("ses-")
+        yield where, row
+
+
+def _find(source: Source, wanted: set[str]) -> dict[str, Found]:
+    """The wanted files and folders of slices, and JSON sidecars, by path below the source."""
+    sidecars = {_sidecar(path) for path in wanted}
+    files: dict[str, Found] = {}
+    for found in source.walk():
+        folder = f"{found.folder}/"
+        if found.path in wanted or found.path in sidecars:
+            files[found.path] = found
+        elif folder in wanted:
+            uri = found.uri.removesuffix(found.name)
+            others = files.get(folder, Found(folder, uri, 0, 0.0))
+            files[folder] = Found(folder, uri, (others.size_bytes or 0) + (found.size_bytes or 0),
+                                  max(others.modified or 0.0, found.modified or 0.0))
+        else:
+            source.notes["not taken: file that no table lists"] += 1
+    return files
+
+
+def _sidecar(path: str) -> str:
+    return f"{path.removesuffix('.gz').rpartition('.')[0]}.json"
+
+
+def _person(reader: Reader, participant: str, lines: list[Line], files: dict[str, Found]
+            ) -> Findings:
+    people: dict[str, Row] = {}  # by session: the first row's facts, completed by the others
+    for _, row in lines:
+        told = {name: value for name, value in row.items() if name not in _OWN and value}
+        people[str(row["session_id"])] = {**told, **people.get(str(row["session_id"]), {})}
+    person = Person(people, {}, [], reader.notes)
+    findings = Findings(participant, ties=person.ties())
+    lines.sort(key=lambda line: str(line[1]["session_id"]))
+    for session, own in groupby(lines, key=lambda line: str(line[1]["session_id"])):
+        about = person.describe(session)
+        findings.scans += [reader.scan(_take(reader, line, files), participant, about.age,
+                                       about.sex, about.site) for line in own]
+        findings.labels += [(session, name, value) for name, value in about.labels.items()]
+    return findings
+
+
+def _take(reader: Reader, line: Line, files: dict[str, Found]) -> Taken:
+    where, row = line
+
+    def named(column: str) -> Found | None:
+        path = row.get(column)
+        if not path:
+            return None
+        if path not in files:
+            hint = f"; a folder of slices is written {path}/" if column == "file" else ""
+            raise DataError(f"{where}: {column} {path!r} is not below {reader.source.uri}{hint}")
+        return files[path]
+
+    found, mask, labels = (named(column) for column in _FILES)
+    assert found is not None  # _lines has seen to it
+    entities = {"ses": str(row["session_id"]), **({"trc": tracer} if (tracer := row.get("tracer"))
+                                                  else {})}
+    name = Name(entities, _SUFFIXES[str(row["modality"])], found.name.partition(".")[2])
+    sidecar = files.get(_sidecar(found.path))
+    taken = reader.take(Image(found, name), reader.load(sidecar) if sidecar else {})
+    taken.mask_uri = mask.uri if mask else None
+    taken.label_uri = labels.uri if labels else None
+    return taken
