@@ -97,7 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--archive", required=True)
     step.add_argument("--out", required=True, help="feed to make or replace")
     step.add_argument("--grid", default="1.5mm", choices=GRIDS)
-    step.add_argument("--shard-mib", type=_positive, default=256, help="largest size of a tar")
+    step.add_argument("--shard-mib", type=_positive, default=256, help="about the size of a tar")
+    step.add_argument("--workers", type=_positive, help="shards packed at once (default: as many "
+                      "as the cluster has CPUs, without one 1)")
+    step.add_argument("--ray-address", help="a running Ray cluster to pack on (default: "
+                      "$RAY_ADDRESS, as in a Ray job; else this machine)")
     step.set_defaults(run=_pack)
 
     step = steps.add_parser("verify", help="check a feed or an archive; exit 1 if damaged")
@@ -166,7 +170,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     from neurojepa.feed.format import TRAINING_GRIDS
 
     pack(arguments.archive, arguments.out, TRAINING_GRIDS[arguments.grid],
-         arguments.shard_mib << 20)
+         arguments.shard_mib << 20, arguments.workers, arguments.ray_address)
     return 0
 
 

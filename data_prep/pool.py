@@ -36,7 +36,8 @@ class Task:
 
 
 def run_tasks(function: Callable[[Any], int], tasks: Iterable[Task], num_scans: int,
-              workers: int | None, ray_address: str | None) -> dict[str, str]:
+              workers: int | None, ray_address: str | None, verb: str = "prepare"
+              ) -> dict[str, str]:
     """Call ``function(task.argument)`` for every task; prints progress, rate and time left.
 
     Parameters
@@ -47,6 +48,8 @@ def run_tasks(function: Callable[[Any], int], tasks: Iterable[Task], num_scans: 
         Taken one by one as workers become free; ``num_scans`` is the sum over them.
     workers
         Tasks at once; by default as many as there are CPUs.
+    verb
+        What is done, in messages: the command to run again.
 
     Returns
     -------
@@ -64,7 +67,7 @@ def run_tasks(function: Callable[[Any], int], tasks: Iterable[Task], num_scans: 
     with _ray(workers, ray_address) as ray, _stopped_by_sigterm():
         remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
         running: dict[Any, Task] = {}
-        progress = _Progress(num_scans)
+        progress = _Progress(num_scans, verb)
         waiting = iter(tasks)
         more = True
         while more or running:
@@ -83,7 +86,7 @@ def run_tasks(function: Callable[[Any], int], tasks: Iterable[Task], num_scans: 
                     raise
                 except ray.exceptions.RayError as error:
                     lost[task.name] = (f"{type(error).__name__}: the worker or its node died "
-                                       f"{_RETRIES + 1} times; run prepare again")
+                                       f"{_RETRIES + 1} times; run {verb} again")
                     progress.given_up += task.num_scans
                 progress.done += task.num_scans
             progress.report(last=not (more or running))
@@ -98,10 +101,10 @@ def _in_flight(ray: Any) -> int:
 class _Progress:
     """A line every few seconds: how many scans, how fast, how long still."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, verb: str) -> None:
         self.total, self.done, self.given_up = total, 0, 0
         self.begin = self.last = time.monotonic()
-        print(f"{total} scans to prepare", flush=True)
+        print(f"{total} scans to {verb}", flush=True)
 
     def report(self, last: bool) -> None:
         now = time.monotonic()

@@ -15,6 +15,8 @@ Trained models are not touched; ``runs`` names the checkpoints that saw the peop
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +33,7 @@ from data_prep.store import (
     open_archive,
     remove_volume,
 )
-from data_prep.tars import remove_shards_except, source_of, write_tar
+from data_prep.tars import placed_table, remove_shards_except, source_of, write_tar
 from neurojepa.errors import DataError
 from neurojepa.feed.format import (
     Feed,
@@ -174,7 +176,7 @@ def _from_feed(uri: str, people: set[str], lists: list[WithdrawalList]) -> tuple
             "scans": len(gone), "fingerprint": feed.fingerprint, "samples": seen,
             "shards": sorted(set(gone["shard"].to_pylist()))}):
         return 0, ""
-    rows = feed.index.filter(pc.invert(mine)).to_pylist()
+    rows = feed.index.filter(pc.invert(mine))
     labels = feed.labels()
     labels = labels.filter(pc.invert(pc.is_in(labels["participant"], pa.array(
         sorted(people), pa.string()))))
@@ -184,25 +186,27 @@ def _from_feed(uri: str, people: set[str], lists: list[WithdrawalList]) -> tuple
     if shards:
         rows = _rewritten(feed, rows, shards)
         commit_feed(uri, feed.grid, rows, labels, source=source_of(uri))
-    remove_shards_except(uri, {row["shard"] for row in rows})
+    remove_shards_except(uri, set(pc.unique(rows["shard"]).to_pylist()))
     return len(gone), append_event(uri, {"event": "purged", "scans": len(gone)})
 
 
-def _rewritten(feed: Feed, rows: list[Event], shards: set[str]) -> list[Event]:
+def _rewritten(feed: Feed, rows: pa.Table, shards: set[str]) -> pa.Table:
     """The rows, with those of some shards moved to new tars that hold nothing else."""
-    kept = [row for row in rows if row["shard"] not in shards]
-    for shard in sorted(shards & {row["shard"] for row in rows}):
+    touched = pc.is_in(rows["shard"], pa.array(sorted(shards), pa.string()))
+    tables = [rows.filter(pc.invert(touched))]
+    for shard, own in groupby(sorted(rows.filter(touched).to_pylist(), key=itemgetter("shard")),
+                              key=itemgetter("shard")):
         data = read_bytes(join(feed.uri, shard))
         samples = [
             (row, data[row["offset"]:row["offset"] + row["length"]],
              None if row["label_length"] is None else
              data[row["label_offset"]:row["label_offset"] + row["label_length"]])
-            for row in rows if row["shard"] == shard]
+            for row in own]
         name = shard.removesuffix(".tar") + "-w.tar"
         tar, placed = write_tar(samples)
         write_bytes(join(feed.uri, name), tar)
-        kept += [row | {"shard": name} for row in placed]
-    return kept
+        tables.append(placed_table(placed, name))
+    return pa.concat_tables(tables)
 
 
 # ---- models --------------------------------------------------------------------------------------

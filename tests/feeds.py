@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from neurojepa.config import RootConfig, validate
 from neurojepa.feed.format import (
+    INDEX_SCHEMA,
     LABELS_SCHEMA,
     Grid,
     commit_feed,
@@ -56,7 +57,8 @@ def write_feed(uri: str, num_samples: int = 24, seed: int = 0) -> str:
                     "offset": buffer.tell() - -(-len(data) // 512) * 512,
                     "sha256": sha256(data), "num_foreground": int(((codes > 0)).sum())})
         write_bytes(join(uri, path), buffer.getvalue())
-    commit_feed(uri, GRID, rows, pa.Table.from_pylist([], schema=LABELS_SCHEMA))
+    commit_feed(uri, GRID, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
+                LABELS_SCHEMA.empty_table())
     return uri
 
 

@@ -77,7 +77,8 @@ def label(source: Path, target: Path) -> None:
                     "value": value} for name, value in values.items()]
     for path in {row["shard"] for row in rows}:
         write_bytes(str(target / path), (source / path).read_bytes())
-    commit_feed(str(target), GRID, rows, pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
+    commit_feed(str(target), GRID, feed.index.from_pylist(rows, feed.index.schema),
+                pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -51,7 +51,8 @@ def write_feed(root: Path, count: int = 11) -> str:
                          "cohort": "toy", "shard": "shards/toy-000000.tar", "offset": offset,
                          "length": len(data), "sha256": sha256(data)})
     write_bytes(f"{root}/shards/toy-000000.tar", buffer.getvalue())
-    commit_feed(str(root), GRID, rows, pa.Table.from_pylist([], schema=LABELS_SCHEMA))
+    commit_feed(str(root), GRID, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
+                LABELS_SCHEMA.empty_table())
     return str(root)
 
 

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from data_prep import jobs
+from data_prep import jobs, tars
 from data_prep.report import report
 from data_prep.store import IMAGE_SCALE, commit_tables, open_archive, read_volume, slot
-from data_prep.tars import pack, resample
+from data_prep.tars import pack, pack_shard, resample
 from data_prep.verify import verify
 from neurojepa.errors import DataError
 from neurojepa.feed.format import (
@@ -131,6 +131,35 @@ def test_samples_are_those_of_the_archive(archive: str, feed: Path):
         row["participant"] for row in rows}
 
 
+def test_a_killed_pack_goes_on_and_any_number_of_workers_makes_the_same_bytes(
+        archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pack(archive, str(whole), THREE, 1, workers=2)  # on Ray
+    made: list[str] = []
+
+    def three_then_none(shard: tars.Shard) -> int:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(shard.name)
+        return pack_shard(shard)
+    monkeypatch.setattr(tars, "pack_shard", three_then_none)
+    with pytest.raises(KeyboardInterrupt):
+        pack(archive, str(parts), THREE, 1)
+    with pytest.raises(DataError, match="no committed feed"):
+        open_feed(str(parts))
+    before = [(parts / name).stat().st_mtime_ns for name in made]
+    monkeypatch.undo()
+    pack(archive, str(parts), THREE, 1)
+    assert "3 of 5 shards are there already" in capsys.readouterr().out
+    assert [(parts / name).stat().st_mtime_ns for name in made] == before
+    assert contents(whole) == contents(parts) and len(contents(whole)) == 5 + 3
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes()
+            for path in root.rglob("*") if path.is_file()}
+
+
 def test_shards_are_small_and_of_one_cohort(archive: str, tmp_path: Path):
     pack(archive, str(tmp_path), THREE, 1)  # a shard holds at least one scan
     rows = open_feed(str(tmp_path)).index.to_pylist()
@@ -223,7 +252,8 @@ def test_verify_finds_a_person_or_family_in_two_splits(feed: Path, capsys):
     opened = open_feed(str(feed))
     rows = opened.index.to_pylist()
     rows[0]["split"] = "test"  # p1's other visit stays in train
-    commit_feed(str(feed), THREE, rows, opened.labels())
+    commit_feed(str(feed), THREE, opened.index.from_pylist(rows, opened.index.schema),
+                opened.labels())
     said = wrong(feed, capsys)
     assert "participant p1 is in the splits test, train" in said
     assert "family p1 is in the splits test, train" in said

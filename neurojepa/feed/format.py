@@ -300,19 +300,19 @@ def open_feed(uri: str) -> Feed:
                 record["index_sha256"][:16])
 
 
-def commit_feed(uri: str, grid: Grid, rows: list[dict[str, Any]], labels: pa.Table,
+def commit_feed(uri: str, grid: Grid, rows: pa.Table, labels: pa.Table,
                 source: str | None = None) -> str:
     """Write index, labels and, last, the commit record; returns the fingerprint.
 
-    ``source`` identifies what was packed; it is kept in the record.
+    ``rows`` are of INDEX_SCHEMA; ``source`` identifies what was packed and is kept in the record.
     """
-    index = parquet_bytes(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+    index = parquet_bytes(rows.cast(INDEX_SCHEMA))
     write_bytes(join(uri, "labels.parquet"), parquet_bytes(labels.cast(LABELS_SCHEMA)))
     write_bytes(join(uri, "index.parquet"), index)
     record = {
         "format": FORMAT_VERSION,
         "grid": asdict(grid),
-        "num_samples": len(rows),
+        "num_samples": rows.num_rows,
         "source": source,
         "index_sha256": sha256(index),
     }

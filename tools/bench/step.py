@@ -171,7 +171,7 @@ def _feed(folder: str, shape: tuple[int, int, int]) -> str:
     """A feed of a few brains on a grid of this shape."""
     import pyarrow as pa
 
-    from data_prep.tars import resample, write_tar
+    from data_prep.tars import placed_table, resample, write_tar
     from neurojepa.feed.format import (
         LABELS_SCHEMA,
         Grid,
@@ -191,7 +191,7 @@ def _feed(folder: str, shape: tuple[int, int, int]) -> str:
         samples.append((row, encode_array(quantise(image, mask)), None))
     data, rows = write_tar(samples)
     write_bytes(join(uri, "shards/0.tar"), data)
-    commit_feed(uri, grid, [row | {"shard": "shards/0.tar"} for row in rows],
+    commit_feed(uri, grid, placed_table(rows, "shards/0.tar"),
                 pa.Table.from_pylist([], schema=LABELS_SCHEMA))
     return uri
 
