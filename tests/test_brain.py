@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from data_prep.scan import ScanError
 from data_prep.volumes import brain_tools
-from data_prep.volumes.brain import brain_mask, silhouette
+from data_prep.volumes.brain import brain_mask, silhouettes
 from data_prep.volumes.preset import PRESETS
 from data_prep.volumes.read import Volume
 from neurojepa.errors import ConfigError
@@ -103,7 +104,17 @@ def test_a_silhouette_is_what_is_bright_and_whole():
     uptake = np.where(data > 500, 400.0, 20.0).astype(np.float32)
     uptake[20:28, 26:34, 22:28] = 30  # ventricles take up nothing
     uptake[:3, :3, :3] = 400  # a spot far outside
-    found = silhouette(Volume("pet", uptake, affine), None, QUICK)
+    found = silhouettes(Volume("pet", uptake, affine), None, QUICK)[0]
     truth = data > 500
     assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.95
     assert found[24, 30, 25] and not found[0, 0, 0]
+
+
+def test_a_scalp_that_takes_up_tracer_is_not_the_brain():
+    data, affine = ellipsoid()
+    truth = data > 500
+    head = ndimage.binary_dilation(truth, iterations=6)
+    uptake = np.where(truth, 400.0, np.where(head, 160.0, 2.0)).astype(np.float32)
+    found = silhouettes(Volume("pet", uptake, affine), None, QUICK)
+    dices = [2 * (piece & truth).sum() / (piece.sum() + truth.sum()) for piece in found]
+    assert dices[0] > 0.9 and min(dices) < 0.8  # another threshold finds the head

@@ -25,7 +25,7 @@ from data_prep.volumes.read import Volume, read_scan
 
 # A head is at least twice a brain; slabs of small heads come near, and deepbet decides on those.
 MAX_STRIPPED_ML = 2000.0
-BRIGHT_SMOOTH_MM = 2.0
+BRIGHT_SMOOTH_MM, OTSU_BORDERS = 2.0, 3
 MAX_INVALID_SHARE = 0.01  # of the brain's voxels that were NaN or Inf
 
 
@@ -97,11 +97,13 @@ def _stripped(volume: Volume, preset: Preset) -> np.ndarray | None:
     return ndimage.binary_fill_holes(piece)
 
 
-def silhouette(volume: Volume, mask_uri: str | None, preset: Preset) -> np.ndarray:
-    """The brain of a PET or EPI image, bool [x, y, z]: a given mask, the non-zero voxels, or what
-    is bright (Otsu's threshold), in one piece and without holes.
+def silhouettes(volume: Volume, mask_uri: str | None, preset: Preset) -> list[np.ndarray]:
+    """What may be the brain of a PET or EPI image, bool [x, y, z], likeliest first.
 
-    Good enough to find the head by; scalp hardly shows in these images, but necks do.
+    A given mask or the non-zero voxels alone; else what is brighter than each of Otsu's thresholds
+    for two, three and four classes, in one piece and without holes: scalp and muscle take up some
+    of a tracer and white matter may outshine grey, so that one threshold finds the brain, another
+    the head or less than the brain.  Those of a brain's volume come first.
 
     Raises
     ------
@@ -109,15 +111,21 @@ def silhouette(volume: Volume, mask_uri: str | None, preset: Preset) -> np.ndarr
         What reading the given mask raised.
     """
     if mask_uri:
-        return carried(read_scan(*split_member(mask_uri), label=True), volume)
+        return [carried(read_scan(*split_member(mask_uri), label=True), volume)]
     stripped = _stripped(volume, preset)
     if stripped is not None:
-        return stripped
+        return [stripped]
     spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
     smooth = ndimage.gaussian_filter(volume.data, BRIGHT_SMOOTH_MM / spacing)
-    bright = sitk.OtsuThreshold(sitk.GetImageFromArray(smooth), 0, 1)
-    opened = ndimage.binary_opening(sitk.GetArrayFromImage(bright) > 0, iterations=2)
-    return ndimage.binary_fill_holes(largest_component(opened))
+    pieces = []
+    for borders in range(1, OTSU_BORDERS + 1):
+        classes = sitk.GetArrayFromImage(sitk.OtsuMultipleThresholds(
+            sitk.GetImageFromArray(smooth), borders))
+        for border in range(1, borders + 1):
+            opened = ndimage.binary_opening(classes >= border, iterations=2)
+            pieces.append(ndimage.binary_fill_holes(largest_component(opened)))
+    low, high = preset.brain_ml
+    return sorted(pieces, key=lambda piece: not low <= piece.sum() * volume.voxel_ml <= high)
 
 
 @cache

@@ -23,7 +23,7 @@ from data_prep.scan import Scan, ScanError, split_member
 from data_prep.volumes import pet
 from data_prep.volumes.align import Placement, place, template
 from data_prep.volumes.bold import bold_maps, scale_map
-from data_prep.volumes.brain import carried, check_mask, silhouette
+from data_prep.volumes.brain import carried, check_mask, silhouettes
 from data_prep.volumes.cifti import archive_maps, read_cifti
 from data_prep.volumes.decode import fetch
 from data_prep.volumes.geometry import centre_of
@@ -142,7 +142,7 @@ def _in_template(image: Volume, scan: Scan) -> Pose:
 
 
 def _alone(image: Volume, scan: Scan, preset: Preset) -> Pose:
-    brain = silhouette(image, scan.mask_uri, preset)
+    brain = silhouettes(image, scan.mask_uri, preset)[0]
     check_mask(brain, image, preset, "silhouette")
     placement = place(image, brain, scan.modality, preset)
     return Pose(
@@ -155,16 +155,16 @@ def _alone(image: Volume, scan: Scan, preset: Preset) -> Pose:
 
 def _anchored(image: Volume, scan: Scan, anchor: Anchor, preset: Preset) -> Pose:
     work, own = anchor.work, anchor.work.scan.session == scan.session
-    bright = silhouette(image, scan.mask_uri, preset)
+    bright = silhouettes(image, scan.mask_uri, preset)
     starts = [np.eye(4)]
     if scan.modality == "PET" or not own:
         starts.append(np.eye(4))
-        starts[-1][:3, 3] = centre_of(bright, image.affine) - work.centre
+        starts[-1][:3, 3] = centre_of(bright[0], image.affine) - work.centre
     to_image = register_rigid_from(starts, work.volume, work.brain, image, preset)
     if scan.modality != "PET" and own:
         check_session_shift(to_image, work.centre, image.name)
     brain, covered = carried_from(work, to_image, image)
-    agreement = dice(bright & covered, brain)
+    agreement = max(dice(piece & covered, brain) for piece in bright)
     if agreement < MIN_SILHOUETTE_DICE:
         raise ScanError("registration_failed", f"{image.name}: its silhouette has Dice "
                         f"{agreement:.2f} with the brain of {work.volume.name} (limit "
