@@ -31,8 +31,11 @@ class DataConfig(Config):
     modalities: list[str] | None = Field(None, description="keep only these; null keeps all")
     weights: dict[str, float] = Field(
         default_factory=dict,
-        description="share of positions by 'cohort/modality'; empty = by sample counts",
+        description="share of positions by 'cohort/modality'; others are left out; empty = by "
+        "balance",
     )
+    balance: float = Field(0.5, ge=0, le=1, description="share of positions of a cohort's modality "
+                           "~ (number of its scans) ** balance: 1 by counts, 0 all alike")
     prefetch_batches: int = Field(2, ge=1, description="micro-batches read ahead")
     read_threads: int = Field(8, ge=1, description="range reads in flight per rank")
     retry_s: float = Field(60, ge=0, description="how long reads are tried again while the store "

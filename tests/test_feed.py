@@ -162,6 +162,40 @@ def test_weights_set_exact_shares_in_every_block_and_each_group_runs_its_own_epo
     assert len(set(runs.tolist())) > 3  # shuffled, not every third
 
 
+@pytest.mark.parametrize(("balance", "expected"), [(0, 1 / 3), (0.5, 10 / 140), (1, 1 / 110)])
+def test_balance_lies_between_equal_shares_and_shares_by_count(balance: float,
+                                                               expected: float) -> None:
+    """How often FLAIR comes up: 10,000 T1w, 900 T2w and 100 FLAIR scans."""
+    modality = ["T1w"] * 10_000 + ["T2w"] * 900 + ["FLAIR"] * 100
+    index = index_of(len(modality), modality=modality)
+    rows = Order(index, DataConfig(feed="f", balance=balance), 0).rows(np.arange(11 * BLOCK))
+    assert (rows >= 10_900).mean() == pytest.approx(expected, abs=0.001)
+    fingerprints = {Order(index, DataConfig(feed="f", balance=share), 0).fingerprint
+                    for share in (0, 0.5, 1)}
+    assert len(fingerprints) == 3
+
+
+def test_the_rarest_scan_of_a_cohort_comes_up_in_every_block() -> None:
+    cohorts = ["large"] * 5000 + ["rare"]
+    order = Order(index_of(5001, cohort=cohorts), DataConfig(feed="f", balance=0.99), 0)
+    for block in range(3):
+        rows = order.rows(np.arange(block * BLOCK, (block + 1) * BLOCK))
+        assert (rows == 5000).sum() == 1
+
+
+def test_a_feed_of_one_group_has_one_order_whatever_the_balance() -> None:
+    orders = [Order(index_of(37), DataConfig(feed="f", balance=share), 0) for share in (0, 0.5, 1)]
+    assert len({order.fingerprint for order in orders}) == 1
+    assert len({tuple(order.rows(np.arange(100))) for order in orders}) == 1
+
+
+def test_more_groups_than_slots_are_refused() -> None:
+    index = index_of(BLOCK + 1, cohort=[f"site{n}" for n in range(BLOCK + 1)])
+    with pytest.raises(ConfigError, match=r"data\.balance = 0\.5.*1001 groups.*set it to 1"):
+        Order(index, DataConfig(feed="f"), 0)
+    assert Order(index, DataConfig(feed="f", balance=1), 0).num_samples == BLOCK + 1
+
+
 def test_filters_and_weights_that_fit_nothing_are_refused() -> None:
     index = index_of(4)
     with pytest.raises(ConfigError, match=r"data\.split = 'val'.*\['train'\]"):

@@ -201,10 +201,10 @@ def damage(local: Path, folder: Path, rows: list[int]) -> str:
 
 def test_a_damaged_sample_has_one_successor_on_every_rank_and_at_every_resume(
         local: Path, tmp_path: Path) -> None:
-    order = Order(open_feed(str(local)).index, config_of(str(local)).data, 0)
+    order = Order(open_feed(str(local)).index, config_of(str(local), balance=1).data, 0)
     first, second = order.row(3), order.row(4)
     uri = damage(local, tmp_path / "feed", [first, second])
-    config = config_of(uri, replace_damaged=True)
+    config = config_of(uri, replace_damaged=True, balance=1)
     columns = open_feed(uri).index.to_pydict()
 
     def by_position(world: int, start: int = 0) -> dict[int, str]:

@@ -3,10 +3,11 @@
 Positions 0, 1, 2, ... are the samples a run sees, in order.  Nothing here knows ranks, workers or
 batches, so any world size follows the same samples and the whole data state of a run is a number.
 
-Samples form groups: one for everything, or one per 'cohort/modality' when the config gives
-weights.  Positions come in blocks of BLOCK; in each block a group owns a fixed number of slots at
-places shuffled by (seed, block), and the k-th slot of a group takes the k-th sample of an endless
-sequence of that group's epochs, each epoch sorted by a hash of (seed, epoch, scan_id).
+Samples form groups, one per 'cohort/modality'; a group's share of the positions is its weight in
+the config or follows from its size by ``data.balance``.  Positions come in blocks of BLOCK; in each
+block a group owns a fixed number of slots at places shuffled by (seed, block), and the k-th slot of
+a group takes the k-th sample of an endless sequence of that group's epochs, each epoch sorted by a
+hash of (seed, epoch, scan_id).
 
 A step takes the positions that follow the step before, but for windows that a rollback stepped
 over: ``first_position``.
@@ -39,7 +40,8 @@ class Order:
     Raises
     ------
     ConfigError
-        No sample is left by the split and modality filters, or a weight names no group.
+        No sample is left by the split and modality filters, a weight names no group, or there are
+        more groups than slots.
     """
 
     def __init__(self, index: pa.Table, data: DataConfig, seed: int) -> None:
@@ -56,7 +58,7 @@ class Order:
                 f"{sorted(set(index['split'].to_pylist()))} and modalities "
                 f"{sorted(set(modality.tolist()))}")
         scan_ids = np.array(index["scan_id"].to_pylist())
-        self._groups, self._slots = self._group(index, rows, data.weights)
+        self._groups, self._slots = _group(index, rows, data)
         self._keys = [np.array([_hash(name) for name in scan_ids[group]], dtype=np.uint64)
                       for group in self._groups]
         self.num_samples = sum(map(len, self._groups))
@@ -93,31 +95,45 @@ class Order:
             rank[pattern == group] = np.arange(count)
         return pattern, rank
 
-    @staticmethod
-    def _group(index: pa.Table, rows: np.ndarray,
-               weights: dict[str, float]) -> tuple[list[np.ndarray], list[int]]:
-        if not weights:
-            return [rows], [BLOCK]
-        names = np.array([f"{cohort}/{modality}" for cohort, modality in zip(
-            index["cohort"].to_pylist(), index["modality"].to_pylist(), strict=True)])[rows]
-        total = sum(weights.values())
-        groups, shares = [], []
-        for name in sorted(weights):
-            members = rows[names == name]
-            if not len(members) or weights[name] <= 0:
-                raise ConfigError(f"data.weights[{name!r}] = {weights[name]}: a weight is positive "
-                                  f"and names one of {sorted(set(names.tolist()))}")
-            groups.append(members)
-            shares.append(weights[name] / total * BLOCK)
-        slots = [int(share) for share in shares]
-        by_remainder = np.argsort([slot - share for slot, share in zip(slots, shares, strict=True)],
-                                  kind="stable")
-        for group in by_remainder[: BLOCK - sum(slots)]:
-            slots[group] += 1
-        if min(slots) == 0:
-            raise ConfigError(f"data.weights: a share below 1/{BLOCK} of the total never comes up; "
-                              "raise it or leave it out")
-        return groups, slots
+
+def _group(index: pa.Table, rows: np.ndarray,
+           data: DataConfig) -> tuple[list[np.ndarray], list[int]]:
+    """Rows of each group, and how many of the BLOCK slots of a block it owns."""
+    if not data.weights and data.balance == 1:
+        return [rows], [BLOCK]  # by counts, exactly
+    names = np.array([f"{cohort}/{modality}" for cohort, modality in zip(
+        index["cohort"].to_pylist(), index["modality"].to_pylist(), strict=True)])[rows]
+    members = {name: rows[names == name] for name in sorted(data.weights or set(names.tolist()))}
+    if data.weights:
+        return list(members.values()), _weighted_slots(members, data.weights, set(names.tolist()))
+    if len(members) > BLOCK:
+        raise ConfigError(f"data.balance = {data.balance}: the feed has {len(members)} groups of "
+                          f"cohort and modality, of {BLOCK} that can be balanced; set it to 1")
+    sizes = np.array([len(group) for group in members.values()], dtype=float) ** data.balance
+    # a slot each first: no group, however small, never comes up
+    return list(members.values()), _apportion(
+        1 + (BLOCK - len(members)) * sizes / sizes.sum())
+
+
+def _weighted_slots(members: dict[str, np.ndarray], weights: dict[str, float],
+                    known: set[str]) -> list[int]:
+    for name, rows in members.items():
+        if not len(rows) or weights[name] <= 0:
+            raise ConfigError(f"data.weights[{name!r}] = {weights[name]}: a weight is positive "
+                              f"and names one of {sorted(known)}")
+    total = sum(weights.values())
+    slots = _apportion(np.array([weights[name] / total * BLOCK for name in members]))
+    if min(slots) == 0:
+        raise ConfigError(f"data.weights: a share below 1/{BLOCK} of the total never comes up; "
+                          "raise it or leave it out")
+    return slots
+
+
+def _apportion(shares: np.ndarray) -> list[int]:
+    """Whole numbers nearest to shares that sum to BLOCK, by largest remainders."""
+    slots = shares.astype(int)
+    slots[np.argsort(slots - shares, kind="stable")[: BLOCK - slots.sum()]] += 1
+    return slots.tolist()
 
 
 def _hash(text: str) -> int:
