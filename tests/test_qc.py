@@ -224,6 +224,13 @@ def rows(values: list[float | None], cohort: str = "a") -> list[dict]:
              "status": "accepted", "qc_snr": value} for i, value in enumerate(values)]
 
 
+def test_a_harmless_value_is_no_outlier_however_alike_the_others_are() -> None:
+    rows = [{"uri": str(n), "member": None, "cohort": "c", "modality": "T1w", "status": "accepted",
+             "qc_ghost": value} for n, value in enumerate([1e-5 * n for n in range(30)]
+                                                          + [0.01, 0.05])]
+    assert outlier_flags(rows) == {("31", None, "T1w"): ["outlier:qc_ghost"]}
+
+
 def test_outliers_are_judged_within_a_cohort_on_the_worse_side() -> None:
     usual = [20 + 0.1 * i for i in range(30)]
     found = outlier_flags(rows([*usual, 2.0, 90.0, None]) + rows([*usual[:5], 1.0], "small"))

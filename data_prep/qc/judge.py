@@ -29,6 +29,7 @@ class FigureInfo:
     label: str
     unit: str
     worse: str  # low, high, both or none
+    harmless: float | None = None  # values up to here are no outliers
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def load_rules(path: Path) -> Rules:
     figures = {}
     for name, entry in _mapping(tree["figures"], f"{path}: figures").items():
         where = f"{path}: figures.{name}"
-        _keys(entry, ("label", "unit", "worse"), where, complete=True)
+        _keys(entry, ("label", "unit", "worse", "harmless"), where)
+        if missing := [key for key in ("label", "unit", "worse") if key not in entry]:
+            raise ConfigError(f"{where}: {missing[0]} is missing")
         if entry["worse"] not in _SIDES:
             raise ConfigError(f"{where}.worse: {entry['worse']}; choose of {', '.join(_SIDES)}")
         figures[name] = FigureInfo(**entry)
@@ -139,22 +142,25 @@ def outlier_flags(rows: Iterable[Mapping[str, Any]]) -> dict[RowKey, list[str]]:
     found: defaultdict[RowKey, list[str]] = defaultdict(list)
     for group in groups.values():
         for name, info in rules().figures.items():
-            for row in _far(group, name, info.worse):
+            for row in _far(group, name, info):
                 found[row["uri"], row["member"], row["modality"]].append(OUTLIER + name)
     return dict(found)
 
 
-def _far(group: list[Mapping[str, Any]], name: str, worse: str) -> list[Mapping[str, Any]]:
+def _far(group: list[Mapping[str, Any]], name: str, info: FigureInfo) -> list[Mapping[str, Any]]:
     measured = [row for row in group if row.get(name) is not None]
-    if worse == "none" or len(measured) < rules().min_scans:
+    if info.worse == "none" or len(measured) < rules().min_scans:
         return []
     values = np.array([row[name] for row in measured], np.float64)
     distance = values - np.median(values)
     spread = 1.4826 * float(np.median(np.abs(distance)))
     if spread == 0:  # more than half of the scans agree exactly: no scale to judge by
         return []
-    side = {"low": -distance, "high": distance, "both": np.abs(distance)}[worse]
-    return [measured[i] for i in np.flatnonzero(side > rules().robust_z * spread)]
+    side = {"low": -distance, "high": distance, "both": np.abs(distance)}[info.worse]
+    far = side > rules().robust_z * spread
+    if info.harmless is not None:
+        far &= values > info.harmless
+    return [measured[i] for i in np.flatnonzero(far)]
 
 
 def _below(value: Any, limit: float | None) -> bool:
