@@ -1,13 +1,14 @@
 """report: an archive on one HTML page that needs no network and can be printed.
 
 Counts by cohort, modality, site, status and reason; sizes of the splits; which modalities people
-have; distributions of the figures with their thresholds; slices of accepted and flagged scans;
-duplicates and near-duplicates.  Scans go by the start of their content id: no names, no dates, no
-paths.  Pictures are read one by one, and no more than ``SHOWN`` of a kind.
+have; distributions of the figures with their thresholds; slices of accepted, flagged and rejected
+scans; duplicates and near-duplicates.  Scans go by the start of their content id: no names, no
+dates, no paths.  Pictures are read one by one, and no more than ``SHOWN`` of a kind.
 """
 
 from __future__ import annotations
 
+import base64
 import html
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from neurojepa.feed.format import write_bytes
 
 STATUSES = ("accepted", "flagged", "rejected")
 _COLUMNS = ("cohort", "participant", "family", "modality", "site", "split", "sex", "age_at_scan",
-            "status", "reason", "scan_id")
+            "status", "reason", "scan_id", "preview")
 SHOWN = 12  # pictures of a kind
 PAIRS_SHOWN = 6
 LINES = 8  # cohorts and modalities in one distribution
@@ -270,12 +271,20 @@ def _rejected(rows: list[Row]) -> str:
     largest = max(counts.values(), default=1)
     return section(
         f"Rejected: {sum(row['status'] == 'rejected' for row in rows):,}",
-        paragraph("Voxels of rejected scans are not kept, so there is nothing to show. The message "
-                  "of each, with the file, is in scans.parquet."),
+        paragraph("Voxels of rejected scans are not kept, but for a coarse picture of those that "
+                  "could be read. The message of each, with the file, is in scans.parquet."),
         table(("reason", "cohort", "modality", "scans", ""),
               [(_plain(code), cohort, modality, count,
                 stack([(count, COLOURS["rejected"])], largest))
-               for (code, cohort, modality), count in sorted(counts.items())]))
+               for (code, cohort, modality), count in sorted(counts.items())]),
+        grid(_preview(row) for row in _spread(
+            [row for row in rows if row["status"] == "rejected" and row.get("preview")], SHOWN)))
+
+
+def _preview(row: Row) -> str:
+    name = f"{row['cohort']} · {row['modality']}"
+    caption = f"<b>{html.escape(name)}</b><br>{html.escape('; '.join(map(_plain, _codes(row))))}"
+    return picture(base64.b64decode(row["preview"]), f"a rejected scan, {name}", caption)
 
 
 def _duplicates(uri: str, rows: list[Row], pairs: list[NearPair]) -> str:

@@ -153,6 +153,7 @@ def _prepared(work: Work, scans: list[Scan]) -> Sequence[Prepared | Rejected]:
 def _prepare_and_write(work: Work, scans: list[Scan], rows: list[Row]) -> None:
     """Prepare scans of a person, write the voxels, then the record: these rows and given ones."""
     from data_prep.volumes.pipeline import Rejected
+    from data_prep.volumes.preview import preview_of
 
     results = _prepared(work, scans)
     _remove_stale(work)
@@ -165,6 +166,8 @@ def _prepare_and_write(work: Work, scans: list[Scan], rows: list[Row]) -> None:
         if isinstance(result, Rejected):
             row |= {"scan_id": None, "status": "rejected", "reason": result.reason,
                     "message": nameless(result.message, work.scans)}
+            if not scan.reason and (picture := preview_of(scan)):
+                row["figures"]["preview"] = picture
             continue
         place = slot(scan.participant, result.scan_id)
         row |= {"scan_id": result.scan_id, "status": "flagged" if result.flags else "accepted",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -15,6 +16,8 @@ from data_prep.duplicates import fingerprint, review_table
 from data_prep.report import report
 from data_prep.report_figures import Line, ages, distribution, slices
 from data_prep.store import commit_tables, scan_table, slot, write_volume
+from data_prep.volumes.preview import preview
+from data_prep.volumes.read import Volume
 from neurojepa.errors import DataError
 from neurojepa.feed.format import ARCHIVE_GRID, LABELS_SCHEMA
 from tests.fakes import volume
@@ -48,6 +51,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows += [row(number, "rejected", scan_id=None, message=message,
                  reason=("truncated", f"duplicate_of:{ORIGINAL}/f00", "a<b")[number % 3])
              for number in range(5, 40)]
+    rows[7]["preview"] = preview(head())
     commit_tables(uri, scan_table(rows), LABELS_SCHEMA.empty_table(), review_table(rows))
     return uri
 
@@ -57,6 +61,15 @@ def page(archive: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("page") / "report.html"
     report(archive, str(out))
     return out
+
+
+def head() -> Volume:
+    """A box whose right half is bright, stored from right to left in voxels of 3 x 5 x 5 mm."""
+    data = np.zeros((70, 50, 4), np.float32)
+    data[10:60, 10:40] = 0.4
+    data[10:35, 10:40] = 1.0
+    return Volume("h", data, np.array([[-3.0, 0, 0, 90], [0, 5, 0, -100], [0, 0, 5, 30],
+                                       [0, 0, 0, 1]]))
 
 
 def text_of(page: Path) -> str:
@@ -118,6 +131,18 @@ def test_the_slices_keep_left_and_right() -> None:
     for panel in (coronal, axial):
         assert panel.shape[1] == x
         assert panel[:, 112:138].mean() > 2 * panel[:, 42:68].mean()
+
+
+def test_a_rejected_scan_is_shown_coarsely(page: Path) -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    picture = base64.b64decode(preview(head()))
+    pixels = np.asarray(Image.open(BytesIO(picture)), float)
+    assert pixels.shape == (128, 384)  # three slices of 64 voxels of 4 mm, doubled
+    assert pixels[60:68, 128 + 70:128 + 90].mean() > 2 * pixels[60:68, 128 + 38:128 + 58].mean()
+    assert page.read_text().count("alt='a rejected scan") == 1
 
 
 def test_charts_survive_what_archives_hold() -> None:
