@@ -35,8 +35,13 @@ from data_prep.store import Archive, Row, check_reachable, open_archive, read_vo
 from neurojepa.feed.format import write_bytes
 
 STATUSES = ("accepted", "flagged", "rejected")
+PROCESSING = {"placement": "place in MNI152", "mask_source": "brain mask", "processing":
+              "processing before delivery", "cohort_transform_fault":
+              "why the cohort's transform was not used", "pet_reference": "reference of PET",
+              "acquisition": "acquisition", "defaced": "defaced",
+              "contrast_agent": "contrast agent"}
 _COLUMNS = ("cohort", "participant", "family", "modality", "site", "split", "sex", "age_at_scan",
-            "status", "reason", "scan_id", "preview")
+            "status", "reason", "scan_id", "preview", *PROCESSING)
 SHOWN = 12  # pictures of a kind
 PAIRS_SHOWN = 6
 LINES = 8  # cohorts and modalities in one distribution
@@ -67,7 +72,8 @@ def report(archive_uri: str, out: str) -> None:
         tiles([(f"{people:,}", "people", ""), (f"{len(rows):,}", "scans", ""),
                *((f"{counts[status]:,}", status, status) for status in STATUSES),
                (f"{len(pairs):,}", "near-duplicate pairs", "")]),
-        _contents(rows), _reasons(rows), _splits(rows), _coverage(rows), _figures(rows),
+        _contents(rows), _reasons(rows), _splits(rows), _coverage(rows), _processing(rows),
+        _figures(rows),
         *(_mosaic(archive_uri, rows, status) for status in ("accepted", "flagged")),
         _rejected(rows), _duplicates(archive_uri, rows, pairs)]).encode())
     print(f"{out}: {lead}")
@@ -196,6 +202,16 @@ def _coverage(rows: list[Row]) -> str:
 
 
 # ---- figures and pictures ------------------------------------------------------------------------
+
+def _processing(rows: list[Row]) -> str:
+    """How the usable scans came to be as they are, by modality."""
+    counts = Counter((title, str(row[name]), row["modality"])
+                     for name, title in PROCESSING.items() for row in rows
+                     if row["status"] != "rejected" and row.get(name) is not None)
+    return section("Preparation", table(
+        ("what", "", "modality", "scans"),
+        [(*what, count) for what, count in sorted(counts.items())])) if counts else ""
+
 
 def _figures(rows: list[Row]) -> str:
     usable = [row for row in rows if row["status"] != "rejected"]

@@ -163,7 +163,8 @@ def _range(values: np.ndarray, limits: Sequence[float]) -> tuple[float, float]:
     reach = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-6)
     near = [at for at in limits if low - reach <= at <= high + reach]
     low, high = min([low, *near]), max([high, *near])
-    return low - 0.04 * (high - low) - 1e-9, high + 0.04 * (high - low) + 1e-9
+    margin = 0.04 * (high - low or abs(high) or 1.0)
+    return low - margin, high + margin
 
 
 def _ticks(low: float, high: float) -> list[float]:

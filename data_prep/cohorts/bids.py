@@ -69,6 +69,9 @@ def _read_loose(source: Source, cohort: str, folder: str = "") -> Iterator[Findi
     if any(found.name == _DESCRIPTION for found in files):
         source.notes[f"BIDS dataset inside, not entered: {folder}"] += 1
         return
+    if not folder and any(found.name == "participants.tsv" for found in files):
+        source.notes[f"participants.tsv not used: without {_DESCRIPTION} this is no BIDS dataset"
+                     ] += 1
     reader = Reader(source, cohort)
     sidecars = {found.name.removesuffix(".json"): found for found in files
                 if found.name.endswith(".json")}
