@@ -178,5 +178,5 @@ def test_a_browser_shows_it_without_overflow(page: Path, tmp_path: Path, width: 
         capture_output=True, text=True, timeout=120)
     facts = json.loads(done.stdout.split("@facts@")[1].split("@end@")[0])
     assert facts["width"] <= max(width, 500) and facts["overflow"] <= 0
-    assert facts["images"] == 5 + 2 and facts["broken"] == 0
+    assert facts["images"] == 5 + 2 + 1 and facts["broken"] == 0
     assert facts["requests"] == 0 and facts["small"] == 0
