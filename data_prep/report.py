@@ -285,6 +285,8 @@ def _rejected(rows: list[Row]) -> str:
     counts = Counter((code, row["cohort"], row["modality"]) for row in rows
                      if row["status"] == "rejected" for code in _codes(row))
     largest = max(counts.values(), default=1)
+    shown = _spread([row for row in rows if row["status"] == "rejected" and row.get("preview")],
+                    SHOWN)
     return section(
         f"Rejected: {sum(row['status'] == 'rejected' for row in rows):,}",
         paragraph("Voxels of rejected scans are not kept, but for a coarse picture of those that "
@@ -293,8 +295,7 @@ def _rejected(rows: list[Row]) -> str:
               [(_plain(code), cohort, modality, count,
                 stack([(count, COLOURS["rejected"])], largest))
                for (code, cohort, modality), count in sorted(counts.items())]),
-        grid(_preview(row) for row in _spread(
-            [row for row in rows if row["status"] == "rejected" and row.get("preview")], SHOWN)))
+        heading("Some of them") if shown else "", grid(map(_preview, shown)))
 
 
 def _preview(row: Row) -> str:

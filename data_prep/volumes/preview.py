@@ -8,7 +8,7 @@ import io
 import numpy as np
 
 from data_prep.scan import Scan, ScanError
-from data_prep.volumes.geometry import resample, to_itk
+from data_prep.volumes.geometry import centre_of, resample, to_itk
 from data_prep.volumes.read import Volume, read_scan
 
 PREVIEW_MM = 4.0  # coarse enough that nobody is known by their profile
@@ -24,18 +24,18 @@ def preview_of(scan: Scan) -> str | None:
 
 
 def preview(volume: Volume) -> str:
-    """Sagittal, coronal and axial slices through the middle of a volume, side by side; base64.
+    """Sagittal, coronal and axial slices through the middle of what is bright; base64.
 
     Anterior is on the right of the first, the person's right on the viewer's right of the others.
     """
     from PIL import Image
 
-    shape = np.array(volume.data.shape)
-    centre = volume.affine @ np.array([*(shape - 1) / 2, 1.0])
+    data = np.nan_to_num(volume.data.astype(np.float32))
+    bright = data > data.mean()  # in a large field of view the head may be anywhere
     grid = np.diag([PREVIEW_MM, PREVIEW_MM, PREVIEW_MM, 1.0])
-    grid[:3, 3] = centre[:3] - PREVIEW_MM * (_SIDE - 1) / 2
-    coarse = resample(to_itk(np.nan_to_num(volume.data.astype(np.float32)), volume.affine),
-                      np.eye(4), (_SIDE,) * 3, grid)
+    centre = centre_of(bright if bright.any() else np.ones_like(bright), volume.affine)
+    grid[:3, 3] = centre - PREVIEW_MM * (_SIDE - 1) / 2
+    coarse = resample(to_itk(data, volume.affine), np.eye(4), (_SIDE,) * 3, grid)
     low, high = np.percentile(coarse, (1, 99.5))
     grey = (255 * np.clip((coarse - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
     panels = [grey.take(_SIDE // 2, axis).T[::-1] for axis in range(3)]
