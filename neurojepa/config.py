@@ -23,6 +23,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class DataConfig(Config):
     """Which samples, and how they reach the rank."""
 
@@ -36,6 +39,8 @@ class DataConfig(Config):
     )
     balance: float = Field(0.5, ge=0, le=1, description="share of positions of a cohort's modality "
                            "~ (number of its scans) ** balance: 1 by counts, 0 all alike")
+    cross_modal: Share = Field(0.0, description="share of positions, of those whose session has "
+                               "other modalities, that predict one of these from their own scan")
     prefetch_batches: int = Field(2, ge=1, description="micro-batches read ahead")
     read_threads: int = Field(8, ge=1, description="range reads in flight per rank")
     retry_s: float = Field(60, ge=0, description="how long reads are tried again while the store "
@@ -56,9 +61,6 @@ class ModelConfig(Config):
     moe: bool = True
     head_gate: bool = Field(False, description="sigmoid gate per attention head")
     activation_checkpointing: int = Field(0, ge=0, description="0 none, k = every k-th block")
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class MaskConfig(Config):
@@ -167,6 +169,14 @@ class RootConfig(Config):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     run: RunConfig
+
+    @model_validator(mode="after")
+    def _jepa_only(self) -> RootConfig:
+        if self.data.cross_modal and self.objective.method != "jepa":
+            raise ValueError(f"data.cross_modal {self.data.cross_modal}: objective.method "
+                             f"{self.objective.method} learns a scan from itself; set "
+                             "data.cross_modal=0")
+        return self
 
     @model_validator(mode="after")
     def _budget_splits(self) -> RootConfig:

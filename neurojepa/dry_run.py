@@ -106,7 +106,8 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
         host={"start": 4.0 * (weights.trained + weights.parts["encoder"]),
               "checkpoint": state / gpus},
         checkpoint=state + 4 * weights.buffers, volumes_per_s=rate,
-        loader_cores=rate * LOADER_MS / 1e3 * math.prod(feed.grid.shape) / LOADER_VOXELS,
+        loader_cores=(rate * (1 + config.data.cross_modal) * LOADER_MS / 1e3
+                      * math.prod(feed.grid.shape) / LOADER_VOXELS),
         step_s=train.global_batch / rate, total_s=train.steps * train.global_batch / rate,
         epochs=train.steps * train.global_batch / Order(feed.index, config.data,
                                                         train.seed).num_samples)
@@ -266,10 +267,11 @@ def _views(config: RootConfig, grid: Grid) -> Views:
         len(config.objective.masks.scales)
     T = round(N * config.objective.masks.target_share)
     index = torch.int64
+    tokens, share = torch.empty(B, N, config.model.patch_voxels**3), torch.empty(B, N)
+    valid, modality = torch.empty(B, N, dtype=torch.bool), torch.empty(B, dtype=index)
     return Views(
-        torch.empty(B, N, config.model.patch_voxels**3), torch.empty(B, N, 3), torch.empty(B, N),
-        torch.empty(B, N, dtype=torch.bool), torch.empty(B, M, N - T, dtype=index),
-        torch.empty(B, M, T, dtype=index), torch.empty(B, dtype=index), torch.empty(B))
+        tokens, torch.empty(B, N, 3), share, valid, torch.empty(B, M, N - T, dtype=index),
+        torch.empty(B, M, T, dtype=index), modality, torch.empty(B), tokens, share, valid, modality)
 
 
 def _total(parts: dict[str, float], activations: float, memory: int) -> str:

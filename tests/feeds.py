@@ -35,8 +35,9 @@ def blob(rng: np.random.Generator) -> np.ndarray:
     return quantise(np.clip(0.5 + 0.4 * waves, 0, 1), inside.astype(np.uint8))
 
 
-def write_feed(uri: str, num_samples: int = 24, seed: int = 0) -> str:
-    """Write a feed of ``num_samples`` T1w and T2w scans (split train) in two shards."""
+def write_feed(uri: str, num_samples: int = 24, seed: int = 0,
+               modalities: tuple[str, ...] = ("T1w", "T2w"), per_session: int = 1) -> str:
+    """Write a feed of ``num_samples`` scans (split train), of modalities in turn, in two shards."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for shard, numbers in enumerate(np.array_split(np.arange(num_samples), 2)):
@@ -51,9 +52,10 @@ def write_feed(uri: str, num_samples: int = 24, seed: int = 0) -> str:
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
                 rows.append({
-                    "scan_id": scan_id, "participant": f"p{number}", "family": f"p{number}",
-                    "session": "1", "cohort": "blobs", "modality": ("T1w", "T2w")[number % 2],
-                    "site": "a", "split": "train", "shard": path, "length": len(data),
+                    "scan_id": scan_id, "participant": f"p{number // per_session}",
+                    "family": f"p{number // per_session}", "session": "1", "cohort": "blobs",
+                    "modality": modalities[number % len(modalities)], "site": "a",
+                    "split": "train", "shard": path, "length": len(data),
                     "offset": buffer.tell() - -(-len(data) // 512) * 512,
                     "sha256": sha256(data), "num_foreground": int(((codes > 0)).sum())})
         write_bytes(join(uri, path), buffer.getvalue())

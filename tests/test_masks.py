@@ -33,11 +33,13 @@ def make_batch(num: int, grid: Grid = GRID) -> SimpleNamespace:
     voxels = 128 + 50 * torch.sin(5 * x + 3 * y + phase) + 50 * torch.cos(4 * z) + 8 * noise
     return SimpleNamespace(
         voxels=torch.where(radius < size, voxels.clamp(1, 254), 0).to(torch.uint8),
-        modality=torch.arange(num) % 3, position=1000 + torch.arange(num), weight=torch.ones(num))
+        modality=torch.arange(num) % 3, position=1000 + torch.arange(num), weight=torch.ones(num),
+        target_voxels=None, target_modality=None)
 
 
 def part(batch: SimpleNamespace, index: list[int]) -> SimpleNamespace:
-    return SimpleNamespace(**{name: value[index] for name, value in vars(batch).items()})
+    return SimpleNamespace(**{name: None if value is None else value[index]
+                              for name, value in vars(batch).items()})
 
 
 def foreground_share(views: Views, index_BMk: torch.Tensor) -> torch.Tensor:

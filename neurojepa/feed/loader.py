@@ -7,7 +7,8 @@ with repeats of weight 0.  There is no state to save: a loader starts at any ste
 
 A store that fails is asked again for ``data.retry_s``.  A sample whose bytes are wrong twice ends
 the run or, with ``data.replace_damaged``, is replaced by the next good one of its group's epoch:
-again a function of the position, so the same on every rank and after every restart.
+again a function of the position, so the same on every rank and after every restart.  A damaged
+partner is replaced by the next partner and at last by the sample itself.
 """
 
 from __future__ import annotations
@@ -53,11 +54,16 @@ class Batch:
     position: torch.Tensor  # int64 [B], the key of all randomness of the sample
     weight: torch.Tensor  # float32 [B], 0 for a fill-up repeat
     scan_ids: list[str]
+    # What the targets come from: the scan itself or, with data.cross_modal, another of its session.
+    # Both None where it is the scan itself throughout.
+    target_voxels: torch.Tensor | None = None  # as voxels
+    target_modality: torch.Tensor | None = None  # as modality
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; the copy does not block when memory is pinned."""
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True)
-                                for name in ("voxels", "modality", "position", "weight")})
+        return replace(self, **{name: value.to(device, non_blocking=True)
+                                for name, value in vars(self).items()
+                                if isinstance(value, torch.Tensor)})
 
 
 class SampleReader:
@@ -150,6 +156,7 @@ class Loader:
         self.last_step = train.steps
         self.seek(first_step, windows)
         self.replace_damaged = config.data.replace_damaged
+        self.cross_modal = config.data.cross_modal > 0
         self._damaged: deque[dict[str, Any]] = deque()
         self.micro_steps = -(-self.global_batch // (world * self.micro_batch))
         self.prefetch = config.data.prefetch_batches
@@ -157,7 +164,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="feed")
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead: deque[tuple[Batch, list[Future[int]]]] = deque()
+        ahead: deque[tuple[Batch, list[Future[tuple[int, int]]]]] = deque()
         for positions, weights in self._plan():
             ahead.append(self._begin(positions, weights))
             if len(ahead) > self.prefetch:
@@ -198,26 +205,52 @@ class Loader:
                 yield begin + place, real.astype(np.float32)
 
     def _begin(self, positions: np.ndarray,
-               weights: np.ndarray) -> tuple[Batch, list[Future[int]]]:
+               weights: np.ndarray) -> tuple[Batch, list[Future[tuple[int, int]]]]:
         """A batch whose voxels are being read, straight into (pinned) memory of its own."""
         pinned = torch.cuda.is_available()
+
+        def voxels() -> torch.Tensor:
+            return torch.empty(len(positions), *self.reader.feed.grid.shape, dtype=torch.uint8,
+                               pin_memory=pinned)
+
+        def modality() -> torch.Tensor:
+            return torch.empty(len(positions), dtype=torch.int64, pin_memory=pinned)
+
         batch = Batch(
-            voxels=torch.empty(len(positions), *self.reader.feed.grid.shape, dtype=torch.uint8,
-                               pin_memory=pinned),
-            modality=torch.empty(len(positions), dtype=torch.int64, pin_memory=pinned),
+            voxels=voxels(), modality=modality(),
             position=torch.tensor(positions, dtype=torch.int64, pin_memory=pinned),
             weight=torch.tensor(weights, pin_memory=pinned),
             scan_ids=[],
+            target_voxels=voxels() if self.cross_modal else None,
+            target_modality=modality() if self.cross_modal else None,
         )
-        voxels = batch.voxels.numpy()
-        return batch, [self._pool.submit(self._read, int(position), voxels[place])
+        out = batch.voxels.numpy()
+        target = [None] * len(out) if batch.target_voxels is None else batch.target_voxels.numpy()
+        return batch, [self._pool.submit(self._read, int(position), out[place], target[place])
                        for place, position in enumerate(positions)]
 
-    def _read(self, position: int, out: np.ndarray) -> int:
-        """Read the sample of a position, or who stands in for it; returns its row."""
+    def _read(self, position: int, out: np.ndarray, target: np.ndarray | None) -> tuple[int, int]:
+        """Read the sample of a position, or who stands in for it, and what its targets come from.
+
+        Returns the rows of both; they are one without ``target``.
+        """
+        sample = self._first_whole(position, (self.order.row(position, ahead)
+                                              for ahead in range(MAX_REPLACEMENTS + 1)), out)
+        if sample is None:
+            raise DataError(f"{self.reader.feed.uri}: position {position}: its sample and the "
+                            f"{MAX_REPLACEMENTS} after it are damaged; run: python -m data_prep "
+                            f"verify {self.reader.feed.uri}")
+        if target is None:
+            return sample, sample
+        partner = self._first_whole(position, self.order.partners(sample, position), target)
+        if partner is None:
+            target[...] = out
+        return sample, sample if partner is None else partner
+
+    def _first_whole(self, position: int, rows: Iterable[int], out: np.ndarray) -> int | None:
+        """Read the first of ``rows`` that is not damaged; None where there is none."""
         columns = self.reader.columns
-        for ahead in range(MAX_REPLACEMENTS + 1):
-            row = self.order.row(position, ahead)
+        for row in rows:
             try:
                 self.reader.image(row, out)
             except DamagedSample as error:
@@ -228,18 +261,18 @@ class Loader:
                                      "problem": str(error)})
             else:
                 return row
-        raise DataError(f"{self.reader.feed.uri}: position {position}: its sample and the "
-                        f"{MAX_REPLACEMENTS} after it are damaged; run: python -m data_prep verify "
-                        f"{self.reader.feed.uri}")
+        return None
 
-    def _finish(self, batch: Batch, reads: list[Future[int]]) -> Batch:
+    def _finish(self, batch: Batch, reads: list[Future[tuple[int, int]]]) -> Batch:
         begin = time.perf_counter()
         rows = [read.result() for read in reads]
         self.wait_s += time.perf_counter() - begin
         columns = self.reader.columns
-        batch.scan_ids = [columns["scan_id"][row] for row in rows]
-        for place, row in enumerate(rows):
-            batch.modality[place] = MODALITIES.index(columns["modality"][row])
+        batch.scan_ids = [columns["scan_id"][row] for row, _ in rows]
+        for place, pair in enumerate(rows):
+            for modality, row in zip((batch.modality, batch.target_modality), pair, strict=True):
+                if modality is not None:
+                    modality[place] = MODALITIES.index(columns["modality"][row])
         return batch
 
 

@@ -9,6 +9,9 @@ block a group owns a fixed number of slots at places shuffled by (seed, block), 
 a group takes the k-th sample of an endless sequence of that group's epochs, each epoch sorted by a
 hash of (seed, epoch, scan_id).
 
+With ``data.cross_modal`` a position may have partners: scans of its sample's session in other
+modalities, one of which gives the targets.
+
 A step takes the positions that follow the step before, but for windows that a rollback stepped
 over: ``first_position``.
 """
@@ -26,6 +29,8 @@ from neurojepa.config import DataConfig
 from neurojepa.errors import ConfigError
 
 BLOCK = 1000
+# row -> rows of its session in other modalities, if any, and the hashes of their ids
+Partners = dict[int, tuple[np.ndarray, np.ndarray]]
 Window = tuple[int, int]  # (from_step, shift): from this step on, so many steps' samples later
 
 
@@ -40,8 +45,9 @@ class Order:
     Raises
     ------
     ConfigError
-        No sample is left by the split and modality filters, a weight names no group, or there are
-        more groups than slots.
+        No sample is left by the split and modality filters, a weight names no group, there are
+        more groups than slots, or cross-modal targets are asked for and no session has two
+        modalities.
     """
 
     def __init__(self, index: pa.Table, data: DataConfig, seed: int) -> None:
@@ -62,7 +68,11 @@ class Order:
         self._keys = [np.array([_hash(name) for name in scan_ids[group]], dtype=np.uint64)
                       for group in self._groups]
         self.num_samples = sum(map(len, self._groups))
-        self.fingerprint = _fingerprint(scan_ids, self._groups, self._slots, seed)
+        self._cross_modal, self._partners = data.cross_modal, Partners()
+        if data.cross_modal:
+            self._partners = _partners(index, scan_ids, np.concatenate(self._groups))
+        self.fingerprint = _fingerprint(scan_ids, self._groups, self._slots, seed,
+                                        data.cross_modal, self._partners)
         self._epoch = lru_cache(maxsize=2 * len(self._groups))(self._sorted_epoch)
         self._pattern = lru_cache(maxsize=4)(self._shuffled_pattern)
 
@@ -79,6 +89,20 @@ class Order:
         epoch, within = divmod(turn, len(self._groups[group]))
         members = self._epoch(group, epoch)
         return int(members[(within + ahead) % len(members)])
+
+    def partners(self, row: int, position: int) -> list[int]:
+        """Rows that the targets may come from, the first choice first; [] for the sample itself.
+
+        They share the session of ``row`` (the sample at the position, or what stands in for it)
+        and have another modality.
+        """
+        if row not in self._partners:
+            return []
+        salt = np.uint64(_hash(f"{self.seed}/partner/{position}"))
+        if float(_mix(salt[None])[0]) >= self._cross_modal * 2.0**64:
+            return []
+        rows, keys = self._partners[row]
+        return rows[np.argsort(_mix(keys ^ salt), kind="stable")].tolist()
 
     def _sorted_epoch(self, group: int, epoch: int) -> np.ndarray:
         salt = np.uint64(_hash(f"{self.seed}/{group}/{epoch}"))
@@ -136,6 +160,26 @@ def _apportion(shares: np.ndarray) -> list[int]:
     return slots.tolist()
 
 
+def _partners(index: pa.Table, scan_ids: np.ndarray,
+              rows: np.ndarray) -> Partners:
+    columns = [index[name].to_pylist() for name in ("cohort", "participant", "session", "modality")]
+    sessions: dict[tuple[str, ...], list[int]] = {}
+    for row in sorted(rows.tolist(), key=lambda row: scan_ids[row]):
+        sessions.setdefault(tuple(column[row] for column in columns[:3]), []).append(row)
+    found, modality = Partners(), columns[3]
+    for members in sessions.values():
+        for row in members:
+            others = [other for other in members if modality[other] != modality[row]]
+            if others:
+                found[row] = (np.array(others), np.array([_hash(scan_ids[other])
+                                                          for other in others], dtype=np.uint64))
+    if not found:
+        raise ConfigError(f"data.cross_modal > 0: of {len(rows)} scans in {len(sessions)} sessions "
+                          "none has a scan of another modality in its session; set it to 0, or "
+                          "let data.modalities and data.weights keep more modalities")
+    return found
+
+
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -147,9 +191,13 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def _fingerprint(scan_ids: np.ndarray, groups: list[np.ndarray], slots: list[int],
-                 seed: int) -> str:
+def _fingerprint(scan_ids: np.ndarray, groups: list[np.ndarray], slots: list[int], seed: int,
+                 cross_modal: float, partners: Partners) -> str:
     digest = hashlib.sha256(f"{seed} {slots}".encode())
     for group in groups:
         digest.update("\n".join(sorted(scan_ids[group].tolist())).encode() + b"\0")
+    if partners:
+        pairs = sorted(f"{scan_ids[row]} {' '.join(scan_ids[others])}"
+                       for row, (others, _) in partners.items())
+        digest.update("\n".join([repr(cross_modal), *pairs]).encode())
     return digest.hexdigest()[:16]

@@ -3,6 +3,9 @@
     context tokens -> encoder -> predictor -> code h -> Decoder(h)
     all tokens -> target encoder -> layer norm -> z, which Decoder(h) is to match
 
+z may be of another scan of the session: the encoder is told no modality, the predictor is told the
+target's.
+
 The target encoder is a copy of the encoder that gets no gradient; the trainer moves it by an
 exponential moving average.  Its output is layer-normed without affine, so the encoder cannot lower
 the loss by shrinking its latents.
@@ -51,11 +54,13 @@ class SparseJEPA(Averaged):
         loss : sum over samples of weight * loss, float32.
         metrics : detached scalars, each summed with the samples' weights: divide by ``weight``
             after adding up micro-batches and ranks.  ``loss/T1w`` and ``weight/T1w`` (one pair per
-            modality) are the parts that scans of that modality contribute.
+            modality of the targets, and ``cross`` for targets from another scan) are the parts
+            that such samples contribute.
         """
         coded, z_VTD = self._predict(views)
-        weight_BMT = token_weights(take(views.foreground_BN, views.target_BMT),
-                                   take(views.valid_BN, views.target_BMT), self.background_weight)
+        weight_BMT = token_weights(take(views.target_foreground_BN, views.target_BMT),
+                                   take(views.target_valid_BN, views.target_BMT),
+                                   self.background_weight)
 
         def per_sample(value_VT: Tensor) -> Tensor:
             return (weight_BMT * value_VT.view_as(weight_BMT)).sum(-1).mean(1)
@@ -71,15 +76,16 @@ class SparseJEPA(Averaged):
 
     def _predict(self, views: Views) -> tuple[Coded, Tensor]:
         """Predictions for all masks, and the target latents [V, T, D]."""
-        z_BND = self.latents(views)
+        z_BND = self.latents(views.of_targets())
         context_BMC, masks = views.context_BMC, views.context_BMC.shape[1]
         order_BMN = torch.cat([context_BMC, views.target_BMT], -1)
         coords_VN3 = take(views.coords_BN3, order_BMN).flatten(0, 1)
-        valid_VN = take(views.valid_BN, order_BMN).flatten(0, 1)
+        valid_VN = torch.cat([take(views.valid_BN, context_BMC),
+                              take(views.target_valid_BN, views.target_BMT)], -1).flatten(0, 1)
         C = context_BMC.shape[-1]
         y_VCD = self.encoder(take(views.tokens_BNP, context_BMC).flatten(0, 1),
                              coords_VN3[:, :C], valid_VN[:, :C])
-        modality_V = views.modality_B[:, None].expand(-1, masks).flatten()
+        modality_V = views.target_modality_B[:, None].expand(-1, masks).flatten()
         predicted = self.predictor(y_VCD, coords_VN3, valid_VN, modality_V)
         z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
         return self.code(predicted, z_VTD), z_VTD

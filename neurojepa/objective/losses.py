@@ -34,12 +34,17 @@ def take(x_BNd: Tensor, index_BMk: Tensor) -> Tensor:
 
 
 def sample_sums(views: Views, loss_B: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over samples: weight, each part [B] by weight, loss and weight of each modality."""
+    """Sums over samples: weight, each part [B] by weight; loss and weight of each modality.
+
+    The modality is that of the targets.  ``cross`` are the samples whose targets come from a scan
+    of another modality.
+    """
     weight_B = views.weight_B
     metrics = {"weight": weight_B.sum()}
     metrics |= {name: (weight_B * part_B.detach()).sum() for name, part_B in parts.items()}
-    for index, name in enumerate(MODALITIES):
-        of_B = (views.modality_B == index).float()
+    parts_B = {name: views.target_modality_B == index for index, name in enumerate(MODALITIES)}
+    parts_B["cross"] = views.target_modality_B != views.modality_B
+    for name, of_B in parts_B.items():
         metrics[f"loss/{name}"] = (of_B * loss_B).sum()
         metrics[f"weight/{name}"] = (of_B * weight_B).sum()
     return metrics

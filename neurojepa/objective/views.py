@@ -3,6 +3,10 @@
     stored codes [B, X, Y, Z] -> patches -> foreground share (before augmentation) -> token budget,
     foreground first -> augmented, standardised tokens -> context and target masks
 
+With cross-modal pairs the targets come from another scan of the session, which lies on the same
+grid: the same patches are cut from it, augmented by draws of its own (no two sequences share a
+scanner's bias or noise, so what the context cannot know of it is averaged out of the prediction).
+
 All of it is batched tensor code on the batch's device with no read back to the host, and each
 sample's part depends only on its voxels, its position and the seed.
 
@@ -12,8 +16,8 @@ and T target tokens.  Voxel axes are x y z in RAS.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +31,8 @@ from neurojepa.objective.masks import draw_masks, draw_uniform_masks
 INTENSITY_MEAN, INTENSITY_STD = 0.5, 0.25
 BIAS_TERMS = 3  # per axis: a smooth field of degree two in each coordinate
 
+_PARTNER = 1 << 40  # added to the position: the key of a partner's augmentation
+
 _TIES, _GAMMA, _NOISE_LEVEL, _NOISE, _BIAS_LEVEL, _BIAS = range(6)  # random streams
 
 
@@ -37,6 +43,17 @@ class VoxelBatch(Protocol):
     modality: Tensor  # int64 [B]
     position: Tensor  # int64 [B]
     weight: Tensor  # float32 [B]
+    target_voxels: Tensor | None  # uint8 [B, X, Y, Z]; None: the targets come from voxels
+    target_modality: Tensor | None  # int64 [B]
+
+
+class _Scans(NamedTuple):
+    """The kept patches of a scan each."""
+
+    tokens_BNP: Tensor
+    foreground_BN: Tensor
+    valid_BN: Tensor
+    shows_brain_B: Tensor
 
 
 @dataclass
@@ -51,6 +68,16 @@ class Views:
     target_BMT: Tensor  # int64, indices into N
     modality_B: Tensor  # int64, index into format.MODALITIES
     weight_B: Tensor  # float32, 0 for fill-up samples and for scans that show no brain at all
+    # The scan that the targets come from; these are the fields above where it is the same one.
+    target_tokens_BNP: Tensor
+    target_foreground_BN: Tensor
+    target_valid_BN: Tensor  # scanned in both
+    target_modality_B: Tensor  # another than modality_B where it is another scan
+
+    def of_targets(self) -> Views:
+        """The scans that the targets come from as if they were the samples."""
+        return replace(self, tokens_BNP=self.target_tokens_BNP, valid_BN=self.target_valid_BN,
+                       foreground_BN=self.target_foreground_BN, modality_B=self.target_modality_B)
 
 
 def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> Views:
@@ -58,26 +85,39 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> 
 
     ``build_model`` has checked that the patch divides the grid and that the budget fits.
     """
-    patch = config.model.patch_voxels
-    brain_Bn, scanned_Bn = count_brain(batch.voxels, patch)
-    keep_BN = _choose_tokens(brain_Bn, scanned_Bn, config.model.token_budget, seed, batch.position)
-
-    rows_B1 = torch.arange(len(keep_BN), device=keep_BN.device)[:, None]
-    coords_BN3 = patch_centres_mm(grid, patch, keep_BN.device)[keep_BN]
-    foreground_BN = brain_Bn[rows_B1, keep_BN].float() / patch**3
-    valid_BN = scanned_Bn[rows_B1, keep_BN]
-    tokens_BNP = _tokens(patchify(batch.voxels, patch)[rows_B1, keep_BN], keep_BN, grid, patch,
-                         config.objective.augment, seed, batch.position)
+    patch, position_B = config.model.patch_voxels, batch.position
+    counted = count_brain(batch.voxels, patch)
+    keep_BN = _choose_tokens(*counted, config.model.token_budget, seed, position_B)
+    own = target = _cut(batch.voxels, counted, keep_BN, position_B, config, grid, seed)
+    target_modality_B = batch.modality
+    if batch.target_voxels is not None and batch.target_modality is not None:
+        target_modality_B = batch.target_modality
+        key_B = position_B + (target_modality_B != batch.modality) * _PARTNER
+        target = _cut(batch.target_voxels, count_brain(batch.target_voxels, patch), keep_BN, key_B,
+                      config, grid, seed)
+        target = target._replace(valid_BN=target.valid_BN & own.valid_BN)
     masks = config.objective.masks
     if config.objective.method == "jepa":
-        context_BMC, target_BMT = draw_masks(keep_BN, patch_counts(grid, patch), foreground_BN,
-                                             valid_BN, masks, seed, batch.position)
+        context_BMC, target_BMT = draw_masks(keep_BN, patch_counts(grid, patch), own.foreground_BN,
+                                             own.valid_BN, masks, seed, position_B)
     else:
         context_BMC, target_BMT = draw_uniform_masks(keep_BN.shape[1], masks.target_share, seed,
-                                                     batch.position)
-    shows_brain_B = (brain_Bn.sum(-1) > 0).float()
-    return Views(tokens_BNP, coords_BN3, foreground_BN, valid_BN, context_BMC, target_BMT,
-                 batch.modality, batch.weight * shows_brain_B)
+                                                     position_B)
+    return Views(own.tokens_BNP, patch_centres_mm(grid, patch, keep_BN.device)[keep_BN],
+                 own.foreground_BN, own.valid_BN, context_BMC, target_BMT, batch.modality,
+                 batch.weight * own.shows_brain_B * target.shows_brain_B, target.tokens_BNP,
+                 target.foreground_BN, target.valid_BN, target_modality_B)
+
+
+def _cut(voxels: Tensor, counted: tuple[Tensor, Tensor], keep_BN: Tensor, key_B: Tensor,
+         config: RootConfig, grid: Grid, seed: int) -> _Scans:
+    """The kept patches of scans, augmented by the draws of ``key_B``."""
+    patch, (brain_Bn, scanned_Bn) = config.model.patch_voxels, counted
+    rows_B1 = torch.arange(len(keep_BN), device=keep_BN.device)[:, None]
+    tokens_BNP = _tokens(patchify(voxels, patch)[rows_B1, keep_BN], keep_BN, grid, patch,
+                         config.objective.augment, seed, key_B)
+    return _Scans(tokens_BNP, brain_Bn[rows_B1, keep_BN].float() / patch**3,
+                  scanned_Bn[rows_B1, keep_BN], (brain_Bn.sum(-1) > 0).float())
 
 
 def count_brain(voxels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
