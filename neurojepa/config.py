@@ -60,6 +60,9 @@ class ModelConfig(Config):
                                      "null keeps every token of the grid")
     moe: bool = True
     head_gate: bool = Field(False, description="sigmoid gate per attention head")
+    layer_scale: float = Field(0, ge=0, description="where the learned scale of each branch "
+                               "begins; 0 for none")
+    registers: int = Field(0, ge=0, description="learned tokens beside the patches")
     activation_checkpointing: int = Field(0, ge=0, description="0 none, k = every k-th block")
 
 

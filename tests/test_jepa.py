@@ -52,7 +52,8 @@ def test_loss_decreases_and_targets_stay(objective: dict, views: Views):
 
 
 @pytest.mark.parametrize("changes", [{}, {"head_gate": True, "activation_checkpointing": 2},
-                                     {"moe": False}], ids=["moe", "gate+recompute", "dense-mlp"])
+                                     {"moe": False}, {"registers": 4, "layer_scale": 0.1}],
+                         ids=["moe", "gate+recompute", "dense-mlp", "registers+layer-scale"])
 def test_every_trained_parameter_gets_a_gradient(changes: dict, views: Views):
     model = build_model(make_config(96, model={
         "size": "tiny", "patch_voxels": 3, "token_budget": 96, **changes}), GRID)

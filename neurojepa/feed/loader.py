@@ -61,9 +61,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; the copy does not block when memory is pinned."""
-        return replace(self, **{name: value.to(device, non_blocking=True)
-                                for name, value in vars(self).items()
-                                if isinstance(value, torch.Tensor)})
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True)
+                                 for name, value in vars(self).items()
+                                 if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
 
 
 class SampleReader:

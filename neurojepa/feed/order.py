@@ -98,8 +98,8 @@ class Order:
         """
         if row not in self._partners:
             return []
-        salt = np.uint64(_hash(f"{self.seed}/partner/{position}"))
-        if float(_mix(salt[None])[0]) >= self._cross_modal * 2.0**64:
+        salt = np.array([_hash(f"{self.seed}/partner/{position}")], np.uint64)
+        if float(_mix(salt)[0]) >= self._cross_modal * 2.0**64:
             return []
         rows, keys = self._partners[row]
         return rows[np.argsort(_mix(keys ^ salt), kind="stable")].tolist()
