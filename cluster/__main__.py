@@ -59,9 +59,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
-    from cluster.attempt import DeepSpeedLaunch
+    from cluster.attempt import DeepSpeedLaunch, launcher_tools
     from cluster.rundir import run_of_arguments
-    from cluster.supervise import Supervisor, launcher_tools
+    from cluster.supervise import Supervisor
 
     if options.hostfile and options.ranks:
         raise ConfigError("--ranks is for this machine; with --hostfile its slots count")

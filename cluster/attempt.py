@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import socket
 import statistics
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from cluster.processes import TOKEN
 from cluster.rundir import Heartbeat
-from neurojepa.errors import ConfigError
+from neurojepa.errors import ClusterError, ConfigError
 
 # Variables the ranks on other hosts need; DeepSpeed itself sends only PYTHON*.  Credentials stay
 # out: they would show on the ssh command line; hosts have their own (~/.aws or an instance role).
@@ -107,6 +108,15 @@ class DeepSpeedLaunch:
 def ssh_options() -> str:
     """The user's own ssh options for pdsh, then ours (ssh takes the first of two)."""
     return f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
+
+
+def launcher_tools(hostfile: bool) -> None:
+    """Fail early where a tool of the launcher is missing."""
+    for tool in ("pdsh", "ssh") if hostfile else ():
+        if shutil.which(tool) is None:
+            raise ClusterError(f"{tool} is not installed on this machine; it starts the ranks on "
+                               "the hosts of --hostfile (Debian: apt-get install pdsh "
+                               "openssh-client)")
 
 
 @dataclass

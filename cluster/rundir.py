@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from neurojepa.errors import ClusterError, ConfigError
+from neurojepa.errors import ClusterError, ConfigError, store_errors
 
 TRAIN_EVENTS = ("start", "resume", "checkpoint", "skip", "stop", "finish")
 
@@ -45,9 +45,12 @@ class RunDir:
     def _store(self) -> tuple[Any, str]:
         import fsspec
 
-        uncached = {"use_listings_cache": False} if self.uri.startswith("s3:") else {}
+        options: dict[str, Any] = {}
+        if self.uri.startswith("s3:"):  # uncached; a store that is silent is noticed soon
+            options = {"use_listings_cache": False, "config_kwargs": {
+                "connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}}
         try:
-            fs, path = fsspec.core.url_to_fs(self.uri, **uncached)
+            fs, path = fsspec.core.url_to_fs(self.uri, **options)
         except (ValueError, ImportError) as error:
             raise ClusterError(f"{self.uri}: cannot open this kind of store ({error})") from error
         return fs, path.rstrip("/")
@@ -68,7 +71,7 @@ class RunDir:
             return fs.cat_file(f"{path}/{name}", start=start)
         except FileNotFoundError:
             return None
-        except OSError as error:
+        except store_errors() as error:
             raise ClusterError(f"{self.uri}/{name}: cannot be read ({error}); check the store "
                                "and its credentials") from error
 
@@ -78,7 +81,7 @@ class RunDir:
         try:
             fs.makedirs(os.path.dirname(f"{path}/{name}"), exist_ok=True)
             fs.pipe_file(f"{path}/{name}", data)
-        except OSError as error:
+        except store_errors() as error:
             raise ClusterError(f"{self.uri}/{name}: cannot be written ({error}); check space, "
                                "rights and credentials") from error
 
@@ -89,6 +92,9 @@ class RunDir:
             found = fs.ls(f"{path}/{folder}", detail=False)
         except FileNotFoundError:
             return []
+        except store_errors() as error:
+            raise ClusterError(f"{self.uri}/{folder}: cannot be listed ({error}); check the store "
+                               "and its credentials") from error
         return sorted(os.path.basename(item.rstrip("/")) for item in found)
 
     def rows(self, name: str, tail_bytes: int | None = None) -> list[dict[str, Any]]:

@@ -8,37 +8,40 @@
 The training continues by itself when the same command runs again on the same run directory, so a
 restart is just another attempt.  An attempt fails when it exits without having finished, or when
 its slowest rank stands still.  Failures in a row without a new committed checkpoint end the
-supervision, naming the step.  Ranks are ended by pid (see processes.py); SIGTERM or Ctrl-C here
-asks them to commit a checkpoint and stop.
+supervision, naming the step; so does a run that diverged or collapsed, which would do it again.
+While the run directory's store fails, nobody is called silent and nothing is started.  Ranks are
+ended by pid (see processes.py); SIGTERM or Ctrl-C here asks them to commit a checkpoint and stop.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
 from cluster.attempt import Progress, ssh_options
 from cluster.processes import members, ranks, same_process, send, send_remote
 from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
-from neurojepa.errors import ClusterError
+from neurojepa.errors import ClusterError, is_outage
 
 REQUEUE = 75  # exit status of a training that stopped on request, to be queued again
 REFUSED = 2  # exit status of a command that cannot work as it was given
 CLEANUP_S = 20.0  # DeepSpeed's launchers exit 1 to 3 s after their ranks
 POLL_S = 0.2
 LOG_LINES = 20
+FATAL = ("diverged", "collapse")  # last events of trainings that cannot go on
+STORE_POLL_S = 2.0
+T = TypeVar("T")
 
 
 class Launch(Protocol):
@@ -58,6 +61,7 @@ class Outcome:
     heartbeats: list[Heartbeat]
     log_lines: list[str]
     hung: bool
+    fatal: str | None  # the event with which the training said that it cannot go on
 
 
 @dataclass
@@ -75,6 +79,8 @@ class Supervisor:
         Seconds the ranks get to commit and stop when the supervisor is asked to stop.
     last_step
         ``train.steps``, where known.
+    store_s
+        Seconds for which the run directory's store is asked again when it fails.
     """
 
     launch: Launch
@@ -84,6 +90,7 @@ class Supervisor:
     start_s: float = 600.0
     grace_s: float = 120.0
     last_step: int | None = None
+    store_s: float = 600.0
     _stop_signals: int = field(default=0, init=False)
 
     def run(self) -> int:
@@ -98,15 +105,15 @@ class Supervisor:
         failures = restarts = 0
         with self._stop_on_signal(), tempfile.TemporaryDirectory(prefix="supervise-") as scratch:
             while True:
-                committed = self.run_dir.committed_step()
+                committed = self._ask(self.run_dir.committed_step)
                 outcome = self._attempt(self._next_attempt(), Path(scratch))
                 if (status := self._ended(outcome)) is not None:
                     return status
-                now_committed = self.run_dir.committed_step()
+                now_committed = self._ask(self.run_dir.committed_step)
                 failures = failures + 1 if now_committed == committed else 1
                 # the very first start refused its input: trying again cannot help
                 refused = outcome.status == REFUSED and outcome.step is None and restarts == 0
-                if failures > self.max_restarts or refused:
+                if failures > self.max_restarts or refused or outcome.fatal:
                     self._give_up(outcome, failures, now_committed)
                 restarts += 1
                 self._event("restart", now_committed, restarts=restarts, failures=failures)
@@ -119,8 +126,8 @@ class Supervisor:
         """Start the launcher, watch it to its end, and leave no process of it behind."""
         token = uuid.uuid4().hex
         log = self._log_path(number, scratch)
-        progress = Progress(self.run_dir.heartbeats(), self.last_step)
-        self._event("started", self.run_dir.committed_step(), attempt=number)
+        progress = Progress(self._ask(self.run_dir.heartbeats), self.last_step)
+        self._event("started", self._ask(self.run_dir.committed_step), attempt=number)
         with log.open("wb") as file:
             process = subprocess.Popen(
                 self.launch.command(), env=self.launch.environment(token, scratch),
@@ -131,10 +138,10 @@ class Supervisor:
         finally:
             self._end(process, token)
         if self.run_dir.local_path is None:
-            self.run_dir.write(f"logs/{log.name}", log.read_bytes())
-        progress.update(self.run_dir.heartbeats())
+            self._ask(lambda: self.run_dir.write(f"logs/{log.name}", log.read_bytes()))
+        progress.update(self._ask(self.run_dir.heartbeats))
         outcome = Outcome(_status(process.returncode), progress.step, progress.beats,
-                          _last_lines(log), hung)
+                          _last_lines(log), hung, self._fatal_event())
         self._event("exit", outcome.step, attempt=number, status=outcome.status, hung=hung,
                     ranks=[vars(beat) for beat in outcome.heartbeats], log=outcome.log_lines)
         return outcome
@@ -152,14 +159,31 @@ class Supervisor:
                 return False
             if now - looked_at > look_every_s:
                 looked_at = now
-                if progress.update(self.run_dir.heartbeats()):
-                    print(f"step {progress.step}", flush=True)
+                self._look(progress)
                 limit_s = progress.limit_s(self.hang_s, self.start_s)
                 if not asked_at and progress.silent_s > limit_s:
                     self._report_hang(token, progress, limit_s)
                     return True
             time.sleep(POLL_S)
         return False
+
+    def _look(self, progress: Progress) -> None:
+        """Read the heartbeats; where that fails, silence says nothing about the ranks."""
+        try:
+            if progress.update(self.run_dir.heartbeats()):
+                print(f"step {progress.step}", flush=True)
+        except ClusterError as error:
+            if not is_outage(error):
+                raise
+            progress.changed_at = time.monotonic()
+            print(f"the run directory does not answer: {error}", flush=True)
+
+    def _fatal_event(self) -> str | None:
+        """The training's last event of this attempt, if it says that it cannot go on."""
+        for row in reversed(self._ask(self.run_dir.events)):
+            if row["event"] == "started" or row.get("by") != "supervisor":
+                return row["event"] if row["event"] in FATAL else None
+        return None
 
     def _report_hang(self, token: str, progress: Progress, limit_s: float) -> None:
         """Say which ranks stand still; their states are read before they are ended."""
@@ -202,7 +226,8 @@ class Supervisor:
 
     def _ended(self, outcome: Outcome) -> int | None:
         """The status to exit with if the supervision is over without a failure."""
-        trained = [row["event"] for row in self.run_dir.events() if row["event"] in TRAIN_EVENTS]
+        trained = [row["event"] for row in self._ask(self.run_dir.events)
+                   if row["event"] in TRAIN_EVENTS]
         if outcome.status == 0 and trained and trained[-1] == "finish":
             self._event("finished", outcome.step)
             return 0
@@ -217,21 +242,26 @@ class Supervisor:
         last = "no checkpoint yet" if committed is None else f"last checkpoint: step {committed}"
         how = "hung" if outcome.hung else f"status {outcome.status}"
         self._event("give_up", outcome.step, failures=failures, status=outcome.status,
-                    committed=committed)
+                    committed=committed, after=outcome.fatal)
         cause = next((line for line in reversed(outcome.log_lines) if "rror" in line), "")
+        if outcome.fatal:
+            raise ClusterError(f"{self.run_dir.uri}: gave up: the training ended with the event "
+                               f"{outcome.fatal} at {step}, to which a restart would lead again "
+                               f"({last}). {cause}".rstrip())
         raise ClusterError(f"{self.run_dir.uri}: gave up after {failures} failure(s) in a row "
                            f"at {step} ({how}; {last}); see logs/ there. {cause}".rstrip())
 
     def _refuse_running(self) -> None:
         """Two trainings in one run directory would overwrite each other's checkpoints."""
         host = os.uname().nodename
-        for beat in self.run_dir.heartbeats():
+        for beat in self._ask(self.run_dir.heartbeats):
             if beat.host == host and same_process(beat.pid, beat.time):
                 raise ClusterError(f"{self.run_dir.uri}: rank {beat.rank} is being trained by "
                                    f"process {beat.pid} already; stop that first")
 
     def _next_attempt(self) -> int:
-        numbers = [name[len("attempt-"):-len(".log")] for name in self.run_dir.names("logs")
+        numbers = [name[len("attempt-"):-len(".log")]
+                   for name in self._ask(lambda: self.run_dir.names("logs"))
                    if name.startswith("attempt-") and name.endswith(".log")]
         return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
 
@@ -242,9 +272,22 @@ class Supervisor:
         return path
 
     def _event(self, event: str, step: int | None, **fields: Any) -> None:
-        self.run_dir.append_event(event, step, **fields)
+        self._ask(lambda: self.run_dir.append_event(event, step, **fields))
         shown = {key: value for key, value in fields.items() if key not in ("ranks", "log")}
         print(f"{event} at step {step} {shown}", flush=True)
+
+    def _ask(self, work: Callable[[], T]) -> T:
+        """The result of ``work`` on the run directory, however long its store fails meanwhile."""
+        began = time.monotonic()
+        while True:
+            try:
+                return work()
+            except ClusterError as error:
+                left = began + self.store_s - time.monotonic()
+                if not is_outage(error) or left <= 0 or self._stop_signals:
+                    raise
+                print(f"trying again for {left:.0f} s: {error}", flush=True)
+                self._wait(min(STORE_POLL_S, left))
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -263,15 +306,6 @@ class Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def launcher_tools(hostfile: bool) -> None:
-    """Fail early where a tool of the launcher is missing."""
-    for tool in ("pdsh", "ssh") if hostfile else ():
-        if shutil.which(tool) is None:
-            raise ClusterError(f"{tool} is not installed on this machine; it starts the ranks on "
-                               "the hosts of --hostfile (Debian: apt-get install pdsh "
-                               "openssh-client)")
 
 
 def _status(returncode: int) -> int:

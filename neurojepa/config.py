@@ -43,8 +43,8 @@ class DataConfig(Config):
                                "other modalities, that predict one of these from their own scan")
     prefetch_batches: int = Field(2, ge=1, description="micro-batches read ahead")
     read_threads: int = Field(8, ge=1, description="range reads in flight per rank")
-    retry_s: float = Field(60, ge=0, description="how long reads are tried again while the store "
-                           "fails, before training stops")
+    retry_s: float = Field(60, ge=0, description="how long a store that fails is asked again, "
+                           "for reading and for writing, before training stops")
     replace_damaged: bool = Field(False, description="a damaged sample is replaced by the next of "
                                   "its group instead of stopping the run")
     max_damaged_share: float = Field(0.001, ge=0, le=1, description="of the samples read; three "
@@ -142,6 +142,9 @@ class TrainConfig(Config):
     micro_batch: int = Field(4, ge=1, description="scans per rank and micro-step")
     seed: int = 0
     zero: Literal[1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="to host memory: masters, moments and target average; all, under zero "
+        "3: the weights too")
     dtype: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: int = Field(50, ge=1)
     keep_last: int = Field(2, ge=1, description="committed checkpoints to keep")
@@ -152,12 +155,26 @@ class TrainConfig(Config):
                              "on embeddings of people in train and val; 0 for none")
     health: HealthConfig = HealthConfig()
 
+    @model_validator(mode="after")
+    def _offload_fits(self) -> TrainConfig:
+        if self.offload == "all" and self.zero != 3:
+            raise ValueError(f"train.offload all needs train.zero 3 (now {self.zero}), which "
+                             "shards the weights; set train.zero=3 or train.offload=optimizer")
+        # below 3 DeepSpeed adds up what is offloaded in the weights' own type
+        if self.offload != "none" and self.dtype == "bf16" and self.zero != 3:
+            raise ValueError(f"train.offload {self.offload} under bf16 needs train.zero 3 (now "
+                             f"{self.zero}): elsewhere gradients would be summed in bf16; set "
+                             "train.zero=3 or train.dtype=fp32")
+        return self
+
 
 class RunConfig(Config):
     dir: str = Field(description="run directory: config, metrics, events, checkpoints")
     launcher: Literal["env", "local", "ray"] = Field(
         "env", description="env: as started (alone, or under deepspeed); local, ray: start ranks")
     ranks: int = Field(1, ge=1, description="ranks to start when launcher is local or ray")
+    accept_changes: bool = Field(False, description="go on under another recipe than that of the "
+                                 "checkpoint, as long as its parameters fit the model")
     deterministic: bool = False
     trackers: list[Literal["mlflow", "wandb"]] = Field(
         [], description="that get the metrics too, besides TensorBoard")

@@ -15,11 +15,13 @@ from neurojepa import weights
 from neurojepa.config import RootConfig
 from neurojepa.errors import CheckpointError, ConfigError
 from neurojepa.feed.format import sha256
+from neurojepa.feed.patience import Patience
+from neurojepa.model.jepa import build_model
 from neurojepa.train import checkpoint, saver
 from neurojepa.train.engine import Fragment
-from neurojepa.train.resume import check_same_run
+from neurojepa.train.resume import check_fits, check_same_run
 from neurojepa.train.rows import append_rows, read_rows
-from tests.feeds import tiny_config, write_feed
+from tests.feeds import GRID, tiny_config, write_feed
 from tests.worker import job, run_ranks
 
 
@@ -112,7 +114,7 @@ def test_too_little_space_is_said_before_writing(
 
 def test_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> None:
     tensors = {"a|0": torch.arange(7.0), "b|3": torch.zeros(0), "c": torch.ones(2, 3).bfloat16()}
-    found = saver._write_files(str(tmp_path), {"x.safetensors": tensors})
+    found = saver._write_files(str(tmp_path), {"x.safetensors": tensors}, Patience(0))
     data = (tmp_path / "x.safetensors").read_bytes()
     assert found["x.safetensors"] == {"size": len(data), "sha256": sha256(data)}
     read = safetensors.torch.load(data)
@@ -164,7 +166,7 @@ def test_another_run_is_refused_with_both_values(finished: tuple[RootConfig, Pat
             ("model", {"size": "small"}, r"model.size: checkpoint 'tiny', now 'small'"),
             ("train", {"seed": 5, "global_batch": 8},
              r"train.global_batch: checkpoint 4, now 8; train.seed: checkpoint 0, now 5"),
-            ("train", {"steps": 5}, r"train.steps: checkpoint 6, now 5"),
+            ("train", {"steps": 5}, r"train.steps = 5: .* at step 6 already"),
             ("data", {"weights": {"blobs/T1w": 1.0}}, r"data.weights: checkpoint {}, now")):
         with pytest.raises(ConfigError, match=message):
             check_same_run(found, changed(section, **values), feed, order)
@@ -172,6 +174,41 @@ def test_another_run_is_refused_with_both_values(finished: tuple[RootConfig, Pat
         check_same_run(found, config, "other", order)
     with pytest.raises(ConfigError, match=f"order fingerprint: checkpoint {order}, now other"):
         check_same_run(found, config, feed, "other")
+
+
+def test_changes_are_listed_where_they_are_accepted(finished: tuple[RootConfig, Path]) -> None:
+    config, run = finished
+    found = checkpoint.open_checkpoint(str(run), 6)
+    tree = config.model_dump(mode="json")
+
+    def accepting(**sections: dict[str, object]) -> RootConfig:
+        sections["run"] = {"accept_changes": True}
+        return RootConfig.model_validate(
+            tree | {name: {**tree[name], **values} for name, values in sections.items()})
+
+    changed = accepting(optim={"lr": 0.01}, train={"global_batch": 8})
+    assert check_same_run(found, changed, "other", found.manifest["order"]) == [
+        "optim.lr: checkpoint 0.0005, now 0.01", "train.global_batch: checkpoint 4, now 8",
+        f"feed fingerprint: checkpoint {found.manifest['feed']}, now other"]
+    assert check_same_run(found, accepting(), *fingerprints(found)) == []
+    with pytest.raises(ConfigError, match=r"optim.lr.*run\.accept_changes=true"):
+        check_same_run(found, accepting(optim={"lr": 0.01}).model_copy(
+            update={"run": config.run}), *fingerprints(found))
+    with pytest.raises(ConfigError, match=r"train\.steps = 5: .* is at step 6 already"):
+        check_same_run(found, accepting(train={"steps": 5}), *fingerprints(found))
+
+    check_fits(found, build_model(changed, GRID))
+    for section, values, message in (
+            ("model", {"patch_voxels": 4}, r"encoder\.patch\.weight \[\d+, 216\] -> \[\d+, 64\]"),
+            ("model", {"size": "small"}, r"and \d+ more"),
+            ("objective", {"method": "mae"}, r"code\.\w+ \[.*\] -> absent")):
+        model = build_model(accepting(**{section: values}), GRID)
+        with pytest.raises(ConfigError, match=f"another model.*{message}"):
+            check_fits(found, model)
+
+
+def fingerprints(found: checkpoint.Checkpoint) -> tuple[str, str]:
+    return found.manifest["feed"], found.manifest["order"]
 
 
 def test_rows_survive_a_cut_last_line(tmp_path: Path) -> None:

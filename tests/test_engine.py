@@ -25,6 +25,9 @@ from tests.worker import job, run_ranks
 
 VARIANTS = {f"{dtype}-zero{zero}": {"dtype": dtype, "zero": zero}
             for dtype, zero in (("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3))}
+OFFLOADED = {f"{dtype}-zero{zero}-{what}": {"dtype": dtype, "zero": zero, "offload": what}
+             for dtype, zero, what in (("fp32", 2, "optimizer"), ("fp32", 3, "optimizer"),
+                                       ("fp32", 3, "all"), ("bf16", 3, "all"))}
 MIDDLE, END = 4, 8
 
 
@@ -71,9 +74,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def named(name: str, **train: Any) -> dict[str, Any]:
         return job(tiny_config(feed, folder / name, **train), folder)
 
-    two = [named(name, **train) for name, train in VARIANTS.items()]
+    two = [named(name, **train) for name, train in {**VARIANTS, **OFFLOADED}.items()]
     two += [named("filled", dtype="fp32", micro_batch=3)]  # 2 of 6 places repeat, with weight 0
     two += [{**named(f"poisoned{zero}", zero=zero), "poison": [2, 1]} for zero in (1, 3)]
+    two += [{**named("poisoned-offloaded", zero=3, offload="all"), "poison": [2, 1]}]
     two += [{**named(f"starved{zero}", zero=zero, dtype="fp32"), "starve": True}
             for zero in (1, 3)]
     expect_success(run_ranks(two, folder, ranks=2))
@@ -154,9 +158,18 @@ def test_bf16_follows_fp32_and_keeps_fp32_state(runs: Path) -> None:
         assert {t.dtype for t in tensors.values()} == {torch.float32}
 
 
+def test_offloading_changes_nothing_but_the_last_bits(runs: Path) -> None:
+    for run, train in OFFLOADED.items():
+        plain = f"{train['dtype']}-zero{train['zero']}"
+        tolerance = 2e-3 if train["dtype"] == "bf16" else 1e-6  # the norm is summed otherwise
+        assert losses(runs, run) == pytest.approx(losses(runs, plain), abs=tolerance), run
+    assert (final(runs, "fp32-zero3-all").state_sha256()
+            == final(runs, "fp32-zero3-optimizer").state_sha256())
+
+
 def test_nan_on_one_rank_skips_the_step_on_all(runs: Path) -> None:
     clean = losses(runs, "fp32-zero1")
-    for run in ("poisoned1", "poisoned3"):
+    for run in ("poisoned1", "poisoned3", "poisoned-offloaded"):
         rows = read_rows(str(runs / run / "metrics.jsonl"))
         assert [row["skipped"] for row in rows] == [step == 2 for step in range(END)]
         assert rows[2]["loss"] is None  # not finite
@@ -182,17 +195,21 @@ def back_at_the_middle(runs: Path, run: str, copy: str) -> None:
 
 
 def test_continuation_is_bit_equal_and_other_worlds_follow(runs: Path) -> None:
-    same = {f"{run}-again": run for run in VARIANTS}
+    same = {f"{run}-again": run for run in {**VARIANTS, **OFFLOADED}}
     other_two = {"one-at-2": ("one", {"zero": 2}), "one-to-3": ("one", {"zero": 3}),
                  "1-to-3": ("fp32-zero1", {"zero": 3}), "3-to-2": ("fp32-zero3", {"zero": 2}),
-                 "bf16-3-to-1": ("bf16-zero3", {"zero": 1, "dtype": "bf16"})}
-    other_one = {"3-at-1": ("fp32-zero3", {"zero": 1}), "2-at-1": ("fp32-zero2", {"zero": 3}),
+                 "bf16-3-to-1": ("bf16-zero3", {"zero": 1, "dtype": "bf16"}),
+                 "to-host": ("fp32-zero1", {"zero": 2, "offload": "optimizer"}),
+                 "from-host": ("fp32-zero3-all", {"zero": 1})}
+    other_one = {"host-at-1": ("fp32-zero2-optimizer", {"zero": 3, "offload": "all"}),
+                 "3-at-1": ("fp32-zero3", {"zero": 1}), "2-at-1": ("fp32-zero2", {"zero": 3}),
                  "one-again": ("one", {"zero": 1})}
     for copy, run in same.items():
         back_at_the_middle(runs, run, copy)
     for copy, (run, _) in {**other_two, **other_one}.items():
         back_at_the_middle(runs, run, copy)
-    jobs = [job(config_of(runs, copy, **VARIANTS[run]), runs) for copy, run in same.items()]
+    jobs = [job(config_of(runs, copy, **{**VARIANTS, **OFFLOADED}[run]), runs)
+            for copy, run in same.items()]
     jobs += [job(config_of(runs, copy, **train), runs) for copy, (_, train) in other_two.items()]
     expect_success(run_ranks(jobs, runs, ranks=2))
     jobs = [job(config_of(runs, copy, **train), runs) for copy, (_, train) in other_one.items()]
@@ -214,7 +231,8 @@ def finish_of(runs: Path, run: str) -> dict[str, Any]:
 def test_loading_elsewhere_restores_every_bit(runs: Path) -> None:
     changes = {"a": ("fp32-zero1", {"zero": 3}), "b": ("fp32-zero3", {"zero": 2}),
                "c": ("bf16-zero3", {"zero": 1, "dtype": "bf16"}),
-               "d": ("bf16-zero1", {"zero": 3, "dtype": "bf16"}), "e": ("one", {"zero": 3})}
+               "d": ("bf16-zero1", {"zero": 3, "dtype": "bf16", "offload": "all"}),
+               "e": ("one", {"zero": 3})}
     jobs = []
     for name, (run, train) in changes.items():
         shutil.copytree(runs / run, runs / name)

@@ -175,9 +175,12 @@ def test_a_store_that_stays_away_ends_in_one_clear_error(
     loader.close()
 
 
-def test_closing_ends_reads_that_wait(local: Path, tmp_path: Path) -> None:
-    loader = Loader(open_feed(str(local)), config_of(str(local), retry_s=600), 0, 1, 0)
-    loader.reader.root = str(local / "feed.json")  # a file where a folder should be: OSError
+def test_closing_ends_reads_that_wait(local: Path, s3: Any, proxy: Proxy,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(upload(local, f"{s3.uri}/closing"), retry_s=600)
+    feed = open_feed(config.data.feed)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)  # it resets every connection
+    loader = Loader(feed, config, 0, 1, 0)
     read = loader._pool.submit(loader.reader.image, 0)
     while not loader.has_reports:
         time.sleep(0.01)

@@ -15,6 +15,7 @@ import torch
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
+from neurojepa.feed.patience import Patience
 from neurojepa.model.flops import step_flops
 from neurojepa.train import metrics, telemetry
 from neurojepa.train.metrics import Metrics
@@ -39,7 +40,7 @@ def fill(found: Metrics, steps: range) -> None:
 
 
 def test_rows_hold_means_rates_and_nothing_of_the_device(tmp_path: Path) -> None:
-    found = Metrics(tiny_config("feed", tmp_path), GRID, ALONE, 0)
+    found = Metrics(tiny_config("feed", tmp_path), GRID, ALONE, 0, Patience(0))
     fill(found, range(1, 4))
     found.flush(0.0)
     found.close()
@@ -69,13 +70,13 @@ def test_mfu_is_the_share_of_all_devices(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_resumed_run_drops_what_it_will_do_again(tmp_path: Path) -> None:
     config = tiny_config("feed", tmp_path)
-    first = Metrics(config, GRID, ALONE, 0)
+    first = Metrics(config, GRID, ALONE, 0, Patience(0))
     fill(first, range(1, 7))
     first.flush(0.0)
     first.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # cut by a kill
-    again = Metrics(config, GRID, ALONE, 4)
+    again = Metrics(config, GRID, ALONE, 4, Patience(0))
     assert [row["step"] for row in read_rows(str(tmp_path / "metrics.jsonl"))] == [1, 2, 3, 4]
     fill(again, range(5, 7))
     again.flush(0.0)
@@ -88,7 +89,7 @@ def test_a_resumed_run_drops_what_it_will_do_again(tmp_path: Path) -> None:
 
 def test_an_object_store_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.filesystem("memory").store.clear()
-    found = Metrics(tiny_config("feed", "memory://run"), GRID, ALONE, 0)
+    found = Metrics(tiny_config("feed", "memory://run"), GRID, ALONE, 0, Patience(0))
 
     def written() -> list[int]:
         return [row["step"] for row in read_rows("memory://run/metrics.jsonl")]
@@ -157,7 +158,7 @@ def test_trackers_get_all_rows_and_one_that_fails_is_told_once(
     monkeypatch.setitem(telemetry.OPEN, "wandb", lambda config: Recorder(refuse=True))
     monkeypatch.setattr(metrics, "check_trackers", lambda names: None)
     config = with_run(tiny_config("feed", tmp_path), trackers=["mlflow", "wandb"])
-    found = Metrics(config, GRID, ALONE, 0)
+    found = Metrics(config, GRID, ALONE, 0, Patience(0))
     assert found._trackers
     while not found._trackers._services[1]._problem:
         time.sleep(0.001)
@@ -178,7 +179,7 @@ def test_a_tracker_that_is_not_installed_is_refused(
     monkeypatch.setattr(telemetry.importlib.util, "find_spec", lambda name: None)
     config = with_run(tiny_config("feed", tmp_path), trackers=["wandb"])
     with pytest.raises(ConfigError, match="names wandb, which is not installed"):
-        Metrics(config, GRID, ALONE, 0)
+        Metrics(config, GRID, ALONE, 0, Patience(0))
 
 
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

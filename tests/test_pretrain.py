@@ -15,7 +15,7 @@ import pytest
 from neurojepa.config import RootConfig, dump_config
 from neurojepa.errors import ConfigError
 from neurojepa.pretrain import main
-from neurojepa.train.checkpoint import committed_steps, latest_step
+from neurojepa.train.checkpoint import committed_steps, latest_step, open_checkpoint
 from neurojepa.train.rows import read_rows
 from tests.feeds import tiny_config, write_feed
 from tests.worker import ROOT, job, run_module, run_ranks
@@ -89,6 +89,40 @@ def test_finished_refused_and_extended(feed: str, tmp_path: Path,
     assert extended.wait(timeout=100) == 0
     rows = read_rows(str(tmp_path / "run" / "metrics.jsonl"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_a_run_goes_on_under_a_changed_recipe_if_that_is_accepted(feed: str,
+                                                                  tmp_path: Path) -> None:
+    config = tiny_config(feed, tmp_path / "run", steps=4)
+    tree = config.model_dump()
+
+    def as_job(name: str, accept: bool = True, **sections: dict[str, Any]) -> dict[str, Any]:
+        run = {"dir": str(tmp_path / "run"), "accept_changes": accept}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(dump_config(RootConfig.model_validate(
+            tree | {key: {**tree[key], **values} for key, values in sections.items()}
+            | {"run": run})))
+        return {"config": str(path)}
+
+    other = {"data": {"feed": write_feed(str(tmp_path / "other"), 10, seed=1)},
+             "objective": {"sparse": {"l1": 0.1, "l1_warmup_steps": 0}}, "optim": {"lr": 1e-4},
+             "train": {"steps": 8, "global_batch": 6}}
+    (process,) = run_ranks([
+        as_job("first"),
+        as_job("refused", accept=False, **other) | {"expect": "set run.accept_changes=true"},
+        as_job("unfit", model={"size": "small"}) | {"expect": "holds another model"},
+        as_job("changed", **other), as_job("again", **other)], tmp_path)
+    assert process.returncode == 0, process.stdout
+    rows = read_rows(str(tmp_path / "run" / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    events = read_rows(str(tmp_path / "run" / "events.jsonl"))
+    (accepted,) = (row for row in events if row["event"] == "accepted")
+    assert accepted["step"] == 4 and {change.partition(":")[0] for change in accepted["changes"]} \
+        == {"objective.sparse.l1", "objective.sparse.l1_warmup_steps", "optim.lr",
+            "train.global_batch", "feed fingerprint", "order fingerprint"}
+    end = open_checkpoint(str(tmp_path / "run"), 8)
+    assert end.manifest["adam_step"] == 8  # the moments went on
+    assert end.buffers()["health.applied"] == 4  # losses are compared with those since the change
 
 
 def test_bad_input_is_one_line_and_status_2(feed: str, tmp_path: Path) -> None:

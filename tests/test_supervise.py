@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import s3fs
 import yaml
 
 from cluster import processes
@@ -23,6 +24,7 @@ from cluster.rundir import Heartbeat, RunDir, run_of_arguments
 from cluster.status import read_status, render
 from cluster.supervise import Supervisor
 from neurojepa.errors import ClusterError, ConfigError
+from tests.test_feed_faults import Proxy
 
 ROOT = Path(__file__).resolve().parent.parent
 # starts toy ranks and passes on the first bad status, as deepspeed's launcher does
@@ -113,6 +115,16 @@ def test_gives_up_and_names_the_step(toy) -> None:
     assert read_status(run_dir)["state"] == "failed"
 
 
+def test_a_run_that_diverged_is_not_started_again(toy) -> None:
+    supervisor, run_dir = toy("toy.diverge=5", "toy.step_s=0.02")
+    with pytest.raises(ClusterError, match=r"ended with the event diverged at step 4.*"
+                                           r"last checkpoint: step 4"):
+        supervisor.run()
+    assert names(run_dir) == ["started", "start", "diverged", "exit", "give_up"]
+    assert run_dir.events()[-1]["after"] == "diverged"
+    assert toy("toy.step_s=0.02")[0].run() == 0  # by hand, with another recipe, it may go on
+
+
 def test_failures_count_from_the_last_new_checkpoint(toy) -> None:
     supervisor, run_dir = toy("toy.crash=5", "toy.step_s=0.02", max_restarts=1)
     with pytest.raises(ClusterError, match="last checkpoint: step 4"):
@@ -149,6 +161,33 @@ def test_a_stopped_rank_is_found_ended_and_restarted(toy, rank: int) -> None:
     assert {item["rank"]: item["state"] for item in hang["ranks"]}[rank] == "stopped"
     assert names(run_dir).count("restart") == 1 and names(run_dir)[-1] == "finished"
     assert not same_process(frozen[0], time.time())
+
+
+def test_a_store_that_fails_is_no_silence_and_is_waited_for(
+        s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunDir(f"{s3.uri}/supervised").write("latest", b"step-7")
+    proxy = Proxy(None)  # resets every connection
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    s3fs.S3FileSystem.clear_instance_cache()
+    run_dir = RunDir(f"{s3.uri}/supervised")
+    supervisor = Supervisor(ToyLaunch([]), run_dir, store_s=60)
+    progress = Progress([], changed_at=time.monotonic() - 1000)
+    supervisor._look(progress)
+    assert progress.silent_s < 60
+    answers: list[int | None] = []
+    asking = in_background(lambda: answers.append(supervisor._ask(run_dir.committed_step)))
+    asking.join(1)
+    assert asking.is_alive()
+    proxy.target = s3.endpoint
+    asking.join(60)
+    assert answers == [7]
+    proxy.target = None
+    s3fs.S3FileSystem.clear_instance_cache()
+    lost = Supervisor(ToyLaunch([]), RunDir(f"{s3.uri}/supervised"), store_s=1)
+    with pytest.raises(ClusterError, match=r"supervised/latest: cannot be read"):
+        lost._ask(lost.run_dir.committed_step)
+    proxy.close()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_asked_to_stop_it_lets_the_ranks_stop_and_passes_their_status(toy) -> None:

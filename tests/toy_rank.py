@@ -1,7 +1,8 @@
 """A stand-in for a rank of the training: keeps the run directory's contract, learns nothing.
 
-Steps take ``--step-s`` seconds; ``crash=N`` exits with status 3 at step N of every attempt; every
-second step is "committed".  Started like the training: ``--config C [toy.crash=N ...]``.
+Steps take ``--step-s`` seconds; ``crash=N`` exits with status 3 at step N of every attempt,
+``diverge=N`` with 2 after that event; every second step is "committed".  Started like the training:
+``--config C [toy.crash=N ...]``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def main(argv: list[str]) -> int:
     config = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())
     options = dict(item.split("=", 1) for item in words if item.startswith("toy."))
     run, rank = Path(config["run"]["dir"]), int(os.environ["RANK"])
-    crash, step_s = int(options.get("toy.crash", 0)), float(options.get("toy.step_s", 0.1))
+    crash, diverge = (int(options.get(f"toy.{name}", 0)) for name in ("crash", "diverge"))
+    step_s = float(options.get("toy.step_s", 0.1))
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
     (run / "heartbeat").mkdir(parents=True, exist_ok=True)
@@ -39,6 +41,9 @@ def main(argv: list[str]) -> int:
         if step == crash:
             print(f"ToyError: rank {rank} breaks at step {step}", file=sys.stderr)
             return 3
+        if step == diverge:
+            event("diverged", step)
+            return 2
         beat = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "step": step,
                 "time": time.time()}
         path = run / "heartbeat" / f"rank-{rank}.json"

@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from neurojepa.errors import DataError
+from neurojepa.errors import DataError, store_errors
 
 FORMAT_VERSION = 1
 AIR, NOT_SCANNED = 0, 255
@@ -104,8 +103,8 @@ LABELS_SCHEMA = pa.schema([
 def open_store(uri: str, own_retries: bool = True) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system and path of a URI; s3:// is configured by the usual AWS_* variables.
 
-    ``own_retries=False`` is for callers that ask again themselves: each request is made once, and
-    an object store that is silent is noticed in seconds.
+    An object store that refuses is noticed in seconds, one that is silent in minutes.
+    ``own_retries=False`` is for callers that ask again themselves: each request is made once.
 
     Raises
     ------
@@ -115,8 +114,10 @@ def open_store(uri: str, own_retries: bool = True) -> tuple[fsspec.AbstractFileS
     try:
         if not uri.startswith("s3:"):
             return fsspec.core.url_to_fs(uri)
-        if own_retries:
-            return fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        if own_retries:  # s3fs asks five times itself
+            limits = {"connect_timeout": 5, "read_timeout": 30,
+                      "retries": {"total_max_attempts": 2}}
+            return fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=limits)
         limits = {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}
         fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=limits,
                                          skip_instance_cache=True)  # as it differs from all others
@@ -124,13 +125,6 @@ def open_store(uri: str, own_retries: bool = True) -> tuple[fsspec.AbstractFileS
         return fs, path
     except (ValueError, ImportError) as error:
         raise DataError(f"{uri}: cannot open this kind of store ({error})") from error
-
-
-def store_errors() -> tuple[type[Exception], ...]:
-    """What a store raises when it cannot be reached (for ``except``); a driver's once loaded."""
-    botocore, aiohttp = map(sys.modules.get, ("botocore.exceptions", "aiohttp"))
-    return (OSError, *([botocore.BotoCoreError] if botocore else []),
-            *([aiohttp.ClientError] if aiohttp else []))  # s3fs lets it pass: a cut answer
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:

@@ -13,7 +13,6 @@ partner is replaced by the next partner and at last by the sample itself.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 from neurojepa.config import RootConfig
-from neurojepa.errors import DataError
+from neurojepa.errors import DataError, store_errors
 from neurojepa.feed.format import (
     MODALITIES,
     Feed,
@@ -33,11 +32,10 @@ from neurojepa.feed.format import (
     join,
     open_store,
     sha256,
-    store_errors,
 )
 from neurojepa.feed.order import Order, Window, first_position
+from neurojepa.feed.patience import Patience
 
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 8.0  # between tries; each is twice the one before
 MAX_REPLACEMENTS = 10  # damaged samples in a row; more are no accident
 
 
@@ -78,11 +76,9 @@ class SampleReader:
     """
 
     def __init__(self, feed: Feed, retry_s: float = 60) -> None:
-        self.feed, self.retry_s = feed, retry_s
+        self.feed, self.patience = feed, Patience(retry_s)
         self.fs, self.root = open_store(feed.uri, own_retries=False)
         self.columns = {name: feed.index[name].to_pylist() for name in feed.index.column_names}
-        self.retries: deque[str] = deque()  # what the store said each time it was asked again
-        self._closed = threading.Event()
 
     def image(self, row: int, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 codes [X, Y, Z] of a sample, in ``out`` if it is given.
@@ -105,7 +101,7 @@ class SampleReader:
 
     def close(self) -> None:
         """Ask the store no more: reads that wait to try again fail at once."""
-        self._closed.set()
+        self.patience.close()
 
     def _array(self, row: int, kind: str, out: np.ndarray | None = None) -> np.ndarray:
         shard = self.columns["shard"][row]
@@ -125,20 +121,11 @@ class SampleReader:
         raise AssertionError("unreachable")
 
     def _bytes(self, name: str, path: str, start: int, end: int) -> bytes:
-        began, delay = time.monotonic(), FIRST_DELAY_S
-        while True:
-            try:
-                return self.fs.cat_file(path, start=start, end=end)
-            except store_errors() as error:
-                left = began + self.retry_s - time.monotonic()
-                says = f"{error or type(error).__name__}"
-                # that a file is not there is an answer, not an outage
-                if isinstance(error, FileNotFoundError) or left <= 0 \
-                        or self._closed.wait(min(delay, left)):
-                    raise DataError(f"{name}: cannot be read ({says}); check the store, then run: "
-                                    "python -m data_prep verify FEED") from error
-                self.retries.append(says)
-                delay = min(2 * delay, LONGEST_DELAY_S)
+        try:
+            return self.patience(lambda: self.fs.cat_file(path, start=start, end=end))
+        except store_errors() as error:
+            raise DataError(f"{name}: cannot be read ({error or type(error).__name__}); check the "
+                            "store, then run: python -m data_prep verify FEED") from error
 
 
 class Loader:
@@ -180,14 +167,14 @@ class Loader:
     @property
     def has_reports(self) -> bool:
         """Whether ``take_reports`` has something to tell."""
-        return bool(self._damaged or self.reader.retries)
+        return bool(self._damaged or self.reader.patience.retries)
 
     def take_reports(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Damaged samples {scan_id, shard, position, problem} and the store's errors, since then.
 
         The samples were replaced, the errors went away.
         """
-        return _drain(self._damaged), _drain(self.reader.retries)
+        return _drain(self._damaged), self.reader.patience.take()
 
     def close(self) -> None:
         """Stop reading ahead."""

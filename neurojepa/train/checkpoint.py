@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from neurojepa.errors import CheckpointError, DataError
-from neurojepa.feed.format import join, open_store, read_bytes, sha256, store_errors
+from neurojepa.errors import CheckpointError, DataError, is_outage, store_errors
+from neurojepa.feed.format import join, open_store, read_bytes, sha256
 from neurojepa.train.engine import SOURCE, STATE_KEYS, Fragment
 
 FORMAT_VERSION = 3
@@ -155,6 +155,8 @@ class Checkpoint:
                     raise DataError(f"{where}: does not match the sha256 in its manifest")
                 self._files[name] = load_tensors(data)
             except (DataError, SafetensorError) as error:
+                if is_outage(error):
+                    raise
                 others = [s for s in committed_steps(self.run_dir) if s != self.step]
                 raise CheckpointError(
                     f"{error}; step-{self.step} is damaged; also committed: {_listed(others)}; "

@@ -6,7 +6,8 @@ split over ranks.  A **fragment** is the part of one parameter that lies in this
 checkpoints are written and read by fragments, at any world size and ZeRO stage.
 
 The EMA of the encoder is kept the same way: one fp32 copy of each encoder flat, updated
-elementwise on the owner, then published (cast and gathered) into ``target``.
+elementwise on the owner, then published (cast and gathered) into ``target``.  Under
+``train.offload`` flats and EMA lie in host memory, and so does their arithmetic.
 
 All private attributes of DeepSpeed are touched in this file alone.
 """
@@ -31,6 +32,7 @@ KNOWN_VERSION = "0.19."
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_KEYS = ("master", *MOMENTS, "ema")
 SOURCE, TARGET = "encoder.", "target."
+OFFLOADED = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Engine:
             target.ds_tensor.copy_(ema.narrow(0, offset, length))
 
     def _publish_replicated(self, i: int, ema: Tensor) -> None:
-        whole = local = ema.to(self._zero.bit16_groups_flat[i].dtype)
+        whole = local = ema.to(self.world.device, self._zero.bit16_groups_flat[i].dtype)
         if self.world.size > 1:
             whole = local.new_empty(local.numel() * self.world.size)
             dist.all_gather_into_tensor(whole, local, group=self._zero.real_dp_process_group[i])
@@ -307,7 +309,10 @@ def deepspeed_config(config: RootConfig, world_size: int, micro_steps: int) -> d
         "bf16": {"enabled": train.dtype == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,  # its own would have to be compiled
         "zero_optimization": {
+            **{f"offload_{part}": {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+               for part in OFFLOADED[train.offload]},
             "stage": stage,
             "reduce_bucket_size": 20_000_000,  # of 2 GB by default, taken anew in each step
             "memory_efficient_linear": False,  # it replaces F.linear for the whole process

@@ -56,6 +56,11 @@ class Guard:
         """The window, to be saved and, in place, restored."""
         return {"health.window": self._window, "health.applied": self._applied}
 
+    def forget(self) -> None:
+        """Empty the window: what comes is not comparable with what was."""
+        self._window.fill_(torch.inf)
+        self._applied.zero_()
+
     def add(self, loss: Tensor) -> None:
         """Add a micro-step's loss, scaled so that the mean over ranks and micro-steps counts."""
         self._sum = self._sum + loss.detach().double()
@@ -69,12 +74,12 @@ class Guard:
 
     def judge(self, norm: Tensor) -> Tensor:
         """The gradient norm as it is, or inf where the step must not count."""
-        self._values = torch.stack([self._values[0], norm.double()])
+        self._values = torch.stack([self._values[0], norm.to(self._excess)])
         good = (self._values.isfinite() & (self._values <= self._limits)).all()
         here = self._slots == self._applied % WINDOW
         self._window.copy_(torch.where(here & good, self._values[:, None], self._window))
         self._applied += good
-        return torch.where(good, norm, torch.inf)
+        return torch.where(good.to(norm.device), norm, torch.inf)  # offloaded, it is on the host
 
     def why(self) -> dict[str, Any]:
         """Why the last step was dropped, with its values and limits (waits for the device)."""

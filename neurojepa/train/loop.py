@@ -23,6 +23,7 @@ from neurojepa.errors import ConfigError
 from neurojepa.feed.format import join, open_feed, write_bytes
 from neurojepa.feed.loader import Loader
 from neurojepa.feed.order import Window, first_position
+from neurojepa.feed.patience import Patience
 from neurojepa.model.jepa import build_model
 from neurojepa.model.moe import moe_layers, update_router_bias
 from neurojepa.objective.views import make_views
@@ -31,7 +32,7 @@ from neurojepa.train.engine import Engine
 from neurojepa.train.health import Damage, Health, collapsed, diverged
 from neurojepa.train.metrics import Heartbeat, Metrics
 from neurojepa.train.probe import OnlineProbe
-from neurojepa.train.resume import check_same_run
+from neurojepa.train.resume import check_fits, check_same_run
 from neurojepa.train.saver import Saver
 from neurojepa.train.schedule import rates_at
 from neurojepa.train.stopping import REQUEUE, StopRequest
@@ -83,12 +84,14 @@ class Run:
         self.config, self.world = config, world
         self.stop = StopRequest(config.run.time_limit_min)
         self.feed = open_feed(config.data.feed)
+        self.patience = Patience(config.data.retry_s)
         self.loader = Loader(self.feed, config, world.rank, world.size, first_step=0)
         self.labels = Labels(self.feed, config) if config.objective.method == "cnn" else None
         self.probe = OnlineProbe(config, self.feed, world) if config.train.probe_every else None
-        found = self._latest()
-        self.engine = Engine(build_model(config, self.feed.grid), config, world,
-                             self.loader.micro_steps)
+        found, model = self._latest(), build_model(config, self.feed.grid)
+        if found:
+            check_fits(found, model)
+        self.engine = Engine(model, config, world, self.loader.micro_steps)
         self.moe = moe_layers(self.engine.module)
         self._atom_usage: torch.Tensor | None = self.engine.buffers().get("code.usage")
         self.health = Health(config.train.health, found.manifest["health"] if found else None)
@@ -96,21 +99,26 @@ class Run:
         self._take_up(found, found.manifest["skipped_windows"] if found else ())
         self._started_at = self.step
         self.saver = Saver(config.run.dir, self.engine, world, config.train.keep_last,
-                           config.train.milestone_every)
-        self.metrics = Metrics(config, self.feed.grid, world, self.step)
-        self.heartbeat = Heartbeat(config.run.dir, world.rank)
+                           config.train.milestone_every, self.patience)
+        self.metrics = Metrics(config, self.feed.grid, world, self.step, self.patience)
+        self.heartbeat = Heartbeat(config.run.dir, world.rank, self.patience)
         if world.rank == 0:
             write_bytes(join(config.run.dir, "config.yaml"), dump_config(config).encode())
         write_environment(config, world, self.feed.fingerprint, self.loader.order.fingerprint)
         self.metrics.event("resume" if found else "start", self.step, world=world.size,
                            zero=config.train.zero, dtype=config.train.dtype)
+        if self._changes:
+            self.metrics.event("accepted", self.step, changes=self._changes)
 
     def _latest(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to continue from; ``_changes`` are those of the recipe since."""
+        self._changes: list[str] = []
         step = checkpoint.latest_step(self.config.run.dir)
         if step is None:
             return None
         found = checkpoint.open_checkpoint(self.config.run.dir, step)
-        check_same_run(found, self.config, self.feed.fingerprint, self.loader.order.fingerprint)
+        self._changes = check_same_run(found, self.config, self.feed.fingerprint,
+                                       self.loader.order.fingerprint)
         return found
 
     def _take_up(self, found: checkpoint.Checkpoint | None, windows: Sequence[Window]) -> None:
@@ -118,7 +126,10 @@ class Run:
         self.step = found.step if found else 0
         self.windows = [(start, shift) for start, shift in windows]
         if found:
-            self.engine.load(found.read, found.buffers(), found.manifest["adam_step"])
+            self.engine.load(lambda *what: self.patience(lambda: found.read(*what)),
+                             self.patience(found.buffers), found.manifest["adam_step"])
+        if self._changes:  # the new recipe's losses are no spikes of the old one's
+            self.engine.guard.forget()
         self.loader.seek(self.step, self.windows)
         self._batches = iter(self.loader)
         self._began = (time.perf_counter(), self.step)
@@ -137,7 +148,8 @@ class Run:
             if self.probe and self.step % config.probe_every == 0:
                 self.probe.run(self.engine.module, self.step, self.metrics)
             stop, writing, reports = self.world.any(
-                bool(self.stop.reason), self.saver.writing, self.loader.has_reports)
+                bool(self.stop.reason), self.saver.writing,
+                self.loader.has_reports or bool(self.patience.retries))
             last = self.step == config.steps
             if self.saver.pending and not writing:
                 self._committed(self.saver.advance())
@@ -194,7 +206,7 @@ class Run:
     def _go_back(self) -> None:
         """Take up the last checkpoint and step over the samples since; all ranks together."""
         self._committed(self.saver.finish())
-        found, config = self._latest(), self.config.train
+        found, config = self.patience(self._latest), self.config.train
         why = self.health.go_back(found.manifest["health"] if found else None)
         if why or not found:
             self.metrics.event("diverged", self.step, reason=why)
@@ -208,8 +220,9 @@ class Run:
         self._take_up(found, [*self.windows, (found.step, self.step - found.step)])
 
     def _report_data(self) -> None:
-        """Log what the loaders of all ranks met; collective."""
-        reports = self.world.gather(self.loader.take_reports())
+        """Log what all ranks met in feed and store; collective."""
+        damaged, retries = self.loader.take_reports()
+        reports = self.world.gather((damaged, retries + self.patience.take()))
         for report in self.damage.new(item for damaged, _ in reports for item in damaged):
             self.metrics.event("damaged", self.step, **report)
         if retries := [text for _, retried in reports for text in retried]:
@@ -246,7 +259,8 @@ class Run:
 
     def _finish(self) -> None:
         if self.world.rank == 0:
-            state = checkpoint.open_checkpoint(self.config.run.dir, self.step).state_sha256()
+            state = self.patience(lambda: checkpoint.open_checkpoint(
+                self.config.run.dir, self.step).state_sha256())
             self.metrics.event("finish", self.step, state_sha256=state,
                                skipped=self.health.skipped)
             self._say(f"finished at step {self.step}; state {state[:16]}")
@@ -268,7 +282,9 @@ class Run:
     def close(self) -> None:
         """Stop reading ahead, give the device and the signals back."""
         self.stop.close()
+        self.patience.close()
         self.loader.close()
         self.saver.close()
+        self.heartbeat.close()
         self.metrics.close()
         self.engine.close()

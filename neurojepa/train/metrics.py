@@ -3,7 +3,8 @@
 The loop hands over device scalars; they stay on the device until a flush (every log_every steps
 and before each checkpoint), which sums them over ranks in one collective, reads them once and lets
 rank 0 write.  metrics.jsonl has one row per step: a resumed run drops the rows past its
-checkpoint.  An object store gets rows once a minute, before each checkpoint and with each event.
+checkpoint.  An object store gets rows once a minute, before each checkpoint and with each event;
+while it fails, training waits for it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import resource
 import socket
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from neurojepa.config import RootConfig
 from neurojepa.feed.format import Grid, is_local, join, open_store, write_bytes
+from neurojepa.feed.patience import Patience
 from neurojepa.model.flops import peak_flops, step_flops, tokens_per_volume
 from neurojepa.train.rows import append_rows, drop_rows
 from neurojepa.train.telemetry import Trackers, check_trackers
@@ -41,6 +44,8 @@ class Metrics:
     world : World
     resumed : int
         Steps already done; later rows of an earlier attempt are dropped.
+    patience : Patience
+        With a store that fails.
 
     Raises
     ------
@@ -48,8 +53,10 @@ class Metrics:
         run.trackers names a package that is not installed.
     """
 
-    def __init__(self, config: RootConfig, grid: Grid, world: World, resumed: int) -> None:
+    def __init__(self, config: RootConfig, grid: Grid, world: World, resumed: int,
+                 patience: Patience) -> None:
         check_trackers(config.run.trackers)
+        self._patience = patience
         self.run_dir, self.world = config.run.dir, world
         self.global_batch = config.train.global_batch
         self.last_row: dict[str, Any] = {}
@@ -118,7 +125,7 @@ class Metrics:
 
     def _write(self) -> None:
         if self._unwritten:
-            append_rows(join(self.run_dir, "metrics.jsonl"), self._unwritten)
+            self._append("metrics.jsonl", self._unwritten)
             self._unwritten, self._written = [], time.monotonic()
 
     def rewind(self, step: int) -> None:
@@ -132,15 +139,19 @@ class Metrics:
         """Append to events.jsonl (rank 0), after the rows that led to it."""
         if self.world.rank == 0:
             self._write()
-            append_rows(join(self.run_dir, "events.jsonl"),
-                        [{"time": time.time(), "event": name, "step": step, **facts}])
+            self._append("events.jsonl",
+                         [{"time": time.time(), "event": name, "step": step, **facts}])
 
     def close(self) -> None:
         if self._trackers is not None:
             self._trackers.close()
 
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        self._patience(lambda: append_rows(join(self.run_dir, name), rows))
+
     def _keep_until(self, step: int) -> None:
-        drop_rows(join(self.run_dir, "metrics.jsonl"), lambda row: row["step"] <= step)
+        self._patience(lambda: drop_rows(join(self.run_dir, "metrics.jsonl"),
+                                         lambda row: row["step"] <= step))
 
 
 class _Work:
@@ -163,28 +174,52 @@ class _Work:
 
 
 class Heartbeat:
-    """heartbeat/rank-R.json: this rank's latest step; whoever watches sees a hang."""
+    """heartbeat/rank-R.json: this rank's latest step; whoever watches sees a hang.
 
-    def __init__(self, run_dir: str, rank: int) -> None:
+    Object stores are spared more than one write in a few seconds, made by a thread.
+    """
+
+    def __init__(self, run_dir: str, rank: int, patience: Patience) -> None:
         self._uri = join(run_dir, "heartbeat", f"rank-{rank}.json")
         self._local = is_local(open_store(run_dir)[0])
         self._facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._written = -math.inf
+        self._patience = patience
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
+        self._putting: Future[None] | None = None
 
     def beat(self, step: int) -> None:
-        """Rewrite the file; object stores are spared more than one write in a few seconds."""
-        now = time.monotonic()
-        if not self._local and now - self._written < HEARTBEAT_PUT_S:
-            return
+        """Rewrite the file.
+
+        Raises
+        ------
+        DataError
+            It cannot be written; of an object store that has failed for long, at a later beat.
+        """
         data = json.dumps({**self._facts, "step": step, "time": time.time()}).encode()
-        if self._local and self._written > 0:
+        if not self._local:
+            self._put(data)
+        elif self._written > 0:
             path = open_store(self._uri)[1]
             with open(path + ".new", "wb") as file:  # no fsync: it only has to be seen, not kept
                 file.write(data)
             os.replace(path + ".new", path)
         else:
             write_bytes(self._uri, data)
+            self._written = time.monotonic()
+
+    def _put(self, data: bytes) -> None:
+        now = time.monotonic()
+        if now - self._written < HEARTBEAT_PUT_S or (self._putting and not self._putting.done()):
+            return
+        if self._putting:
+            self._putting.result()
+        self._putting = self._pool.submit(self._patience, lambda: write_bytes(self._uri, data))
         self._written = now
+
+    def close(self) -> None:
+        """Let go of the thread; a beat that is on its way arrives, unless the store fails."""
+        self._pool.shutdown(wait=True)
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:

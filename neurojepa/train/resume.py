@@ -1,24 +1,30 @@
 """Whether a run directory's checkpoint may be continued with a given config.
 
 A checkpoint carries the config it was trained with and fingerprints of feed and order.  What
-changes the model, the recipe or the samples of a step is refused, with both values.
+changes the model, the recipe or the samples of a step is refused, with both values, unless
+``run.accept_changes`` is set: then the run goes on from its step under the new recipe.  A model
+whose parameters are others is refused in any case.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from neurojepa.config import RootConfig, validate
 from neurojepa.errors import ConfigError
 from neurojepa.train.checkpoint import Checkpoint, latest_step, open_checkpoint
+from neurojepa.train.engine import TARGET
 
 # What may differ when a run continues: none of it changes which samples a step sees or its maths,
 # but for the cooldown, which is decided late.
 FREE = ("data.feed", "data.prefetch_batches", "data.read_threads", "data.retry_s",
         "data.replace_damaged", "data.max_damaged_share", "model.activation_checkpointing",
-        "train.health.", "train.zero", "train.micro_batch", "train.checkpoint_every",
-        "train.keep_last", "train.milestone_every", "train.log_every", "train.probe_every",
-        "optim.cooldown_steps", "run.")
+        "train.health.", "train.zero", "train.offload", "train.micro_batch",
+        "train.checkpoint_every", "train.keep_last", "train.milestone_every", "train.log_every",
+        "train.probe_every", "optim.cooldown_steps", "run.")
+SHOWN = 5  # parameters that an error names
 
 
 def check_same_recipe(config: RootConfig) -> None:
@@ -32,8 +38,13 @@ def check_same_recipe(config: RootConfig) -> None:
         check_same_run(found, config, found.manifest["feed"], found.manifest["order"])
 
 
-def check_same_run(checkpoint: Checkpoint, config: RootConfig, feed: str, order: str) -> None:
+def check_same_run(checkpoint: Checkpoint, config: RootConfig, feed: str, order: str) -> list[str]:
     """Refuse to continue a run with another model, recipe or order of samples.
+
+    Returns
+    -------
+    list of str
+        What differs, with both values; not empty only under ``run.accept_changes``.
 
     Raises
     ------
@@ -44,6 +55,9 @@ def check_same_run(checkpoint: Checkpoint, config: RootConfig, feed: str, order:
     where = f"checkpoint of step {checkpoint.step} in {checkpoint.run_dir}"
     old = _flatten(validate(manifest["config"], where).model_dump(mode="json"))
     new = _flatten(config.model_dump(mode="json"))
+    if new["train.steps"] < checkpoint.step:
+        raise ConfigError(f"train.steps = {new['train.steps']}: run.dir {checkpoint.run_dir} is at "
+                          f"step {checkpoint.step} already; raise it or choose another run.dir")
     differing = [f"{key}: checkpoint {old[key]!r}, now {new[key]!r}" for key in sorted(new)
                  if old[key] != new[key] and not key.startswith(FREE) and key != "train.steps"]
     if new["train.steps"] < old["train.steps"]:
@@ -52,9 +66,38 @@ def check_same_run(checkpoint: Checkpoint, config: RootConfig, feed: str, order:
     for name, now in (("feed", feed), ("order", order)):
         if manifest[name] != now:
             differing.append(f"{name} fingerprint: checkpoint {manifest[name]}, now {now}")
-    if differing:
+    if differing and not config.run.accept_changes:
         raise ConfigError(f"run.dir {checkpoint.run_dir} holds another run: {'; '.join(differing)};"
-                          " restore these or choose another run.dir")
+                          " restore these, choose another run.dir, or set run.accept_changes=true "
+                          "to go on with these changes")
+    return differing
+
+
+def check_fits(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Refuse a model whose trained parameters or buffers are not those of the checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        Names those that differ, with both shapes.
+    """
+    stored = {name: tuple(shape) for name, shape, *_ in checkpoint.manifest["fragments"]}
+    stored |= {name: tuple(tensor.shape) for name, tensor in checkpoint.buffers().items()
+               if not name.startswith("health.")}
+    here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+            if not name.startswith(TARGET)}
+    differing = [f"{name} {_shape(stored, name)} -> {_shape(here, name)}"
+                 for name in sorted(stored.keys() | here.keys())
+                 if stored.get(name) != here.get(name)]
+    if differing:
+        more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        raise ConfigError(f"run.dir {checkpoint.run_dir} holds another model, which cannot be "
+                          f"continued: {', '.join(differing[:SHOWN])}{more}; restore model.* and "
+                          "objective.* or choose another run.dir")
+
+
+def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "absent"
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from neurojepa.errors import DataError
-from neurojepa.feed.format import is_local, open_store, read_bytes, store_errors, write_bytes
+from neurojepa.errors import DataError, store_errors
+from neurojepa.feed.format import is_local, open_store, read_bytes, write_bytes
 
 TAIL_BYTES = 1 << 16  # longer than any row
 
@@ -39,6 +39,7 @@ def append_rows(uri: str, rows: list[dict[str, Any]]) -> None:
 
     An object store makes a new object of the old one and the rows: S3 copies what is large on its
     own side, so the cost does not grow with the file; other stores get the whole object anew.
+    Rows that the object ends with already are not added again: the answer to a try before was lost.
     """
     fs, path = open_store(uri)
     if not is_local(fs):
@@ -75,9 +76,12 @@ def drop_rows(uri: str, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _append_object(fs: Any, path: str, uri: str, rows: list[dict[str, Any]]) -> None:
+    lines = _lines(rows)
     try:
+        if fs.exists(path) and fs.tail(path, len(lines)) == lines:
+            return
         with fs.open(path, "ab") as file:
-            file.write(_lines(rows))
+            file.write(lines)
     except (NotImplementedError, ValueError):  # a store that has no such thing
         write_rows(uri, read_rows(uri) + rows)
     except store_errors() as error:

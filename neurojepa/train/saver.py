@@ -7,6 +7,7 @@
               manifest, then ``latest``, then drops old checkpoints and exports milestones
 
 File names carry the attempt, so what a killed attempt left can never be taken for this one's.
+While the store fails, the threads try again and training goes on until the next checkpoint is due.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neurojepa.errors import CheckpointError, NeurojepaError
+from neurojepa.errors import CheckpointError, NeurojepaError, store_errors
 from neurojepa.feed.format import (
     is_local,
     join,
     open_store,
-    store_errors,
     write_bytes,
     write_parts,
 )
+from neurojepa.feed.patience import Patience
 from neurojepa.train.checkpoint import (
     FORMAT_VERSION,
     all_steps,
@@ -69,11 +71,14 @@ class Saver:
         Committed checkpoints to keep.
     milestone_every : int
         Steps whose checkpoints are kept for good and exported to weights/step-N; 0 for none.
+    patience : Patience
+        With a store that fails.
     """
 
     def __init__(self, run_dir: str, engine: Engine, world: World, keep_last: int,
-                 milestone_every: int) -> None:
+                 milestone_every: int, patience: Patience) -> None:
         self.run_dir, self.engine, self.world = run_dir, engine, world
+        self._patience = patience
         self.keep_last, self.milestone_every = keep_last, milestone_every
         self._attempt = world.gather(uuid.uuid4().hex[:8])[0]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -108,7 +113,8 @@ class Saver:
         uri = step_uri(self.run_dir, step)
         record = {"format": FORMAT_VERSION, "step": step, "adam_step": self.engine.adam_step,
                   "world": self.world.size, **record}
-        self._pending = _Pending(step, record, self._pool.submit(_write_files, uri, contents))
+        self._pending = _Pending(step, record, self._pool.submit(_write_files, uri, contents,
+                                                                 self._patience))
 
     def advance(self) -> int | None:
         """Take a pending checkpoint one stage further; waits for the threads of all ranks.
@@ -137,8 +143,9 @@ class Saver:
         manifest = {**pending.record, "fragments": [row for part in rows for row in part],
                     "files": {name: entry for part in results for name, entry in part.items()}}
         pending.committing = True
-        pending.job = (self._pool.submit(self._commit, pending.step, manifest)
-                       if self.world.rank == 0 else _done())
+        pending.job = (self._pool.submit(
+            self._patience, lambda: self._commit(pending.step, manifest))
+            if self.world.rank == 0 else _done())
         return None
 
     def finish(self) -> int | None:
@@ -201,24 +208,26 @@ class Saver:
         return self.milestone_every > 0 and step % self.milestone_every == 0
 
 
-def _write_files(uri: str, contents: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+def _write_files(uri: str, contents: dict[str, dict[str, Tensor]],
+                 patience: Patience) -> dict[str, Any]:
     """Write tensors by file; returns size and sha256 of each."""
     _check_space(uri, sum(t.nbytes for part in contents.values() for t in part.values()))
-    files = {}
-    for file, tensors in contents.items():
-        digest, size = hashlib.sha256(), 0
+    return {file: patience(partial(_write_file, join(uri, file), tensors))
+            for file, tensors in contents.items()}
 
-        def counted(tensors: dict[str, Tensor] = tensors, digest: Any = digest
-                    ) -> Iterator[memoryview]:
-            nonlocal size
-            for part in _safetensors(tensors):
-                digest.update(part)
-                size += len(part)
-                yield part
 
-        write_parts(join(uri, file), counted())
-        files[file] = {"size": size, "sha256": digest.hexdigest()}
-    return files
+def _write_file(uri: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+
+    def counted() -> Iterator[memoryview]:
+        nonlocal size
+        for part in _safetensors(tensors):
+            digest.update(part)
+            size += len(part)
+            yield part
+
+    write_parts(uri, counted())
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def _safetensors(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
