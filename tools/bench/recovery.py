@@ -2,7 +2,8 @@
 never disturbed, bit for bit: losses, gradient norms, state hash, sample ids.
 
 A chain is one run that is killed several times, by SIGKILL of a rank, of all ranks or of the
-launcher: at instants drawn by a seed, or inside a piece of code (see victim.py).  Elastic cases
+launcher: at instants drawn by a seed, or inside a piece of code (see victim.py); two chains have
+samples that make the run go back, and are killed in there.  Elastic cases
 are killed once or twice and go on with other ranks or another ZeRO stage; their losses over 50
 steps must agree within 1e-5, or within 2e-3 where gates can flip (bf16, experts, sparse code).
 
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tools.bench.victim import EVENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, ELASTIC_STEPS, TIMEOUT_S = 40, 60, 240.0
+POISON = list(range(17, 25))  # steps; the run goes back after six of them
 SETUPS = ((1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (1, "bf16"), (2, "fp32"))
 # A rounding can open a gate of the sparse code that stands at zero, or send a token that stands
 # between two experts to the other: then a gradient jumps.  SMOOTH has neither.
@@ -113,15 +115,16 @@ class Bench:
               kills: list[dict[str, Any]]) -> dict[str, Any]:
         """Kill and continue one run; whether its end equals the undisturbed one."""
         zero, dtype = setup
-        plain = self._undisturbed(zero, dtype, STEPS)
+        poison = POISON if kills[0] in IN_ROLLBACK else []
+        plain = self._undisturbed(zero, dtype, STEPS, poison=poison)
         run_dir, attempts = self.folder / f"chain-{number}", []
         shutil.rmtree(run_dir, ignore_errors=True)
         for kill in kills:
-            attempts.append(self._start(run_dir, 2, zero, dtype, STEPS, kill))
+            attempts.append(self._start(run_dir, 2, zero, dtype, STEPS, kill, poison=poison))
             if attempts[-1].killed is None:
                 break
         if attempts[-1].killed is not None:
-            attempts.append(self._start(run_dir, 2, zero, dtype, STEPS, None))
+            attempts.append(self._start(run_dir, 2, zero, dtype, STEPS, None, poison=poison))
         equal = self._end(run_dir, attempts) == plain
         self._say(f"chain {number}: zero {zero} {dtype}, "
                   f"{sum(a.killed is not None for a in attempts)} kills, "
@@ -159,13 +162,14 @@ class Bench:
                 "same_samples": samples == plain[2]}
 
     def _undisturbed(self, zero: int, dtype: str, steps: int, ranks: int = 2,
-                     gated: bool = True) -> Any:
+                     gated: bool = True, poison: Sequence[int] = ()) -> Any:
         """The end of an undisturbed run, made once."""
-        run_dir = self.folder / f"plain-{zero}-{dtype}-{steps}-{ranks}{'' if gated else '-smooth'}"
+        run_dir = self.folder / (f"plain-{zero}-{dtype}-{steps}-{ranks}"
+                                 f"{'' if gated else '-smooth'}{'-poison' if poison else ''}")
         kept = run_dir.with_suffix(".json")
         if not kept.exists():
             shutil.rmtree(run_dir, ignore_errors=True)
-            attempt = self._start(run_dir, ranks, zero, dtype, steps, None, gated)
+            attempt = self._start(run_dir, ranks, zero, dtype, steps, None, gated, poison)
             kept.write_text(json.dumps(self._end(run_dir, [attempt])))
         rows, state, samples = json.loads(kept.read_text())
         return rows, state, samples
@@ -186,14 +190,16 @@ class Bench:
         return rows, state, samples
 
     def _start(self, run_dir: Path, ranks: int, zero: int, dtype: str, steps: int,
-               kill: dict[str, Any] | None, gated: bool = True) -> Attempt:
+               kill: dict[str, Any] | None, gated: bool = True,
+               poison: Sequence[int] = ()) -> Attempt:
         """Start the run once and let it end, or kill it."""
         number = len(list(run_dir.glob("attempt-*")))
         notes = run_dir / f"attempt-{number}"
         notes.mkdir(parents=True)
         job = notes / "job.json"
         event = kill["event"] if kill else None
-        job.write_text(json.dumps({"folder": str(notes), "event": event, "arguments": [
+        job.write_text(json.dumps({
+            "folder": str(notes), "event": event, "poison": list(poison), "arguments": [
             "--config", str(self._recipe()), f"run.dir={run_dir}", f"run.ranks={ranks}",
             f"train.zero={zero}", f"train.dtype={dtype}", f"train.steps={steps}",
             *(() if gated else SMOOTH), *(CALM if steps == ELASTIC_STEPS else [])]}))
@@ -238,8 +244,9 @@ def _chains(quick: bool) -> Iterator[tuple[tuple[int, str], list[dict[str, Any]]
     if quick:
         yield (3, "bf16"), [_event("write", 1, 6), _event("step", 0, 9), _event("latest", 0, 1),
                             _timed("launcher", 0.3, False)]
+        yield (2, "bf16"), IN_ROLLBACK[2:4]
         return
-    names = [name for name in EVENTS if name != "load"] * 2
+    names = [name for name in EVENTS if name not in ("load", "rollback")] * 2
     draw.shuffle(names)
     who = [f"rank {number % 2}" for number in range(8)] + ["all"] * 5 + ["launcher"] * 5
     draw.shuffle(who)
@@ -250,6 +257,7 @@ def _chains(quick: bool) -> Iterator[tuple[tuple[int, str], list[dict[str, Any]]
         if number % 3 == 0:  # needs a checkpoint to be loaded
             kills.insert(3, _event("load", draw.randrange(2), 1))
         yield SETUPS[number % len(SETUPS)], kills
+    yield from (((2, "bf16"), IN_ROLLBACK), ((3, "fp32"), IN_ROLLBACK))
 
 
 def _drawn_event(name: str, draw: random.Random) -> dict[str, Any]:
@@ -332,6 +340,9 @@ def _restart(killed: Attempt, after: Attempt) -> dict[str, float] | None:
     ends = [killed.killed, killed.ended, slow["process"], slow["imports"], slow["world"],
             slow["engine"], min(slow.get("load", slow["engine"]), slow["step"]), slow["step"]]
     return dict(zip(PARTS, [b - a for a, b in itertools.pairwise(ends)], strict=True))
+
+
+IN_ROLLBACK = [_event("rollback", place % 2, place) for place in range(1, 6)]
 
 
 # ---- report --------------------------------------------------------------------------------------

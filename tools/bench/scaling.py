@@ -1,4 +1,5 @@
-"""scaling: step time and memory by ZeRO stage and ranks, weak scaling, and the loader by threads.
+"""scaling: step time and memory by ZeRO stage and ranks and by activation checkpointing, weak
+scaling, and the loader by threads.
 
 Each measurement is the trainer's own step on this machine.  Where other work shares the cores, CPU
 seconds say more than wall seconds: an overhead of ranks shows as CPU-s per volume that rise.
@@ -19,7 +20,7 @@ GRID = (108, 132, 108)
 
 
 def run(quick: bool, official: str | None) -> dict[str, Any]:
-    """All three tables; returns weak_scaling, memory and loader figures."""
+    """All tables; returns weak_scaling, memory and loader figures."""
     from tools.bench.step import _feed
 
     print(machine(), flush=True)
@@ -43,32 +44,42 @@ def run(quick: bool, official: str | None) -> dict[str, Any]:
             cpu = {zero: found[zero, 1]["cpu_s"] / found[zero, 2]["cpu_s"] for zero in (1, 2, 3)}
             print_table(("weak scaling 1 -> 2 ranks", "by wall time", "by CPU time"),
                         [(f"zero {zero}", weak[zero], cpu[zero]) for zero in (1, 2, 3)])
+        blocks = {every: in_ranks(1, "tools.bench.scaling:measure", feed=feed, zero=1,
+                                  global_batch=2, steps=steps, every=every) for every in (0, 2, 1)}
+        print_table(("activation checkpointing", "s a step", "CPU-s a volume", "peak RSS MiB",
+                     "activations, dry run MiB"),
+                    [({0: "none", 1: "all blocks"}.get(every, f"every {every}nd block"),
+                      each["step_s"], each["cpu_s"], each["rss_mib"],
+                      each["planned_activations_mib"])
+                     for every, each in blocks.items()])
         threads = [_loader(feed, count, 64 if quick else 400) for count in (1, 2, 3, 4)]
         print_table(("read threads", "volumes/s", "CPU-ms a volume"),
                     [(row["threads"], row["volumes_per_s"], row["cpu_ms"]) for row in threads])
         waits = [in_ranks(1, "tools.bench.scaling:measure", feed=feed, zero=1, global_batch=2,
-                          steps=steps, threads=count)["data_wait"] for count in (1, 4)]
+                          steps=steps, threads=count)["data_wait"] for count in (1, 2, 3, 4)]
         print_table(("read threads", "data wait, share of the step"),
-                    list(zip((1, 4), waits, strict=True)))
-    return {"weak_scaling": weak, "data_wait": waits,
+                    list(zip((1, 2, 3, 4), waits, strict=True)))
+    return {"weak_scaling": weak, "data_wait": waits, "activation_checkpointing": blocks,
             "loader_volumes_per_s": {row["threads"]: row["volumes_per_s"] for row in threads},
             "stages": {f"zero {zero}, {ranks} rank(s)": each
                        for (zero, ranks), each in found.items()}}
 
 
-def _config(feed: str, run_dir: str, zero: int, global_batch: int, threads: int) -> Any:
+def _config(feed: str, run_dir: str, zero: int, global_batch: int, threads: int,
+            every: int = 0) -> Any:
     from neurojepa.config import validate
 
     return validate({
         "data": {"feed": feed, "read_threads": threads},
-        "model": {"size": "small", "patch_voxels": 12, "token_budget": 320},
+        "model": {"size": "small", "patch_voxels": 12, "token_budget": 320,
+                  "activation_checkpointing": every},
         "train": {"steps": 10**4, "global_batch": global_batch, "micro_batch": 2, "zero": zero,
                   "dtype": "fp32", "checkpoint_every": 10**6, "log_every": 10**6},
         "run": {"dir": run_dir}}, "bench")
 
 
-def measure(feed: str, zero: int, global_batch: int, steps: int, threads: int = 4
-            ) -> dict[str, float]:
+def measure(feed: str, zero: int, global_batch: int, steps: int, threads: int = 4,
+            every: int = 0) -> dict[str, float]:
     """One rank's part; times are the median of steps, of the slowest rank."""
     import resource
     import statistics
@@ -78,7 +89,7 @@ def measure(feed: str, zero: int, global_batch: int, steps: int, threads: int = 
     from neurojepa.train.world import leave_world, start_world
 
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(feed, f"{folder}/run", zero, global_batch, threads)
+        config = _config(feed, f"{folder}/run", zero, global_batch, threads, every)
         run = Run(config, start_world())
         walls, cpus = [], []
         for step in range(steps + 1):
@@ -91,16 +102,18 @@ def measure(feed: str, zero: int, global_batch: int, steps: int, threads: int = 
             else:
                 waited = run.loader.wait_s
         waits = (run.loader.wait_s - waited) / sum(walls)
-        here = [statistics.median(walls), statistics.median(cpus) / 2, _state_mib(run),
+        here = [statistics.median(walls),
+                statistics.median(cpus) * run.world.size / global_batch, _state_mib(run),
                 _weights_mib(run), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, waits]
         step_s, cpu_s, state, weights, rss, waits = (
             max(values) for values in zip(*run.world.gather(here), strict=True))
-        planned = plan(config, run.feed, run.world.size, "h100", 0.4).memory[zero]
+        planned = plan(config, run.feed, run.world.size, "h100", 0.4)
         run.close()
         leave_world()
     return {"step_s": step_s, "cpu_s": cpu_s, "state_mib": state,
-            "planned_state_mib": planned["state"] / 2**20, "weights_mib": weights,
-            "planned_weights_mib": planned["weights"] / 2**20, "rss_mib": rss, "data_wait": waits}
+            "planned_state_mib": planned.memory[zero]["state"] / 2**20, "weights_mib": weights,
+            "planned_weights_mib": planned.memory[zero]["weights"] / 2**20, "rss_mib": rss,
+            "planned_activations_mib": planned.activations[every] / 2**20, "data_wait": waits}
 
 
 def _state_mib(run: Any) -> float:

@@ -3,8 +3,9 @@
     python -m tools.bench.victim launch JOB      the local launcher, whose ranks are victims
     python -m tools.bench.victim rank JOB        one rank, started by it
 
-JOB is a JSON file: arguments (of neurojepa.pretrain), folder (for notes), and event: null or
-{"name", "rank", "count"}: that rank sends itself SIGKILL the count-th time it comes to
+JOB is a JSON file: arguments (of neurojepa.pretrain), folder (for notes), poison: steps whose
+samples are NaN on rank 0, so that the run has to go back, and event: null or {"name", "rank",
+"count"}: that rank sends itself SIGKILL the count-th time it comes to
 
     views      between reading a micro-batch and its forward
     step       inside the optimizer step, after one parameter group of several
@@ -16,6 +17,8 @@ JOB is a JSON file: arguments (of neurojepa.pretrain), folder (for notes), and e
     remove     while an old checkpoint is half deleted
     row        in the middle of a row of metrics.jsonl
     load       while a checkpoint is being loaded
+    rollback   the next of five places in a rollback: its beginning, before and after the rows are
+               cut, while the weights are loaded, before the samples are stepped over
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from typing import Any
 
 STARTED = time.time()  # of this process, but for the interpreter
 EVENTS = ("views", "step", "ema", "snapshot", "write", "manifest", "latest", "remove", "row",
-          "load")
+          "load", "rollback")
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> int:
     if role == "launch":
         return _launch(job["arguments"], path)
     notes = Notes(Path(job["folder"]), int(os.environ["RANK"]))
-    _watch(notes)
+    _watch(notes, job["poison"])
     if job["event"] and job["event"]["rank"] == notes.rank:
         _arm(notes, job["event"]["name"], job["event"]["count"])
     notes.mark("imports")
@@ -83,8 +86,8 @@ class Notes:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _watch(notes: Notes) -> None:
-    """Note samples and the parts of the start."""
+def _watch(notes: Notes, poison: list[int]) -> None:
+    """Note samples and the parts of the start; poison samples."""
     from neurojepa.train import loop
     from neurojepa.train.engine import Engine
     from neurojepa.train.metrics import Heartbeat
@@ -109,12 +112,15 @@ def _watch(notes: Notes) -> None:
         beat(self, step)
         notes.mark("step")
 
-    def viewed(batch: Any, *arguments: Any) -> Any:
+    def viewed(batch: Any, config: Any, *arguments: Any) -> Any:
         kept = (batch.weight > 0).tolist()
         notes.write(positions=[p for p, real in zip(batch.position.tolist(), kept, strict=True)
                                if real],
                     scans=[s for s, real in zip(batch.scan_ids, kept, strict=True) if real])
-        return make_views(batch, *arguments)
+        views = make_views(batch, config, *arguments)
+        if notes.rank == 0 and int(batch.position[0]) // config.train.global_batch in poison:
+            views.tokens_BNP.fill_(float("nan"))
+        return views
 
     loop.start_world, loop.make_views = started, viewed
     Engine.__init__, Engine.load = built, loaded  # type: ignore[method-assign]
@@ -186,6 +192,7 @@ def _arm(notes: Notes, name: str, count: int) -> None:
         "remove": lambda: setattr(saver, "remove", half_removed),
         "row": lambda: setattr(metrics, "append_rows", half_a_row),
         "load": lambda: setattr(Engine, "load", _half_load(due)),
+        "rollback": lambda: _doom_rollback(due),
     }
     patches[name]()
 
@@ -233,6 +240,34 @@ def _half_load(due: Callable[[], None]) -> Any:
 
         load(self, counted, *arguments)
     return doomed
+
+
+def _doom_rollback(due: Callable[[], None]) -> None:
+    """Five events in each Run._go_back."""
+    from neurojepa.feed.loader import Loader
+    from neurojepa.train.engine import Engine
+    from neurojepa.train.loop import Run
+    from neurojepa.train.metrics import Metrics
+
+    go_back, rewind, seek = Run._go_back, Metrics.rewind, Loader.seek
+
+    def rewound(*arguments: Any) -> None:
+        due()
+        rewind(*arguments)
+        due()
+
+    def sought(*arguments: Any) -> None:
+        due()
+        seek(*arguments)
+
+    def doomed(self: Run) -> None:
+        due()
+        Metrics.rewind = rewound  # type: ignore[method-assign]
+        Engine.load = _half_load(due)  # type: ignore[method-assign]
+        Loader.seek = sought  # type: ignore[method-assign]
+        go_back(self)
+
+    Run._go_back = doomed  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
