@@ -223,6 +223,18 @@ def test_a_kill_inside_a_rollback_leaves_no_trace(rolled: tuple[Path, str]) -> N
                 == final(folder, "straight").manifest["skipped_windows"])
 
 
+def test_sigkill_inside_a_rollback_leaves_no_trace(rolled: tuple[Path, str]) -> None:
+    folder, _ = rolled
+    config = config_of(folder, "sigkilled", steps=18, health={"max_skips": 3})
+    (killed,) = run_ranks([job(config, folder, poison=[BAD, 0], kill=["Metrics.rewind", 1])],
+                          folder)
+    assert killed.returncode == -9 and len(events(folder, "sigkilled", "rollback")) == 1
+    success(run_ranks([job(config, folder, poison=[BAD, 0])], folder))
+    assert losses(folder, "sigkilled") == losses(folder, "straight")
+    assert (final(folder, "sigkilled").state_sha256()
+            == final(folder, "straight").state_sha256())
+
+
 def test_rollbacks_to_one_checkpoint_end_at_some_point(rolled: tuple[Path, str]) -> None:
     folder, output = rolled
     assert len(events(folder, "hopeless", "rollback")) == 3

@@ -9,6 +9,7 @@ JOBS is a list of {"config": path} with, if wanted,
     "collapse": step                  from here on the target gives the same for all tokens
     "starve": true                    the first expert gets no tokens
     "die": ["Class.method", n]        in its n-th call; then the job is started again
+    "kill": ["Class.method", n]       SIGKILL in its n-th call
     "expect": text                    the job fails with this in its message
     "resave": dir                     instead of training, load the checkpoint and save it there
 """
@@ -23,6 +24,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -168,21 +171,29 @@ def _collapsing(loop: Any, config: RootConfig, step: int) -> Any:
     return mock.patch.object(loop.Engine, "update_ema", updated)
 
 
-def _dying(loop: Any, config: RootConfig, fault: tuple[str, int]) -> Any:
+def _raise_death() -> None:
+    raise _Death
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _dying(end: Callable[[], None], loop: Any, config: RootConfig, fault: tuple[str, int]) -> Any:
     where, fatal = fault
     owner, method = where.split(".")
     original, calls = getattr(getattr(loop, owner), method), itertools.count(1)
 
     def called(self: Any, *arguments: Any) -> Any:
         if next(calls) == fatal:
-            raise _Death
+            end()
         return original(self, *arguments)
 
     return mock.patch.object(getattr(loop, owner), method, called)
 
 
 FAULTS = {"starve": _starved, "poison": _poisoned, "spike": _spiking, "collapse": _collapsing,
-          "die": _dying}
+          "die": partial(_dying, _raise_death), "kill": partial(_dying, _die)}
 
 
 def _resave(config: RootConfig, folder: str) -> None:
