@@ -1,5 +1,6 @@
 """recovery: kills at random instants, each continued to the end and compared with a run that was
-never disturbed, bit for bit: losses, gradient norms, state hash, sample ids.
+never disturbed, bit for bit: losses, gradient norms, state hash, sample ids.  Samples are augmented,
+read ahead and, half of them, paired with another modality of their session.
 
 A chain is one run that is killed several times, by SIGKILL of a rank, of all ranks or of the
 launcher: at instants drawn by a seed, or inside a piece of code (see victim.py); two chains have
@@ -96,7 +97,7 @@ class Bench:
         self._began, self._done = time.monotonic(), 0
         self._results = self.folder / "results.jsonl"
         if not (self.folder / "feed/feed.json").exists():
-            write_feed(str(self.folder / "feed"))
+            write_feed(str(self.folder / "feed"), per_session=2)
 
     def once(self, name: str, work: Any) -> dict[str, Any]:
         """The stored result of this name, or that of ``work``, stored."""
@@ -225,6 +226,7 @@ class Bench:
         config = tiny_config(str(self.folder / "feed"), "unset", global_batch=5, micro_batch=2,
                              checkpoint_every=4, log_every=3, steps=STEPS)
         config = config.model_copy(update={
+            "data": config.data.model_copy(update={"cross_modal": 0.5}),
             "optim": config.optim.model_copy(update={"schedule": "constant"}),
             "run": config.run.model_copy(update={"launcher": "local"})})
         path.write_text(dump_config(config))
