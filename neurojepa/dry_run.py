@@ -54,7 +54,7 @@ class Plan:
     filled: float  # share of the micro-batches that are samples, not fill-up
     memory: dict[int, dict[str, float]]  # by ZeRO stage: weights, gradients, state, buckets
     activations: dict[int, float]  # by model.activation_checkpointing
-    host: dict[str, float]  # per rank: start, checkpoint
+    host: dict[str, float]  # per rank: start, checkpoint, offloaded
     checkpoint: float
     volumes_per_s: float
     loader_cores: float  # of all ranks together
@@ -98,13 +98,15 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
     rate = gpus * peak * mfu * filled / flops
     state = state_bytes(weights)
     modes = sorted({0, 1, config.model.activation_checkpointing})
+    memory = {stage: _memory(weights, stage, gpus, train.dtype) for stage in (1, 2, 3)}
+    offloaded = {stage: _offload(parts, stage, train.offload) for stage, parts in memory.items()}
     return Plan(
         weights=weights, tokens=(tokens, tokens - targets, targets), flops_per_volume=flops,
         micro_steps=micro_steps, filled=filled,
-        memory={stage: _memory(weights, stage, gpus, train.dtype) for stage in (1, 2, 3)},
+        memory=memory,
         activations={every: activation_bytes(config, feed.grid, every) for every in modes},
         host={"start": 4.0 * (weights.trained + weights.parts["encoder"]),
-              "checkpoint": state / gpus},
+              "checkpoint": state / gpus, "offloaded": offloaded[train.zero]},
         checkpoint=state + 4 * weights.buffers, volumes_per_s=rate,
         loader_cores=(rate * (1 + config.data.cross_modal) * LOADER_MS / 1e3
                       * math.prod(feed.grid.shape) / LOADER_VOXELS),
@@ -172,7 +174,8 @@ def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -
                                       for every, size in found.activations.items())
         + "; ! does not fit, < is configured",
         f"host memory per rank: {found.host['start'] / GIB:.1f} GiB at the start, "
-        f"{found.host['checkpoint'] / GIB:.1f} GiB for the copy of a checkpoint", "",
+        f"{found.host['checkpoint'] / GIB:.1f} GiB for the copy of a checkpoint, "
+        f"{found.host['offloaded'] / GIB:.1f} GiB for train.offload {train.offload}", "",
         f"checkpoint: {found.checkpoint / GIB:.2f} GiB; {train.keep_last + 1} at most, besides "
         f"milestones: {(train.keep_last + 1) * found.checkpoint / GIB:.1f} GiB",
         f"at an MFU of {mfu:.0%}: {found.volumes_per_s:.0f} volumes/s, "
@@ -232,6 +235,15 @@ def _memory(weights: Weights, stage: int, ranks: int, dtype: str) -> dict[str, f
     return {"weights": held / (ranks if stage == 3 else 1),
             "gradients": 4.0 * trained / (1 if whole_gradients else ranks),
             "state": state_bytes(weights) / ranks, "buckets": bucket}
+
+
+def _offload(parts: dict[str, float], stage: int, what: str) -> float:
+    """Move to the host what ``train.offload`` does; returns how many bytes of a rank."""
+    moved = {"none": (), "optimizer": ("gradients", "state"),
+             "all": ("gradients", "state", *(["weights"] if stage == 3 else []))}[what]
+    size = sum(parts[name] for name in moved)
+    parts |= dict.fromkeys(moved, 0.0)
+    return size
 
 
 def _saved_bytes(config: RootConfig, grid: Grid, every: int) -> float:

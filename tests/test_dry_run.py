@@ -52,6 +52,17 @@ def test_sizes_of_a_real_run(feed: str, tmp_path: Path, run_cli: Any) -> None:
     assert size == pytest.approx(found.checkpoint, rel=0.02)
 
 
+def test_what_is_offloaded_moves_to_the_host(feed: str, tmp_path: Path) -> None:
+    plain = plan_of(tiny_config(feed, tmp_path, zero=3, dtype="fp32"), gpus=2)
+    assert plain.host["offloaded"] == 0
+    for what, names in (("optimizer", ["gradients", "state"]),
+                        ("all", ["weights", "gradients", "state"])):
+        found = plan_of(tiny_config(feed, tmp_path, zero=3, dtype="fp32", offload=what), gpus=2)
+        assert found.host["offloaded"] == sum(plain.memory[3][name] for name in names) > 0
+        assert found.memory[3] == {**plain.memory[3], **dict.fromkeys(names, 0.0)}
+        assert found.memory[2]["weights"] == plain.memory[2]["weights"]
+
+
 def test_flops_are_those_that_torch_counts(feed: str, tmp_path: Path) -> None:
     config = tiny_config(feed, tmp_path)
     config = config.model_copy(update={"model": config.model.model_copy(update={"moe": False})})

@@ -1,6 +1,6 @@
 """recovery: kills at random instants, each continued to the end and compared with a run that was
-never disturbed, bit for bit: losses, gradient norms, state hash, sample ids.  Samples are augmented,
-read ahead and, half of them, paired with another modality of their session.
+never disturbed, bit for bit: losses, gradient norms, state hash, sample ids.  Samples are
+augmented, read ahead and, half of them, paired with another modality of their session.
 
 A chain is one run that is killed several times, by SIGKILL of a rank, of all ranks or of the
 launcher: at instants drawn by a seed, or inside a piece of code (see victim.py); two chains have
