@@ -23,10 +23,10 @@ from neurojepa.model.flops import DEVICES, step_flops, tokens_per_volume
 from neurojepa.model.jepa import build_model
 from neurojepa.model.moe import MoE
 from neurojepa.objective.views import Views
+from neurojepa.train.engine import REDUCED_AT_ONCE
 
 # Reading, hash and decoding of one volume of the 1.5 mm grid on one core, ms: tools/bench feed.
 LOADER_MS, LOADER_VOXELS = 3.0, 108 * 132 * 108
-BUCKET = 5e8  # elements that DeepSpeed reduces at once, by default
 GIB = 2**30
 
 
@@ -231,7 +231,9 @@ def _memory(weights: Weights, stage: int, ranks: int, dtype: str) -> dict[str, f
     held = width * (trained + weights.parts["encoder"])  # and the target
     # the engine runs bf16 at stage 1 as stage 2
     whole_gradients = stage == 1 and dtype == "fp32"
-    bucket = width * BUCKET + (4.0 * min(trained, BUCKET) if dtype == "bf16" else 0.0)
+    bucket = width * REDUCED_AT_ONCE
+    if dtype == "bf16":
+        bucket += 4.0 * min(trained, REDUCED_AT_ONCE)
     return {"weights": held / (ranks if stage == 3 else 1),
             "gradients": 4.0 * trained / (1 if whole_gradients else ranks),
             "state": state_bytes(weights) / ranks, "buckets": bucket}

@@ -32,6 +32,7 @@ KNOWN_VERSION = "0.19."
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_KEYS = ("master", *MOMENTS, "ema")
 SOURCE, TARGET = "encoder.", "target."
+REDUCED_AT_ONCE = 20_000_000  # elements; DeepSpeed's default takes 2 GB anew in each step
 OFFLOADED = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
 
 
@@ -314,7 +315,7 @@ def deepspeed_config(config: RootConfig, world_size: int, micro_steps: int) -> d
             **{f"offload_{part}": {"device": "cpu", "pin_memory": torch.cuda.is_available()}
                for part in OFFLOADED[train.offload]},
             "stage": stage,
-            "reduce_bucket_size": 20_000_000,  # of 2 GB by default, taken anew in each step
+            "reduce_bucket_size": REDUCED_AT_ONCE,
             "memory_efficient_linear": False,  # it replaces F.linear for the whole process
             "stage3_param_persistence_threshold": 0,  # persistent targets would lag one step
         },
