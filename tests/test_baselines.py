@@ -17,6 +17,7 @@ from neurojepa.config import RootConfig, dump_config, validate
 from neurojepa.downstream.embed import embed, select_rows
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import LABELS_SCHEMA, Feed, commit_feed, open_feed, write_bytes
+from neurojepa.feed.patience import Patience
 from neurojepa.model.flops import forward_flops
 from neurojepa.model.jepa import build_model
 from neurojepa.objective.masks import draw_uniform_masks
@@ -129,7 +130,7 @@ def test_ranks_probe_together_what_one_would_alone(root: Path, tmp_path: Path) -
     model = load(str(tmp_path / "weights")).model
     config = config_of(str(root / "feed"), tmp_path / "run", "jepa", probe_every=2)
     world = Alone(0, 1, torch.device("cpu"), None)
-    metrics = MagicMock()
+    metrics = MagicMock(patience=Patience(0))
     probe = OnlineProbe(config, open_feed(config.data.feed), world)
     for step in (2, 6, 4):  # back from 6: its row is gone
         probe.run(model, step, metrics)

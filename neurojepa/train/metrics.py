@@ -56,7 +56,7 @@ class Metrics:
     def __init__(self, config: RootConfig, grid: Grid, world: World, resumed: int,
                  patience: Patience) -> None:
         check_trackers(config.run.trackers)
-        self._patience = patience
+        self.patience = patience
         self.run_dir, self.world = config.run.dir, world
         self.global_batch = config.train.global_batch
         self.last_row: dict[str, Any] = {}
@@ -147,10 +147,10 @@ class Metrics:
             self._trackers.close()
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        self._patience(lambda: append_rows(join(self.run_dir, name), rows))
+        self.patience(lambda: append_rows(join(self.run_dir, name), rows))
 
     def _keep_until(self, step: int) -> None:
-        self._patience(lambda: drop_rows(join(self.run_dir, "metrics.jsonl"),
+        self.patience(lambda: drop_rows(join(self.run_dir, "metrics.jsonl"),
                                          lambda row: row["step"] <= step))
 
 

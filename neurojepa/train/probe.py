@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -72,10 +73,13 @@ class OnlineProbe:
         scores = {f"{target}/{name}": value for target, truth in self.truth.items()
                   for name, value in _score(values, truth, self.train).items()}
         scores["seconds"] = time.perf_counter() - began
-        uri = join(self.config.run.dir, "probes.jsonl")
-        kept = [row for row in read_rows(uri) if row["step"] < step]  # others were rolled back
-        write_rows(uri, [*kept, {"step": step, **scores}])
+        metrics.patience(lambda: self._write({"step": step, **scores}))
         metrics.event("probe", step, **scores)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        uri = join(self.config.run.dir, "probes.jsonl")
+        kept = [old for old in read_rows(uri) if old["step"] < row["step"]]  # or rolled back
+        write_rows(uri, [*kept, row])
 
     def _embed(self, model: nn.Module) -> np.ndarray:
         """[n, D] embeddings of all scans, on every rank."""
