@@ -80,12 +80,16 @@ class MaskConfig(Config):
 
 
 class SparseConfig(Config):
-    """L = ||z - Decoder(h)||^2 + l1 * ||h||_1 on the predictor's output."""
+    """L = ||z - Decoder(h)||^2 + l1 * ||h||_1 on the predictor's output (model/sparse.py)."""
 
-    code: Literal["relu", "identity"] = Field("relu", description="identity = plain dense JEPA")
+    code: Literal["relu", "gated", "identity"] = Field(
+        "relu", description="gated: which atoms are active is decided apart from how strongly; "
+        "identity: plain dense JEPA")
     atoms: int = Field(0, ge=0, description="0 = four times the encoder's width")
     l1: float = Field(1e-3, ge=0)
-    l1_warmup_steps: int = Field(100, ge=0)
+    l1_warmup_steps: int = Field(100, ge=0, description="l1 grows linearly from 0")
+    revive: bool = Field(True, description="atoms silent for 230 steps get a gradient where they "
+                         "would help")
     dense_loss: Literal["l1", "l2"] = Field("l1", description="the loss when code is identity")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from neurojepa.train.engine import param_groups
 from neurojepa.train.rows import read_rows
 from neurojepa.train.schedule import rates_at
 from tests.feeds import tiny_config, write_feed
-from tests.worker import job, run_ranks
+from tests.worker import deaden, job, run_ranks
 
 VARIANTS = {f"{dtype}-zero{zero}": {"dtype": dtype, "zero": zero}
             for dtype, zero in (("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3))}
@@ -31,11 +32,12 @@ OFFLOADED = {f"{dtype}-zero{zero}-{what}": {"dtype": dtype, "zero": zero, "offlo
 MIDDLE, END = 4, 8
 
 
-def plain_loop(config: RootConfig) -> dict[str, Any]:
+def plain_loop(config: RootConfig, start: Callable[[Any], Any] = lambda model: model,
+               ) -> dict[str, Any]:
     """The same training in a few lines of torch, without DeepSpeed: what the engine must equal."""
     torch.set_num_threads(1)
     feed = open_feed(config.data.feed)
-    model = build_model(config, feed.grid)
+    model: Any = start(build_model(config, feed.grid))
     adam = torch.optim.AdamW(param_groups(model, config.optim.weight_decay),
                              betas=config.optim.betas)
     loader = Loader(feed, config, rank=0, world=1, first_step=0)
@@ -60,6 +62,7 @@ def plain_loop(config: RootConfig) -> dict[str, Any]:
         layers = moe_layers(model)
         update_router_bias(layers, torch.stack([layer.load for layer in layers]),
                            config.optim.router_bias_rate)
+        model.code.update_usage(model.code.active, applied=True)
         losses.append(total)
     loader.close()
     return {"losses": losses, "model": model}
@@ -80,6 +83,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two += [{**named("poisoned-offloaded", zero=3, offload="all"), "poison": [2, 1]}]
     two += [{**named(f"starved{zero}", zero=zero, dtype="fp32"), "starve": True}
             for zero in (1, 3)]
+
+    def gated(name: str, **train: Any) -> dict[str, Any]:
+        return {**job(with_gates(tiny_config(feed, folder / name, **train)), folder),
+                "deaden": True}
+
+    two += [gated(f"gated{zero}", zero=zero, dtype="fp32") for zero in (1, 3)]
+    two += [gated("gated-bf16", zero=3, dtype="bf16")]
     expect_success(run_ranks(two, folder, ranks=2))
     three = [named(f"three-zero{zero}", zero=zero, dtype="fp32") for zero in (1, 3)]
     expect_success(run_ranks(three, folder, ranks=3))  # 2 of 6 places repeat, with weight 0
@@ -95,6 +105,12 @@ def expect_success(finished: list[Any]) -> None:
 
 def config_of(runs: Path, run: str, **train: Any) -> RootConfig:
     return tiny_config(str(runs / "feed"), runs / run, **train)
+
+
+def with_gates(config: RootConfig) -> RootConfig:
+    sparse = config.objective.sparse.model_copy(update={"code": "gated"})
+    return config.model_copy(update={
+        "objective": config.objective.model_copy(update={"sparse": sparse})})
 
 
 def losses(runs: Path, run: str) -> list[float]:
@@ -147,6 +163,20 @@ def test_an_expert_without_tokens_hangs_no_stage(runs: Path) -> None:
         if name.endswith(".w1") and name.startswith("encoder."):
             moved = (ends[name] - start.detach()).abs().amax((1, 2))
             assert moved[0] < 1e-5 < moved[1:].min()  # only decay reached the first expert
+
+
+def test_a_gated_code_with_dead_atoms_equals_the_plain_loop(runs: Path) -> None:
+    oracle = plain_loop(with_gates(config_of(runs, "oracle", dtype="fp32")), start=deaden)
+    parameters = dict(oracle["model"].named_parameters())
+    for run in ("gated1", "gated3"):
+        assert losses(runs, run) == pytest.approx(oracle["losses"], abs=1e-5)
+        masters, buffers = final(runs, run).parameters("master"), final(runs, run).buffers()
+        for name, tensor in masters.items():
+            torch.testing.assert_close(tensor, parameters[name].detach(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(buffers["code.usage"], oracle["model"].code.usage)
+        assert masters["code.gate_bias"][::2].mean() > -0.099  # on their way back
+    assert losses(runs, "gated-bf16") == pytest.approx(oracle["losses"], abs=5e-3)
+    assert final(runs, "gated-bf16").buffers()["code.usage"].dtype == torch.float32
 
 
 def test_bf16_follows_fp32_and_keeps_fp32_state(runs: Path) -> None:

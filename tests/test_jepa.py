@@ -32,8 +32,9 @@ def with_rows(views: Views, index: list[int]) -> Views:
     return Views(**{name: value[index] for name, value in vars(views).items()})
 
 
-@pytest.mark.parametrize("objective", [{}, {"sparse": {"code": "identity"}}],
-                         ids=["sparse", "dense"])
+@pytest.mark.parametrize("objective", [{}, {"sparse": {"code": "gated"}},
+                                       {"sparse": {"code": "identity"}}],
+                         ids=["sparse", "gated", "dense"])
 def test_loss_decreases_and_targets_stay(objective: dict, views: Views):
     model = build_model(make_config(96, objective=objective), GRID)
     before = [p.clone() for p in model.target.parameters()]

@@ -8,6 +8,7 @@ JOBS is a list of {"config": path} with, if wanted,
     "spike": [steps, rank, factor]    one rank's loss is so many times as large
     "collapse": step                  from here on the target gives the same for all tokens
     "starve": true                    the first expert gets no tokens
+    "deaden": true                    half of the atoms of a gated code are dead from the start
     "die": ["Class.method", n]        in its n-th call; then the job is started again
     "kill": ["Class.method", n]       SIGKILL in its n-th call
     "expect": text                    the job fails with this in its message
@@ -29,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import torch
 
 from neurojepa.config import RootConfig, dump_config, load_config
 from neurojepa.errors import NeurojepaError, run_command
@@ -123,6 +126,19 @@ def _starved(loop: Any, config: RootConfig, _: bool) -> Any:
     return mock.patch.object(loop, "build_model", build)
 
 
+def _deadened(loop: Any, config: RootConfig, _: bool) -> Any:
+    build_model = loop.build_model
+    return mock.patch.object(loop, "build_model", lambda *given: deaden(build_model(*given)))
+
+
+def deaden(model: Any) -> Any:
+    """The model, with every second atom of its gated code out of reach and known to be dead."""
+    with torch.no_grad():
+        model.code.gate_bias[::2] = -0.1
+        model.code.usage[::2] = 0
+    return model
+
+
 def _poisoned(loop: Any, config: RootConfig, fault: tuple[int | list[int], int]) -> Any:
     (steps, rank), make_views = fault, loop.make_views
     steps = [steps] if isinstance(steps, int) else steps
@@ -192,8 +208,9 @@ def _dying(end: Callable[[], None], loop: Any, config: RootConfig, fault: tuple[
     return mock.patch.object(getattr(loop, owner), method, called)
 
 
-FAULTS = {"starve": _starved, "poison": _poisoned, "spike": _spiking, "collapse": _collapsing,
-          "die": partial(_dying, _raise_death), "kill": partial(_dying, _die)}
+FAULTS = {"starve": _starved, "deaden": _deadened, "poison": _poisoned, "spike": _spiking,
+          "collapse": _collapsing, "die": partial(_dying, _raise_death),
+          "kill": partial(_dying, _die)}
 
 
 def _resave(config: RootConfig, folder: str) -> None:

@@ -65,10 +65,12 @@ class SparseJEPA(Averaged):
         def per_sample(value_VT: Tensor) -> Tensor:
             return (weight_BMT * value_VT.view_as(weight_BMT)).sum(-1).mean(1)
 
-        prediction_B, sparsity_B = per_sample(coded.error), l1 * per_sample(coded.norm_h)
-        loss_B = views.weight_B * (prediction_B + sparsity_B)
-        metrics = sample_sums(views, loss_B.detach(), {
-            "prediction": prediction_B, "sparsity": sparsity_B, "l0": per_sample(coded.num_active)})
+        parts = {"prediction": per_sample(coded.error), "sparsity": l1 * per_sample(coded.penalty)}
+        if coded.gate_error is not None:
+            parts["gate"] = per_sample(coded.gate_error)
+        loss_B = views.weight_B * torch.stack(list(parts.values())).sum(0)
+        metrics = sample_sums(views, loss_B.detach(),
+                              {**parts, "l0": per_sample(coded.num_active)})
         weight_VT = (views.weight_B[:, None, None] * weight_BMT).flatten(0, 1)
         whole = {**_batch_metrics(coded, z_VTD, weight_VT), "dead_atoms": self.code.dead_share()}
         metrics |= {name: value * metrics["weight"] for name, value in whole.items()}
@@ -88,7 +90,7 @@ class SparseJEPA(Averaged):
         modality_V = views.target_modality_B[:, None].expand(-1, masks).flatten()
         predicted = self.predictor(y_VCD, coords_VN3, valid_VN, modality_V)
         z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
-        return self.code(predicted, z_VTD), z_VTD
+        return self.code(predicted, z_VTD, valid_VN[:, C:]), z_VTD
 
 
 def build_model(config: RootConfig, grid: Grid) -> Averaged:

@@ -26,6 +26,7 @@ from neurojepa.feed.order import Window, first_position
 from neurojepa.feed.patience import Patience
 from neurojepa.model.jepa import build_model
 from neurojepa.model.moe import moe_layers, update_router_bias
+from neurojepa.model.sparse import sparse_code
 from neurojepa.objective.views import make_views
 from neurojepa.train import checkpoint
 from neurojepa.train.engine import Engine
@@ -93,7 +94,7 @@ class Run:
             check_fits(found, model)
         self.engine = Engine(model, config, world, self.loader.micro_steps)
         self.moe = moe_layers(self.engine.module)
-        self._atom_usage: torch.Tensor | None = self.engine.buffers().get("code.usage")
+        self.code = sparse_code(self.engine.module)
         self.health = Health(config.train.health, found.manifest["health"] if found else None)
         self.damage = Damage(config.data.max_damaged_share)
         self._take_up(found, found.manifest["skipped_windows"] if found else ())
@@ -192,8 +193,8 @@ class Run:
         if self.moe:
             load = self.world.sum_(torch.stack([layer.load for layer in self.moe]))
             update_router_bias(self.moe, load, config.optim.router_bias_rate if applied else 0.0)
-        if (usage := self._atom_usage) is not None:  # alike on all ranks, as buffers must be
-            self.world.sum_(usage).div_(self.world.size)
+        if self.code:
+            self.code.update_usage(self.world.sum_(self.code.active), applied)
         if applied:
             self.engine.update_ema(rates.ema)
         self.step += 1
