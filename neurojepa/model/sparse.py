@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         return F.normalize(self.weight.float(), dim=1).to(self.weight.dtype)
 
     def forward(self, h_A: Tensor, frozen: bool = False) -> Tensor:
-        """Latents of codes [..., A]; frozen lets gradients through to the code, not to the atoms."""
+        """Latents of codes [..., A]; when frozen, gradients reach the code, not the atoms."""
         atoms = self.atoms()
         return h_A @ (atoms.detach() if frozen else atoms)
 
