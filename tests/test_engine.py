@@ -174,7 +174,7 @@ def test_a_gated_code_with_dead_atoms_equals_the_plain_loop(runs: Path) -> None:
         for name, tensor in masters.items():
             torch.testing.assert_close(tensor, parameters[name].detach(), atol=1e-5, rtol=0)
         torch.testing.assert_close(buffers["code.usage"], oracle["model"].code.usage)
-        assert masters["code.gate_bias"][::2].mean() > -0.099  # on their way back
+        assert masters["code.gate_bias"][::2].mean() > -0.0995  # on their way back
     assert losses(runs, "gated-bf16") == pytest.approx(oracle["losses"], abs=5e-3)
     assert final(runs, "gated-bf16").buffers()["code.usage"].dtype == torch.float32
 

@@ -11,7 +11,13 @@ from neurojepa.config import ModelConfig
 from neurojepa.model import moe
 from neurojepa.model.encoder import Encoder
 from neurojepa.model.layers import MLP
-from neurojepa.model.moe import MoE, grouped_matmul, moe_layers, update_router_bias
+from neurojepa.model.moe import (
+    MoE,
+    expert_balance,
+    grouped_matmul,
+    moe_layers,
+    update_router_bias,
+)
 
 
 def make_moe(dtype: torch.dtype = torch.float64, experts: int = 5, top_k: int = 2) -> MoE:
@@ -129,3 +135,14 @@ def test_bias_update_balances_a_lopsided_router():
     bias = layer.bias.clone()
     update_router_bias([layer], last[None], rate=0.0)
     torch.testing.assert_close(layer.bias, bias)
+
+
+def test_balance_of_known_loads():
+    even = expert_balance(torch.tensor([[5.0, 5, 5, 5], [3, 3, 3, 3]]))
+    assert even["expert_max_load"] == 1 and float(even["expert_entropy"]) == pytest.approx(1)
+    one = expert_balance(torch.tensor([[0.0, 8, 0, 0], [2, 2, 2, 2]]))
+    assert one["expert_max_load"] == 4 and float(one["expert_entropy"]) == pytest.approx(0.5)
+    half = expert_balance(torch.tensor([[4.0, 4, 0, 0]]))
+    assert half["expert_max_load"] == 2 and float(half["expert_entropy"]) == pytest.approx(0.5)
+    none = expert_balance(torch.zeros(1, 4))  # only samples of weight zero
+    assert all(value == 0 for value in none.values())

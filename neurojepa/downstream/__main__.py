@@ -2,10 +2,12 @@
 
     python -m neurojepa.downstream embed --weights DIR --feed FEED --out DIR
     python -m neurojepa.downstream probe --weights DIR --feed FEED --out DIR [--labels age sex]
+    python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
 
 ``embed`` writes embeddings.parquet.  ``probe`` fits linear probes on frozen embeddings of split
 ``train`` and scores split ``test``, beside the same architecture at random initialisation; it
-writes results.json and report.html.
+writes results.json and report.html.  ``atoms`` shows in a report.html where in the brain each atom
+of the sparse code fires and which places each expert gets.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="neurojepa.downstream", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", required=True)
-    for task, text in (("embed", "write frozen embeddings"), ("probe", "linear probes")):
+    for task, text in (("embed", "write frozen embeddings"), ("probe", "linear probes"),
+                       ("atoms", "where atoms fire and what experts see")):
         command = commands.add_parser(task, help=text)
         command.add_argument("--weights", required=True, help="exported weights, or 'random' with "
                              "--config: that architecture, untrained")
@@ -31,10 +34,17 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--out", required=True)
         command.add_argument("--modality", help="only this modality; default: all")
         command.add_argument("--cohort", help="only this cohort; default: all")
-    command.add_argument("--labels", nargs="+", default=["age", "diagnosis"],
-                         help="what to probe (default: age diagnosis)")
+        if task == "probe":
+            command.add_argument("--labels", nargs="+", default=["age", "diagnosis"],
+                                 help="what to probe (default: age diagnosis)")
+        if task == "atoms":
+            command.add_argument("--split", choices=("train", "val", "test"), default="test",
+                                 help="of the scans shown (default: test)")
+            command.add_argument("--atlas", help="label map in MNI152 space (NIfTI; names in a "
+                                 ".tsv beside it); default: lobes by coordinates")
     arguments = parser.parse_args(argv)
-    return {"embed": run_embed, "probe": run_probe}[arguments.task](arguments)
+    run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms}[arguments.task]
+    return run(arguments)
 
 
 def run_embed(arguments: argparse.Namespace) -> int:
@@ -85,6 +95,32 @@ def run_probe(arguments: argparse.Namespace) -> int:
     write_bytes(join(arguments.out, "report.html"), probe_page(results, record).encode())
     write_bytes(join(arguments.out, "results.json"),
                 json.dumps(record, indent=1, default=float).encode())
+    return 0
+
+
+def run_atoms(arguments: argparse.Namespace) -> int:
+    from neurojepa.downstream.atoms import observe
+    from neurojepa.downstream.atoms_page import atoms_page, record_of
+    from neurojepa.downstream.embed import select_rows
+    from neurojepa.downstream.regions import load_regions
+    from neurojepa.feed.format import join, write_bytes
+
+    feed, weights = _open(arguments)
+    rows = select_rows(feed, arguments.modality, arguments.cohort, arguments.split)
+    patch = weights.config.model.patch_voxels
+    regions = load_regions(feed.grid, patch, arguments.atlas)
+    seen = observe(weights.model, weights.config, feed, rows, progress=lambda done: print(
+        f"{done} of {len(rows)} scans", end="\r" if done < len(rows) else "\n", flush=True))
+    record = {"weights": arguments.weights, "step": weights.step, "feed": feed.fingerprint,
+              "split": arguments.split, "modality": arguments.modality,
+              "cohort": arguments.cohort, "scans": len(rows),
+              **record_of(seen, regions, feed, patch)}
+    write_bytes(join(arguments.out, "report.html"),
+                atoms_page(record, seen, regions, feed, patch).encode())
+    write_bytes(join(arguments.out, "results.json"), json.dumps(record, indent=1).encode())
+    if seen.atoms:
+        print(f"{record['atoms']['active']} of {len(record['atoms']['rows'])} atoms were active")
+    print(f"read {join(arguments.out, 'report.html')}")
     return 0
 
 

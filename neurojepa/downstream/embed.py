@@ -42,22 +42,26 @@ class Embeddings:
         return scan_labels(table, name, self.participant.tolist(), self.session.tolist())
 
 
-def select_rows(feed: Feed, modality: str | None, cohort: str | None) -> np.ndarray:
-    """Row numbers of the feed's scans of a modality and cohort (None: any).
+def select_rows(feed: Feed, modality: str | None, cohort: str | None,
+                split: str | None = None) -> np.ndarray:
+    """Row numbers of the feed's scans of a modality, cohort and split (None: any).
 
     Raises
     ------
     DataError
         Nothing is left; the message says what the feed has.
     """
-    rows = [row for row, (m, c) in enumerate(zip(
-        feed.index["modality"].to_pylist(), feed.index["cohort"].to_pylist(), strict=True))
-        if modality in (None, m) and cohort in (None, c)]
-    if not rows:
-        raise DataError(f"{feed.uri}: no scan with modality {modality} and cohort {cohort}; it has "
-                        f"{sorted(set(feed.index['modality'].to_pylist()))} and "
-                        f"{sorted(set(feed.index['cohort'].to_pylist()))}")
-    return np.array(rows)
+    wanted = {"modality": modality, "cohort": cohort, "split": split}
+    columns = {name: np.array(feed.index[name].to_pylist()) for name in wanted}
+    chosen = np.ones(feed.index.num_rows, dtype=bool)
+    for name, value in wanted.items():
+        chosen &= np.isin(columns[name], columns[name] if value is None else value)
+    if not chosen.any():
+        raise DataError(f"{feed.uri}: no scan with " + ", ".join(
+            f"{name} {value}" for name, value in wanted.items() if value is not None)
+            + "; it has " + ", ".join(f"{name} {sorted(set(column.tolist()))}"
+                                      for name, column in columns.items()))
+    return np.flatnonzero(chosen)
 
 
 @torch.no_grad()

@@ -78,6 +78,8 @@ def forward_flops(config: RootConfig, tokens: int) -> tuple[float, float]:
         return trained, trained
     sparse = config.objective.sparse
     atoms = (sparse.atoms or 4 * size.dim) if sparse.code != "identity" else 0
-    head = 2 * targets * (size.predictor_dim * (atoms or size.dim) + atoms * size.dim)
+    decodings = 2 if sparse.code == "gated" else 1  # its second has half a backward: a trifle
+    head = 2 * targets * (size.predictor_dim * (atoms or size.dim)
+                          + decodings * atoms * size.dim)
     trained = masks * (encoder(tokens - targets) + predictor(tokens) + head)
     return encoder(tokens) + trained, trained

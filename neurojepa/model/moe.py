@@ -16,6 +16,7 @@ Shape letters: T tokens, D width, E experts, H hidden, k choices, R = T * k rows
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class MoE(nn.Module):
     def forward(self, x_BND: Tensor, valid_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output [B, N, D] and the valid tokens that each expert got [E]."""
         x_TD, valid_T1 = x_BND.flatten(0, 1), valid_BN.reshape(-1, 1)
-        weight_Tk, expert_Tk = self._route(x_TD)
+        weight_Tk, expert_Tk = self.route(x_TD)
         weight_Tk = weight_Tk * valid_T1
         num_experts = len(self.router)
         # rows of padding sort behind all others; their zeros pass the last expert without effect
@@ -65,7 +66,7 @@ class MoE(nn.Module):
         y_TD = (out_TkD * weight_Tk[..., None].to(out_TkD.dtype)).sum(1)
         return self.shared(x_BND) + y_TD.view_as(x_BND), load_E.float()
 
-    def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [T, k] that sum to k, and experts [T, k].
 
         The mean weight of 1 makes the layer start as a dense MLP of width top_k * hidden would.
@@ -125,6 +126,25 @@ def moe_layers(model: nn.Module) -> list[MoE]:
     """The trained MoE layers in order; those of a frozen target encoder are not among them."""
     return [layer for layer in model.modules()
             if isinstance(layer, MoE) and layer.router.requires_grad]
+
+
+@torch.no_grad()
+def expert_balance(load_LE: Tensor) -> dict[str, Tensor]:
+    """How evenly tokens were spread over the experts of the layers; 1 and 1 are perfect balance.
+
+    ``expert_max_load``: tokens of the busiest expert over the mean, in the most uneven layer (Wang
+    et al. 2024: MaxVio + 1).  ``expert_entropy``: entropy of the loads over log E, mean over
+    layers.
+
+    Parameters
+    ----------
+    load_LE : [L, E] tokens per expert.
+    """
+    share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp(min=1)
+    entropy_L = -torch.special.xlogy(share_LE, share_LE).sum(1)
+    num_experts = load_LE.shape[1]
+    return {"expert_max_load": share_LE.max() * num_experts,
+            "expert_entropy": entropy_L.mean() / math.log(num_experts)}
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from neurojepa.feed.loader import Loader
 from neurojepa.feed.order import Window, first_position
 from neurojepa.feed.patience import Patience
 from neurojepa.model.jepa import build_model
-from neurojepa.model.moe import moe_layers, update_router_bias
+from neurojepa.model.moe import expert_balance, moe_layers, update_router_bias
 from neurojepa.model.sparse import sparse_code
 from neurojepa.objective.views import make_views
 from neurojepa.train import checkpoint
@@ -184,22 +184,25 @@ class Run:
             views = make_views(batch, config, self.feed.grid, config.train.seed)
             if self.labels:
                 views = self.labels.attach(views, batch.scan_ids)
-            # fill-up repeats must not count as load of the experts
-            views.valid_BN &= views.weight_B[:, None] > 0
+            # fill-up repeats must count neither as load of the experts nor as use of atoms
+            for valid_BN in (views.valid_BN, views.target_valid_BN):
+                valid_BN &= views.weight_B[:, None] > 0
             loss, sums = self.engine.forward(views, rates.l1)
             self.engine.backward(loss * scale)
             applied = self.engine.step(rates.lr)
             self.metrics.add(loss, sums)
+        balance = {}
         if self.moe:
             load = self.world.sum_(torch.stack([layer.load for layer in self.moe]))
             update_router_bias(self.moe, load, config.optim.router_bias_rate if applied else 0.0)
+            balance = expert_balance(load)
         if self.code:
             self.code.update_usage(self.world.sum_(self.code.active), applied)
         if applied:
             self.engine.update_ema(rates.ema)
         self.step += 1
         self.metrics.end_step(self.step, {"lr": rates.lr, "l1": rates.l1, "skipped": not applied,
-                                          "grad_norm": self.engine.grad_norm()})
+                                          "grad_norm": self.engine.grad_norm(), **balance})
         if not applied:
             self.metrics.event("skip", self.step, **self.engine.guard.why())
         return applied

@@ -1,0 +1,236 @@
+"""Where in the brain each atom of the sparse code fires, and which places each expert gets.
+
+Scans without augmentation go through the whole model, each with masks of its own.  Listeners before
+the code and before the target encoder's experts see what passes there:
+
+    activations of the code [token, atom]           at the places that were predicted
+    1 / k for each of k experts chosen [token, expert], per layer, at all places
+
+A ``Tally`` adds such features up by patch of the grid, by modality and by scan; ``summary`` turns
+it into figures by region.  Places are MNI millimetres; heads keep their own size unless the feed
+was prepared otherwise, so a place is as exact as rigid alignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from neurojepa.config import RootConfig
+from neurojepa.downstream.embed import batches, without_augmentation
+from neurojepa.downstream.regions import Regions
+from neurojepa.errors import ConfigError
+from neurojepa.feed.format import MODALITIES, Feed, Grid
+from neurojepa.model.moe import MoE
+from neurojepa.model.sparse import SparseCode, sparse_code
+from neurojepa.objective.losses import take
+from neurojepa.objective.views import make_views, patch_centres_mm
+
+STRONGEST = 5  # scans told for each feature
+RARE = 0.1  # of the most often seen patch's tokens; places seen less are left out of maps
+
+
+@dataclass
+class Tally:
+    """Sums over tokens of F features that are never negative.  n patches, m modalities."""
+
+    total_nF: Tensor
+    tokens_n: Tensor
+    by_modality_mF: Tensor
+    tokens_m: Tensor
+    active_F: Tensor  # tokens above 0
+    top_KF: Tensor  # the strongest scans' largest values, descending
+    top_scan_KF: Tensor  # int64, row in the feed's index
+    top_patch_KF: Tensor  # int64
+
+    @classmethod
+    def empty(cls, num_patches: int, num_features: int, device: torch.device) -> Tally:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        top = STRONGEST, num_features
+        return cls(zeros(num_patches, num_features), zeros(num_patches),
+                   zeros(len(MODALITIES), num_features), zeros(len(MODALITIES)),
+                   zeros(num_features), zeros(*top), zeros(*top, dtype=torch.int64),
+                   zeros(*top, dtype=torch.int64))
+
+    def add(self, value_TF: Tensor, patch_T: Tensor, modality: int, scan: int) -> None:
+        """Take up the tokens of one scan."""
+        self.total_nF.index_add_(0, patch_T, value_TF)
+        self.tokens_n.index_add_(0, patch_T, torch.ones_like(patch_T, dtype=torch.float32))
+        self.by_modality_mF[modality] += value_TF.sum(0)
+        self.tokens_m[modality] += len(value_TF)
+        self.active_F += (value_TF > 0).sum(0)
+        largest_F, where_F = value_TF.max(0)
+        values = torch.cat([self.top_KF, largest_F[None]])
+        self.top_KF, chosen_KF = values.topk(STRONGEST, 0)
+        for name, new_F in (("top_scan_KF", torch.full_like(where_F, scan)),
+                            ("top_patch_KF", patch_T[where_F])):
+            joined = torch.cat([getattr(self, name), new_F[None]])
+            setattr(self, name, joined.gather(0, chosen_KF))
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a feed's scans showed; ``atoms`` is None for a dense code."""
+
+    atoms: Tally | None
+    experts: list[Tally]  # of each MoE layer
+    layers: list[int]  # their blocks' numbers
+
+
+@torch.no_grad()
+def observe(model: nn.Module, config: RootConfig, feed: Feed, rows: np.ndarray,
+            batch_size: int = 8, progress: Callable[[int], None] = lambda done: None) -> Anatomy:
+    """Tally a feed's scans.
+
+    Parameters
+    ----------
+    rows : [n] row numbers of ``feed.index``.
+    progress : called with the number of scans done.
+
+    Raises
+    ------
+    ConfigError
+        The model has neither sparse code nor experts.
+    """
+    code, experts = sparse_code(model), _expert_layers(model)
+    if config.objective.method != "jepa" or not (code or experts):
+        raise ConfigError(f"objective.method = {config.objective.method}, objective.sparse.code = "
+                          f"{config.objective.sparse.code}, model.moe = {config.model.moe}: there "
+                          "are no atoms and no experts to show; train a JEPA with one of them")
+    model.eval()
+    config, device = without_augmentation(config), next(model.parameters()).device
+    num_patches = len(patch_centres_mm(feed.grid, config.model.patch_voxels))
+    seen = Anatomy(
+        Tally.empty(num_patches, code.encode.out_features, device) if code else None,
+        [Tally.empty(num_patches, len(layer.router), device) for layer in experts.values()],
+        list(experts))
+    for start, batch in zip(range(0, len(rows), batch_size), batches(feed, rows, batch_size),
+                            strict=True):
+        part = rows[start:start + batch_size]
+        batch = replace(batch, position=torch.from_numpy(part))  # so that masks differ
+        views = make_views(batch.to(device), config, feed.grid, config.train.seed)
+        patch_BN = _patches(views.coords_BN3, feed.grid, config.model.patch_voxels)
+        with _listening(code, experts) as heard:
+            model(views, 0.0)
+        target_patch_BMT = take(patch_BN, views.target_BMT)
+        target_valid_BMT = take(views.valid_BN, views.target_BMT)
+        for b, row in enumerate(part.tolist()):
+            modality = int(batch.modality[b])
+            if code and seen.atoms:
+                valid_T = target_valid_BMT[b].flatten()
+                h_TA = heard[code].unflatten(0, target_patch_BMT.shape[:2])[b].flatten(0, 1)
+                seen.atoms.add(h_TA[valid_T], target_patch_BMT[b].flatten()[valid_T], modality,
+                               row)
+            for layer, tally in zip(experts.values(), seen.experts, strict=True):
+                valid_N = views.valid_BN[b]
+                tally.add(heard[layer][b][valid_N], patch_BN[b][valid_N], modality, row)
+        progress(start + len(part))
+    return seen
+
+
+def _expert_layers(model: nn.Module) -> dict[int, MoE]:
+    """The target encoder's MoE layers by the number of their block."""
+    return {i: block.mlp for i, block in enumerate(getattr(model.target, "blocks", []))
+            if isinstance(block.mlp, MoE)}
+
+
+@contextmanager
+def _listening(code: SparseCode | None,
+               experts: dict[int, MoE]) -> Iterator[dict[nn.Module, Tensor]]:
+    """What code [V, T, A] and experts [B, N, E] do during a forward, by module."""
+    heard: dict[nn.Module, Tensor] = {}
+
+    def hear_code(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        heard[module] = module.activations(inputs[0])[0].float()
+
+    def hear_experts(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        x_BND = inputs[0]
+        expert_Tk = module.route(x_BND.flatten(0, 1))[1]
+        one_hot_TE = nn.functional.one_hot(expert_Tk, len(module.router)).float().mean(1)
+        heard[module] = one_hot_TE.unflatten(0, x_BND.shape[:2])
+
+    hooks = [layer.register_forward_pre_hook(hear_experts) for layer in experts.values()]
+    if code:
+        hooks.append(code.register_forward_pre_hook(hear_code))
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _patches(coords_BN3: Tensor, grid: Grid, patch: int) -> Tensor:
+    """int64 [B, N]: the patch of the grid at coordinates from the grid's centre, mm."""
+    counts = torch.tensor([length // patch for length in grid.shape], device=coords_BN3.device)
+    edge_mm = patch * grid.spacing_mm
+    index = (coords_BN3 / edge_mm + counts / 2).floor().long()
+    return (index[..., 0] * counts[1] + index[..., 1]) * counts[2] + index[..., 2]
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of F features.  R regions, m modalities that occur, n patches."""
+
+    share_F: np.ndarray  # of tokens in which a feature is active
+    mean_F: np.ndarray  # value where it is active
+    map_nF: np.ndarray  # mean value at each patch, 0 where few tokens were seen
+    region_RF: np.ndarray  # mean value in each region; nan where none of its tokens was seen
+    selectivity_RF: np.ndarray  # (in - out) / (in + out), -1 to 1
+    modality_mF: np.ndarray  # mean value
+    modalities: list[str]
+    strongest: list[list[dict[str, Any]]]  # of each feature: scan_id, modality, mm, value
+
+
+def summary(tally: Tally, regions: Regions, feed: Feed, patch: int) -> Summary:
+    """Means of a tally by place, region and modality, and its strongest scans.
+
+    A region's mean weighs each patch by its tokens and by its share in the region; ``out`` is the
+    mean over all other regions.
+    """
+    total_nF, tokens_n = tally.total_nF.cpu().numpy(), tally.tokens_n.cpu().numpy()
+    often_n = tokens_n > RARE * tokens_n.max()
+    map_nF = np.where(often_n[:, None], total_nF / np.maximum(tokens_n, 1)[:, None], 0)
+    sums_RF, weights_R = regions.share_nR.T @ total_nF, regions.share_nR.T @ tokens_n
+    inside_RF = _ratio(sums_RF, weights_R[:, None])
+    outside_RF = _ratio(sums_RF.sum(0) - sums_RF, (weights_R.sum() - weights_R)[:, None])
+    occurring = tally.tokens_m.cpu().numpy() > 0
+    by_modality = tally.by_modality_mF.cpu().numpy() / np.maximum(
+        tally.tokens_m.cpu().numpy(), 1)[:, None]
+    active_F = tally.active_F.cpu().numpy()
+    return Summary(
+        active_F / tokens_n.sum(), total_nF.sum(0) / np.maximum(active_F, 1), map_nF, inside_RF,
+        _ratio(inside_RF - outside_RF, inside_RF + outside_RF), by_modality[occurring],
+        [name for name, occurs in zip(MODALITIES, occurring, strict=True) if occurs],
+        _strongest(tally, feed, patch))
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, nan where b is 0."""
+    a, b = np.broadcast_arrays(a, b)
+    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)
+
+
+def _strongest(tally: Tally, feed: Feed, patch: int) -> list[list[dict[str, Any]]]:
+    ids, modalities = (feed.index[name].to_pylist() for name in ("scan_id", "modality"))
+    places = patch_places_mm(feed.grid, patch)
+    columns = [each.cpu().numpy().T for each in (tally.top_KF, tally.top_scan_KF,
+                                                 tally.top_patch_KF)]
+    return [[{"scan_id": ids[scan], "modality": modalities[scan], "mm": places[at].tolist(),
+              "value": float(value)}
+             for value, scan, at in zip(*of_feature, strict=True) if value > 0]
+            for of_feature in zip(*columns, strict=True)]
+
+
+def patch_places_mm(grid: Grid, patch: int) -> np.ndarray:
+    """[n, 3] centres of patches in MNI mm."""
+    return np.round(patch_centres_mm(grid, patch).numpy() + np.array(grid.centre_mm), 1)

@@ -1,0 +1,307 @@
+"""The page of atoms and experts: maps over the template's outline, sorted by the reader.
+
+The figures are in the page as JSON and maximum projections as bytes; a short script draws what is
+asked for, so that thousands of atoms make a page of a few megabytes that needs no network.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from typing import Any
+
+import numpy as np
+
+from neurojepa.downstream.atoms import Anatomy, Summary, Tally, patch_places_mm, summary
+from neurojepa.downstream.regions import Regions
+from neurojepa.feed.format import Feed
+from neurojepa.model.moe import expert_balance
+from neurojepa.objective.views import patch_counts
+from neurojepa.report import page, paragraph, section, table, tiles
+
+LEAST_TOKENS = 20  # an atom active in fewer is no pattern yet; the page counts it only
+
+
+def record_of(seen: Anatomy, regions: Regions, feed: Feed, patch: int) -> dict[str, Any]:
+    """results.json: figures of every atom and expert, by region and modality."""
+    places = patch_places_mm(feed.grid, patch)
+
+    def rows(tally: Tally) -> list[dict[str, Any]]:
+        found = summary(tally, regions, feed, patch)
+        return [_row(found, number, regions.names, places)
+                for number in range(len(found.share_F))]
+
+    record: dict[str, Any] = {"regions": {"source": regions.source, "names": regions.names}}
+    if seen.atoms:
+        record["atoms"] = {"active": int((seen.atoms.active_F > 0).sum()),
+                           "tokens": int(seen.atoms.tokens_n.sum()), "rows": rows(seen.atoms)}
+    record["experts"] = [
+        {"block": block, "rows": rows(tally),
+         **{name: float(value) for name, value in
+            expert_balance(tally.by_modality_mF.sum(0, keepdim=True)).items()}}
+        for block, tally in zip(seen.layers, seen.experts, strict=True)]
+    return record
+
+
+def _row(found: Summary, number: int, regions: list[str], places: np.ndarray) -> dict[str, Any]:
+    def by_region(values_R: np.ndarray) -> dict[str, float | None]:
+        return {name: _short(value) for name, value in zip(regions, values_R, strict=True)}
+
+    column = found.map_nF[:, number]
+    return {
+        "number": number, "share": _short(found.share_F[number]),
+        "mean": _short(found.mean_F[number]),
+        "peak_mm": places[column.argmax()].tolist() if column.any() else None,
+        "mean_by_region": by_region(found.region_RF[:, number]),
+        "selectivity": by_region(found.selectivity_RF[:, number]),
+        "mean_by_modality": {name: _short(value) for name, value in
+                             zip(found.modalities, found.modality_mF[:, number], strict=True)},
+        "strongest": [{**each, "value": _short(each["value"])}
+                      for each in found.strongest[number]],
+    }
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+def atoms_page(record: dict[str, Any], seen: Anatomy, regions: Regions, feed: Feed,
+               patch: int) -> str:
+    """results.json's content, with maps, as a page that needs no network."""
+    counts = patch_counts(feed.grid, patch)
+    groups, parts = [], [_headline(record)]
+    if seen.atoms:
+        rows = record["atoms"]["rows"]
+        least = LEAST_TOKENS / record["atoms"]["tokens"]
+        shown = [row for row in rows if row["share"] >= least]
+        groups.append(_group("atom", shown, seen.atoms, regions, feed, patch))
+        parts += [section("Atoms by region", _region_table(shown, regions, seen.atoms), paragraph(
+            "Selectivity is (in - out) / (in + out) of the mean activation inside a region and in "
+            f"all others. Regions: {regions.source}.")),
+            section("Atoms", paragraph(
+                f"{len(shown)} of {len(rows)} atoms; the others were active in fewer than "
+                f"{LEAST_TOKENS} tokens. Maximum projections of the mean activation, each scaled "
+                "to its own maximum, over the outline of MNI152; left is left."),
+                "<div class='group' data-group='0'></div>")]
+    for layer, tally in zip(record["experts"], seen.experts, strict=True):
+        name = f"Experts of block {layer['block']}"
+        groups.append(_group("expert", layer["rows"], tally, regions, feed, patch))
+        parts.append(section(name, paragraph(
+            f"Busiest expert {layer['expert_max_load']:.2f} times the mean, entropy "
+            f"{layer['expert_entropy']:.3f} of 1. Share of a region's tokens at each expert, and "
+            "where an expert's share is largest."), _heat_table(layer["rows"], regions),
+            f"<div class='group' data-group='{len(groups) - 1}'></div>"))
+    data = {"regions": regions.names, "counts": counts, "groups": groups,
+            "outlines": _outlines(regions.brain)}
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    parts.append(f"<style>{STYLE}</style><script type='application/json' id='data'>{text}</script>"
+                 f"<script>{SCRIPT}</script>")
+    which = ", ".join(str(record[name]) for name in ("split", "modality", "cohort")
+                      if record[name])
+    return page("Atoms and experts in the brain",
+                f"Step {record['step']}, feed {record['feed']}, {record['scans']} scans: {which}",
+                parts)
+
+
+def _headline(record: dict[str, Any]) -> str:
+    items = [(f"{record['scans']:,}", "scans", "")]
+    if atoms := record.get("atoms"):
+        rows = atoms["rows"]
+        items += [(f"{atoms['active']:,} of {len(rows):,}", "atoms active in these scans", ""),
+                  (f"{sum(row['share'] for row in rows):.1f}", "active atoms per token", "")]
+    if record["experts"]:
+        worst = max(layer["expert_max_load"] for layer in record["experts"])
+        items.append((f"{worst:.2f}", "busiest expert's tokens over the mean", ""))
+    return tiles(items)
+
+
+def _region_table(rows: list[dict[str, Any]], regions: Regions, tally: Tally) -> str:
+    """For each region its most selective atoms, and how many prefer it to all others."""
+    weights = regions.share_nR.T @ tally.tokens_n.cpu().numpy()
+    preferred = [max(regions.names, key=lambda name: row["selectivity"][name] or -1)
+                 for row in rows]
+    lines = []
+    for name, weight in zip(regions.names, weights / max(weights.sum(), 1e-9), strict=True):
+        best = sorted((row for row in rows if row["selectivity"][name] is not None),
+                      key=lambda row: -row["selectivity"][name])[:5]
+        lines.append([name, f"{weight:.1%}", preferred.count(name), ", ".join(
+            f"{row['number']} ({row['selectivity'][name]:.2f})" for row in best)])
+    return table(["region", "tokens", "atoms that prefer it", "most selective atoms"], lines)
+
+
+def _heat_table(rows: list[dict[str, Any]], regions: Regions) -> str:
+    """Regions by experts, shaded by the expert's share of the region's tokens."""
+    def cell(value: float | None) -> str:
+        if value is None:
+            return "<td></td>"
+        strength = min(1.0, value * len(rows) / 3)  # full at three times an even share
+        return f"<td style='background:rgba(43,108,176,{strength:.2f})'>{value:.0%}</td>"
+
+    head = "".join(f"<th>{row['number']}</th>" for row in rows)
+    body = "".join(f"<tr><td>{html.escape(name)}</td>" + "".join(
+        cell(row["mean_by_region"][name]) for row in rows) + "</tr>" for name in regions.names)
+    return (f"<div class='scroll'><table class='heat'><thead><tr><th>region</th>{head}</tr></thead>"
+            f"<tbody>{body}</tbody></table></div>")
+
+
+def _group(kind: str, rows: list[dict[str, Any]], tally: Tally, regions: Regions, feed: Feed,
+           patch: int) -> dict[str, Any]:
+    """One list of cards: figures by position rather than name, and their projections."""
+    numbers = [row["number"] for row in rows]
+    map_nF = summary(tally, regions, feed, patch).map_nF[:, numbers]
+    return {"kind": kind, "modalities": list(rows[0]["mean_by_modality"]) if rows else [],
+            "maps": _projections(map_nF, patch_counts(feed.grid, patch)),
+            "rows": [[row["number"], row["share"], row["mean"], row["peak_mm"],
+                      list(row["mean_by_region"].values()), list(row["selectivity"].values()),
+                      list(row["mean_by_modality"].values()),
+                      [[each["scan_id"], each["modality"], each["mm"], each["value"]]
+                       for each in row["strongest"]]] for row in rows]}
+
+
+def _projections(map_nF: np.ndarray, counts: tuple[int, int, int]) -> str:
+    """base64 of uint8 [F, YZ + XZ + XY]: maxima along x, y and z over each feature's own."""
+    scaled = np.rint(255 * map_nF / np.maximum(map_nF.max(0, initial=0), 1e-12)).astype(np.uint8)
+    volume = scaled.T.reshape(-1, *counts)
+    flat = [volume.max(axis).reshape(len(volume), -1) for axis in (1, 2, 3)]
+    return base64.b64encode(np.concatenate(flat, 1).tobytes()).decode()
+
+
+def _outlines(brain: np.ndarray) -> list[str]:
+    """The template's outline seen along x, y and z, as transparent PNGs; up and right increase."""
+    from PIL import Image
+    from scipy.ndimage import binary_erosion
+
+    found = []
+    for axis in range(3):
+        shape = brain.any(axis)
+        shape = np.kron(shape, np.ones((3, 3), bool))  # finer than voxels, for a thin line
+        edge = shape & ~binary_erosion(shape, iterations=2)
+        pixels = np.zeros((*edge.T.shape, 4), np.uint8)
+        pixels[..., :3], pixels[..., 3] = 90, 200 * edge.T[::-1]
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        found.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return found
+
+
+STYLE = """
+.controls { display: flex; flex-wrap: wrap; gap: .6rem 1rem; align-items: center; margin: .6rem 0 }
+.controls select, .controls input, button { font: inherit; padding: .25rem .5rem; max-width: 100% }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); gap: .8rem }
+.card { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem; font-size: .86rem;
+        min-width: 0 }
+.card h3 { margin: 0; font-size: 1rem } .views { display: flex; gap: 6px; margin: .4rem 0 }
+.views canvas { background: #fbfcfd; min-width: 0 } .facts { color: var(--soft) }
+.bar { display: grid; grid-template-columns: 8.5em 1fr 3.5em; gap: .4rem; align-items: center }
+.bar i { display: block; height: .55em; background: var(--accent); border-radius: 2px }
+.card details { margin-top: .3rem } .card code { font-size: .8rem; overflow-wrap: anywhere }
+.heat td, .heat th { padding: .2rem .45rem; text-align: right; font-size: .86rem }
+.heat td:first-child, .heat th:first-child { text-align: left; white-space: nowrap }
+@media (max-width: 400px) { .cards { grid-template-columns: 1fr } }
+"""
+
+SCRIPT = """
+'use strict';
+const data = JSON.parse(document.getElementById('data').textContent);
+const [X, Y, Z] = data.counts, PLANES = [[Y, Z], [X, Z], [X, Y]];
+const CELL = Math.max(2, Math.floor(92 / Math.max(X, Y, Z))), PAGE = 12, BARS = 6;
+const NUMBER = 0, SHARE = 1, MEAN = 2, PEAK = 3, REGION = 4, SELECTIVE = 5, MODALITY = 6, TOP = 7;
+const percent = value => (100 * value).toPrecision(2) + ' %';
+const place = mm => mm ? mm.map(value => Math.round(value)).join(', ') : 'none';
+function make(tag, name, ...children) {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  node.append(...children);
+  return node;
+}
+function loaded(source) {
+  const image = new Image();
+  image.src = source;
+  return image.decode().then(() => image);
+}
+function draw(maps, position, outlines) {
+  const box = make('div', 'views');
+  let at = position * PLANES.reduce((sum, [w, h]) => sum + w * h, 0);
+  PLANES.forEach(([w, h], plane) => {
+    const canvas = make('canvas');
+    canvas.width = w * CELL;
+    canvas.height = h * CELL;
+    const pen = canvas.getContext('2d');
+    for (let i = 0; i < w; i++) for (let j = 0; j < h; j++) {
+      const value = maps[at + i * h + j] / 255;
+      pen.fillStyle = `rgba(197, 48, 48, ${value})`;
+      if (value) pen.fillRect(i * CELL, (h - 1 - j) * CELL, CELL, CELL);
+    }
+    pen.drawImage(outlines[plane], 0, 0, canvas.width, canvas.height);
+    canvas.title = ['from the right: front is right', 'from behind: left is left',
+                    'from above: left is left'][plane];
+    box.append(canvas);
+    at += w * h;
+  });
+  return box;
+}
+function bars(names, values, most) {
+  const ranked = names.map((name, i) => [name, values[i]]).filter(pair => pair[1] !== null)
+    .sort((a, b) => b[1] - a[1]).slice(0, most);
+  const largest = Math.max(1e-12, ...ranked.map(pair => pair[1]));
+  return ranked.map(([name, value]) => {
+    const length = make('i');
+    length.style.width = 100 * value / largest + '%';
+    return make('div', 'bar', make('span', '', name), make('span', '', length),
+                make('span', '', value.toPrecision(2)));
+  });
+}
+function card(group, row, position, outlines) {
+  const strongest = row[TOP].map(([scan, modality, mm, value]) => make('div', '',
+    make('code', '', scan), ` ${modality} at ${place(mm)}: ${value.toPrecision(3)}`));
+  const rest = make('details', '', make('summary', '', 'modalities, strongest scans'),
+    ...bars(group.modalities, row[MODALITY], 8), ...strongest);
+  return make('div', 'card', make('h3', '', `${group.kind} ${row[NUMBER]}`),
+    make('div', 'facts', `${percent(row[SHARE])} of tokens, mean ${row[MEAN].toPrecision(3)}, `
+      + `peak at ${place(row[PEAK])} mm`),
+    draw(group.bytes, position, outlines), ...bars(data.regions, row[REGION], BARS), rest);
+}
+function show(box, group, outlines) {
+  const order = make('select'), search = make('input'), cards = make('div', 'cards');
+  const more = make('button', '', 'more'), count = make('span', 'facts');
+  const orders = [['number', row => -row[NUMBER]], ['share of tokens', row => row[SHARE]],
+    ['mean where active', row => row[MEAN]], ...data.regions.map((name, i) =>
+      ['selectivity for ' + name, row => row[SELECTIVE][i] ?? -2])];
+  orders.forEach(([name], i) => order.append(new Option('by ' + name, i)));
+  order.value = group.kind === 'atom' ? 1 : 0;
+  search.placeholder = 'number';
+  search.size = 7;
+  search.setAttribute('aria-label', group.kind + ' number');
+  order.setAttribute('aria-label', 'order');
+  let ranked = [];
+  function fill(most) {
+    const from = cards.children.length;
+    for (const i of ranked.slice(from, from + most))
+      cards.append(card(group, group.rows[i], i, outlines));
+    count.textContent = `${cards.children.length} of ${ranked.length}`;
+    more.hidden = cards.children.length >= ranked.length;
+  }
+  function restart() {
+    const key = orders[order.value][1], wanted = search.value.trim();
+    ranked = [...group.rows.keys()].filter(i => !wanted || group.rows[i][NUMBER] === +wanted)
+      .sort((a, b) => key(group.rows[b]) - key(group.rows[a]));
+    cards.replaceChildren();
+    fill(PAGE);
+  }
+  order.onchange = search.oninput = restart;
+  more.onclick = () => fill(4 * PAGE);
+  box.append(make('div', 'controls', order, search, count), cards, make('p', '', more));
+  restart();
+}
+Promise.all(data.outlines.map(loaded)).then(outlines => {
+  for (const box of document.querySelectorAll('.group')) {
+    const group = data.groups[box.dataset.group];
+    group.bytes = Uint8Array.from(atob(group.maps), c => c.charCodeAt(0));
+    show(box, group, outlines);
+  }
+});
+"""
