@@ -209,7 +209,6 @@ def _dying(end: Callable[[], None], loop: Any, config: RootConfig, fault: tuple[
 
 
 FAULTS = {"starve": _starved, "deaden": _deadened, "poison": _poisoned, "spike": _spiking,
-FAULTS = {"starve": _starved, "deaden": _deadened, "poison": _poisoned, "spike": _spiking,
           "collapse": _collapsing, "die": partial(_dying, _raise_death),
           "kill": partial(_dying, _die)}
 
