@@ -8,8 +8,11 @@ fissures of the MNI152 brain.  They are right to a centimetre or two, which is t
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import zlib
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -49,7 +52,7 @@ def load_regions(grid: Grid, patch: int, atlas: str | None = None) -> Regions:
         The atlas is missing, no label map, or lies outside the grid.
     """
     points = _points_mm(grid)
-    brain = _template_brain(points)
+    brain = _nearest(*_template_brain(), points) > 0
     if atlas is None:
         codes, names = np.where(brain, lobes(points), 0), lobe_names()
         source = "lobes by MNI coordinates, approximate"
@@ -92,11 +95,13 @@ def _points_mm(grid: Grid) -> np.ndarray:
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1)
 
 
-def _template_brain(points: np.ndarray) -> np.ndarray:
+@cache
+def _template_brain() -> tuple[np.ndarray, np.ndarray]:
+    """Whether a voxel of MNI152 is brain, and its affine."""
     from nilearn.datasets import load_mni152_template
 
     image = load_mni152_template(resolution=1)  # stripped of the skull, inside the package
-    return _nearest(np.asarray(image.dataobj), np.asarray(image.affine), points) > 0
+    return np.asarray(image.dataobj) > 0, np.asarray(image.affine)
 
 
 def _nearest(data: np.ndarray, affine: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -111,11 +116,15 @@ def _nearest(data: np.ndarray, affine: np.ndarray, points: np.ndarray) -> np.nda
 def _of_atlas(uri: str, points: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Codes 1 to R on the grid, and the names of those regions that lie in it."""
     import nibabel
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
 
     try:
         image = nibabel.Nifti1Image.from_bytes(_unzipped(read_bytes(uri)))
         data = np.asarray(image.dataobj)
-    except (nibabel.filebasedimages.ImageFileError, ValueError, OSError, EOFError) as error:
+    except (ImageFileError, HeaderDataError, WrapStructError, ValueError, OSError, EOFError,
+            zlib.error) as error:
         raise DataError(f"--atlas {uri}: not a NIfTI label map ({error})") from error
     if data.ndim != 3 or np.any(data != np.rint(data)):
         raise DataError(f"--atlas {uri}: expected whole numbers in three dimensions, found "
@@ -131,8 +140,6 @@ def _of_atlas(uri: str, points: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def _unzipped(data: bytes) -> bytes:
-    import gzip
-
     return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
 
 
