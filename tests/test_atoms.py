@@ -16,7 +16,7 @@ import torch
 from neurojepa.config import RootConfig
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.atoms import Tally, observe, patch_places_mm, summary
-from neurojepa.downstream.regions import lobe_names, lobes, load_regions
+from neurojepa.downstream.regions import load_regions, lobe_names, lobes
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import Feed, open_feed
 from neurojepa.model.jepa import build_model
@@ -218,7 +218,8 @@ def test_the_page_shows_in_a_browser(shown: Path, tmp_path: Path) -> None:
         c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v)).length,
         canvases: document.querySelectorAll('canvas').length};
       const [order, search] = document.querySelectorAll('.group select, .group input');
-      order.value = 3; order.onchange(); facts.bySelectivity = titles();
+      order.value = 1; order.onchange(); facts.byShare = titles();
+      order.value = 4; order.onchange(); facts.bySelectivity = titles();
       search.value = '7'; search.oninput(); facts.found = titles();
       search.value = ''; search.oninput();
       document.querySelector('.group button').onclick(); facts.more = titles().length;
@@ -236,7 +237,7 @@ def test_the_page_shows_in_a_browser(shown: Path, tmp_path: Path) -> None:
     facts = json.loads(done.stdout.split("@facts@")[1].split("@end@")[0])
     record = json.loads((shown / "results.json").read_text())
     rows = sorted(record["atoms"]["rows"], key=lambda row: -row["share"])
-    assert len(facts["first"]) == 12 and facts["first"][0] == f"atom {rows[0]['number']}"
+    assert facts["byShare"][0] == f"atom {rows[0]['number']}" and len(facts["first"]) == 12
     assert facts["drawn"] == facts["canvases"] == 3 * (12 + 4 + 4)
     name, least = record["regions"]["names"][0], 20 / record["atoms"]["tokens"]
     best = max((row for row in rows if row["share"] >= least),

@@ -62,7 +62,7 @@ def test_the_commands_work_in_the_order_shown(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         run += 1
     assert run >= 10
-    assert {"cohort", "scans.parquet", "archive", "feed", "run", "weights", "probe"} <= {
+    assert {"cohort", "scans.parquet", "archive", "feed", "run", "weights", "probe", "atoms"} <= {
         path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "probe/report.html").stat().st_size > 10_000
 

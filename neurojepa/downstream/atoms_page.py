@@ -194,7 +194,8 @@ STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); gap: .8rem }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem; font-size: .86rem;
         min-width: 0 }
-.card h3 { margin: 0; font-size: 1rem } .views { display: flex; gap: 6px; margin: .4rem 0 }
+.card h3 { margin: 0; font-size: 1rem } .views { display: flex; gap: 6px; margin: .4rem 0;
+        align-items: end }
 .views canvas { background: #fbfcfd; min-width: 0 } .facts { color: var(--soft) }
 .bar { display: grid; grid-template-columns: 8.5em 1fr 3.5em; gap: .4rem; align-items: center }
 .bar i { display: block; height: .55em; background: var(--accent); border-radius: 2px }
@@ -210,7 +211,7 @@ const data = JSON.parse(document.getElementById('data').textContent);
 const [X, Y, Z] = data.counts, PLANES = [[Y, Z], [X, Z], [X, Y]];
 const CELL = Math.max(2, Math.floor(92 / Math.max(X, Y, Z))), PAGE = 12, BARS = 6;
 const NUMBER = 0, SHARE = 1, MEAN = 2, PEAK = 3, REGION = 4, SELECTIVE = 5, MODALITY = 6, TOP = 7;
-const percent = value => (100 * value).toPrecision(2) + ' %';
+const percent = value => (100 * value).toFixed(value < .001 ? 3 : 1) + ' %';
 const place = mm => mm ? mm.map(value => Math.round(value)).join(', ') : 'none';
 function make(tag, name, ...children) {
   const node = document.createElement(tag);
@@ -269,10 +270,11 @@ function show(box, group, outlines) {
   const order = make('select'), search = make('input'), cards = make('div', 'cards');
   const more = make('button', '', 'more'), count = make('span', 'facts');
   const orders = [['number', row => -row[NUMBER]], ['share of tokens', row => row[SHARE]],
-    ['mean where active', row => row[MEAN]], ...data.regions.map((name, i) =>
+    ['mean where active', row => row[MEAN]],
+    ['largest selectivity', row => Math.max(...row[SELECTIVE])], ...data.regions.map((name, i) =>
       ['selectivity for ' + name, row => row[SELECTIVE][i] ?? -2])];
   orders.forEach(([name], i) => order.append(new Option('by ' + name, i)));
-  order.value = group.kind === 'atom' ? 1 : 0;
+  order.value = group.kind === 'atom' ? 3 : 0;
   search.placeholder = 'number';
   search.size = 7;
   search.setAttribute('aria-label', group.kind + ' number');
