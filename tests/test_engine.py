@@ -191,7 +191,7 @@ def test_bf16_follows_fp32_and_keeps_fp32_state(runs: Path) -> None:
 def test_offloading_changes_nothing_but_the_last_bits(runs: Path) -> None:
     for run, train in OFFLOADED.items():
         plain = f"{train['dtype']}-zero{train['zero']}"
-        tolerance = 2e-3 if train["dtype"] == "bf16" else 1e-6  # the norm is summed otherwise
+        tolerance = 2e-3 if train["dtype"] == "bf16" else 1e-5  # the norm is summed otherwise
         assert losses(runs, run) == pytest.approx(losses(runs, plain), abs=tolerance), run
     assert (final(runs, "fp32-zero3-all").state_sha256()
             == final(runs, "fp32-zero3-optimizer").state_sha256())
