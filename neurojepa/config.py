@@ -77,6 +77,8 @@ class MaskConfig(Config):
         [(32, 0.0, 0.2), (16, 0.2, 0.5), (4, 0.5, 0.7)], min_length=1)
     aspect: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.5)
     target_share: float = Field(0.75, gt=0, lt=1, description="share of the budget to predict")
+    region_share: Share = Field(0.0, description="share of the masks that hide whole regions of "
+                                "objective.regions, in random order, instead of blocks")
 
 
 class SparseConfig(Config):
@@ -109,6 +111,11 @@ class ObjectiveConfig(Config):
     sparse: SparseConfig = SparseConfig()
     augment: AugmentConfig = AugmentConfig()
     background_weight: float = Field(0.1, ge=0, le=1, description="loss weight of an all-air token")
+    regions: str | None = Field(None, description="label volume in MNI space whose regions are "
+                                "masked; null: parcels of the installed template")
+    region_weight: float = Field(0.0, ge=0, description="weight of a linear head that tells from a "
+                                 "context token what share of its patch is air, fluid, grey and "
+                                 "white matter")
 
 
 class OptimConfig(Config):
@@ -196,10 +203,16 @@ class RootConfig(Config):
 
     @model_validator(mode="after")
     def _jepa_only(self) -> RootConfig:
-        if self.data.cross_modal and self.objective.method != "jepa":
-            raise ValueError(f"data.cross_modal {self.data.cross_modal}: objective.method "
-                             f"{self.objective.method} learns a scan from itself; set "
-                             "data.cross_modal=0")
+        objective = self.objective
+        for key, value in (("data.cross_modal", self.data.cross_modal),
+                           ("objective.masks.region_share", objective.masks.region_share),
+                           ("objective.region_weight", objective.region_weight)):
+            if value and objective.method != "jepa":
+                raise ValueError(f"{key} {value}: objective.method {objective.method} has no use "
+                                 f"for it; set {key}=0")
+        if objective.regions and not objective.masks.region_share:
+            raise ValueError(f"objective.regions {objective.regions}: no mask uses them; set "
+                             "objective.masks.region_share too")
         return self
 
     @model_validator(mode="after")

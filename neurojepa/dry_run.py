@@ -22,6 +22,7 @@ from neurojepa.feed.order import Order
 from neurojepa.model.flops import DEVICES, step_flops, tokens_per_volume
 from neurojepa.model.jepa import build_model
 from neurojepa.model.moe import MoE
+from neurojepa.objective.anatomy import TISSUES
 from neurojepa.objective.views import Views
 from neurojepa.train.engine import REDUCED_AT_ONCE
 
@@ -285,7 +286,8 @@ def _views(config: RootConfig, grid: Grid) -> Views:
     valid, modality = torch.empty(B, N, dtype=torch.bool), torch.empty(B, dtype=index)
     return Views(
         tokens, torch.empty(B, N, 3), share, valid, torch.empty(B, M, N - T, dtype=index),
-        torch.empty(B, M, T, dtype=index), modality, torch.empty(B), tokens, share, valid, modality)
+        torch.empty(B, M, T, dtype=index), modality, torch.empty(B), tokens, share, valid, modality,
+        torch.empty(B, N, 1 + len(TISSUES) if config.objective.region_weight else 0))
 
 
 def _total(parts: dict[str, float], activations: float, memory: int) -> str:

@@ -86,9 +86,11 @@ def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
 
 
 def without_augmentation(config: RootConfig) -> RootConfig:
-    """The same config with every augmentation switched off, as evaluation wants it."""
-    objective = config.objective.model_copy(
-        update={"augment": AugmentConfig(gamma=0, noise=0, bias_field=0)})
+    """The same config without augmentation and what only training draws, as evaluation wants it."""
+    masks = config.objective.masks.model_copy(update={"region_share": 0.0})  # reads no atlas
+    objective = config.objective.model_copy(update={
+        "augment": AugmentConfig(gamma=0, noise=0, bias_field=0), "masks": masks,
+        "region_weight": 0.0})
     return config.model_copy(update={"objective": objective})
 
 

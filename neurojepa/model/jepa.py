@@ -3,6 +3,9 @@
     context tokens -> encoder -> predictor -> code h -> Decoder(h)
     all tokens -> target encoder -> layer norm -> z, which Decoder(h) is to match
 
+A linear head may tell from each context latent how much air, fluid, grey and white matter its patch
+holds (objective/anatomy.py).
+
 z may be of another scan of the session: the encoder is told no modality, the predictor is told the
 target's.
 
@@ -16,17 +19,19 @@ Shape letters: B scans, M masks, N tokens, C context and T target tokens, D widt
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Grid
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.encoder import Encoder
+from neurojepa.model.layers import INIT_STD
 from neurojepa.model.predictor import Predictor
 from neurojepa.model.sizes import SIZES
 from neurojepa.model.sparse import Coded, SparseCode
-from neurojepa.objective.losses import sample_sums, take, token_weights
+from neurojepa.objective.anatomy import TISSUES
+from neurojepa.objective.losses import divergence, sample_sums, take, token_weights
 from neurojepa.objective.views import Views
 
 
@@ -40,6 +45,12 @@ class SparseJEPA(Averaged):
         self.background_weight = config.objective.background_weight
         self.predictor = Predictor(size)
         self.code = SparseCode(config.objective.sparse, size.predictor_dim, size.dim)
+        self.region_weight = config.objective.region_weight
+        self.tissue: nn.Linear | None = None
+        if self.region_weight:
+            self.tissue = nn.Linear(size.dim, 1 + len(TISSUES))
+            nn.init.trunc_normal_(self.tissue.weight, std=INIT_STD)
+            nn.init.zeros_(self.tissue.bias)
 
     def forward(self, views: Views, l1: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch.
@@ -57,7 +68,7 @@ class SparseJEPA(Averaged):
             modality of the targets, and ``cross`` for targets from another scan) are the parts
             that such samples contribute.
         """
-        coded, z_VTD = self._predict(views)
+        coded, z_VTD, y_VCD = self._predict(views)
         weight_BMT = token_weights(take(views.target_foreground_BN, views.target_BMT),
                                    take(views.target_valid_BN, views.target_BMT),
                                    self.background_weight)
@@ -68,16 +79,28 @@ class SparseJEPA(Averaged):
         parts = {"prediction": per_sample(coded.error), "sparsity": l1 * per_sample(coded.penalty)}
         if coded.gate_error is not None:
             parts["gate"] = per_sample(coded.gate_error)
-        loss_B = views.weight_B * torch.stack(list(parts.values())).sum(0)
-        metrics = sample_sums(views, loss_B.detach(),
-                              {**parts, "l0": per_sample(coded.num_active)})
+        total_B, shown = torch.stack(list(parts.values())).sum(0), {}
+        if self.tissue is not None:
+            shown["region"] = self._region(views, self.tissue(y_VCD))
+            total_B = total_B + self.region_weight * shown["region"]
+        loss_B = views.weight_B * total_B
+        metrics = sample_sums(views, loss_B.detach(), {
+            **parts, **shown, "l0": per_sample(coded.num_active)})
         weight_VT = (views.weight_B[:, None, None] * weight_BMT).flatten(0, 1)
         whole = {**_batch_metrics(coded, z_VTD, weight_VT), "dead_atoms": self.code.dead_share()}
         metrics |= {name: value * metrics["weight"] for name, value in whole.items()}
         return loss_B.sum(), metrics
 
-    def _predict(self, views: Views) -> tuple[Coded, Tensor]:
-        """Predictions for all masks, and the target latents [V, T, D]."""
+    def _region(self, views: Views, logits_VCK: Tensor) -> Tensor:
+        """float32 [B]: divergence of what context tokens tell of their patches' tissues."""
+        share_BMCK = take(views.tissue_BNK, views.context_BMC)
+        weight_BMC = token_weights(take(views.foreground_BN, views.context_BMC),
+                                   take(views.valid_BN, views.context_BMC), 0.0)
+        told_BMC = divergence(share_BMCK, logits_VCK.view_as(share_BMCK))
+        return (weight_BMC * told_BMC).sum(-1).mean(1)
+
+    def _predict(self, views: Views) -> tuple[Coded, Tensor, Tensor]:
+        """Predictions for all masks, target latents [V, T, D], latents of the context [V, C, D]."""
         z_BND = self.latents(views.of_targets())
         context_BMC, masks = views.context_BMC, views.context_BMC.shape[1]
         order_BMN = torch.cat([context_BMC, views.target_BMT], -1)
@@ -90,7 +113,7 @@ class SparseJEPA(Averaged):
         modality_V = views.target_modality_B[:, None].expand(-1, masks).flatten()
         predicted = self.predictor(y_VCD, coords_VN3, valid_VN, modality_V)
         z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
-        return self.code(predicted, z_VTD, valid_VN[:, C:]), z_VTD
+        return self.code(predicted, z_VTD, valid_VN[:, C:]), z_VTD, y_VCD
 
 
 def build_model(config: RootConfig, grid: Grid) -> Averaged:

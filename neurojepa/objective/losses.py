@@ -33,6 +33,15 @@ def take(x_BNd: Tensor, index_BMk: Tensor) -> Tensor:
     return x_BNd[rows_B11, index_BMk]
 
 
+def divergence(share: Tensor, logits: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of softmax(logits) from shares that sum to 1, [..., K] -> [...].
+
+    It has the gradient of the cross-entropy, and is 0 where the shares are told exactly.
+    """
+    told = torch.log_softmax(logits.float(), -1)
+    return (torch.special.xlogy(share, share) - share * told).sum(-1)
+
+
 def sample_sums(views: Views, loss_B: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums over samples: weight, each part [B] by weight; loss and weight of each modality.
 

@@ -10,6 +10,10 @@ Context and target are disjoint and together use all N tokens.  Unscanned tokens
 listed too (their number differs between scans, the shapes must not), but they count for nothing:
 attention never reads them (``valid``) and as targets their loss weight is 0.
 
+A share of the masks hides whole regions of an atlas instead: the regions are put in random order
+and their tokens become targets, region by region, until the count is reached; only the last one is
+cut, along the borders of the mask's blocks.
+
 All scales are drawn at once.  Lengths are whole 128ths of a token, so distances are exact and the
 masks the same on every device.
 
@@ -29,12 +33,12 @@ from neurojepa.objective import random
 
 FOREGROUND_SHARE = 0.1  # of brain voxels, above which a token counts as foreground
 _UNIT = 128  # lengths per token: up to 127 tokens fit into int16, the fastest for a CPU
-_BLOCKS, _UNIFORM = 16, 17  # random streams, apart from those of the views
+_BLOCKS, _UNIFORM, _REGIONS = 16, 17, 18  # random streams, apart from those of the views
 
 
 def draw_masks(keep_BN: Tensor, counts: tuple[int, int, int], foreground_BN: Tensor,
-               valid_BN: Tensor, masks: MaskConfig, seed: int,
-               position_B: Tensor) -> tuple[Tensor, Tensor]:
+               valid_BN: Tensor, masks: MaskConfig, seed: int, position_B: Tensor,
+               regions: tuple[Tensor, int] | None = None) -> tuple[Tensor, Tensor]:
     """Draw one context/target split per scale.
 
     Parameters
@@ -44,6 +48,8 @@ def draw_masks(keep_BN: Tensor, counts: tuple[int, int, int], foreground_BN: Ten
     foreground_BN : share of brain voxels of each token.
     valid_BN : False where nothing was scanned.
     position_B : int64, the key of each sample's draws.
+    regions : int64 [n], the region of every patch of the grid, and the number of regions R; where
+        ``masks.region_share`` is above 0.
 
     Returns
     -------
@@ -62,7 +68,10 @@ def draw_masks(keep_BN: Tensor, counts: tuple[int, int, int], foreground_BN: Ten
     ties_BMN = (ties * (1 << 24)).long().view_as(distance_BMN)  # exact
     # one sort ranks the tokens of each stratum by distance: foreground, background, unscanned
     stratum_B1N = 2 - valid_BN.long()[:, None] - foreground_BN.long()[:, None]
-    key_BMN = ((stratum_B1N << 20) + distance_BMN << 24) + ties_BMN
+    key_BMN = (stratum_B1N << 34) + distance_BMN
+    if regions is not None:
+        key_BMN += _turns(regions, keep_BN, masks, seed, position_B) << 16
+    key_BMN = (key_BMN << 24) + ties_BMN
     order_BMN = key_BMN.sort(dim=2, stable=True).indices
     chosen_B1N = _leading_parts(foreground_BN, valid_BN, num_targets)[:, None]
     is_target_BMN = torch.empty_like(order_BMN, dtype=torch.bool).scatter_(
@@ -126,6 +135,20 @@ def _distance_to_blocks(keep_BN: Tensor, counts: tuple[int, int, int], foregroun
     distance_BMn = torch.stack([part.amin(1) for part in beyond_BKn.split(per_scale, 1)], 1)
     index_BMN = keep_BN[:, None].expand(-1, len(per_scale), -1)
     return distance_BMn.gather(2, index_BMN).long()
+
+
+def _turns(regions: tuple[Tensor, int], keep_BN: Tensor, masks: MaskConfig, seed: int,
+           position_B: Tensor) -> Tensor:
+    """int64 [B, M, N]: in which turn the region of each token is masked; 0 in masks of blocks."""
+    region_n, num_regions = regions
+    num_masks = len(masks.scales)
+    is_whole, order = random.uniform(seed, position_B, _REGIONS, num_masks * (1 + num_regions)
+                                     ).split([num_masks, num_masks * num_regions], 1)
+    order_BMR = order.view(-1, num_masks, num_regions).sort(dim=2, stable=True).indices
+    turn_R = torch.arange(num_regions, device=keep_BN.device)
+    turn_BMR = torch.empty_like(order_BMR).scatter_(2, order_BMR, turn_R.expand_as(order_BMR))
+    turn_BMN = turn_BMR.gather(2, region_n[keep_BN][:, None].expand(-1, num_masks, -1))
+    return turn_BMN * (is_whole < masks.region_share)[..., None]
 
 
 def _leading_parts(foreground_BN: Tensor, valid_BN: Tensor, num_targets: int) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from neurojepa.config import AugmentConfig, RootConfig
 from neurojepa.feed.format import AIR, NOT_SCANNED, Grid
 from neurojepa.objective import random
+from neurojepa.objective.anatomy import regions_on, tissue_shares
 from neurojepa.objective.masks import draw_masks, draw_uniform_masks
 
 # Standardisation of brain intensities, which preparation scales to [0, 1].
@@ -73,6 +74,7 @@ class Views:
     target_foreground_BN: Tensor
     target_valid_BN: Tensor  # scanned in both
     target_modality_B: Tensor  # another than modality_B where it is another scan
+    tissue_BNK: Tensor  # float32, shares of air, fluid, grey, white; K = 0 without the head on them
 
     def of_targets(self) -> Views:
         """The scans that the targets come from as if they were the samples."""
@@ -96,17 +98,20 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> 
         target = _cut(batch.target_voxels, count_brain(batch.target_voxels, patch), keep_BN, key_B,
                       config, grid, seed)
         target = target._replace(valid_BN=target.valid_BN & own.valid_BN)
-    masks = config.objective.masks
+    masks, device = config.objective.masks, keep_BN.device
     if config.objective.method == "jepa":
+        regions = (regions_on(device, grid, patch, config.objective.regions)
+                   if masks.region_share else None)
         context_BMC, target_BMT = draw_masks(keep_BN, patch_counts(grid, patch), own.foreground_BN,
-                                             own.valid_BN, masks, seed, position_B)
+                                             own.valid_BN, masks, seed, position_B, regions)
     else:
         context_BMC, target_BMT = draw_uniform_masks(keep_BN.shape[1], masks.target_share, seed,
                                                      position_B)
-    return Views(own.tokens_BNP, patch_centres_mm(grid, patch, keep_BN.device)[keep_BN],
+    return Views(own.tokens_BNP, patch_centres_mm(grid, patch, device)[keep_BN],
                  own.foreground_BN, own.valid_BN, context_BMC, target_BMT, batch.modality,
                  batch.weight * own.shows_brain_B * target.shows_brain_B, target.tokens_BNP,
-                 target.foreground_BN, target.valid_BN, target_modality_B)
+                 target.foreground_BN, target.valid_BN, target_modality_B,
+                 _tissue(batch.voxels, keep_BN, config, grid))
 
 
 def _cut(voxels: Tensor, counted: tuple[Tensor, Tensor], keep_BN: Tensor, key_B: Tensor,
@@ -118,6 +123,14 @@ def _cut(voxels: Tensor, counted: tuple[Tensor, Tensor], keep_BN: Tensor, key_B:
                          config.objective.augment, seed, key_B)
     return _Scans(tokens_BNP, brain_Bn[rows_B1, keep_BN].float() / patch**3,
                   scanned_Bn[rows_B1, keep_BN], (brain_Bn.sum(-1) > 0).float())
+
+
+def _tissue(voxels: Tensor, keep_BN: Tensor, config: RootConfig, grid: Grid) -> Tensor:
+    if not config.objective.region_weight:
+        return voxels.new_empty(*keep_BN.shape, 0, dtype=torch.float32)
+    patch = config.model.patch_voxels
+    rows_B1 = torch.arange(len(keep_BN), device=keep_BN.device)[:, None]
+    return tissue_shares(patchify(voxels, patch)[rows_B1, keep_BN], keep_BN, grid, patch)
 
 
 def count_brain(voxels: Tensor, patch: int) -> tuple[Tensor, Tensor]:

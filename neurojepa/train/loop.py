@@ -27,6 +27,7 @@ from neurojepa.feed.patience import Patience
 from neurojepa.model.jepa import build_model
 from neurojepa.model.moe import expert_balance, moe_layers, update_router_bias
 from neurojepa.model.sparse import sparse_code
+from neurojepa.objective.anatomy import check_anatomy
 from neurojepa.objective.views import make_views
 from neurojepa.train import checkpoint
 from neurojepa.train.engine import Engine
@@ -86,6 +87,7 @@ class Run:
         self.stop = StopRequest(config.run.time_limit_min)
         self.feed = open_feed(config.data.feed)
         self.patience = Patience(config.data.retry_s)
+        check_anatomy(config, self.feed.grid)
         self.loader = Loader(self.feed, config, world.rank, world.size, first_step=0)
         self.labels = Labels(self.feed, config) if config.objective.method == "cnn" else None
         self.probe = OnlineProbe(config, self.feed, world) if config.train.probe_every else None

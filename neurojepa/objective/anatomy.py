@@ -1,0 +1,276 @@
+"""Anatomical priors: what the MNI152 template, or an atlas, says of the patches of a grid.
+
+Regions: every patch belongs to one, for masks that hide whole regions (masks.py).  By default they
+are parcels of the template's grey matter, mirrored and with the hemispheres apart; any label volume
+in MNI space will do.
+
+Tissue: how much of a patch is air, fluid, grey and white matter *in this scan*, for the head that
+tells it from a token (jepa.py).  A region's share of a patch would be no target: it follows from
+the coordinates, which every token has.  So the template only gives the priors, and the scan's own
+intensities decide, by expectation-maximisation of one Gaussian per tissue (as in the unified
+segmentation of Ashburner & Friston 2005, without its deformation and bias field).  That knows no
+contrast: what is bright in a T1w is dark in a T2w, its tissue is the same.  Where intensities tell
+nothing (as in some PET) the prior is left.
+
+The template comes inside nilearn; nothing is fetched.
+
+Shape letters: B scans, n patches of the grid, N tokens kept, P voxels a patch, K tissues.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neurojepa.config import RootConfig
+from neurojepa.errors import ConfigError
+from neurojepa.feed.format import AIR, NOT_SCANNED, Grid
+
+PARCELS = 24  # of a hemisphere: about seven 18 mm patches each
+TISSUES = ("fluid", "grey", "white")
+PRIOR_SIGMA_MM = 4.0  # heads keep their size, so the template fits to within some millimetres
+PRIOR_FLOOR = 0.02  # of each tissue anywhere inside a brain
+EM_STEPS = 5
+LEAST_VARIANCE = 25.0  # of a tissue's codes (1..254): no class shrinks to a single value
+_STRIDE_MM, _LLOYD_STEPS = 3, 30
+
+
+def check_anatomy(config: RootConfig, grid: Grid) -> None:
+    """Read the template or atlas that the config asks for, so that what is wrong shows at once."""
+    if config.objective.masks.region_share:
+        patch_regions(grid, config.model.patch_voxels, config.objective.regions)
+
+
+# ---- regions -------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=4)
+def regions_on(device: torch.device, grid: Grid, patch: int,
+               atlas: str | None) -> tuple[Tensor, int]:
+    """``patch_regions`` as int64 [n] on a device, and the number of regions."""
+    region = patch_regions(grid, patch, atlas)
+    return torch.from_numpy(region).to(device), int(region.max()) + 1
+
+
+@lru_cache(maxsize=4)
+def patch_regions(grid: Grid, patch: int, atlas: str | None = None) -> np.ndarray:
+    """The region of every patch: the one with most of its voxels, else the nearest patch's.
+
+    Parameters
+    ----------
+    atlas : path of a label volume in MNI space (0 is no region); None for the template's parcels.
+
+    Returns
+    -------
+    int64 [n], in the order of ``patchify``; all numbers from 0 on are used
+
+    Raises
+    ------
+    ConfigError
+        The atlas cannot be read, is no label volume, or gives fewer than two regions here.
+    """
+    labels = _parcels(grid) if atlas is None else _read_atlas(atlas, grid)
+    region = _majority(labels, patch)
+    centres = _centres_mm(grid, patch)
+    covered = np.flatnonzero(region >= 0)
+    if len(np.unique(region[covered])) < 2:
+        raise ConfigError(
+            f"objective.regions = {atlas}: {len(np.unique(region[covered]))} region(s) in the "
+            f"{len(region)} patches of grid {grid.name!r}, which spans {_span(grid)} mm (x, y, z); "
+            "two are needed; is it a label volume in MNI space?")
+    distance = ((centres[:, None] - centres[covered]) ** 2).sum(-1)
+    region = region[covered[distance.argmin(1)]]
+    if atlas is None:  # a patch astride the midline belongs to neither hemisphere
+        half = patch * grid.spacing_mm / 2
+        side = np.sign(centres[:, 0]) * (np.abs(centres[:, 0]) >= half)
+        region = 3 * region + side.astype(np.int64) + 1
+    return np.unique(region, return_inverse=True)[1].astype(np.int64)
+
+
+def _majority(labels: np.ndarray, patch: int) -> np.ndarray:
+    """int64 [n]: the label > 0 with most voxels in each patch, less one; -1 where there is none."""
+    split = _by_patch(labels, patch)
+    number = int(split.max()) + 1
+    flat = (np.arange(len(split))[:, None] * number + split).ravel()
+    counts = np.bincount(flat, minlength=len(split) * number).reshape(len(split), number)[:, 1:]
+    if not counts.size:
+        return np.full(len(split), -1)
+    return np.where(counts.any(1), counts.argmax(1), -1)
+
+
+def _parcels(grid: Grid) -> np.ndarray:
+    """int [X, Y, Z]: parcels 1.. of the template's grey matter on the grid, mirrored; 0 outside.
+
+    K-means of one hemisphere's grey matter (Lloyd 1982) from points as far apart as can be, on
+    whole millimetres, so that the same parcels come out everywhere.  White matter goes to the
+    nearest parcel.
+    """
+    origin, _, grey, white = _template()
+    coarse = grey[::_STRIDE_MM, ::_STRIDE_MM, ::_STRIDE_MM] > 0.5
+    points = np.argwhere(coarse) * _STRIDE_MM + origin
+    centres = _k_means(points[points[:, 0] >= 0], PARCELS)
+    where = _grid_mm(grid)
+    brain = _at(grey + white, origin, where) > 0.5
+    points = where[brain] * np.where(where[brain] < 0, [-1, 1, 1], 1)  # x mirrored
+    labels = np.zeros(grid.shape, np.int64)
+    labels[brain] = _nearest(points, centres) + 1
+    return labels
+
+
+def _k_means(points: np.ndarray, number: int) -> np.ndarray:
+    """[number, 3] centres, in whole millimetres."""
+    centres = points[:1]
+    distance = ((points - centres) ** 2).sum(-1)
+    while len(centres) < number:
+        centres = np.concatenate([centres, points[[distance.argmax()]]])
+        distance = np.minimum(distance, ((points - centres[-1]) ** 2).sum(-1))
+    for _ in range(_LLOYD_STEPS):
+        of = _nearest(points, centres)
+        sums = np.stack([np.bincount(of, points[:, axis], number) for axis in range(3)], 1)
+        centres = np.rint(sums / np.bincount(of, minlength=number).clip(1)[:, None])
+    return centres
+
+
+def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    best, nearest = np.full(len(points), np.inf), np.zeros(len(points), np.int64)
+    for number, centre in enumerate(centres):
+        distance = ((points - centre) ** 2).sum(-1)
+        closer = distance < best
+        best[closer], nearest[closer] = distance[closer], number
+    return nearest
+
+
+def _read_atlas(path: str, grid: Grid) -> np.ndarray:
+    """int64 [X, Y, Z]: an atlas at the centres of the grid's voxels, 0 beyond its edges."""
+    import nibabel as nib
+
+    try:
+        image: Any = nib.load(path)
+        values, affine = np.asarray(image.dataobj), image.affine
+    except (OSError, ValueError, AttributeError, nib.filebasedimages.ImageFileError) as error:
+        raise ConfigError(f"objective.regions = {path}: cannot be read as an image ({error})"
+                          ) from error
+    values = values[..., 0] if values.ndim == 4 and values.shape[3] == 1 else values
+    if values.ndim != 3:
+        raise ConfigError(f"objective.regions = {path}: has shape {values.shape}; one label volume "
+                          "[x, y, z] is needed")
+    if not (np.isfinite(values).all() and (values == np.rint(values)).all() and values.min() >= 0):
+        raise ConfigError(f"objective.regions = {path}: has values that are no labels, from "
+                          f"{values.min()} to {values.max()}; labels are whole numbers from 0 on")
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise ConfigError(f"objective.regions = {path}: its affine cannot be inverted")
+    names, labels = np.unique(values, return_inverse=True)
+    labels = labels.reshape(values.shape) + (names[0] > 0)
+    to_voxel = np.linalg.inv(affine)
+    voxel = _grid_mm(grid) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+    return _at(labels, np.zeros(3), voxel)
+
+
+# ---- tissue --------------------------------------------------------------------------------------
+
+def tissue_shares(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int) -> Tensor:
+    """float32 [B, N, 1 + K]: shares of air and of each tissue in the scanned part of each token.
+
+    Sums of a scan are of whole numbers, hence exact: they depend on no batch or device.
+
+    Parameters
+    ----------
+    codes_BNP : uint8, stored voxels of the kept patches.
+    keep_BN : int64, which patches these are.
+    """
+    prior_KnP = _priors_on(codes_BNP.device, grid, patch)
+    brain_BNP = (codes_BNP != AIR) & (codes_BNP != NOT_SCANNED)
+    value_BNP = codes_BNP.float()
+    prior = [(prior_nP[keep_BN] * brain_BNP).float() for prior_nP in prior_KnP]
+    belongs = prior  # 0..255, summing to about 255 in the brain
+    for _ in range(EM_STEPS):
+        likely = [before * _density(value_BNP, now)
+                  for before, now in zip(prior, belongs, strict=True)]
+        scale = 255 / torch.stack(likely).sum(0).clamp(min=1e-30)
+        belongs = [(part * scale).round() for part in likely]
+    tissue_BNK = torch.stack([part.sum(-1) for part in belongs], -1)
+    brain_BN1 = brain_BNP.sum(-1, keepdim=True)
+    tissue_BNK = brain_BN1 * tissue_BNK / tissue_BNK.sum(-1, keepdim=True).clamp(min=1)
+    scanned_BN1 = (codes_BNP != NOT_SCANNED).sum(-1, keepdim=True)
+    return torch.cat([scanned_BN1 - brain_BN1, tissue_BNK], -1) / scanned_BN1.clamp(min=1)
+
+
+def _density(value_BNP: Tensor, weight_BNP: Tensor) -> Tensor:
+    """Density of a Gaussian of the values' weighted mean and variance in each scan."""
+    # products stay below 2^24, so float32 holds them exactly
+    moments = [part.sum((1, 2), dtype=torch.float64) for part in (
+        weight_BNP, weight_BNP * value_BNP, weight_BNP * value_BNP.square())]
+    total_B = moments[0].clamp(min=1)
+    mean_B = moments[1] / total_B
+    variance_B = (moments[2] / total_B - mean_B.square()).clamp(min=LEAST_VARIANCE)
+    mean_B11, variance_B11 = (part.float()[:, None, None] for part in (mean_B, variance_B))
+    return torch.exp((value_BNP - mean_B11).square() / (-2 * variance_B11)) * variance_B11.rsqrt()
+
+
+@lru_cache(maxsize=4)
+def _priors_on(device: torch.device, grid: Grid, patch: int) -> Tensor:
+    """uint8 [K, n, P]: the template's tissues at every voxel of every patch, of 255, smoothed."""
+    from scipy.ndimage import gaussian_filter
+
+    origin, brain, grey, white = _template()
+    fluid = (brain - grey - white).clip(0)
+    where, sigma = _grid_mm(grid), PRIOR_SIGMA_MM / grid.spacing_mm
+    prior = np.stack([gaussian_filter(_at(part, origin, where), sigma) + PRIOR_FLOOR
+                      for part in (fluid, grey, white)])
+    prior /= prior.sum(0)
+    codes = np.rint(255 * prior).astype(np.uint8)
+    return torch.from_numpy(np.stack([_by_patch(part, patch) for part in codes])).to(device)
+
+
+# ---- template and grid ---------------------------------------------------------------------------
+
+def _template() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Corner in mm, and MNI152's brain, grey and white matter, float32 [x, y, z] at 1 mm in RAS."""
+    from nilearn.datasets import (
+        load_mni152_brain_mask,
+        load_mni152_gm_template,
+        load_mni152_wm_template,
+    )
+
+    grey = load_mni152_gm_template(resolution=1)
+    others = (load_mni152_brain_mask(resolution=1), load_mni152_wm_template(resolution=1))
+    brain, white = (np.asarray(image.dataobj, dtype=np.float32) for image in others)
+    return grey.affine[:3, 3], brain, np.asarray(grey.dataobj, dtype=np.float32), white
+
+
+def _by_patch(volume: np.ndarray, patch: int) -> np.ndarray:
+    """[X, Y, Z] -> [n, P], as ``patchify``."""
+    x, y, z = (size // patch for size in volume.shape)
+    split = volume.reshape(x, patch, y, patch, z, patch).transpose(0, 2, 4, 1, 3, 5)
+    return split.reshape(x * y * z, -1)
+
+
+def _at(volume: np.ndarray, origin: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Values of the nearest voxels (voxel 0 lies at ``origin``), 0 outside; [..., 3] -> [...]."""
+    index = np.rint(where - origin).astype(int)
+    inside = ((index >= 0) & (index < volume.shape)).all(-1)
+    found = np.zeros(where.shape[:-1], volume.dtype)
+    found[inside] = volume[tuple(index[inside].T)]
+    return found
+
+
+def _grid_mm(grid: Grid) -> np.ndarray:
+    """float64 [X, Y, Z, 3]: MNI coordinates of the grid's voxels."""
+    affine = grid.affine
+    axes = [np.arange(size) * affine[a, a] + affine[a, 3] for a, size in enumerate(grid.shape)]
+    return np.stack(np.meshgrid(*axes, indexing="ij"), -1)
+
+
+def _centres_mm(grid: Grid, patch: int) -> np.ndarray:
+    """float64 [n, 3]: MNI coordinates of the patches' centres."""
+    mm = _grid_mm(grid)[::patch, ::patch, ::patch] + (patch - 1) * grid.spacing_mm / 2
+    return mm.reshape(-1, 3)
+
+
+def _span(grid: Grid) -> str:
+    half = np.array(grid.shape) * grid.spacing_mm / 2
+    return ", ".join(f"{centre - h:g} to {centre + h:g}"
+                     for centre, h in zip(grid.centre_mm, half, strict=True))
