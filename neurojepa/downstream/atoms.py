@@ -75,6 +75,11 @@ class Tally:
             joined = torch.cat([getattr(self, name), new_F[None]])
             setattr(self, name, joined.gather(0, chosen_KF))
 
+    def mean_map(self) -> np.ndarray:
+        """[n, F] mean at each patch; 0 where few tokens were seen."""
+        often_n1 = (self.tokens_n > RARE * self.tokens_n.max())[:, None]
+        return (often_n1 * self.total_nF / self.tokens_n.clamp(min=1)[:, None]).cpu().numpy()
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -183,7 +188,7 @@ class Summary:
 
     share_F: np.ndarray  # of tokens in which a feature is active
     mean_F: np.ndarray  # value where it is active
-    map_nF: np.ndarray  # mean value at each patch, 0 where few tokens were seen
+    map_nF: np.ndarray  # Tally.mean_map
     region_RF: np.ndarray  # mean value in each region; nan where none of its tokens was seen
     selectivity_RF: np.ndarray  # (in - out) / (in + out), -1 to 1
     modality_mF: np.ndarray  # mean value
@@ -198,8 +203,6 @@ def summary(tally: Tally, regions: Regions, feed: Feed, patch: int) -> Summary:
     mean over all other regions.
     """
     total_nF, tokens_n = tally.total_nF.cpu().numpy(), tally.tokens_n.cpu().numpy()
-    often_n = tokens_n > RARE * tokens_n.max()
-    map_nF = np.where(often_n[:, None], total_nF / np.maximum(tokens_n, 1)[:, None], 0)
     sums_RF, weights_R = regions.share_nR.T @ total_nF, regions.share_nR.T @ tokens_n
     inside_RF = _ratio(sums_RF, weights_R[:, None])
     outside_RF = _ratio(sums_RF.sum(0) - sums_RF, (weights_R.sum() - weights_R)[:, None])
@@ -208,7 +211,8 @@ def summary(tally: Tally, regions: Regions, feed: Feed, patch: int) -> Summary:
         tally.tokens_m.cpu().numpy(), 1)[:, None]
     active_F = tally.active_F.cpu().numpy()
     return Summary(
-        active_F / tokens_n.sum(), total_nF.sum(0) / np.maximum(active_F, 1), map_nF, inside_RF,
+        active_F / tokens_n.sum(), total_nF.sum(0) / np.maximum(active_F, 1), tally.mean_map(),
+        inside_RF,
         _ratio(inside_RF - outside_RF, inside_RF + outside_RF), by_modality[occurring],
         [name for name, occurs in zip(MODALITIES, occurring, strict=True) if occurs],
         _strongest(tally, feed, patch))

@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def atoms_page(record: dict[str, Any], seen: Anatomy, regions: Regions, feed: Fe
         rows = record["atoms"]["rows"]
         least = LEAST_TOKENS / record["atoms"]["tokens"]
         shown = [row for row in rows if row["share"] >= least]
-        groups.append(_group("atom", shown, seen.atoms, regions, feed, patch))
+        groups.append(_group("atom", shown, seen.atoms, counts))
         parts += [section("Atoms by region", _region_table(shown, regions, seen.atoms), paragraph(
             "Selectivity is (in - out) / (in + out) of the mean activation inside a region and in "
             f"all others. Regions: {regions.source}.")),
@@ -89,17 +90,19 @@ def atoms_page(record: dict[str, Any], seen: Anatomy, regions: Regions, feed: Fe
                 "<div class='group' data-group='0'></div>")]
     for layer, tally in zip(record["experts"], seen.experts, strict=True):
         name = f"Experts of block {layer['block']}"
-        groups.append(_group("expert", layer["rows"], tally, regions, feed, patch))
+        groups.append(_group("expert", layer["rows"], tally, counts))
         parts.append(section(name, paragraph(
             f"Busiest expert {layer['expert_max_load']:.2f} times the mean, entropy "
-            f"{layer['expert_entropy']:.3f} of 1. Share of a region's tokens at each expert, and "
-            "where an expert's share is largest."), _heat_table(layer["rows"], regions),
+            f"{layer['expert_entropy']:.3f} of 1, in the target encoder, which embeddings come "
+            "from. Share of a region's tokens at each expert, and where an expert's share is "
+            "largest."), _heat_table(layer["rows"], regions),
             f"<div class='group' data-group='{len(groups) - 1}'></div>"))
     data = {"regions": regions.names, "counts": counts, "groups": groups,
             "outlines": _outlines(regions.brain)}
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    script = Path(__file__).with_name("atoms.js").read_text()
     parts.append(f"<style>{STYLE}</style><script type='application/json' id='data'>{text}</script>"
-                 f"<script>{SCRIPT}</script>")
+                 f"<script>{script}</script>")
     which = ", ".join(str(record[name]) for name in ("split", "modality", "cohort")
                       if record[name])
     return page("Atoms and experts in the brain",
@@ -122,12 +125,16 @@ def _headline(record: dict[str, Any]) -> str:
 def _region_table(rows: list[dict[str, Any]], regions: Regions, tally: Tally) -> str:
     """For each region its most selective atoms, and how many prefer it to all others."""
     weights = regions.share_nR.T @ tally.tokens_n.cpu().numpy()
-    preferred = [max(regions.names, key=lambda name: row["selectivity"][name] or -1)
-                 for row in rows]
+
+    def rank(row: dict[str, Any], name: str) -> float:
+        value = row["selectivity"][name]
+        return -2 if value is None else value
+
+    preferred = [max(regions.names, key=lambda name: rank(row, name)) for row in rows]
     lines = []
     for name, weight in zip(regions.names, weights / max(weights.sum(), 1e-9), strict=True):
-        best = sorted((row for row in rows if row["selectivity"][name] is not None),
-                      key=lambda row: -row["selectivity"][name])[:5]
+        best = sorted((row for row in rows if rank(row, name) >= -1),
+                      key=lambda row: -rank(row, name))[:5]
         lines.append([name, f"{weight:.1%}", preferred.count(name), ", ".join(
             f"{row['number']} ({row['selectivity'][name]:.2f})" for row in best)])
     return table(["region", "tokens", "atoms that prefer it", "most selective atoms"], lines)
@@ -148,13 +155,12 @@ def _heat_table(rows: list[dict[str, Any]], regions: Regions) -> str:
             f"<tbody>{body}</tbody></table></div>")
 
 
-def _group(kind: str, rows: list[dict[str, Any]], tally: Tally, regions: Regions, feed: Feed,
-           patch: int) -> dict[str, Any]:
+def _group(kind: str, rows: list[dict[str, Any]], tally: Tally,
+           counts: tuple[int, int, int]) -> dict[str, Any]:
     """One list of cards: figures by position rather than name, and their projections."""
-    numbers = [row["number"] for row in rows]
-    map_nF = summary(tally, regions, feed, patch).map_nF[:, numbers]
+    map_nF = tally.mean_map()[:, [row["number"] for row in rows]]
     return {"kind": kind, "modalities": list(rows[0]["mean_by_modality"]) if rows else [],
-            "maps": _projections(map_nF, patch_counts(feed.grid, patch)),
+            "maps": _projections(map_nF, counts),
             "rows": [[row["number"], row["share"], row["mean"], row["peak_mm"],
                       list(row["mean_by_region"].values()), list(row["selectivity"].values()),
                       list(row["mean_by_modality"].values()),
@@ -203,107 +209,4 @@ STYLE = """
 .heat td, .heat th { padding: .2rem .45rem; text-align: right; font-size: .86rem }
 .heat td:first-child, .heat th:first-child { text-align: left; white-space: nowrap }
 @media (max-width: 400px) { .cards { grid-template-columns: 1fr } }
-"""
-
-SCRIPT = """
-'use strict';
-const data = JSON.parse(document.getElementById('data').textContent);
-const [X, Y, Z] = data.counts, PLANES = [[Y, Z], [X, Z], [X, Y]];
-const CELL = Math.max(2, Math.floor(92 / Math.max(X, Y, Z))), PAGE = 12, BARS = 6;
-const NUMBER = 0, SHARE = 1, MEAN = 2, PEAK = 3, REGION = 4, SELECTIVE = 5, MODALITY = 6, TOP = 7;
-const percent = value => (100 * value).toFixed(value < .001 ? 3 : 1) + ' %';
-const place = mm => mm ? mm.map(value => Math.round(value)).join(', ') : 'none';
-function make(tag, name, ...children) {
-  const node = document.createElement(tag);
-  if (name) node.className = name;
-  node.append(...children);
-  return node;
-}
-function loaded(source) {
-  const image = new Image();
-  image.src = source;
-  return image.decode().then(() => image);
-}
-function draw(maps, position, outlines) {
-  const box = make('div', 'views');
-  let at = position * PLANES.reduce((sum, [w, h]) => sum + w * h, 0);
-  PLANES.forEach(([w, h], plane) => {
-    const canvas = make('canvas');
-    canvas.width = w * CELL;
-    canvas.height = h * CELL;
-    const pen = canvas.getContext('2d');
-    for (let i = 0; i < w; i++) for (let j = 0; j < h; j++) {
-      const value = maps[at + i * h + j] / 255;
-      pen.fillStyle = `rgba(197, 48, 48, ${value})`;
-      if (value) pen.fillRect(i * CELL, (h - 1 - j) * CELL, CELL, CELL);
-    }
-    pen.drawImage(outlines[plane], 0, 0, canvas.width, canvas.height);
-    canvas.title = ['from the right: front is right', 'from behind: left is left',
-                    'from above: left is left'][plane];
-    box.append(canvas);
-    at += w * h;
-  });
-  return box;
-}
-function bars(names, values, most) {
-  const ranked = names.map((name, i) => [name, values[i]]).filter(pair => pair[1] !== null)
-    .sort((a, b) => b[1] - a[1]).slice(0, most);
-  const largest = Math.max(1e-12, ...ranked.map(pair => pair[1]));
-  return ranked.map(([name, value]) => {
-    const length = make('i');
-    length.style.width = 100 * value / largest + '%';
-    return make('div', 'bar', make('span', '', name), make('span', '', length),
-                make('span', '', value.toPrecision(2)));
-  });
-}
-function card(group, row, position, outlines) {
-  const strongest = row[TOP].map(([scan, modality, mm, value]) => make('div', '',
-    make('code', '', scan), ` ${modality} at ${place(mm)}: ${value.toPrecision(3)}`));
-  const rest = make('details', '', make('summary', '', 'modalities, strongest scans'),
-    ...bars(group.modalities, row[MODALITY], 8), ...strongest);
-  return make('div', 'card', make('h3', '', `${group.kind} ${row[NUMBER]}`),
-    make('div', 'facts', `${percent(row[SHARE])} of tokens, mean ${row[MEAN].toPrecision(3)}, `
-      + `peak at ${place(row[PEAK])} mm`),
-    draw(group.bytes, position, outlines), ...bars(data.regions, row[REGION], BARS), rest);
-}
-function show(box, group, outlines) {
-  const order = make('select'), search = make('input'), cards = make('div', 'cards');
-  const more = make('button', '', 'more'), count = make('span', 'facts');
-  const orders = [['number', row => -row[NUMBER]], ['share of tokens', row => row[SHARE]],
-    ['mean where active', row => row[MEAN]],
-    ['largest selectivity', row => Math.max(...row[SELECTIVE])], ...data.regions.map((name, i) =>
-      ['selectivity for ' + name, row => row[SELECTIVE][i] ?? -2])];
-  orders.forEach(([name], i) => order.append(new Option('by ' + name, i)));
-  order.value = group.kind === 'atom' ? 3 : 0;
-  search.placeholder = 'number';
-  search.size = 7;
-  search.setAttribute('aria-label', group.kind + ' number');
-  order.setAttribute('aria-label', 'order');
-  let ranked = [];
-  function fill(most) {
-    const from = cards.children.length;
-    for (const i of ranked.slice(from, from + most))
-      cards.append(card(group, group.rows[i], i, outlines));
-    count.textContent = `${cards.children.length} of ${ranked.length}`;
-    more.hidden = cards.children.length >= ranked.length;
-  }
-  function restart() {
-    const key = orders[order.value][1], wanted = search.value.trim();
-    ranked = [...group.rows.keys()].filter(i => !wanted || group.rows[i][NUMBER] === +wanted)
-      .sort((a, b) => key(group.rows[b]) - key(group.rows[a]));
-    cards.replaceChildren();
-    fill(PAGE);
-  }
-  order.onchange = search.oninput = restart;
-  more.onclick = () => fill(4 * PAGE);
-  box.append(make('div', 'controls', order, search, count), cards, make('p', '', more));
-  restart();
-}
-Promise.all(data.outlines.map(loaded)).then(outlines => {
-  for (const box of document.querySelectorAll('.group')) {
-    const group = data.groups[box.dataset.group];
-    group.bytes = Uint8Array.from(atob(group.maps), c => c.charCodeAt(0));
-    show(box, group, outlines);
-  }
-});
 """
