@@ -18,10 +18,12 @@ from neurojepa.feed.loader import Batch, SampleReader
 from neurojepa.feed.order import Order
 from neurojepa.model.jepa import build_model
 from neurojepa.objective.views import Views, make_views
+from neurojepa.train.rows import read_rows
 from tests.feeds import write_feed
 from tests.test_feed_faults import batches, config_of, damage
 from tests.test_jepa import NoSyncNoAtomics
 from tests.test_masks import GRID, make_batch, make_config
+from tests.worker import job, run_ranks
 
 PLAIN = {"gamma": 0, "noise": 0, "bias_field": 0}
 
@@ -233,3 +235,26 @@ def test_a_batch_moves_whole() -> None:
     moved = batch.to(torch.device("meta"))
     assert moved.target_voxels is not None and moved.target_voxels.device.type == "meta"
     assert moved.voxels.device.type == "meta" and moved.scan_ids == batch.scan_ids
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+def test_a_run_with_pairs_and_priors_continues_bit_equal(local: Path, tmp_path: Path) -> None:
+    def config(name: str) -> RootConfig:
+        tree = config_of(str(local), tmp_path / name, cross_modal=0.5).model_dump()
+        tree["objective"]["masks"]["region_share"] = 0.5
+        return RootConfig.model_validate(tree | {"objective": {
+            **tree["objective"], "region_weight": 0.2}})
+
+    (process,) = run_ranks([job(config("straight"), tmp_path),
+                            job(config("killed"), tmp_path, die=["Run._train_step", 7])], tmp_path)
+    assert process.returncode == 0, process.stdout
+    rows, killed = (read_rows(str(tmp_path / name / "metrics.jsonl"))
+                    for name in ("straight", "killed"))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in killed]
+    ends = [read_rows(str(tmp_path / name / "events.jsonl"))[-1]["state_sha256"]
+            for name in ("straight", "killed")]
+    assert ends[0] == ends[1]
+    events = [row["event"] for row in read_rows(str(tmp_path / "killed" / "events.jsonl"))]
+    assert "resume" in events
+    assert all(row["region"] > 0 for row in rows) and any("loss/cross" in row for row in rows)
