@@ -167,7 +167,7 @@ def test_experts_are_tallied_for_every_scanned_token(feed: Feed, weights: Weight
         assert (tally.total_nF - other.total_nF).abs().max() < 1e-4  # whatever the batches are
 
 
-def test_models_without_atoms(feed: Feed, tmp_path: Path) -> None:
+def test_other_codes_and_models_without_atoms(feed: Feed, tmp_path: Path) -> None:
     def changed(**objective: Any) -> RootConfig:
         tree = tiny_config("feed", tmp_path).model_dump()
         tree["objective"].update(objective)
@@ -176,6 +176,9 @@ def test_models_without_atoms(feed: Feed, tmp_path: Path) -> None:
     dense = changed(sparse={"code": "identity"})
     seen = observe(build_model(dense, GRID), dense, feed, np.arange(2))
     assert seen.atoms is None and len(seen.experts) == 2
+    gated = changed(sparse={"code": "gated"})
+    seen = observe(build_model(gated, GRID), gated, feed, np.arange(2))
+    assert seen.atoms and (seen.atoms.active_F > 0).any()
     filled = changed(method="mae")
     with pytest.raises(ConfigError, match=r"objective.method = mae.*no atoms and no experts"):
         observe(build_model(filled, GRID), filled, feed, np.arange(2))

@@ -5,6 +5,8 @@ const [X, Y, Z] = data.counts, PLANES = [[Y, Z], [X, Z], [X, Y]];
 const CELL = Math.max(2, Math.floor(92 / Math.max(X, Y, Z))), PAGE = 12, BARS = 6;
 const NUMBER = 0, SHARE = 1, MEAN = 2, PEAK = 3, REGION = 4, SELECTIVE = 5, MODALITY = 6, TOP = 7;
 const percent = value => (100 * value).toFixed(value < .001 ? 3 : 1) + ' %';
+const short = value => value && value < .001 ? value.toExponential(1)
+  : value.toPrecision(2);
 const place = mm => mm ? mm.map(value => Math.round(value)).join(', ') : 'none';
 function make(tag, name, ...children) {
   const node = document.createElement(tag);
@@ -46,16 +48,17 @@ function bars(names, values, most) {
     const length = make('i');
     length.style.width = 100 * value / largest + '%';
     return make('div', 'bar', make('span', '', name), make('span', '', length),
-                make('span', '', value.toPrecision(2)));
+                make('span', '', short(value)));
   });
 }
 function card(group, row, position, outlines) {
   const strongest = row[TOP].map(([scan, modality, mm, value]) => make('div', '',
-    make('code', '', scan), ` ${modality} at ${place(mm)}: ${value.toPrecision(3)}`));
+    make('code', '', scan), ` ${modality} at ${place(mm)}: ${short(value)}`));
   const rest = make('details', '', make('summary', '', 'modalities, strongest scans'),
     ...bars(group.modalities, row[MODALITY], 8), ...strongest);
   return make('div', 'card', make('h3', '', `${group.kind} ${row[NUMBER]}`),
-    make('div', 'facts', `${percent(row[SHARE])} of tokens, mean ${row[MEAN].toPrecision(3)}, `
+    make('div', 'facts', `${percent(row[SHARE])} of tokens, `
+      + (group.kind === 'atom' ? `mean ${short(row[MEAN])}, ` : '')
       + `peak at ${place(row[PEAK])} mm`),
     draw(group.bytes, position, outlines), ...bars(data.regions, row[REGION], BARS), rest);
 }

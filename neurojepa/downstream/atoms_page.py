@@ -94,8 +94,9 @@ def atoms_page(record: dict[str, Any], seen: Anatomy, regions: Regions, feed: Fe
         parts.append(section(name, paragraph(
             f"Busiest expert {layer['expert_max_load']:.2f} times the mean, entropy "
             f"{layer['expert_entropy']:.3f} of 1, in the target encoder, which embeddings come "
-            "from. Share of a region's tokens at each expert, and where an expert's share is "
-            "largest."), _heat_table(layer["rows"], regions),
+            "from: it sees whole scans, while training balances the contexts. Share of a region's "
+            "tokens at each expert, and where an expert's share is largest."),
+            _heat_table(layer["rows"], regions),
             f"<div class='group' data-group='{len(groups) - 1}'></div>"))
     data = {"regions": regions.names, "counts": counts, "groups": groups,
             "outlines": _outlines(regions.brain)}
