@@ -110,6 +110,8 @@ class ObjectiveConfig(Config):
     masks: MaskConfig = MaskConfig()
     sparse: SparseConfig = SparseConfig()
     augment: AugmentConfig = AugmentConfig()
+    spread: float = Field(0.03, ge=0, description="weight of what keeps the latents of a scan from "
+                          "becoming alike (losses.crowding)")
     background_weight: float = Field(0.1, ge=0, le=1, description="loss weight of an all-air token")
     regions: str | None = Field(None, description="label volume in MNI space whose regions are "
                                 "masked; null: parcels of the installed template")

@@ -14,6 +14,7 @@ from neurojepa.feed.format import TRAINING_GRIDS
 from neurojepa.model.jepa import SparseJEPA, build_model, check_shapes
 from neurojepa.model.moe import moe_layers, update_router_bias
 from neurojepa.model.sizes import SIZES
+from neurojepa.objective.losses import crowding
 from neurojepa.objective.views import Views, make_views
 from tests.test_masks import GRID, make_batch, make_config
 
@@ -52,6 +53,42 @@ def test_loss_decreases_and_targets_stay(objective: dict, views: Views):
                for p, q in zip(model.target.parameters(), before, strict=True))
 
 
+def test_spread_keeps_the_targets_from_collapsing(views: Views):
+    ranks = {}
+    for spread in (0.0, 0.05):
+        model = build_model(make_config(96, objective={"spread": spread}), GRID)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        for _ in range(40):
+            loss, metrics = model(views, 0.0)
+            optimizer.zero_grad()
+            (loss / 3).backward()
+            optimizer.step()
+            with torch.no_grad():  # a fast average, under which the targets follow what is easy
+                for slow, fast in zip(model.target.parameters(), model.encoder.parameters(),
+                                      strict=True):
+                    slow.lerp_(fast, 0.2)
+        ranks[spread] = float(metrics["effective_rank"] / metrics["weight"])
+    assert ranks[0.0] < 2 and ranks[0.05] > 4
+
+
+def test_crowding_is_of_each_scan_alone_and_none_where_latents_fill_their_space():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(40, 8, generator=generator, dtype=torch.float64))[0]
+    basis -= basis.mean(0)
+    whitened = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(basis.T @ basis / 39), basis.T, upper=False).T
+    latents = torch.stack([whitened, whitened[:, :1].expand(-1, 8), torch.ones_like(whitened)])
+    valid = torch.ones(3, 40, dtype=torch.bool)
+    full, same, constant = crowding(latents, valid).tolist()
+    assert abs(full) < 1e-3  # unit variances, no covariance
+    assert abs(same - 0.04 * 7) < 1e-3  # each dimension repeats the other seven
+    assert abs(constant - 0.99) < 1e-6  # no variance at all, but for epsilon
+    hidden = torch.cat([latents, 100 * torch.ones(3, 5, 8)], 1)
+    some = torch.cat([valid, torch.zeros(3, 5, dtype=torch.bool)], 1)
+    torch.testing.assert_close(crowding(hidden, some), crowding(latents, valid))
+    assert torch.equal(crowding(latents[1:2], valid[:1]), crowding(latents, valid)[1:2])
+
+
 @pytest.mark.parametrize("changes", [{}, {"head_gate": True, "activation_checkpointing": 2},
                                      {"moe": False}, {"registers": 4, "layer_scale": 0.1}],
                          ids=["moe", "gate+recompute", "dense-mlp", "registers+layer-scale"])
@@ -72,9 +109,10 @@ def test_metrics_are_weighted_sums_that_add_up_over_batches(config: RootConfig, 
         loss, whole = model(views, 1e-3)
         parts = [model(with_rows(views, [i]), 1e-3) for i in range(3)]
     torch.testing.assert_close(sum(part[0] for part in parts), loss)
-    for name in ("weight", "prediction", "sparsity", "l0", "loss/T1w", "weight/T2w"):
+    for name in ("weight", "prediction", "sparsity", "crowding", "l0", "loss/T1w", "weight/T2w"):
         torch.testing.assert_close(sum(part[1][name] for part in parts), whole[name])
-    torch.testing.assert_close(whole["prediction"] + whole["sparsity"], loss)
+    torch.testing.assert_close(whole["prediction"] + whole["sparsity"]
+                               + config.objective.spread * whole["crowding"], loss)
     torch.testing.assert_close(whole["loss/T1w"] + whole["loss/T2w"] + whole["loss/FLAIR"], loss)
     assert whole["weight"] == 3 and all(not value.requires_grad for value in whole.values())
     assert 1 < whole["effective_rank"] / 3 < 96 and 0.3 < whole["target_std"] / 3 <= 1.05

@@ -11,7 +11,7 @@ target's.
 
 The target encoder is a copy of the encoder that gets no gradient; the trainer moves it by an
 exponential moving average.  Its output is layer-normed without affine, so the encoder cannot lower
-the loss by shrinking its latents.
+the loss by shrinking its latents.  It could by making them alike: that costs ``crowding``.
 
 Shape letters: B scans, M masks, N tokens, C context and T target tokens, D width, V = B * M.
 """
@@ -31,7 +31,7 @@ from neurojepa.model.predictor import Predictor
 from neurojepa.model.sizes import SIZES
 from neurojepa.model.sparse import Coded, SparseCode
 from neurojepa.objective.anatomy import TISSUES
-from neurojepa.objective.losses import divergence, sample_sums, take, token_weights
+from neurojepa.objective.losses import crowding, divergence, sample_sums, take, token_weights
 from neurojepa.objective.views import Views
 
 
@@ -45,6 +45,7 @@ class SparseJEPA(Averaged):
         self.background_weight = config.objective.background_weight
         self.predictor = Predictor(size)
         self.code = SparseCode(config.objective.sparse, size.predictor_dim, size.dim)
+        self.spread = config.objective.spread
         self.region_weight = config.objective.region_weight
         self.tissue: nn.Linear | None = None
         if self.region_weight:
@@ -80,6 +81,12 @@ class SparseJEPA(Averaged):
         if coded.gate_error is not None:
             parts["gate"] = per_sample(coded.gate_error)
         total_B, shown = torch.stack(list(parts.values())).sum(0), {}
+        if self.spread:
+            B = len(views.weight_B)
+            shown["crowding"] = crowding(
+                y_VCD.reshape(B, -1, y_VCD.shape[-1]),
+                take(views.valid_BN, views.context_BMC).reshape(B, -1))
+            total_B = total_B + self.spread * shown["crowding"]
         if self.tissue is not None:
             shown["region"] = self._region(views, self.tissue(y_VCD))
             total_B = total_B + self.region_weight * shown["region"]

@@ -1,4 +1,5 @@
-"""Loss weights of target tokens, little for air and none for the unscanned; sums for metrics."""
+"""Loss weights of target tokens, little for air and none for the unscanned; the spread of latents;
+sums for metrics."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from neurojepa.feed.format import MODALITIES
 from neurojepa.objective.views import Views
+
+VARIANCE_EPSILON = 1e-4
+COVARIANCE_WEIGHT = 0.04  # beside the variance, as published: 1 to 25
 
 
 def token_weights(foreground: Tensor, valid: Tensor, background_weight: float) -> Tensor:
@@ -40,6 +44,30 @@ def divergence(share: Tensor, logits: Tensor) -> Tensor:
     """
     told = torch.log_softmax(logits.float(), -1)
     return (torch.special.xlogy(share, share) - share * told).sum(-1)
+
+
+def crowding(latent_BSD: Tensor, valid_BS: Tensor) -> Tensor:
+    """float32 [B]: how far the latents of a scan are from filling their dimensions; 0 if they do.
+
+    VICReg's variance and covariance terms (Bardes et al. 2022, eq. 1 to 4): what the standard
+    deviation of each dimension lacks of 1, on average, and the squared covariances of different
+    dimensions by dimension.  Over the tokens of one scan, where VICReg has the batch: so it does
+    not depend on how a batch is cut into micro-batches and ranks.
+
+    Parameters
+    ----------
+    latent_BSD : latents of S tokens a scan, of all masks.
+    valid_BS : tokens that count; a scan with fewer than two gets 1.
+    """
+    valid_BS1 = valid_BS[..., None].float()
+    count_B11 = valid_BS1.sum(1, keepdim=True).clamp(min=2)
+    x_BSD = latent_BSD.float() * valid_BS1
+    x_BSD = (x_BSD - x_BSD.sum(1, keepdim=True) / count_B11) * valid_BS1
+    covariance_BDD = x_BSD.transpose(1, 2) @ x_BSD / (count_B11 - 1)
+    variance_BD = covariance_BDD.diagonal(dim1=1, dim2=2)
+    lack_B = torch.relu(1 - (variance_BD + VARIANCE_EPSILON).sqrt()).mean(1)
+    shared_B = covariance_BDD.square().sum((1, 2)) - variance_BD.square().sum(1)
+    return lack_B + COVARIANCE_WEIGHT * shared_B / variance_BD.shape[1]
 
 
 def sample_sums(views: Views, loss_B: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
