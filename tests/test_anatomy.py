@@ -166,9 +166,9 @@ def brain_of(contrast: str, atrophy: bool) -> tuple[torch.Tensor, np.ndarray]:
 
     With ``atrophy`` a block of the left hemisphere is filled with fluid.
     """
-    origin, brain, grey, white = anatomy._template()
-    where = anatomy._grid_mm(BRAIN)
-    parts = [anatomy._at(each, origin, where) for each in (brain, grey, white)]
+    origin, brain, grey, white = anatomy.template()
+    where = anatomy.grid_mm(BRAIN)
+    parts = [anatomy.values_at(each, origin, where) for each in (brain, grey, white)]
     tissue = np.stack([parts[0] - parts[1] - parts[2], parts[1], parts[2]]).argmax(0)
     tissue[parts[0] < 0.5] = -1
     if atrophy:
@@ -189,13 +189,13 @@ def shares_of(voxels: torch.Tensor) -> torch.Tensor:
 def test_tissue_is_told_from_the_scans_own_intensities_at_any_contrast(contrast: str) -> None:
     voxels, tissue = brain_of(contrast, atrophy=True)
     found = shares_of(voxels)[0].numpy()
-    patches = anatomy._by_patch(tissue, PATCH)
+    patches = anatomy.by_patch(tissue, PATCH)
     true = np.stack([(patches == code).mean(1) for code in (-1, 0, 1, 2)], 1)
     assert np.abs(found - true).mean() < 0.02
     assert np.abs(found.sum(1) - 1).max() < 1e-5
     # what the template says of the block is wrong for this brain
     _, healthy = brain_of(contrast, atrophy=False)
-    usual = anatomy._by_patch(healthy, PATCH)
+    usual = anatomy.by_patch(healthy, PATCH)
     changed = ((patches == 0).mean(1) - (usual == 0).mean(1)) > 0.5
     assert changed.sum() >= 4 and np.abs(found - true)[changed].mean() < 0.05
 

@@ -17,7 +17,7 @@ from neurojepa.config import RootConfig
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.atoms import Tally, observe, patch_places_mm, summary
 from neurojepa.downstream.regions import load_regions, lobe_names, lobes
-from neurojepa.errors import ConfigError, DataError
+from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Feed, open_feed
 from neurojepa.model.jepa import build_model
 from neurojepa.weights import Weights, load
@@ -75,7 +75,7 @@ def test_regions_of_patches_come_from_the_atlas(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "words"), [
-    ("missing", "not found"), ("text", "not a NIfTI label map"), ("maps", "whole numbers"),
+    ("missing", "cannot be read"), ("text", "cannot be read"), ("maps", "whole numbers"),
     ("far", "no label lies in the feed's grid"), ("names", "columns index and name")])
 def test_an_atlas_that_is_none(tmp_path: Path, spoil: str, words: str) -> None:
     path = tmp_path / "atlas.nii"
@@ -90,7 +90,7 @@ def test_an_atlas_that_is_none(tmp_path: Path, spoil: str, words: str) -> None:
         path.write_text("no image")
     if spoil == "names":
         (tmp_path / "atlas.tsv").write_text("code\tlabel\n1\ta\n")
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ConfigError, match=words):
         load_regions(GRID, PATCH, str(path))
 
 

@@ -8,16 +8,14 @@ fissures of the MNI152 brain.  They are right to a centimetre or two, which is t
 from __future__ import annotations
 
 import csv
-import gzip
-import io
-import zlib
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 
 import numpy as np
 
-from neurojepa.errors import DataError
-from neurojepa.feed.format import Grid, open_store, read_bytes
+from neurojepa.errors import ConfigError
+from neurojepa.feed.format import Grid
+from neurojepa.objective.anatomy import by_patch, grid_mm, ranked, read_atlas, template, values_at
 
 SIDES = ("left", "right")
 LOBES = ("frontal", "parietal", "temporal", "occipital", "deep", "cerebellum")
@@ -43,21 +41,22 @@ def load_regions(grid: Grid, patch: int, atlas: str | None = None) -> Regions:
     patch : int
         Edge of a patch, in voxels.
     atlas : str
-        A label map in MNI152 space (NIfTI); names from a .tsv of the same name beside it, with
-        columns index and name, as BIDS has it.  None: lobes by coordinates.
+        Path of a label map in MNI152 space (NIfTI); names from a .tsv of the same name beside it,
+        with columns index and name, as BIDS has it.  None: lobes by coordinates.
 
     Raises
     ------
-    DataError
+    ConfigError
         The atlas is missing, no label map, or lies outside the grid.
     """
-    points = _points_mm(grid)
-    brain = _nearest(*_template_brain(), points) > 0
+    points = grid_mm(grid)
+    origin, inside, *_ = template()
+    brain = values_at(inside, origin, points) > 0
     if atlas is None:
         codes, names = np.where(brain, lobes(points), 0), lobe_names()
         source = "lobes by MNI coordinates, approximate"
     else:
-        codes, names = _of_atlas(atlas, points)
+        codes, names = _of_atlas(atlas, grid)
         source = atlas
     return Regions(names, _patch_shares(codes, len(names), patch), brain, source)
 
@@ -88,77 +87,31 @@ def lobes(points: np.ndarray) -> np.ndarray:
     return np.where(lobe == len(LOBES), 2 * len(LOBES) + 1, 2 * lobe + 1 + (x > 0))
 
 
-def _points_mm(grid: Grid) -> np.ndarray:
-    """[X, Y, Z, 3] voxel centres in MNI mm."""
-    axes = [start + grid.spacing_mm * np.arange(length)
-            for start, length in zip(grid.affine[:3, 3], grid.shape, strict=True)]
-    return np.stack(np.meshgrid(*axes, indexing="ij"), -1)
-
-
-@cache
-def _template_brain() -> tuple[np.ndarray, np.ndarray]:
-    """Whether a voxel of MNI152 is brain, and its affine."""
-    from nilearn.datasets import load_mni152_template
-
-    image = load_mni152_template(resolution=1)  # stripped of the skull, inside the package
-    return np.asarray(image.dataobj) > 0, np.asarray(image.affine)
-
-
-def _nearest(data: np.ndarray, affine: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Values of the voxels nearest to points, 0 outside."""
-    inverse = np.linalg.inv(affine)
-    index = np.rint(points @ inverse[:3, :3].T + inverse[:3, 3]).astype(int)
-    inside = ((index >= 0) & (index < data.shape)).all(-1)
-    held = np.clip(index, 0, np.array(data.shape) - 1)
-    return np.where(inside, data[tuple(np.moveaxis(held, -1, 0))], 0)
-
-
-def _of_atlas(uri: str, points: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _of_atlas(path: str, grid: Grid) -> tuple[np.ndarray, list[str]]:
     """Codes 1 to R on the grid, and the names of those regions that lie in it."""
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-    from nibabel.wrapstruct import WrapStructError
-
-    try:
-        image = nibabel.Nifti1Image.from_bytes(_unzipped(read_bytes(uri)))
-        data = np.asarray(image.dataobj)
-    except (ImageFileError, HeaderDataError, WrapStructError, ValueError, OSError, EOFError,
-            zlib.error) as error:
-        raise DataError(f"--atlas {uri}: not a NIfTI label map ({error})") from error
-    if data.ndim != 3 or np.any(data != np.rint(data)):
-        raise DataError(f"--atlas {uri}: expected whole numbers in three dimensions, found "
-                        f"{data.dtype} {data.shape}; take the label map, not the probabilities")
-    labels = _nearest(data.astype(np.int64), np.asarray(image.affine), points)
-    values = np.unique(labels[labels > 0])
+    values, codes = ranked(read_atlas(path, grid, f"--atlas {path}"))
     if not len(values):
-        raise DataError(f"--atlas {uri}: no label lies in the feed's grid; it must be in MNI152 "
-                        "space")
-    names = _names(uri)
-    codes = np.where(labels > 0, np.searchsorted(values, labels) + 1, 0)
+        raise ConfigError(f"--atlas {path}: no label lies in the feed's grid; it must be in MNI152 "
+                          "space")
+    names = _names(path)
     return codes, [names.get(int(value), str(value)) for value in values]
 
 
-def _unzipped(data: bytes) -> bytes:
-    return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-
-
-def _names(uri: str) -> dict[int, str]:
-    table = uri.removesuffix(".gz").removesuffix(".nii") + ".tsv"
-    fs, path = open_store(table)
-    if not fs.exists(path):
+def _names(path: str) -> dict[int, str]:
+    table = Path(path.removesuffix(".gz").removesuffix(".nii") + ".tsv")
+    if not table.exists():
         return {}
-    rows = list(csv.DictReader(io.StringIO(read_bytes(table).decode()), delimiter="\t"))
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
     try:
         return {int(row["index"]): row["name"] for row in rows}
     except (KeyError, ValueError) as error:
-        raise DataError(f"{table}: expected columns index and name ({error})") from error
+        raise ConfigError(f"{table}: expected columns index and name ({error})") from error
 
 
 def _patch_shares(codes: np.ndarray, num_regions: int, patch: int) -> np.ndarray:
-    """[n, R] from codes [X, Y, Z] of 0 (none) to R; patches run x, y, z as in ``patchify``."""
-    x, y, z = (length // patch for length in codes.shape)
-    split = codes.reshape(x, patch, y, patch, z, patch).transpose(0, 2, 4, 1, 3, 5)
-    rows = split.reshape(x * y * z, -1) + (num_regions + 1) * np.arange(x * y * z)[:, None]
-    counts = np.bincount(rows.ravel(), minlength=(num_regions + 1) * x * y * z)
+    """[n, R] from codes [X, Y, Z] of 0 (none) to R."""
+    split = by_patch(codes, patch)
+    rows = split + (num_regions + 1) * np.arange(len(split))[:, None]
+    counts = np.bincount(rows.ravel(), minlength=(num_regions + 1) * len(split))
     return counts.reshape(-1, num_regions + 1)[:, 1:] / patch**3

@@ -72,8 +72,9 @@ def patch_regions(grid: Grid, patch: int, atlas: str | None = None) -> np.ndarra
     ConfigError
         The atlas cannot be read, is no label volume, or gives fewer than two regions here.
     """
-    labels = _parcels(grid) if atlas is None else _read_atlas(atlas, grid)
-    region = _majority(labels, patch)
+    labels = (_parcels(grid) if atlas is None
+              else read_atlas(atlas, grid, f"objective.regions = {atlas}"))
+    region = _majority(ranked(labels)[1], patch)
     centres = _centres_mm(grid, patch)
     covered = np.flatnonzero(region >= 0)
     if len(np.unique(region[covered])) < 2:
@@ -90,9 +91,15 @@ def patch_regions(grid: Grid, patch: int, atlas: str | None = None) -> np.ndarra
     return np.unique(region, return_inverse=True)[1].astype(np.int64)
 
 
+def ranked(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The labels > 0 that occur, ascending, and for each voxel the rank of its label from 1 on."""
+    values = np.unique(labels[labels > 0])
+    return values, np.where(labels > 0, np.searchsorted(values, labels) + 1, 0)
+
+
 def _majority(labels: np.ndarray, patch: int) -> np.ndarray:
     """int64 [n]: the label > 0 with most voxels in each patch, less one; -1 where there is none."""
-    split = _by_patch(labels, patch)
+    split = by_patch(labels, patch)
     number = int(split.max()) + 1
     flat = (np.arange(len(split))[:, None] * number + split).ravel()
     counts = np.bincount(flat, minlength=len(split) * number).reshape(len(split), number)[:, 1:]
@@ -108,12 +115,12 @@ def _parcels(grid: Grid) -> np.ndarray:
     whole millimetres, so that the same parcels come out everywhere.  White matter goes to the
     nearest parcel.
     """
-    origin, _, grey, white = _template()
+    origin, _, grey, white = template()
     coarse = grey[::_STRIDE_MM, ::_STRIDE_MM, ::_STRIDE_MM] > 0.5
     points = np.argwhere(coarse) * _STRIDE_MM + origin
     centres = _k_means(points[points[:, 0] >= 0], PARCELS)
-    where = _grid_mm(grid)
-    brain = _at(grey + white, origin, where) > 0.5
+    where = grid_mm(grid)
+    brain = values_at(grey + white, origin, where) > 0.5
     points = where[brain] * np.where(where[brain] < 0, [-1, 1, 1], 1)  # x mirrored
     labels = np.zeros(grid.shape, np.int64)
     labels[brain] = _nearest(points, centres) + 1
@@ -143,30 +150,33 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return nearest
 
 
-def _read_atlas(path: str, grid: Grid) -> np.ndarray:
-    """int64 [X, Y, Z]: an atlas at the centres of the grid's voxels, 0 beyond its edges."""
+def read_atlas(path: str, grid: Grid, named: str) -> np.ndarray:
+    """int64 [X, Y, Z]: an atlas's labels at the centres of the grid's voxels, 0 beyond its edges.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read or is no label volume; ``named`` says whose setting it is.
+    """
     import nibabel as nib
 
     try:
         image: Any = nib.load(path)
         values, affine = np.asarray(image.dataobj), image.affine
     except (OSError, ValueError, AttributeError, nib.filebasedimages.ImageFileError) as error:
-        raise ConfigError(f"objective.regions = {path}: cannot be read as an image ({error})"
-                          ) from error
+        raise ConfigError(f"{named}: cannot be read as an image ({error})") from error
     values = values[..., 0] if values.ndim == 4 and values.shape[3] == 1 else values
     if values.ndim != 3:
-        raise ConfigError(f"objective.regions = {path}: has shape {values.shape}; one label volume "
+        raise ConfigError(f"{named}: has shape {values.shape}; one label volume "
                           "[x, y, z] is needed")
     if not (np.isfinite(values).all() and (values == np.rint(values)).all() and values.min() >= 0):
-        raise ConfigError(f"objective.regions = {path}: has values that are no labels, from "
+        raise ConfigError(f"{named}: has values that are no labels, from "
                           f"{values.min()} to {values.max()}; labels are whole numbers from 0 on")
     if abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise ConfigError(f"objective.regions = {path}: its affine cannot be inverted")
-    names, labels = np.unique(values, return_inverse=True)
-    labels = labels.reshape(values.shape) + (names[0] > 0)
+        raise ConfigError(f"{named}: its affine cannot be inverted")
     to_voxel = np.linalg.inv(affine)
-    voxel = _grid_mm(grid) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
-    return _at(labels, np.zeros(3), voxel)
+    voxel = grid_mm(grid) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+    return values_at(values.astype(np.int64), np.zeros(3), voxel)
 
 
 # ---- tissue --------------------------------------------------------------------------------------
@@ -215,19 +225,19 @@ def _priors_on(device: torch.device, grid: Grid, patch: int) -> Tensor:
     """uint8 [K, n, P]: the template's tissues at every voxel of every patch, of 255, smoothed."""
     from scipy.ndimage import gaussian_filter
 
-    origin, brain, grey, white = _template()
+    origin, brain, grey, white = template()
     fluid = (brain - grey - white).clip(0)
-    where, sigma = _grid_mm(grid), PRIOR_SIGMA_MM / grid.spacing_mm
-    prior = np.stack([gaussian_filter(_at(part, origin, where), sigma) + PRIOR_FLOOR
+    where, sigma = grid_mm(grid), PRIOR_SIGMA_MM / grid.spacing_mm
+    prior = np.stack([gaussian_filter(values_at(part, origin, where), sigma) + PRIOR_FLOOR
                       for part in (fluid, grey, white)])
     prior /= prior.sum(0)
     codes = np.rint(255 * prior).astype(np.uint8)
-    return torch.from_numpy(np.stack([_by_patch(part, patch) for part in codes])).to(device)
+    return torch.from_numpy(np.stack([by_patch(part, patch) for part in codes])).to(device)
 
 
 # ---- template and grid ---------------------------------------------------------------------------
 
-def _template() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def template() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Corner in mm, and MNI152's brain, grey and white matter, float32 [x, y, z] at 1 mm in RAS."""
     from nilearn.datasets import (
         load_mni152_brain_mask,
@@ -241,14 +251,14 @@ def _template() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return grey.affine[:3, 3], brain, np.asarray(grey.dataobj, dtype=np.float32), white
 
 
-def _by_patch(volume: np.ndarray, patch: int) -> np.ndarray:
+def by_patch(volume: np.ndarray, patch: int) -> np.ndarray:
     """[X, Y, Z] -> [n, P], as ``patchify``."""
     x, y, z = (size // patch for size in volume.shape)
     split = volume.reshape(x, patch, y, patch, z, patch).transpose(0, 2, 4, 1, 3, 5)
     return split.reshape(x * y * z, -1)
 
 
-def _at(volume: np.ndarray, origin: np.ndarray, where: np.ndarray) -> np.ndarray:
+def values_at(volume: np.ndarray, origin: np.ndarray, where: np.ndarray) -> np.ndarray:
     """Values of the nearest voxels (voxel 0 lies at ``origin``), 0 outside; [..., 3] -> [...]."""
     index = np.rint(where - origin).astype(int)
     inside = ((index >= 0) & (index < volume.shape)).all(-1)
@@ -257,7 +267,7 @@ def _at(volume: np.ndarray, origin: np.ndarray, where: np.ndarray) -> np.ndarray
     return found
 
 
-def _grid_mm(grid: Grid) -> np.ndarray:
+def grid_mm(grid: Grid) -> np.ndarray:
     """float64 [X, Y, Z, 3]: MNI coordinates of the grid's voxels."""
     affine = grid.affine
     axes = [np.arange(size) * affine[a, a] + affine[a, 3] for a, size in enumerate(grid.shape)]
@@ -266,7 +276,7 @@ def _grid_mm(grid: Grid) -> np.ndarray:
 
 def _centres_mm(grid: Grid, patch: int) -> np.ndarray:
     """float64 [n, 3]: MNI coordinates of the patches' centres."""
-    mm = _grid_mm(grid)[::patch, ::patch, ::patch] + (patch - 1) * grid.spacing_mm / 2
+    mm = grid_mm(grid)[::patch, ::patch, ::patch] + (patch - 1) * grid.spacing_mm / 2
     return mm.reshape(-1, 3)
 
 
