@@ -43,8 +43,9 @@ class DataConfig(Config):
                                "other modalities, that predict one of these from their own scan")
     prefetch_batches: int = Field(2, ge=1, description="micro-batches read ahead")
     read_threads: int = Field(8, ge=1, description="range reads in flight per rank")
-    retry_s: float = Field(60, ge=0, description="how long a store that fails is asked again, "
-                           "for reading and for writing, before training stops")
+    # ranks that wait for one another give up after ten minutes (train/world.py)
+    retry_s: float = Field(60, ge=0, le=480, description="how long a store that fails is asked "
+                           "again, for reading and for writing, before training stops")
     replace_damaged: bool = Field(False, description="a damaged sample is replaced by the next of "
                                   "its group instead of stopping the run")
     max_damaged_share: float = Field(0.001, ge=0, le=1, description="of the samples read; three "

@@ -177,7 +177,7 @@ def test_a_store_that_stays_away_ends_in_one_clear_error(
 
 def test_closing_ends_reads_that_wait(local: Path, s3: Any, proxy: Proxy,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(upload(local, f"{s3.uri}/closing"), retry_s=600)
+    config = config_of(upload(local, f"{s3.uri}/closing"), retry_s=480)
     feed = open_feed(config.data.feed)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)  # it resets every connection
     loader = Loader(feed, config, 0, 1, 0)
