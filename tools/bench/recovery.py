@@ -146,7 +146,8 @@ class Bench:
         shutil.rmtree(run_dir, ignore_errors=True)
         for leg, (ranks, zero) in enumerate(legs):
             last = leg == len(legs) - 1
-            kill = None if last else _event("ema", 0, 9 if leg == 0 else 4)
+            # late enough that the next leg takes up a checkpoint of this one
+            kill = None if last else _event("ema", 0, 9 if leg == 0 else 15)
             attempts.append(self._start(run_dir, ranks, zero, dtype, ELASTIC_STEPS, kill,
                                         gated))
         rows, _, samples = self._end(run_dir, attempts)
