@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         if model.registers:
             self.registers = nn.Parameter(INIT_STD * torch.randn(model.registers, size.dim))
         self.norm = nn.LayerNorm(size.dim)
-        init_weights(self, residual_outputs(self.blocks))
+        init_weights(self, size.dim, residual_outputs(self.blocks))
 
     def forward(self, tokens_BNP: Tensor, coords_BN3: Tensor, valid_BN: Tensor) -> Tensor:
         """Encode tokens.

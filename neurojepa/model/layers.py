@@ -105,22 +105,23 @@ def readable(valid_BN: Tensor) -> Tensor:
     return (valid_BN | ~valid_BN.any(1, keepdim=True))[:, None, None]
 
 
-def init_weights(module: nn.Module, depth_of: dict[nn.Module, int]) -> None:
+def init_weights(module: nn.Module, width: int, depth_of: dict[nn.Module, int]) -> None:
     """Truncated normal weights, zero biases; the outputs of block i shrink by sqrt(2 (i + 1)).
 
-    ``depth_of`` gives i for each linear layer or MoE that writes to the residual stream, so its
-    variance does not grow with depth (as in GPT-2 and BEiT).
+    The usual standard deviation of 0.02 is that of a width of 768; a block of another width starts
+    with as strong a signal.  ``depth_of`` gives i for each linear layer or MoE that writes to the
+    residual stream, so its variance does not grow with depth (as in GPT-2 and BEiT).
     """
+    usual = INIT_STD * math.sqrt(768 / width)
     for child in module.modules():
+        std = usual / math.sqrt(2 * (depth_of[child] + 1) if child in depth_of else 1)
         if isinstance(child, nn.Linear):
-            std = INIT_STD / math.sqrt(2 * (depth_of[child] + 1) if child in depth_of else 1)
             nn.init.trunc_normal_(child.weight, std=std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
         elif isinstance(child, MoE):
-            nn.init.trunc_normal_(child.router, std=INIT_STD)
-            nn.init.trunc_normal_(child.w1, std=INIT_STD)
-            std = INIT_STD / math.sqrt(2 * (depth_of[child] + 1) if child in depth_of else 1)
+            nn.init.trunc_normal_(child.router, std=usual)
+            nn.init.trunc_normal_(child.w1, std=usual)
             nn.init.trunc_normal_(child.w2, std=std)
 
 

@@ -29,7 +29,7 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(self.dim, size.predictor_heads)
                                     for _ in range(size.predictor_depth))
         self.norm = nn.LayerNorm(self.dim)
-        init_weights(self, residual_outputs(self.blocks))
+        init_weights(self, self.dim, residual_outputs(self.blocks))
         nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
 
     def forward(self, context_BCD: Tensor, coords_BN3: Tensor, valid_BN: Tensor,
