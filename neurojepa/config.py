@@ -116,9 +116,13 @@ class ObjectiveConfig(Config):
     background_weight: float = Field(0.1, ge=0, le=1, description="loss weight of an all-air token")
     regions: str | None = Field(None, description="label volume in MNI space whose regions are "
                                 "masked; null: parcels of the installed template")
-    region_weight: float = Field(0.0, ge=0, description="weight of a linear head that tells from a "
+    tissue_weight: float = Field(1.0, ge=0, description="weight of a linear head that tells from a "
                                  "context token what share of its patch is air, fluid, grey and "
-                                 "white matter")
+                                 "white matter; of method jepa")
+
+    @property
+    def has_tissue_head(self) -> bool:
+        return self.method == "jepa" and self.tissue_weight > 0
 
 
 class OptimConfig(Config):
@@ -208,8 +212,7 @@ class RootConfig(Config):
     def _jepa_only(self) -> RootConfig:
         objective = self.objective
         for key, value in (("data.cross_modal", self.data.cross_modal),
-                           ("objective.masks.region_share", objective.masks.region_share),
-                           ("objective.region_weight", objective.region_weight)):
+                           ("objective.masks.region_share", objective.masks.region_share)):
             if value and objective.method != "jepa":
                 raise ValueError(f"{key} {value}: objective.method {objective.method} has no use "
                                  f"for it; set {key}=0")

@@ -244,7 +244,7 @@ def test_a_run_with_pairs_and_priors_continues_bit_equal(local: Path, tmp_path: 
         tree = config_of(str(local), tmp_path / name, cross_modal=0.5).model_dump()
         tree["objective"]["masks"]["region_share"] = 0.5
         return RootConfig.model_validate(tree | {"objective": {
-            **tree["objective"], "region_weight": 0.2}})
+            **tree["objective"], "tissue_weight": 0.2}})
 
     (process,) = run_ranks([job(config("straight"), tmp_path),
                             job(config("killed"), tmp_path, die=["Run._train_step", 7])], tmp_path)
@@ -257,4 +257,4 @@ def test_a_run_with_pairs_and_priors_continues_bit_equal(local: Path, tmp_path: 
     assert ends[0] == ends[1]
     events = [row["event"] for row in read_rows(str(tmp_path / "killed" / "events.jsonl"))]
     assert "resume" in events
-    assert all(row["region"] > 0 for row in rows) and any("loss/cross" in row for row in rows)
+    assert all(row["tissue"] > 0 for row in rows) and any("loss/cross" in row for row in rows)

@@ -90,7 +90,7 @@ def without_augmentation(config: RootConfig) -> RootConfig:
     masks = config.objective.masks.model_copy(update={"region_share": 0.0})  # reads no atlas
     objective = config.objective.model_copy(update={
         "augment": AugmentConfig(gamma=0, noise=0, bias_field=0), "masks": masks,
-        "region_weight": 0.0})
+        "tissue_weight": 0.0})
     return config.model_copy(update={"objective": objective})
 
 

@@ -46,9 +46,9 @@ class SparseJEPA(Averaged):
         self.predictor = Predictor(size)
         self.code = SparseCode(config.objective.sparse, size.predictor_dim, size.dim)
         self.spread = config.objective.spread
-        self.region_weight = config.objective.region_weight
+        self.tissue_weight = config.objective.tissue_weight
         self.tissue: nn.Linear | None = None
-        if self.region_weight:
+        if self.tissue_weight:
             self.tissue = nn.Linear(size.dim, 1 + len(TISSUES))
             nn.init.trunc_normal_(self.tissue.weight, std=INIT_STD)
             nn.init.zeros_(self.tissue.bias)
@@ -88,8 +88,8 @@ class SparseJEPA(Averaged):
                 take(views.valid_BN, views.context_BMC).reshape(B, -1))
             total_B = total_B + self.spread * shown["crowding"]
         if self.tissue is not None:
-            shown["region"] = self._region(views, self.tissue(y_VCD))
-            total_B = total_B + self.region_weight * shown["region"]
+            shown["tissue"] = self._tissue_error(views, self.tissue(y_VCD))
+            total_B = total_B + self.tissue_weight * shown["tissue"]
         loss_B = views.weight_B * total_B
         metrics = sample_sums(views, loss_B.detach(), {
             **parts, **shown, "l0": per_sample(coded.num_active)})
@@ -98,7 +98,7 @@ class SparseJEPA(Averaged):
         metrics |= {name: value * metrics["weight"] for name, value in whole.items()}
         return loss_B.sum(), metrics
 
-    def _region(self, views: Views, logits_VCK: Tensor) -> Tensor:
+    def _tissue_error(self, views: Views, logits_VCK: Tensor) -> Tensor:
         """float32 [B]: divergence of what context tokens tell of their patches' tissues."""
         share_BMCK = take(views.tissue_BNK, views.context_BMC)
         weight_BMC = token_weights(take(views.foreground_BN, views.context_BMC),

@@ -8,7 +8,7 @@ Frozen before the first table:
   way        prepare --preset quick, pack --grid 3mm; T1w, T2w and FLAIR
   budget     the same steps and scans a step for every method, the tiny encoder, 416 tokens of
              18 mm (every patch with brain)
-  dense      the plain JEPA: no sparse code and no spread of the latents
+  dense      the plain JEPA: no sparse code, no spread of the latents, no tissue head
   tuning     sparse and dense JEPA, MAE and CNN: three learning rates each at seed 0, chosen by the
              age error on val; the CNN's is chosen for age and kept for its other labels
   probes     on the frozen mean token: ridge, logistic; fitted on T1w scans of train, tested on
@@ -55,7 +55,8 @@ TRUE_VOLUMES = ("brain_ml", "ventricle_ml", "hippocampus_ml", "cortex_gm_ml", "c
 CNN_LABELS = {"age": "age", "diagnosis": "diagnosis", "sex": "sex", "lesions": "lesion_ml"}
 METHODS: dict[str, dict[str, Any]] = {
     "sparse JEPA": {},
-    "dense JEPA": {"objective.sparse.code": "identity", "objective.spread": 0.0},
+    "dense JEPA": {"objective.sparse.code": "identity", "objective.spread": 0.0,
+                   "objective.tissue_weight": 0.0},
     "MAE": {"objective.method": "mae"},
     "CNN": {"objective.method": "cnn", "model.token_budget": None, "data.modalities": ["T1w"]},
 }
@@ -74,7 +75,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA, at its learning 
     "by counts": {"data.balance": 1.0},
     "cross-modal half": {"data.cross_modal": 0.5},
     "region masks half": {"objective.masks.region_share": 0.5},
-    "tissue head": {"objective.region_weight": 0.1},
+    "no tissue head": {"objective.tissue_weight": 0.0},
     "no augmentation": {"objective.augment": {"gamma": 0, "noise": 0, "bias_field": 0}},
     "scrambled coordinates": {},
     "slower average": {"optim.ema": 0.998},
