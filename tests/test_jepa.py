@@ -56,7 +56,8 @@ def test_loss_decreases_and_targets_stay(objective: dict, views: Views):
 def test_spread_keeps_the_targets_from_collapsing(views: Views):
     ranks = {}
     for spread in (0.0, 0.05):
-        model = build_model(make_config(96, objective={"spread": spread}), GRID)
+        model = build_model(make_config(96, objective={"spread": spread, "tissue_weight": 0.0}),
+                            GRID)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
         for _ in range(40):
             loss, metrics = model(views, 0.0)
@@ -109,10 +110,12 @@ def test_metrics_are_weighted_sums_that_add_up_over_batches(config: RootConfig, 
         loss, whole = model(views, 1e-3)
         parts = [model(with_rows(views, [i]), 1e-3) for i in range(3)]
     torch.testing.assert_close(sum(part[0] for part in parts), loss)
-    for name in ("weight", "prediction", "sparsity", "crowding", "l0", "loss/T1w", "weight/T2w"):
+    for name in ("weight", "prediction", "sparsity", "crowding", "tissue", "l0", "loss/T1w",
+                 "weight/T2w"):
         torch.testing.assert_close(sum(part[1][name] for part in parts), whole[name])
-    torch.testing.assert_close(whole["prediction"] + whole["sparsity"]
-                               + config.objective.spread * whole["crowding"], loss)
+    weighted = (config.objective.spread * whole["crowding"]
+                + config.objective.tissue_weight * whole["tissue"])
+    torch.testing.assert_close(whole["prediction"] + whole["sparsity"] + weighted, loss)
     torch.testing.assert_close(whole["loss/T1w"] + whole["loss/T2w"] + whole["loss/FLAIR"], loss)
     assert whole["weight"] == 3 and all(not value.requires_grad for value in whole.values())
     assert 1 < whole["effective_rank"] / 3 < 96 and 0.3 < whole["target_std"] / 3 <= 1.05

@@ -87,7 +87,7 @@ class SparseJEPA(Averaged):
                 y_VCD.reshape(B, -1, y_VCD.shape[-1]),
                 take(views.valid_BN, views.context_BMC).reshape(B, -1))
             total_B = total_B + self.spread * shown["crowding"]
-        if self.tissue is not None:
+        if self.tissue is not None and views.tissue_BNK.shape[-1]:  # evaluation has no shares
             shown["tissue"] = self._tissue_error(views, self.tissue(y_VCD))
             total_B = total_B + self.tissue_weight * shown["tissue"]
         loss_B = views.weight_B * total_B

@@ -36,6 +36,7 @@ PRIOR_SIGMA_MM = 4.0  # heads keep their size, so the template fits to within so
 PRIOR_FLOOR = 0.02  # of each tissue anywhere inside a brain
 EM_STEPS = 5
 LEAST_VARIANCE = 25.0  # of a tissue's codes (1..254): no class shrinks to a single value
+_SAMPLED_MM = 3.0
 _STRIDE_MM, _LLOYD_STEPS = 3, 30
 
 
@@ -184,14 +185,16 @@ def read_atlas(path: str, grid: Grid, named: str) -> np.ndarray:
 def tissue_shares(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int) -> Tensor:
     """float32 [B, N, 1 + K]: shares of air and of each tissue in the scanned part of each token.
 
-    Sums of a scan are of whole numbers, hence exact: they depend on no batch or device.
+    Sums of a scan are of whole numbers, hence exact: they depend on no batch or device.  Voxels
+    about 3 mm apart are enough.
 
     Parameters
     ----------
     codes_BNP : uint8, stored voxels of the kept patches.
     keep_BN : int64, which patches these are.
     """
-    prior_KnP = _priors_on(codes_BNP.device, grid, patch)
+    prior_KnP, chosen_p = _priors_on(codes_BNP.device, grid, patch)
+    codes_BNP = codes_BNP[..., chosen_p]
     brain_BNP = (codes_BNP != AIR) & (codes_BNP != NOT_SCANNED)
     value_BNP = codes_BNP.float()
     prior = [(prior_nP[keep_BN] * brain_BNP).float() for prior_nP in prior_KnP]
@@ -221,8 +224,9 @@ def _density(value_BNP: Tensor, weight_BNP: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _priors_on(device: torch.device, grid: Grid, patch: int) -> Tensor:
-    """uint8 [K, n, P]: the template's tissues at every voxel of every patch, of 255, smoothed."""
+def _priors_on(device: torch.device, grid: Grid, patch: int) -> tuple[Tensor, Tensor]:
+    """uint8 [K, n, p]: the template's tissues at p voxels of every patch, of 255, smoothed; and
+    int64 [p]: which of a patch's voxels these are."""
     from scipy.ndimage import gaussian_filter
 
     origin, brain, grey, white = template()
@@ -232,7 +236,10 @@ def _priors_on(device: torch.device, grid: Grid, patch: int) -> Tensor:
                       for part in (fluid, grey, white)])
     prior /= prior.sum(0)
     codes = np.rint(255 * prior).astype(np.uint8)
-    return torch.from_numpy(np.stack([by_patch(part, patch) for part in codes])).to(device)
+    at = np.arange(patch) % max(1, round(_SAMPLED_MM / grid.spacing_mm)) == 0
+    chosen_p = np.flatnonzero(at[:, None, None] & at[:, None] & at)
+    found = np.stack([by_patch(part, patch)[:, chosen_p] for part in codes])
+    return torch.from_numpy(found).to(device), torch.from_numpy(chosen_p).to(device)
 
 
 # ---- template and grid ---------------------------------------------------------------------------
