@@ -103,7 +103,7 @@ LABELS_SCHEMA = pa.schema([
 def open_store(uri: str, own_retries: bool = True) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system and path of a URI; s3:// is configured by the usual AWS_* variables.
 
-    An object store that refuses is noticed in seconds, one that is silent in minutes.
+    An object store that refuses is noticed in seconds, one that is silent in two minutes.
     ``own_retries=False`` is for callers that ask again themselves: each request is made once.
 
     Raises
@@ -115,8 +115,8 @@ def open_store(uri: str, own_retries: bool = True) -> tuple[fsspec.AbstractFileS
         if not uri.startswith("s3:"):
             return fsspec.core.url_to_fs(uri)
         if own_retries:  # s3fs asks five times itself
-            limits = {"connect_timeout": 5, "read_timeout": 30,
-                      "retries": {"total_max_attempts": 2}}
+            limits = {"connect_timeout": 5, "read_timeout": 20,
+                      "retries": {"total_max_attempts": 1}}
             return fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=limits)
         limits = {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}
         fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=limits,
