@@ -62,6 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA, at its learning rate
     "no spread": {"objective.spread": 0.0},
+    "spread 0.01": {"objective.spread": 0.01},
     "gated code": {"objective.sparse.code": "gated"},
     "no experts": {"model.moe": False},
     "4 registers": {"model.registers": 4},
