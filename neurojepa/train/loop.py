@@ -161,7 +161,7 @@ class Run:
                 self._checkpoint()
             if stop or last:
                 self._committed(self.saver.finish())
-            if reports:
+            if reports or stop or last:
                 self._report_data()
             if last or self.step % config.log_every == 0:
                 self._flush()
