@@ -112,7 +112,7 @@ def _codecs() -> None:
         buffer = io.BytesIO()
         np.save(buffer, array)
         raw = buffer.getvalue()
-        for level in (None, 1, 3, 9) if kind.startswith("uint8") else (3,):
+        for level in (None, -1, 1, 3, 9) if kind.startswith("uint8") else (3,):
             packed = raw if level is None else zstandard.ZstdCompressor(level).compress(raw)
             coded = best(3, lambda level=level, raw=raw: zstandard.ZstdCompressor(
                 level or 1).compress(raw))
