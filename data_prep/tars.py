@@ -280,8 +280,6 @@ def _is_packed(uri: str, source: str) -> bool:
 
 def _remove(folder: str) -> None:
     fs, root = open_store(folder)
-    if files := fs.find(root):
-        fs.rm(files)
     if fs.exists(root):
         fs.rm(root, recursive=True)
 

@@ -52,6 +52,7 @@ def test_every_row_is_a_scan_of_its_person(folder: Path) -> None:
     ("c,1,,T1w,,,,,,", r"a folder of slices is written c/"),
     ("b.nii,1,,T1w,,,,no.nii,,", r"row 1: mask 'no.nii' is not below"),
     ("b.nii,1,,t1,,,,,,", r"row 1: modality 't1' is none of T1w, T2w"),
+    ("b.nii,1,,T1w,,,,,,\nb.nii,2,,T1w,,,,,,", r"row 2: file 'b.nii' stands in .*table.csv row 1"),
     ("b.nii,,,T1w,,,,,,", r"row 1: participant_id is empty"),
 ])
 def test_a_row_that_names_nothing_is_refused(folder: Path, row: str, says: str) -> None:

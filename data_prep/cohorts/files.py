@@ -39,13 +39,19 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
     ConfigError
         No table was given.
     DataError
-        A table cannot be read, lacks a column, or a row names no modality, no person or a file
-        that is not there.
+        A table cannot be read, lacks a column, or a row names no modality, no person, a file that
+        is not there or one that another row names.
     """
     if not source.tables:
         raise ConfigError("--cohort files reads the files that a table lists; give it as "
                           f"--table, with columns {', '.join(_NEEDED)}")
     lines = [line for uri in source.tables for line in _lines(uri)]
+    seen: dict[str | None, str] = {}
+    for where, row in lines:
+        if row["file"] in seen:
+            raise DataError(f"{where}: file {row['file']!r} stands in {seen[row['file']]} too; "
+                            "keep one of the rows")
+        seen[row["file"]] = where
     files = _find(source, {row[column] or "" for _, row in lines for column in _FILES
                            if row.get(column)})
     reader = Reader(source, cohort)

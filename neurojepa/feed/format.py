@@ -114,14 +114,11 @@ def open_store(uri: str, own_retries: bool = True) -> tuple[fsspec.AbstractFileS
     try:
         if not uri.startswith("s3:"):
             return fsspec.core.url_to_fs(uri)
-        if own_retries:  # s3fs asks five times itself
-            limits = {"connect_timeout": 5, "read_timeout": 20,
-                      "retries": {"total_max_attempts": 1}}
-            return fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=limits)
-        limits = {"connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}
+        limits = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
         fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=limits,
-                                         skip_instance_cache=True)  # as it differs from all others
-        fs.retries = 1
+                                         skip_instance_cache=not own_retries)
+        if not own_retries:  # else s3fs asks five times itself
+            fs.retries = 1
         return fs, path
     except (ValueError, ImportError) as error:
         raise DataError(f"{uri}: cannot open this kind of store ({error})") from error
