@@ -35,7 +35,7 @@ def test_tokens_know_their_patch(budget: int | None) -> None:
     config = config.model_copy(update={"model": model})
     batch = make_batch(2, grid)
     views = make_views(batch, config, grid, 0)
-    number = patch_numbers(views, grid, 6)
+    number = patch_numbers(views.coords_BN3, grid, 6)
     brain = (batch.voxels > 0).view(2, 9, 6, 11, 6, 9, 6).float().mean((2, 4, 6)).flatten(1)
     assert torch.allclose(brain.gather(1, number), views.foreground_BN)
     assert all(len(set(row.tolist())) == len(row) for row in number)

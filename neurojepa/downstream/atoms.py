@@ -122,7 +122,7 @@ def observe(model: nn.Module, config: RootConfig, feed: Feed, rows: np.ndarray,
         part = rows[start:start + batch_size]
         batch = replace(batch, position=torch.from_numpy(part))  # so that masks differ
         views = make_views(batch.to(device), config, feed.grid, config.train.seed)
-        patch_BN = _patches(views.coords_BN3, feed.grid, config.model.patch_voxels)
+        patch_BN = patch_numbers(views.coords_BN3, feed.grid, config.model.patch_voxels)
         with _listening(code, experts) as heard:
             model(views, 0.0)
         target_patch_BMT = take(patch_BN, views.target_BMT)
@@ -172,7 +172,7 @@ def _listening(code: SparseCode | None,
             hook.remove()
 
 
-def _patches(coords_BN3: Tensor, grid: Grid, patch: int) -> Tensor:
+def patch_numbers(coords_BN3: Tensor, grid: Grid, patch: int) -> Tensor:
     """int64 [B, N]: the patch of the grid at coordinates from the grid's centre, mm."""
     counts = torch.tensor([length // patch for length in grid.shape], device=coords_BN3.device)
     edge_mm = patch * grid.spacing_mm

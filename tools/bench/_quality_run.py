@@ -25,6 +25,7 @@ from data_prep.synth import codes
 from neurojepa.baselines.cnn import CNN, Labels
 from neurojepa.config import RootConfig, load_config
 from neurojepa.downstream import embed as embedding
+from neurojepa.downstream.atoms import patch_numbers
 from neurojepa.downstream.embed import Embeddings, select_rows
 from neurojepa.downstream.probe import probe
 from neurojepa.errors import DataError
@@ -99,17 +100,10 @@ def scramble(grid: Grid, patch: int) -> None:
 
     def scrambled(batch: Any, config: RootConfig, grid: Grid, seed: int) -> Views:
         views = make_views(batch, config, grid, seed)
-        views.coords_BN3 = centres[order][patch_numbers(views, grid, patch)]
+        views.coords_BN3 = centres[order][patch_numbers(views.coords_BN3, grid, patch)]
         return views
 
     loop.make_views = embedding.make_views = scrambled  # type: ignore[assignment]
-
-
-def patch_numbers(views: Views, grid: Grid, patch: int) -> torch.Tensor:
-    """int64 [B, N]: which patch of the grid each token is."""
-    counts = torch.tensor([size // patch for size in grid.shape])
-    index = (views.coords_BN3 / (patch * grid.spacing_mm) + counts / 2).floor().long()
-    return (index[..., 0] * counts[1] + index[..., 1]) * counts[2] + index[..., 2]
 
 
 # ---- predictions ---------------------------------------------------------------------------------
@@ -278,7 +272,7 @@ def tokens_and_shares(model: Averaged, config: RootConfig, feed: Feed, split: st
         true_places = make_views(batch, plain, feed.grid, 0)
         views = embedding.make_views(batch, plain, feed.grid, 0)  # maybe scrambled
         values.append(model.latents(views).numpy())
-        numbers.append(patch_numbers(true_places, feed.grid, patch).numpy())
+        numbers.append(patch_numbers(true_places.coords_BN3, feed.grid, patch).numpy())
     for row in rows.tolist():
         label = patchify(torch.from_numpy(reader.label(row).astype(np.int32))[None], patch)
         shares.append(torch.stack([torch.isin(label, torch.tensor(of)).double().mean(-1)
