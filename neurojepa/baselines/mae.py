@@ -19,6 +19,7 @@ from neurojepa.model.averaged import Averaged
 from neurojepa.model.encoder import Encoder
 from neurojepa.model.jepa import check_shapes
 from neurojepa.model.layers import INIT_STD
+from neurojepa.model.linear import Linear
 from neurojepa.model.predictor import Predictor
 from neurojepa.model.sizes import SIZES
 from neurojepa.objective.losses import sample_sums, take, token_weights
@@ -36,7 +37,7 @@ class MAE(Averaged):
         size = SIZES[config.model.size]
         self.background_weight = config.objective.background_weight
         self.decoder = Predictor(size)
-        self.voxels = nn.Linear(size.predictor_dim, config.model.patch_voxels**3)
+        self.voxels = Linear(size.predictor_dim, config.model.patch_voxels**3)
         nn.init.trunc_normal_(self.voxels.weight, std=INIT_STD)
         nn.init.zeros_(self.voxels.bias)
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neurojepa.config import ModelConfig
 from neurojepa.model.layers import INIT_STD, Block, init_weights, residual_outputs
+from neurojepa.model.linear import Linear
 from neurojepa.model.moe import MoE
 from neurojepa.model.rope import rotation
 from neurojepa.model.sizes import SIZES
@@ -31,7 +32,7 @@ class Encoder(nn.Module):
         size = SIZES[model.size]
         self.head_dim = size.dim // size.heads
         self.checkpoint_every = model.activation_checkpointing
-        self.patch = nn.Linear(model.patch_voxels**3, size.dim)
+        self.patch = Linear(model.patch_voxels**3, size.dim)
         self.blocks = nn.ModuleList(
             Block(size.dim, size.heads, model.head_gate, size if model.moe and i % 2 else None,
                   model.layer_scale)

@@ -27,6 +27,7 @@ from neurojepa.feed.format import Grid
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.encoder import Encoder
 from neurojepa.model.layers import INIT_STD
+from neurojepa.model.linear import Linear
 from neurojepa.model.predictor import Predictor
 from neurojepa.model.sizes import SIZES
 from neurojepa.model.sparse import Coded, SparseCode
@@ -47,9 +48,9 @@ class SparseJEPA(Averaged):
         self.code = SparseCode(config.objective.sparse, size.predictor_dim, size.dim)
         self.spread = config.objective.spread
         self.tissue_weight = config.objective.tissue_weight
-        self.tissue: nn.Linear | None = None
+        self.tissue: Linear | None = None
         if self.tissue_weight:
-            self.tissue = nn.Linear(size.dim, 1 + len(TISSUES))
+            self.tissue = Linear(size.dim, 1 + len(TISSUES))
             nn.init.trunc_normal_(self.tissue.weight, std=INIT_STD)
             nn.init.zeros_(self.tissue.bias)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neurojepa.model.linear import Linear
 from neurojepa.model.moe import MoE
 from neurojepa.model.rope import rotate
 from neurojepa.model.sizes import Size
@@ -24,11 +25,11 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, head_gate: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.q_norm = nn.LayerNorm(dim // heads, bias=False)
         self.k_norm = nn.LayerNorm(dim // heads, bias=False)
-        self.gate = nn.Linear(dim, heads) if head_gate else None
-        self.proj = nn.Linear(dim, dim)
+        self.gate = Linear(dim, heads) if head_gate else None
+        self.proj = Linear(dim, dim)
 
     def forward(self, x_BND: Tensor, turn_B1Np: Tensor, readable_B11N: Tensor,
                 first: int = 0) -> Tensor:
@@ -48,8 +49,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neurojepa.feed.format import MODALITIES
 from neurojepa.model.layers import INIT_STD, Block, init_weights, residual_outputs
+from neurojepa.model.linear import Linear
 from neurojepa.model.rope import rotation
 from neurojepa.model.sizes import Size
 
@@ -23,9 +24,9 @@ class Predictor(nn.Module):
         super().__init__()
         self.dim = size.predictor_dim
         self.head_dim = size.predictor_dim // size.predictor_heads
-        self.embed = nn.Linear(size.dim, self.dim)
+        self.embed = Linear(size.dim, self.dim)
         self.mask_token = nn.Parameter(torch.empty(self.dim))
-        self.modality = nn.Linear(len(MODALITIES), self.dim, bias=False)
+        self.modality = Linear(len(MODALITIES), self.dim, bias=False)
         self.blocks = nn.ModuleList(Block(self.dim, size.predictor_heads)
                                     for _ in range(size.predictor_depth))
         self.norm = nn.LayerNorm(self.dim)

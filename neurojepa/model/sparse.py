@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from neurojepa.config import SparseConfig
 from neurojepa.model.layers import INIT_STD
+from neurojepa.model.linear import Linear, linear
 
 USAGE_DECAY = 0.99  # per step in which an atom was silent
 DEAD_USAGE = 0.1  # so an atom silent for 230 steps counts as dead
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
     def forward(self, h_A: Tensor, frozen: bool = False) -> Tensor:
         """Latents of codes [..., A]; when frozen, gradients reach the code, not the atoms."""
         atoms = self.atoms()
-        return h_A @ (atoms.detach() if frozen else atoms)
+        return linear(h_A, (atoms.detach() if frozen else atoms).t())
 
 
 class SparseCode(nn.Module):
@@ -78,7 +79,7 @@ class SparseCode(nn.Module):
         self.dense_loss, self.revive = sparse.dense_loss, sparse.revive
         self.is_sparse, self.is_gated = sparse.code != "identity", sparse.code == "gated"
         atoms = (sparse.atoms or 4 * dim) if self.is_sparse else dim
-        self.encode = nn.Linear(predictor_dim, atoms, bias=not self.is_gated)
+        self.encode = Linear(predictor_dim, atoms, bias=not self.is_gated)
         nn.init.trunc_normal_(self.encode.weight, std=INIT_STD)
         if self.is_gated:
             self.gate_bias = nn.Parameter(torch.zeros(atoms))  # b
