@@ -79,7 +79,8 @@ def trained(config: RootConfig, folder: Path) -> Averaged:
         from neurojepa.train.loop import train
 
         began = time.process_time()
-        train(config)
+        if stopped := train(config):  # by a signal: half a training is no result
+            sys.exit(stopped)
         events = read_rows(config.run.dir + "/events.jsonl")
         whole = all(row["event"] != "resume" for row in events)  # else others did a part of it
         spent = time.process_time() - began if whole else np.nan
