@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from neurojepa.config import dump_config
 from neurojepa.downstream.stats import mean_absolute_error
-from neurojepa.errors import ConfigError
+from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import TRAINING_GRIDS, open_feed
 from neurojepa.objective.views import make_views
+from neurojepa.train.stopping import REQUEUE
 from tests.feeds import GRID, tiny_config, write_feed
 from tests.test_masks import make_batch
 from tools.bench import quality
@@ -83,3 +85,14 @@ def test_a_folder_of_another_plan_is_refused(tmp_path: Path) -> None:
     quality.claim(quality.QUICK, tmp_path / "work")
     with pytest.raises(ConfigError, match="another plan"):
         quality.claim(quality.FULL, tmp_path / "work")
+
+def test_a_run_that_is_stopped_leaves_no_scores(tmp_path: Path) -> None:
+    feed = write_feed(str(tmp_path / "feed"))
+    config = tiny_config(feed, str(tmp_path / "run"))
+    run = config.run.model_copy(update={"time_limit_min": 1e-6})
+    recipe = dump_config(config.model_copy(update={"run": run}))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "run.json").write_text('{"scrambled": false}')
+    with pytest.raises(NeurojepaError, match=f"status {REQUEUE}"):
+        quality.command(tmp_path / "log.txt", "tools.bench._quality_run", str(tmp_path))
+    assert not (tmp_path / "scores.npz").exists() and not (tmp_path / "weights").exists()
