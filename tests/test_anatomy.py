@@ -86,6 +86,20 @@ def test_an_atlas_elsewhere_is_refused(tmp_path: Path) -> None:
         patch_regions(BRAIN, PATCH, path)
 
 
+def test_the_fingerprint_is_that_of_the_regions_not_of_the_path(tmp_path: Path) -> None:
+    def fingerprint(name: str, first: int) -> str:
+        data = np.full((61, 61, 61), 7, np.int16)
+        data[:first] = 9
+        masks = {"region_share": 0.5}
+        return anatomy.check_anatomy(make_config(
+            objective={"regions": atlas(tmp_path / name, data), "masks": masks},
+            model={"size": "tiny", "patch_voxels": PATCH}), BRAIN)
+
+    first = fingerprint("a.nii", 20)
+    assert first == fingerprint("copy.nii", 20) and first != fingerprint("other.nii", 30)
+    assert anatomy.check_anatomy(make_config(), BRAIN) == ""
+
+
 def test_options_that_nothing_uses_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"objective\.regions a\.nii: no mask uses them"):
         make_config(objective={"regions": "a.nii"})

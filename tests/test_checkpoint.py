@@ -153,7 +153,7 @@ def test_verify_names_what_is_damaged(run: Path, capsys: pytest.CaptureFixture[s
 def test_another_run_is_refused_with_both_values(finished: tuple[RootConfig, Path]) -> None:
     config, run = finished
     found = checkpoint.open_checkpoint(str(run), 6)
-    feed, order = found.manifest["feed"], found.manifest["order"]
+    same = fingerprints(found)
     tree = config.model_dump(mode="json")
 
     def changed(section: str, **values: object) -> RootConfig:
@@ -161,7 +161,7 @@ def test_another_run_is_refused_with_both_values(finished: tuple[RootConfig, Pat
 
     for free in (config, changed("train", zero=3, micro_batch=1, log_every=1, steps=9),
                  changed("run", ranks=4), changed("data", feed="elsewhere", read_threads=1)):
-        check_same_run(found, free, feed, order)
+        check_same_run(found, free, same)
     for section, values, message in (
             ("model", {"size": "small"}, r"model.size: checkpoint 'tiny', now 'small'"),
             ("train", {"seed": 5, "global_batch": 8},
@@ -169,11 +169,11 @@ def test_another_run_is_refused_with_both_values(finished: tuple[RootConfig, Pat
             ("train", {"steps": 5}, r"train.steps = 5: .* at step 6 already"),
             ("data", {"weights": {"blobs/T1w": 1.0}}, r"data.weights: checkpoint {}, now")):
         with pytest.raises(ConfigError, match=message):
-            check_same_run(found, changed(section, **values), feed, order)
-    with pytest.raises(ConfigError, match=f"feed fingerprint: checkpoint {feed}, now other"):
-        check_same_run(found, config, "other", order)
-    with pytest.raises(ConfigError, match=f"order fingerprint: checkpoint {order}, now other"):
-        check_same_run(found, config, feed, "other")
+            check_same_run(found, changed(section, **values), same)
+    for name, value in same.items():
+        said = f"{name} fingerprint: checkpoint {value}, now other"
+        with pytest.raises(ConfigError, match=said):
+            check_same_run(found, config, same | {name: "other"})
 
 
 def test_changes_are_listed_where_they_are_accepted(finished: tuple[RootConfig, Path]) -> None:
@@ -187,15 +187,15 @@ def test_changes_are_listed_where_they_are_accepted(finished: tuple[RootConfig, 
             tree | {name: {**tree[name], **values} for name, values in sections.items()})
 
     changed = accepting(optim={"lr": 0.01}, train={"global_batch": 8})
-    assert check_same_run(found, changed, "other", found.manifest["order"]) == [
+    assert check_same_run(found, changed, fingerprints(found) | {"feed": "other"}) == [
         "optim.lr: checkpoint 0.0005, now 0.01", "train.global_batch: checkpoint 4, now 8",
         f"feed fingerprint: checkpoint {found.manifest['feed']}, now other"]
-    assert check_same_run(found, accepting(), *fingerprints(found)) == []
+    assert check_same_run(found, accepting(), fingerprints(found)) == []
     with pytest.raises(ConfigError, match=r"optim.lr.*run\.accept_changes=true"):
         check_same_run(found, accepting(optim={"lr": 0.01}).model_copy(
-            update={"run": config.run}), *fingerprints(found))
+            update={"run": config.run}), fingerprints(found))
     with pytest.raises(ConfigError, match=r"train\.steps = 5: .* is at step 6 already"):
-        check_same_run(found, accepting(train={"steps": 5}), *fingerprints(found))
+        check_same_run(found, accepting(train={"steps": 5}), fingerprints(found))
 
     check_fits(found, build_model(changed, GRID))
     for section, values, message in (
@@ -207,8 +207,8 @@ def test_changes_are_listed_where_they_are_accepted(finished: tuple[RootConfig, 
             check_fits(found, model)
 
 
-def fingerprints(found: checkpoint.Checkpoint) -> tuple[str, str]:
-    return found.manifest["feed"], found.manifest["order"]
+def fingerprints(found: checkpoint.Checkpoint) -> dict[str, str]:
+    return {name: found.manifest[name] for name in ("feed", "order", "regions")}
 
 
 def test_rows_survive_a_cut_last_line(tmp_path: Path) -> None:

@@ -184,7 +184,8 @@ def test_a_tracker_that_is_not_installed_is_refused(
 
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(World, "gather", lambda self, item: [item])
-    write_environment(tiny_config("feed", tmp_path), ALONE, "feed-print", "order-print")
+    write_environment(tiny_config("feed", tmp_path), ALONE,
+                      {"feed": "feed-print", "order": "order-print"})
     text = (tmp_path / "environment.json").read_text()
     facts = json.loads(text)
     assert facts["software"]["torch"] == torch.__version__

@@ -19,6 +19,7 @@ Shape letters: B scans, n patches of the grid, N tokens kept, P voxels a patch, 
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from typing import Any
 
@@ -40,10 +41,18 @@ _SAMPLED_MM = 3.0
 _STRIDE_MM, _LLOYD_STEPS = 3, 30
 
 
-def check_anatomy(config: RootConfig, grid: Grid) -> None:
-    """Read the template or atlas that the config asks for, so that what is wrong shows at once."""
-    if config.objective.masks.region_share:
-        patch_regions(grid, config.model.patch_voxels, config.objective.regions)
+def check_anatomy(config: RootConfig, grid: Grid) -> str:
+    """Read the template or atlas that the config asks for, so that what is wrong shows at once.
+
+    Returns
+    -------
+    str
+        Fingerprint of the regions of all patches; empty where no mask uses them.
+    """
+    if not config.objective.masks.region_share:
+        return ""
+    region = patch_regions(grid, config.model.patch_voxels, config.objective.regions)
+    return hashlib.sha256(region.tobytes()).hexdigest()[:16]
 
 
 # ---- regions -------------------------------------------------------------------------------------

@@ -87,8 +87,10 @@ class Run:
         self.stop = StopRequest(config.run.time_limit_min)
         self.feed = open_feed(config.data.feed)
         self.patience = Patience(config.data.retry_s)
-        check_anatomy(config, self.feed.grid)
+        regions = check_anatomy(config, self.feed.grid)
         self.loader = Loader(self.feed, config, world.rank, world.size, first_step=0)
+        self.fingerprints = {"feed": self.feed.fingerprint, "regions": regions,
+                             "order": self.loader.order.fingerprint}
         self.labels = Labels(self.feed, config) if config.objective.method == "cnn" else None
         self.probe = OnlineProbe(config, self.feed, world) if config.train.probe_every else None
         found, model = self._latest(), build_model(config, self.feed.grid)
@@ -107,7 +109,7 @@ class Run:
         self.heartbeat = Heartbeat(config.run.dir, world.rank, self.patience)
         if world.rank == 0:
             write_bytes(join(config.run.dir, "config.yaml"), dump_config(config).encode())
-        write_environment(config, world, self.feed.fingerprint, self.loader.order.fingerprint)
+        write_environment(config, world, self.fingerprints)
         self.metrics.event("resume" if found else "start", self.step, world=world.size,
                            zero=config.train.zero, dtype=config.train.dtype)
         if self._changes:
@@ -120,8 +122,7 @@ class Run:
         if step is None:
             return None
         found = checkpoint.open_checkpoint(self.config.run.dir, step)
-        self._changes = check_same_run(found, self.config, self.feed.fingerprint,
-                                       self.loader.order.fingerprint)
+        self._changes = check_same_run(found, self.config, self.fingerprints)
         return found
 
     def _take_up(self, found: checkpoint.Checkpoint | None, windows: Sequence[Window]) -> None:
@@ -247,9 +248,8 @@ class Run:
     def _checkpoint(self) -> None:
         began = time.perf_counter()
         self._flush(durable=True)  # rows first: a committed step has its row
-        record = {"config": self.config.model_dump(mode="json"), "feed": self.feed.fingerprint,
-                  "grid": asdict(self.feed.grid),
-                  "order": self.loader.order.fingerprint, "health": self.health.record(),
+        record = {"config": self.config.model_dump(mode="json"), **self.fingerprints,
+                  "grid": asdict(self.feed.grid), "health": self.health.record(),
                   "skipped_windows": self.windows}
         self._committed(self.saver.finish())
         self.saver.start(self.step, record)

@@ -1,6 +1,6 @@
 """Whether a run directory's checkpoint may be continued with a given config.
 
-A checkpoint carries the config it was trained with and fingerprints of feed and order.  What
+A checkpoint carries the config it was trained with and fingerprints of its inputs.  What
 changes the model, the recipe or the samples of a step is refused, with both values, unless
 ``run.accept_changes`` is set: then the run goes on from its step under the new recipe.  A model
 whose parameters are others is refused in any case.
@@ -8,6 +8,7 @@ whose parameters are others is refused in any case.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -30,16 +31,21 @@ SHOWN = 5  # parameters that an error names
 def check_same_recipe(config: RootConfig) -> None:
     """Refuse a recipe other than that of the latest checkpoint in run.dir, as ``check_same_run``.
 
-    The feed is not opened, so its content is not compared.
+    Feed and atlas are not opened, so their content is not compared.
     """
     step = latest_step(config.run.dir)
     if step is not None:
-        found = open_checkpoint(config.run.dir, step)
-        check_same_run(found, config, found.manifest["feed"], found.manifest["order"])
+        check_same_run(open_checkpoint(config.run.dir, step), config, {})
 
 
-def check_same_run(checkpoint: Checkpoint, config: RootConfig, feed: str, order: str) -> list[str]:
+def check_same_run(checkpoint: Checkpoint, config: RootConfig,
+                   fingerprints: Mapping[str, str]) -> list[str]:
     """Refuse to continue a run with another model, recipe or order of samples.
+
+    Parameters
+    ----------
+    fingerprints
+        Of ``feed``, ``order`` and ``regions`` as they are now; those missing are not compared.
 
     Returns
     -------
@@ -63,9 +69,8 @@ def check_same_run(checkpoint: Checkpoint, config: RootConfig, feed: str, order:
     if new["train.steps"] < old["train.steps"]:
         differing.append(f"train.steps: checkpoint {old['train.steps']}, now "
                          f"{new['train.steps']} (it may only grow)")
-    for name, now in (("feed", feed), ("order", order)):
-        if manifest[name] != now:
-            differing.append(f"{name} fingerprint: checkpoint {manifest[name]}, now {now}")
+    differing += [f"{name} fingerprint: checkpoint {manifest.get(name, '')}, now {now}"
+                  for name, now in fingerprints.items() if manifest.get(name, "") != now]
     if differing and not config.run.accept_changes:
         raise ConfigError(f"run.dir {checkpoint.run_dir} holds another run: {'; '.join(differing)};"
                           " restore these, choose another run.dir, or set run.accept_changes=true "

@@ -23,7 +23,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,13 +40,14 @@ QUEUED_FLUSHES = 1000  # that wait for a slow server before some are left out
 CLOSE_S = 20.0  # for the servers to take what is left
 
 
-def write_environment(config: RootConfig, world: World, feed: str, order: str) -> None:
+def write_environment(config: RootConfig, world: World,
+                      fingerprints: Mapping[str, str]) -> None:
     """Write environment.json: software, code, devices by host, fingerprints.  Collective.
 
     Parameters
     ----------
-    feed, order : str
-        Fingerprints of the feed and of the order of its samples.
+    fingerprints
+        Of the feed, of the order of its samples and of the regions of its grid.
     """
     device = (torch.cuda.get_device_name(world.device) if world.device.type == "cuda"
               else platform.machine())
@@ -59,7 +60,7 @@ def write_environment(config: RootConfig, world: World, feed: str, order: str) -
         "cuda": torch.version.cuda, "ranks": [{"host": host, "device": name}
                                               for host, name in ranks],
         "world": world.size, "zero": config.train.zero, "dtype": config.train.dtype,
-        "feed": feed, "order": order,
+        **fingerprints,
         "config_sha256": hashlib.sha256(dump_config(config).encode()).hexdigest()}
     write_bytes(join(config.run.dir, "environment.json"), json.dumps(facts, indent=1).encode())
 
