@@ -3,10 +3,10 @@
     tokens -> router (float32) -> top-k of score + bias -> rows (token, choice) sorted by expert
     -> one grouped matrix product per projection -> rows back in token order -> weighted sum over k
 
-Shapes are static, nothing is read back to the host, and there is no loop over experts.  Both
-permutations are undone by their inverse, also in the backward, so no gradient is accumulated with
-atomics: results are bit-reproducible on a GPU too.  Padding tokens are not routed: their rows are
-zeros behind the last expert's and count for no load.
+Shapes are static, nothing is read back to the host, and there is no loop over experts.  The order
+is undone by its inverse, also in the backward, so no gradient is accumulated with atomics: results
+are bit-reproducible on a GPU too.  Padding tokens are not routed: their rows are zeros behind the
+last expert's and count for no load.
 
 Experts are balanced without an auxiliary loss (DeepSeek-V3; Wang et al. 2024): ``bias`` only enters
 the choice, and ``update_router_bias`` raises it for experts that got too little.
@@ -58,8 +58,7 @@ class MoE(nn.Module):
         ends_E = load_E.cumsum(0)
         ends_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), len(key_R))]).int()
 
-        rows_TkD = (x_TD * valid_T1)[:, None].expand(-1, self.top_k, -1)
-        rows_RD = _Permute.apply(rows_TkD.reshape(len(key_R), -1), order_R)
+        rows_RD = _Dispatch.apply(x_TD * valid_T1, order_R, self.top_k)
         hidden_RH = F.gelu(grouped_matmul(rows_RD, self.w1, ends_E))
         out_RD = grouped_matmul(hidden_RH, self.w2, ends_E)
         out_TkD = _Permute.apply(out_RD, _inverse(order_R)).view(-1, self.top_k, x_TD.shape[1])
@@ -78,6 +77,22 @@ class MoE(nn.Module):
         chosen_TkE = expert_Tk[..., None] == torch.arange(len(self.router), device=x_TD.device)
         score_Tk = (score_TE[:, None] * chosen_TkE).sum(-1)
         return score_Tk * (self.top_k / score_Tk.sum(-1, keepdim=True)), expert_Tk
+
+
+class _Dispatch(torch.autograd.Function):
+    """Each token's row k times, in the order of its choices; the backward adds them up in order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order_R)
+        ctx.k = k
+        return x_TD[order_R // k]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order_R,) = ctx.saved_tensors
+        grad_RD = grads[0][_inverse(order_R)]
+        return grad_RD.view(-1, ctx.k, grad_RD.shape[1]).sum(1), None, None
 
 
 class _Permute(torch.autograd.Function):
