@@ -63,7 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "MAE": {"objective.method": "mae"},
     "CNN": {"objective.method": "cnn", "model.token_budget": None, "data.modalities": ["T1w"]},
 }
-ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA, at its learning rate
+ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA, but for the last
     "no spread": {"objective.spread": 0.0},
     "spread 0.01": {"objective.spread": 0.01},
     "gated code": {"objective.sparse.code": "gated"},
@@ -83,6 +83,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA, at its learning 
     "no augmentation": {"objective.augment": {"gamma": 0, "noise": 0, "bias_field": 0}},
     "scrambled coordinates": {},
     "slower average": {"optim.ema": 0.998},
+    "4 times the steps": {"train.steps": 1600},
+    "MAE, 4 times the steps": METHODS["MAE"] | {"train.steps": 1600},
 }
 
 
@@ -168,7 +170,9 @@ def job(plan: Plan, work: Path, method: str, rate: float, seed: int = 0,
     return Job(work / "runs" / f"{name}-lr{rate:g}-{seed}", overrides, rate, seed)
 
 
-def ablation(work: Path, name: str, rate: float) -> Job:
+def ablation(work: Path, name: str, chosen: dict[str, float]) -> Job:
+    """A run that differs in one thing from a method at the rate chosen for it."""
+    rate = chosen["MAE" if name.startswith("MAE") else "sparse JEPA"]
     folder = work / "runs" / f"without-{name.replace(' ', '-')}"
     return Job(folder, ABLATIONS[name], rate, scrambled=name == "scrambled coordinates")
 
@@ -181,7 +185,7 @@ def _remaining(plan: Plan, work: Path, chosen: dict[str, float]) -> Iterator[Job
             labels = plan.labels if method == "CNN" else ("age",)
             yield from (job(plan, work, method, rate, seed, label) for label in labels)
     for name in plan.ablations:
-        yield ablation(work, name, chosen["sparse JEPA"])
+        yield ablation(work, name, chosen)
 
 
 class Runs:
@@ -330,7 +334,7 @@ def tables(plan: Plan, work: Path, chosen: dict[str, float]) -> dict[str, Any]:
     differences = {f"sparse JEPA - {other}": row_of(main["sparse JEPA"], main[other])
                    for other in ("random init", "MAE", "dense JEPA") if other in main}
     first = {"sparse JEPA (this seed)": row_of(main["sparse JEPA"][:1])}
-    ablations = first | {name: row_of([scores_of(ablation(work, name, 0).folder)])
+    ablations = first | {name: row_of([scores_of(ablation(work, name, chosen).folder)])
                          for name in plan.ablations}
     for title, rows in ((f"{len(plan.seeds)} seeds", table), ("differences", differences),
                         ("ablations, 1 seed", ablations)):
