@@ -49,6 +49,13 @@ def test_other_types_are_pytorchs(dtype: torch.dtype) -> None:
     assert torch.equal(linear(x, weight), F.linear(x, weight))
 
 
+def test_it_can_be_switched_off() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(300, 768), torch.randn(64, 768)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
 def test_no_rows_and_rows_of_a_wrong_width() -> None:
     layer = Linear(8, 3)
     assert layer(torch.zeros(0, 8)).shape == (0, 3)

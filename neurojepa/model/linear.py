@@ -2,7 +2,7 @@
 
 PyTorch multiplies float32 matrices on a CPU by MKL, which leaves half of what newer AMD processors
 can do (wide vectors) unused; oneDNN, which comes with PyTorch too, does not.  Both are plain
-float32.  Everywhere else these are PyTorch's own layers.
+float32.  Everywhere else, and with ``torch.backends.mkldnn`` off, these are PyTorch's own layers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times weight [M, K] transposed, plus bias [M]: ``F.linear``, also its errors."""
-    if x.device.type != "cpu" or {x.dtype, weight.dtype} != {torch.float32} or x.numel() == 0 or (
-            torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available()):
-        return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    onednn = torch.backends.mkldnn
+    if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
+            and onednn.is_available() and onednn.enabled and not torch.compiler.is_compiling()):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def _product(x_RK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
