@@ -23,7 +23,7 @@ ceiling, for people are made from them.  Atlas: the mean share of each patch ove
 "place told" came after a first small table, in which every token map stayed below the atlas.
 
 Every run keeps a folder below --work (default build/bench-quality); what is finished is not done
-again, so it can be interrupted.  The whole takes about 2 hours on 2 cores.
+again, so it can be interrupted.  The whole takes about 100 minutes on 2 cores.
 """
 
 from __future__ import annotations
