@@ -4,9 +4,9 @@ Frozen before the first table:
   cohort     data_prep synth, version 2 of its recipe, anatomies derived from the MNI152 template
              (16), 2 mm; the effect sizes are the constants of data_prep/synth/cohort.py.  Not the
              people of seed 0, by whom defaults were chosen (RESULTS.md, "a first look")
-  split      by anatomy, under the key below: of the 16, 10 train, 1 is for choices (val), 5 test:
-             the first key with these counts whose test has none of the first look's test
-             anatomies; chosen before any model was trained
+  split      by anatomy, under the key below: of the 16, 10 train, 1 is for choices (val), 5 test;
+             the first number from 100 on that gives 1 or 2 for val, 5 for test with 50 to 75
+             people, and no test anatomy of the first look; chosen before any model was trained
   way        prepare --preset quick, pack --grid 3mm; T1w, T2w and FLAIR
   budget     the same steps and scans a step for every method, the tiny encoder, 416 tokens of
              18 mm (every patch with brain)
@@ -23,7 +23,8 @@ ceiling, for people are made from them.  Atlas: the mean share of each patch ove
 "place told" came after a first small table, in which every token map stayed below the atlas.
 
 Every run keeps a folder below --work (default build/bench-quality); what is finished is not done
-again, so it can be interrupted.  The whole takes about 100 minutes on 2 cores.
+again, so it can be interrupted.  The whole takes about 100 minutes on 2 cores.  The two longer
+runs came after the main table.
 """
 
 from __future__ import annotations
@@ -232,7 +233,8 @@ class Runs:
 
 
 def command(log: Path | None, *arguments: str) -> None:
-    """Run a module on one thread; its output goes to a file, or to ours."""
+    """Run a module on one thread, in huge pages (a step saves a tenth); its output goes to a file,
+    or to ours."""
     with open(log or os.devnull, "w") as file:
         done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT,
                               stdout=file if log else None, stderr=subprocess.STDOUT,
