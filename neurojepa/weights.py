@@ -72,7 +72,7 @@ def verify(run_dir: str) -> int:
     Raises
     ------
     CheckpointError
-        The run has no committed checkpoint, or a manifest cannot be read.
+        The run has no committed checkpoint, or cannot be listed.
     """
     from neurojepa.train.checkpoint import committed_steps, latest_step, open_checkpoint
 
@@ -81,7 +81,13 @@ def verify(run_dir: str) -> int:
         raise CheckpointError(f"{run_dir}: no committed checkpoint; check the path")
     damaged = 0
     for step in steps:
-        problems = open_checkpoint(run_dir, step).problems()
+        try:
+            problems = open_checkpoint(run_dir, step).problems()
+        except CheckpointError as error:  # its manifest
+            problems = [str(error)]
+        if problems and step not in committed_steps(run_dir):
+            print(f"step-{step}: removed by the run meanwhile", flush=True)
+            continue
         damaged += bool(problems)
         print("\n".join(problems) or f"step-{step}: whole", flush=True)
     print(f"{run_dir}: {len(steps)} checkpoints, {damaged} damaged; a restart continues from "

@@ -148,6 +148,23 @@ def test_verify_names_what_is_damaged(run: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert "step-6: whole" in said
     assert file.name in said
+    (run / "checkpoints" / "step-4" / "manifest.json").write_bytes(b"{")
+    assert weights.main(["verify", str(run)]) == 1
+    assert "step-4/manifest.json: cannot be read" in capsys.readouterr().out
+
+
+def test_verify_of_a_live_run_calls_a_removed_checkpoint_removed(
+        run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(run_dir: str, step: int) -> checkpoint.Checkpoint:
+        if step == 4:  # the run's next checkpoint ends this one
+            checkpoint.remove(run_dir, step)
+        return open_checkpoint(run_dir, step)
+
+    open_checkpoint = checkpoint.open_checkpoint
+    monkeypatch.setattr(checkpoint, "open_checkpoint", late)
+    assert weights.main(["verify", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "step-4: removed by the run meanwhile" in said and "step-6: whole" in said
 
 
 def test_another_run_is_refused_with_both_values(finished: tuple[RootConfig, Path]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,9 @@ import pytest
 
 from neurojepa.config import RootConfig, validate
 from neurojepa.errors import DataError, is_outage
+from neurojepa.feed.format import write_bytes
 from neurojepa.feed.patience import Patience
-from neurojepa.train.checkpoint import committed_steps, open_checkpoint
+from neurojepa.train.checkpoint import committed_steps, open_checkpoint, remove, step_uri
 from neurojepa.train.rows import append_rows, read_rows
 from tests.feeds import tiny_config, write_feed
 from tests.test_feed_faults import Proxy
@@ -86,7 +89,7 @@ def test_an_outage_costs_time_and_one_without_end_costs_no_checkpoint(
 
 def wait_for_step(uri: str, step: int) -> None:
     end = time.monotonic() + 100
-    while step not in committed_steps(uri):
+    while max(committed_steps(uri), default=0) < step:
         assert time.monotonic() < end
         time.sleep(0.1)
 
@@ -99,6 +102,30 @@ def test_rows_whose_answer_was_lost_are_not_written_twice(s3: Any) -> None:
     append_rows(uri, rows[:1])
     append_rows(uri, rows[:1])
     assert read_rows(uri) == [*rows, rows[0]]
+
+
+def test_a_listing_bears_checkpoints_that_come_and_go(s3: Any) -> None:
+    uri, stop = f"{s3.uri}/lively", threading.Event()
+
+    def commit(step: int) -> None:
+        write_bytes(f"{step_uri(uri, step)}/manifest.json", b"{}")
+
+    def replace() -> None:
+        for step in itertools.count(2):
+            if stop.is_set():
+                return
+            commit(step)
+            remove(uri, step)
+
+    commit(1)
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        for _ in range(100):
+            assert committed_steps(uri)[0] == 1
+    finally:
+        stop.set()
+        writer.join()
 
 
 def test_only_what_may_pass_is_tried_again() -> None:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -49,12 +51,20 @@ def remove(run_dir: str, step: int) -> None:
 
 def all_steps(run_dir: str) -> list[int]:
     """Steps that have a directory, committed or not, in ascending order."""
-    return _steps(run_dir, "step-*")
+    fs, path = open_store(join(run_dir, "checkpoints"))
+    with _listing(run_dir):
+        found = fs.glob(join(path, "step-*"))
+    names = [name.rsplit("/", 1)[1].removeprefix("step-") for name in found]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def committed_steps(run_dir: str) -> list[int]:
-    """Steps that have a manifest, in ascending order."""
-    return _steps(run_dir, "step-*/manifest.json")
+    """Steps that have a manifest, in ascending order; the run may be removing old ones just now."""
+    fs, path = open_store(join(run_dir, "checkpoints"))
+    steps = all_steps(run_dir)
+    with _listing(run_dir):  # each asked for by name: one glob over both levels fails on S3 if
+        # a directory that it has just listed is removed
+        return [step for step in steps if fs.exists(join(path, f"step-{step}", "manifest.json"))]
 
 
 def latest_step(run_dir: str) -> int | None:
@@ -65,11 +75,11 @@ def latest_step(run_dir: str) -> int | None:
     CheckpointError
         ``latest`` names a step that is not committed.
     """
-    steps = committed_steps(run_dir)
     fs, path = open_store(join(run_dir, "latest"))
     if not fs.exists(path):  # killed between the first manifest and it
-        return steps[-1] if steps else None
+        return max(committed_steps(run_dir), default=None)
     text = read_bytes(join(run_dir, "latest")).decode(errors="replace").strip()
+    steps = committed_steps(run_dir)  # after it: a live run commits, then writes ``latest``
     number = text.removeprefix("step-")
     if not number.isdigit() or int(number) not in steps:
         raise CheckpointError(f"{path}: says {text!r}, committed here are {_listed(steps)}; write "
@@ -184,14 +194,12 @@ def open_checkpoint(run_dir: str, step: int) -> Checkpoint:
     return Checkpoint(run_dir, step, manifest)
 
 
-def _steps(run_dir: str, pattern: str) -> list[int]:
-    fs, path = open_store(join(run_dir, "checkpoints"))
+@contextmanager
+def _listing(run_dir: str) -> Iterator[None]:
     try:
-        found = fs.glob(join(path, pattern))
+        yield
     except store_errors() as error:
         raise CheckpointError(f"{run_dir}: cannot be listed ({error}); check the store") from error
-    names = [name.removeprefix(path).split("/")[1].removeprefix("step-") for name in found]
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _listed(steps: list[int]) -> str:
