@@ -7,6 +7,7 @@ one line and exits with status 2; anything else is a fault of ours and keeps its
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -51,10 +52,21 @@ def is_outage(error: BaseException | None) -> bool:
         getattr(error, "errno", None) not in _ANSWER_CODES
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and exit: 0, its own status, 2 with one line, or 130 on Ctrl-C."""
+def run_command(main: Callable[[], int | None], teardown: bool = True) -> None:
+    """Run a command's ``main`` and exit: 0, its own status, 2 with one line, or 130 on Ctrl-C.
+
+    Parameters
+    ----------
+    teardown : whether Python is torn down after ``main`` has returned.  A rank does without: gloo's
+        threads live as long as DeepSpeed keeps the groups, and one that lets go of a tensor while
+        Python ends aborts the process (status -6), whose work is done.
+    """
     try:
         status = main()
+        if not teardown:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status or 0)
     except NeurojepaError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2

@@ -79,4 +79,4 @@ if __name__ == "__main__":
     # Half a million objects stay from import to exit: to look for cycles among them takes seconds.
     gc.disable()
     atexit.register(gc.freeze)
-    run_command(main)
+    run_command(main, teardown=False)

@@ -185,3 +185,12 @@ def test_feed_and_run_directory_in_an_object_store(s3: Any, tmp_path: Path) -> N
     events = [row["event"] for row in read_rows(f"{s3.uri}/runs/a/events.jsonl")]
     assert events == ["start", "checkpoint", "finish", "resume", "checkpoint", "checkpoint",
                       "finish"]
+
+
+@pytest.mark.parametrize("status", [0, 75])
+def test_what_libraries_do_while_python_ends_cannot_spoil_a_status(
+        run_cli: Any, status: int) -> None:
+    code = ("import atexit, os, neurojepa.errors as errors\natexit.register(os.abort)\n"
+            f"errors.run_command(lambda: print('done') or {status}, teardown=False)")
+    done = run_cli("-c", code)
+    assert (done.returncode, done.stdout) == (status, "done\n")

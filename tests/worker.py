@@ -231,4 +231,4 @@ def _resave(config: RootConfig, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, teardown=False)

@@ -84,6 +84,7 @@ def start_world(deterministic: bool = False) -> World:
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False,
                                    verbose=False, timeout=COLLECTIVE_TIMEOUT)
         control = dist.new_group(backend="gloo")
+    dist.barrier(group=control)  # nobody ends by an error while another one still joins
     return World(dist.get_rank(), dist.get_world_size(), device, control)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import sys
 import time
@@ -28,7 +27,7 @@ from neurojepa.downstream import embed as embedding
 from neurojepa.downstream.atoms import patch_numbers
 from neurojepa.downstream.embed import Embeddings, select_rows
 from neurojepa.downstream.probe import probe
-from neurojepa.errors import DataError
+from neurojepa.errors import DataError, run_command
 from neurojepa.feed.format import Feed, Grid, open_feed, write_bytes
 from neurojepa.feed.loader import SampleReader
 from neurojepa.model.averaged import Averaged
@@ -283,6 +282,4 @@ def tokens_and_shares(model: Averaged, config: RootConfig, feed: Feed, split: st
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(0)  # DeepSpeed's threads have nothing left to do
+    run_command(lambda: main(Path(sys.argv[1])), teardown=False)

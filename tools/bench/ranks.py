@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from neurojepa.errors import run_command
+
 
 def in_ranks(ranks: int, function: str, **arguments: Any) -> Any:
     """``function`` ("module:name") in ``ranks`` processes, started as a training would be.
@@ -37,4 +39,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_command(lambda: main(sys.argv[1]), teardown=False)

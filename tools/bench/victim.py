@@ -278,4 +278,4 @@ if __name__ == "__main__":
 
     gc.disable()  # as neurojepa.pretrain does
     atexit.register(gc.freeze)
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(lambda: main(sys.argv[1:]), teardown=False)
