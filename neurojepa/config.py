@@ -116,13 +116,18 @@ class ObjectiveConfig(Config):
     background_weight: float = Field(0.1, ge=0, le=1, description="loss weight of an all-air token")
     regions: str | None = Field(None, description="label volume in MNI space whose regions are "
                                 "masked; null: parcels of the installed template")
-    tissue_weight: float = Field(1.0, ge=0, description="weight of a linear head that tells from a "
-                                 "context token what share of its patch is air, fluid, grey and "
-                                 "white matter; of method jepa")
+    tissue_weight: float | None = Field(
+        None, ge=0, description="weight of a linear head that tells from a token what share of its "
+        "patch is air, fluid, grey and white matter; null: 1 for jepa, 0 for mae; cnn has none")
 
     @property
-    def has_tissue_head(self) -> bool:
-        return self.method == "jepa" and self.tissue_weight > 0
+    def tissue(self) -> float:
+        """The weight of the tissue head, 0 where there is none."""
+        if self.method == "cnn":
+            return 0.0
+        if self.tissue_weight is None:
+            return float(self.method == "jepa")
+        return self.tissue_weight
 
 
 class OptimConfig(Config):

@@ -287,7 +287,7 @@ def _views(config: RootConfig, grid: Grid) -> Views:
     return Views(
         tokens, torch.empty(B, N, 3), share, valid, torch.empty(B, M, N - T, dtype=index),
         torch.empty(B, M, T, dtype=index), modality, torch.empty(B), tokens, share, valid, modality,
-        torch.empty(B, N, 1 + len(TISSUES) if config.objective.has_tissue_head else 0))
+        torch.empty(B, N, 1 + len(TISSUES) if config.objective.tissue else 0))
 
 
 def _total(parts: dict[str, float], activations: float, memory: int) -> str:

@@ -221,13 +221,15 @@ def test_tissue_depends_on_the_scan_alone_and_the_unscanned_part_is_left_out() -
     assert (halved[:, :, :5].sum(-1) - 1).abs().max() < 1e-5
 
 
-def test_the_head_learns_tissue_beside_the_prediction_and_is_absent_when_off() -> None:
+@pytest.mark.parametrize(("method", "none"), [("jepa", 0.0), ("mae", None)])
+def test_the_head_learns_tissue_beside_the_prediction_and_is_absent_when_off(
+        method: str, none: float | None) -> None:
     voxels = torch.cat([brain_of("T1w", True)[0], brain_of("T2w", False)[0]])
     batch = SimpleNamespace(voxels=voxels, modality=torch.tensor([0, 1]), weight=torch.ones(2),
                             position=torch.arange(2), target_voxels=None, target_modality=None)
     model_of = {"size": "tiny", "patch_voxels": PATCH, "token_budget": 128}
-    on, off = (make_config(model=model_of, objective={"tissue_weight": weight})
-               for weight in (0.5, 0.0))
+    on, off = (make_config(model=model_of, objective={"method": method, "tissue_weight": weight})
+               for weight in (0.5, none))
     plain, model = build_model(off, BRAIN), build_model(on, BRAIN)
     new = set(dict(model.named_parameters())) - set(dict(plain.named_parameters()))
     assert new == {"tissue.weight", "tissue.bias"}

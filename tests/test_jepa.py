@@ -114,7 +114,7 @@ def test_metrics_are_weighted_sums_that_add_up_over_batches(config: RootConfig, 
                  "weight/T2w"):
         torch.testing.assert_close(sum(part[1][name] for part in parts), whole[name])
     weighted = (config.objective.spread * whole["crowding"]
-                + config.objective.tissue_weight * whole["tissue"])
+                + config.objective.tissue * whole["tissue"])
     torch.testing.assert_close(whole["prediction"] + whole["sparsity"] + weighted, loss)
     torch.testing.assert_close(whole["loss/T1w"] + whole["loss/T2w"] + whole["loss/FLAIR"], loss)
     assert whole["weight"] == 3 and all(not value.requires_grad for value in whole.values())

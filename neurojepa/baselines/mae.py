@@ -3,7 +3,9 @@
     visible tokens -> encoder -> narrow decoder -> voxels of the hidden tokens
 
 Encoder, tokens, coordinates and the decoder's width and depth are the JEPA's; what differs is one
-uniform mask per scan and the target, voxels standardised within each patch.
+uniform mask per scan and the target, voxels standardised within each patch.  The tissue head, off
+unless ``objective.tissue_weight`` is set, is the JEPA's: what a prior does for both can be told
+apart from the objective.
 
 Shape letters: B scans, N tokens, C visible and T hidden tokens, P voxels a patch.
 """
@@ -22,6 +24,7 @@ from neurojepa.model.layers import INIT_STD
 from neurojepa.model.linear import Linear
 from neurojepa.model.predictor import Predictor
 from neurojepa.model.sizes import SIZES
+from neurojepa.model.tissue import TissueHead
 from neurojepa.objective.losses import sample_sums, take, token_weights
 from neurojepa.objective.views import Views
 
@@ -40,6 +43,8 @@ class MAE(Averaged):
         self.voxels = Linear(size.predictor_dim, config.model.patch_voxels**3)
         nn.init.trunc_normal_(self.voxels.weight, std=INIT_STD)
         nn.init.zeros_(self.voxels.bias)
+        self.tissue_weight = config.objective.tissue
+        self.tissue = TissueHead(size.dim) if self.tissue_weight else None
 
     def forward(self, views: Views, l1: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch and its metrics, as of ``SparseJEPA.forward``; no ``l1`` here."""
@@ -55,8 +60,12 @@ class MAE(Averaged):
         weight_BT = token_weights(_take(views.foreground_BN, hidden_BT), valid_BN[:, C:],
                                   self.background_weight)
         prediction_B = (weight_BT * error_BT).sum(-1)
-        loss_B = views.weight_B * prediction_B
-        return loss_B.sum(), sample_sums(views, loss_B.detach(), {"prediction": prediction_B})
+        total_B, parts = prediction_B, {"prediction": prediction_B}
+        if self.tissue is not None and views.tissue_BNK.shape[-1]:  # evaluation has no shares
+            parts["tissue"] = self.tissue.error(views, visible_BC[:, None], y_BCD)
+            total_B = total_B + self.tissue_weight * parts["tissue"]
+        loss_B = views.weight_B * total_B
+        return loss_B.sum(), sample_sums(views, loss_B.detach(), parts)
 
 
 def _take(x_BNd: Tensor, index_Bk: Tensor) -> Tensor:

@@ -19,20 +19,18 @@ Shape letters: B scans, M masks, N tokens, C context and T target tokens, D widt
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Grid
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.encoder import Encoder
-from neurojepa.model.layers import INIT_STD
-from neurojepa.model.linear import Linear
 from neurojepa.model.predictor import Predictor
 from neurojepa.model.sizes import SIZES
 from neurojepa.model.sparse import Coded, SparseCode
-from neurojepa.objective.anatomy import TISSUES
-from neurojepa.objective.losses import crowding, divergence, sample_sums, take, token_weights
+from neurojepa.model.tissue import TissueHead
+from neurojepa.objective.losses import crowding, sample_sums, take, token_weights
 from neurojepa.objective.views import Views
 
 
@@ -47,12 +45,8 @@ class SparseJEPA(Averaged):
         self.predictor = Predictor(size)
         self.code = SparseCode(config.objective.sparse, size.predictor_dim, size.dim)
         self.spread = config.objective.spread
-        self.tissue_weight = config.objective.tissue_weight
-        self.tissue: Linear | None = None
-        if self.tissue_weight:
-            self.tissue = Linear(size.dim, 1 + len(TISSUES))
-            nn.init.trunc_normal_(self.tissue.weight, std=INIT_STD)
-            nn.init.zeros_(self.tissue.bias)
+        self.tissue_weight = config.objective.tissue
+        self.tissue = TissueHead(size.dim) if self.tissue_weight else None
 
     def forward(self, views: Views, l1: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch.
@@ -89,7 +83,7 @@ class SparseJEPA(Averaged):
                 take(views.valid_BN, views.context_BMC).reshape(B, -1))
             total_B = total_B + self.spread * shown["crowding"]
         if self.tissue is not None and views.tissue_BNK.shape[-1]:  # evaluation has no shares
-            shown["tissue"] = self._tissue_error(views, self.tissue(y_VCD))
+            shown["tissue"] = self.tissue.error(views, views.context_BMC, y_VCD)
             total_B = total_B + self.tissue_weight * shown["tissue"]
         loss_B = views.weight_B * total_B
         metrics = sample_sums(views, loss_B.detach(), {
@@ -98,14 +92,6 @@ class SparseJEPA(Averaged):
         whole = {**_batch_metrics(coded, z_VTD, weight_VT), "dead_atoms": self.code.dead_share()}
         metrics |= {name: value * metrics["weight"] for name, value in whole.items()}
         return loss_B.sum(), metrics
-
-    def _tissue_error(self, views: Views, logits_VCK: Tensor) -> Tensor:
-        """float32 [B]: divergence of what context tokens tell of their patches' tissues."""
-        share_BMCK = take(views.tissue_BNK, views.context_BMC)
-        weight_BMC = token_weights(take(views.foreground_BN, views.context_BMC),
-                                   take(views.valid_BN, views.context_BMC), 0.0)
-        told_BMC = divergence(share_BMCK, logits_VCK.view_as(share_BMCK))
-        return (weight_BMC * told_BMC).sum(-1).mean(1)
 
     def _predict(self, views: Views) -> tuple[Coded, Tensor, Tensor]:
         """Predictions for all masks, target latents [V, T, D], latents of the context [V, C, D]."""

@@ -126,7 +126,7 @@ def _cut(voxels: Tensor, counted: tuple[Tensor, Tensor], keep_BN: Tensor, key_B:
 
 
 def _tissue(voxels: Tensor, keep_BN: Tensor, config: RootConfig, grid: Grid) -> Tensor:
-    if not config.objective.has_tissue_head:
+    if not config.objective.tissue:
         return voxels.new_empty(*keep_BN.shape, 0, dtype=torch.float32)
     patch = config.model.patch_voxels
     rows_B1 = torch.arange(len(keep_BN), device=keep_BN.device)[:, None]

@@ -11,7 +11,7 @@ Frozen before the first table:
   budget     the same steps and scans a step for every method, the tiny encoder, 416 tokens of
              18 mm (every patch with brain)
   dense      the plain JEPA: no sparse code, no spread of the latents, no tissue head
-  tuning     sparse and dense JEPA, MAE and CNN: three learning rates each at seed 0, chosen by the
+  tuning     sparse and dense JEPA, MAEs and CNN: three learning rates each at seed 0, chosen by the
              age error on val; the CNN's is chosen for age and kept for its other labels
   probes     on the frozen mean token: ridge, logistic; fitted on T1w scans of train, tested on
              those of test, or on its T2w and FLAIR (age, sex); segmentation: _quality_run.py
@@ -23,8 +23,8 @@ ceiling, for people are made from them.  Atlas: the mean share of each patch ove
 "place told" came after a first small table, in which every token map stayed below the atlas.
 
 Every run keeps a folder below --work (default build/bench-quality); what is finished is not done
-again, so it can be interrupted.  The whole takes about 100 minutes on 2 cores.  The two longer
-runs came after the main table.
+again, so it can be interrupted.  The whole takes about 130 minutes on 2 cores.  The longer runs,
+those of finer tokens and MAE with our tissue head came after the main table.
 """
 
 from __future__ import annotations
@@ -62,9 +62,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense JEPA": {"objective.sparse.code": "identity", "objective.spread": 0.0,
                    "objective.tissue_weight": 0.0},
     "MAE": {"objective.method": "mae"},
+    "MAE with tissue head": {"objective.method": "mae", "objective.tissue_weight": 1.0},
     "CNN": {"objective.method": "cnn", "model.token_budget": None, "data.modalities": ["T1w"]},
 }
-ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA, but for the last
+FINE = {"model.patch_voxels": 3, "model.token_budget": 2400}
+ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA where nothing else is said
     "no spread": {"objective.spread": 0.0},
     "spread 0.01": {"objective.spread": 0.01},
     "gated code": {"objective.sparse.code": "gated"},
@@ -86,6 +88,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA, but for the last
     "slower average": {"optim.ema": 0.998},
     "4 times the steps": {"train.steps": 1600},
     "MAE, 4 times the steps": METHODS["MAE"] | {"train.steps": 1600},
+    "9 mm tokens": FINE,
+    "MAE, 9 mm tokens": METHODS["MAE"] | FINE,
+    "random init, 9 mm tokens": FINE,
 }
 
 
@@ -175,7 +180,8 @@ def ablation(work: Path, name: str, chosen: dict[str, float]) -> Job:
     """A run that differs in one thing from a method at the rate chosen for it."""
     rate = chosen["MAE" if name.startswith("MAE") else "sparse JEPA"]
     folder = work / "runs" / f"without-{name.replace(' ', '-')}"
-    return Job(folder, ABLATIONS[name], rate, scrambled=name == "scrambled coordinates")
+    return Job(folder, ABLATIONS[name], rate, scrambled=name == "scrambled coordinates",
+               untrained=name.startswith("random init"))
 
 
 def _remaining(plan: Plan, work: Path, chosen: dict[str, float]) -> Iterator[Job]:
@@ -334,7 +340,8 @@ def tables(plan: Plan, work: Path, chosen: dict[str, float]) -> dict[str, Any]:
                       for way in ("segmentation", "placed") if key.startswith("atlas")}]
     table = {name: row_of(found) for name, found in main.items()}
     differences = {f"sparse JEPA - {other}": row_of(main["sparse JEPA"], main[other])
-                   for other in ("random init", "MAE", "dense JEPA") if other in main}
+                   for other in ("random init", "MAE", "MAE with tissue head", "dense JEPA")
+                   if other in main}
     first = {"sparse JEPA (this seed)": row_of(main["sparse JEPA"][:1])}
     ablations = first | {name: row_of([scores_of(ablation(work, name, chosen).folder)])
                          for name in plan.ablations}
