@@ -79,7 +79,7 @@ def verify(run_dir: str) -> int:
     steps = committed_steps(run_dir)
     if not steps:
         raise CheckpointError(f"{run_dir}: no committed checkpoint; check the path")
-    damaged = 0
+    whole = damaged = 0
     for step in steps:
         try:
             problems = open_checkpoint(run_dir, step).problems()
@@ -89,8 +89,9 @@ def verify(run_dir: str) -> int:
             print(f"step-{step}: removed by the run meanwhile", flush=True)
             continue
         damaged += bool(problems)
+        whole += not problems
         print("\n".join(problems) or f"step-{step}: whole", flush=True)
-    print(f"{run_dir}: {len(steps)} checkpoints, {damaged} damaged; a restart continues from "
+    print(f"{run_dir}: {whole} checkpoints whole, {damaged} damaged; a restart continues from "
           f"step-{latest_step(run_dir)}")
     return int(damaged > 0)
 

@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +111,23 @@ def test_a_listing_bears_checkpoints_that_come_and_go(s3: Any) -> None:
     def commit(step: int) -> None:
         write_bytes(f"{step_uri(uri, step)}/manifest.json", b"{}")
 
-    def replace() -> None:
+    def replace() -> int:
         for step in itertools.count(2):
             if stop.is_set():
-                return
+                return step
             commit(step)
             remove(uri, step)
+        raise AssertionError("unreachable")
 
     commit(1)
-    writer = threading.Thread(target=replace)
-    writer.start()
-    try:
-        for _ in range(100):
-            assert committed_steps(uri)[0] == 1
-    finally:
-        stop.set()
-        writer.join()
+    with ThreadPoolExecutor(1) as pool:
+        replaced = pool.submit(replace)
+        try:
+            for _ in range(100):
+                assert committed_steps(uri)[0] == 1
+        finally:
+            stop.set()
+    assert replaced.result() > 10
 
 
 def test_only_what_may_pass_is_tried_again() -> None:

@@ -62,8 +62,7 @@ def committed_steps(run_dir: str) -> list[int]:
     """Steps that have a manifest, in ascending order; the run may be removing old ones just now."""
     fs, path = open_store(join(run_dir, "checkpoints"))
     steps = all_steps(run_dir)
-    with _listing(run_dir):  # each asked for by name: one glob over both levels fails on S3 if
-        # a directory that it has just listed is removed
+    with _listing(run_dir):  # by name: a glob of both levels fails on S3 if a directory goes
         return [step for step in steps if fs.exists(join(path, f"step-{step}", "manifest.json"))]
 
 
