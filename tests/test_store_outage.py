@@ -149,3 +149,18 @@ def test_only_what_may_pass_is_tried_again() -> None:
         patience(lambda: failing(ConnectionResetError("gone")))
     assert 3 <= len(tries) <= 5 and 2 <= tries[-1] - tries[0] < 10
     assert patience.take() == ["not written"] * (len(tries) - 1) and patience.take() == []
+
+
+def test_what_fails_slowly_is_asked_once_more() -> None:
+    tries: list[float] = []
+
+    def slow() -> None:
+        tries.append(time.monotonic())
+        time.sleep(0.3)
+        raise ConnectionResetError("gone")
+
+    for seconds, asked in ((0.2, 2), (0, 1)):
+        tries.clear()
+        with pytest.raises(ConnectionResetError):
+            Patience(seconds)(slow)
+        assert len(tries) == asked

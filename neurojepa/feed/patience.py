@@ -24,7 +24,8 @@ class Patience:
     Parameters
     ----------
     seconds : float
-        For how long, from the first try of a piece of work.
+        For how long, from the first try of a piece of work.  What takes longer to fail is tried
+        once more; with 0 nothing is.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -40,6 +41,8 @@ class Patience:
                 return work()
             except Exception as error:
                 left = began + self.seconds - time.monotonic()
+                if delay == FIRST_DELAY_S and self.seconds:  # a slow failure is no refusal
+                    left = max(left, delay)
                 if not is_outage(error) or left <= 0 or self._closed.wait(min(delay, left)):
                     raise
                 self.retries.append(f"{error or type(error).__name__}")
