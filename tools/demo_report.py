@@ -150,10 +150,10 @@ def _tokens(out: Path, feed: Feed) -> str:
 
     config = load_config(out / "run/config.yaml")
     reader = SampleReader(feed)
-    rows = [reader.columns["modality"].index(name) for name in MODALITIES
-            if name in reader.columns["modality"]]
+    stored = feed.index["modality"].to_pylist()
+    rows = [stored.index(name) for name in MODALITIES if name in stored]
     batch = Batch(torch.from_numpy(np.stack([reader.image(row) for row in rows])),
-                  torch.tensor([MODALITIES.index(reader.columns["modality"][r]) for r in rows]),
+                  torch.tensor([MODALITIES.index(stored[row]) for row in rows]),
                   torch.tensor(rows), torch.ones(len(rows)), [])
     views = make_views(batch, config, feed.grid, config.train.seed)
     masks = views.context_BMC.shape[1]
@@ -165,7 +165,7 @@ def _tokens(out: Path, feed: Feed) -> str:
         image = np.where(codes == NOT_SCANNED, 0, codes.astype(float))[:, :, z]
         contour = ((codes > 0) & (codes != NOT_SCANNED))[:, :, z]
         coords = views.coords_BN3[b].numpy()
-        axes[b][0].set_ylabel(reader.columns["modality"][row])
+        axes[b][0].set_ylabel(stored[row])
         axes[b][0].set_title("stored volume, brain mask", fontsize=9)
         for m, axis in enumerate(axes[b]):
             axis.imshow(image.T, cmap="gray", origin="lower", vmin=0, vmax=255)

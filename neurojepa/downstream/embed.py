@@ -103,9 +103,9 @@ def batches(feed: Feed, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
             voxels = np.stack(list(pool.map(reader.image, part.tolist())))
             yield Batch(
                 voxels=torch.from_numpy(voxels),
-                modality=torch.tensor([MODALITIES.index(reader.columns["modality"][row])
+                modality=torch.tensor([MODALITIES.index(reader.value("modality", row))
                                        for row in part]),
                 position=torch.zeros(len(part), dtype=torch.int64),
                 weight=torch.ones(len(part)),
-                scan_ids=[reader.columns["scan_id"][row] for row in part],
+                scan_ids=[reader.value("scan_id", row) for row in part],
             )

@@ -78,7 +78,10 @@ class SampleReader:
     def __init__(self, feed: Feed, retry_s: float = 60) -> None:
         self.feed, self.patience = feed, Patience(retry_s)
         self.fs, self.root = open_store(feed.uri, own_retries=False)
-        self.columns = {name: feed.index[name].to_pylist() for name in feed.index.column_names}
+
+    def value(self, name: str, row: int) -> Any:
+        """A cell of the index, which stays in Arrow: lists of a million rows take 0.8 GB a rank."""
+        return self.feed.index[name][row].as_py()
 
     def image(self, row: int, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 codes [X, Y, Z] of a sample, in ``out`` if it is given.
@@ -94,8 +97,8 @@ class SampleReader:
 
     def label(self, row: int) -> np.ndarray:
         """Label map [X, Y, Z] of a sample.  Raises DataError where the scan has none."""
-        if self.columns["label_length"][row] is None:
-            raise DataError(f"{self.feed.uri}: scan {self.columns['scan_id'][row]} has no label "
+        if self.value("label_length", row) is None:
+            raise DataError(f"{self.feed.uri}: scan {self.value('scan_id', row)} has no label "
                             "map; choose scans whose label_length is set")
         return self._array(row, "label_")
 
@@ -104,14 +107,14 @@ class SampleReader:
         self.patience.close()
 
     def _array(self, row: int, kind: str, out: np.ndarray | None = None) -> np.ndarray:
-        shard = self.columns["shard"][row]
-        start = self.columns[kind + "offset"][row]
-        end = start + self.columns[kind + "length"][row]
-        name = f"{join(self.feed.uri, shard)} bytes {start}-{end} ({self.columns['scan_id'][row]})"
+        shard = self.value("shard", row)
+        start = self.value(kind + "offset", row)
+        end = start + self.value(kind + "length", row)
+        name = f"{join(self.feed.uri, shard)} bytes {start}-{end} ({self.value('scan_id', row)})"
         for attempt in ("first", "last"):  # the way here may have spoilt it: ask once more
             data = self._bytes(name, join(self.root, shard), start, end)
             try:
-                if sha256(data) != self.columns[kind + "sha256"][row]:
+                if sha256(data) != self.value(kind + "sha256", row):
                     raise DataError(f"{name}: content differs from its hash in the index; the "
                                     "shard is damaged; run: python -m data_prep verify FEED")
                 return decode_array(data, self.feed.grid.shape, name, out)
@@ -237,15 +240,15 @@ class Loader:
 
     def _first_whole(self, position: int, rows: Iterable[int], out: np.ndarray) -> int | None:
         """Read the first of ``rows`` that is not damaged; None where there is none."""
-        columns = self.reader.columns
+        value = self.reader.value
         for row in rows:
             try:
                 self.reader.image(row, out)
             except DamagedSample as error:
                 if not self.replace_damaged:
                     raise DataError(f"{error}; or set data.replace_damaged=true") from error
-                self._damaged.append({"scan_id": columns["scan_id"][row],
-                                     "shard": columns["shard"][row], "position": position,
+                self._damaged.append({"scan_id": value("scan_id", row),
+                                     "shard": value("shard", row), "position": position,
                                      "problem": str(error)})
             else:
                 return row
@@ -255,12 +258,12 @@ class Loader:
         begin = time.perf_counter()
         rows = [read.result() for read in reads]
         self.wait_s += time.perf_counter() - begin
-        columns = self.reader.columns
-        batch.scan_ids = [columns["scan_id"][row] for row, _ in rows]
+        value = self.reader.value
+        batch.scan_ids = [value("scan_id", row) for row, _ in rows]
         for place, pair in enumerate(rows):
             for modality, row in zip((batch.modality, batch.target_modality), pair, strict=True):
                 if modality is not None:
-                    modality[place] = MODALITIES.index(columns["modality"][row])
+                    modality[place] = MODALITIES.index(value("modality", row))
         return batch
 
 

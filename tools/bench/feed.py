@@ -148,7 +148,7 @@ def _reading(place: str, uri: str, repeats: int) -> tuple[str, float, float, flo
 
     feed = open_feed(uri)
     reader = SampleReader(feed)
-    columns = reader.columns
+    columns = feed.index.to_pydict()
     total = sum(columns["length"])
 
     def plain(row: int) -> bytes:
