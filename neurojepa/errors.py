@@ -57,20 +57,20 @@ def run_command(main: Callable[[], int | None], teardown: bool = True) -> None:
 
     Parameters
     ----------
-    teardown : whether Python is torn down after ``main`` has returned.  A rank does without: gloo's
-        threads live as long as DeepSpeed keeps the groups, and one that lets go of a tensor while
-        Python ends aborts the process (status -6), whose work is done.
+    teardown : whether Python is torn down at the end.  A rank does without: gloo's threads live as
+        long as DeepSpeed keeps the groups, and one that lets go of a tensor while Python ends
+        aborts the process (status -6), whose work is done or whose error is told.
     """
     try:
-        status = main()
-        if not teardown:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status or 0)
+        status = main() or 0
     except NeurojepaError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         status = 130
-    sys.exit(status or 0)
+    if teardown:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -187,10 +187,15 @@ def test_feed_and_run_directory_in_an_object_store(s3: Any, tmp_path: Path) -> N
                       "finish"]
 
 
-@pytest.mark.parametrize("status", [0, 75])
+@pytest.mark.parametrize("main, status, said", [
+    ("lambda: print('done')", 0, "done\n"),
+    ("lambda: print('done') or 75", 75, "done\n"),
+    ("lambda: open_feed('missing')", 2, "error: missing: no committed feed here"),
+])
 def test_what_libraries_do_while_python_ends_cannot_spoil_a_status(
-        run_cli: Any, status: int) -> None:
-    code = ("import atexit, os, neurojepa.errors as errors\natexit.register(os.abort)\n"
-            f"errors.run_command(lambda: print('done') or {status}, teardown=False)")
+        run_cli: Any, main: str, status: int, said: str) -> None:
+    code = ("import atexit, os\nfrom neurojepa.errors import run_command\n"
+            "from neurojepa.feed.format import open_feed\n"
+            f"atexit.register(os.abort)\nrun_command({main}, teardown=False)")
     done = run_cli("-c", code)
-    assert (done.returncode, done.stdout) == (status, "done\n")
+    assert done.returncode == status and (done.stdout + done.stderr).startswith(said)
