@@ -57,11 +57,14 @@ def test_sigterm_commits_everywhere_and_exits_75(recipe: Path) -> None:
 
 
 def test_a_failing_rank_ends_the_others(tmp_path: Path) -> None:
-    """Rank 1 fails at once, rank 0 would sleep for minutes and ignores SIGTERM."""
+    """Rank 1 fails, rank 0 would sleep for minutes and ignores SIGTERM."""
     script = ("import os, signal, sys, time, pathlib\n"
-              "if os.environ['RANK'] == '1': sys.exit(7)\n"
+              f"pid = pathlib.Path({str(tmp_path / 'pid')!r})\n"
+              "if os.environ['RANK'] == '1':\n"
+              "    while not pid.exists(): time.sleep(0.01)\n"
+              "    sys.exit(7)\n"
               "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-              f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+              "pid.write_text(str(os.getpid()))\n"
               "time.sleep(300)\n")
     began = time.monotonic()
     assert launch._local(2, [sys.executable, "-c", script]) == 7
