@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from cluster.processes import TOKEN
 from cluster.rundir import Heartbeat
 from neurojepa.errors import ClusterError, ConfigError
+from neurojepa.ports import free_port
 
 # Variables the ranks on other hosts need; DeepSpeed itself sends only PYTHON*.  Credentials stay
 # out: they would show on the ssh command line; hosts have their own (~/.aws or an instance role).
@@ -76,7 +76,7 @@ class DeepSpeedLaunch:
     def command(self) -> list[str]:
         """The launcher's command line; every start takes another free port."""
         start = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port",
-                 str(_free_port())]
+                 str(free_port())]
         hosts = self.hosts()
         if not hosts:
             # /dev/null: DeepSpeed would otherwise obey a /job/hostfile that happens to exist
@@ -162,9 +162,3 @@ class Progress:
     @property
     def silent_s(self) -> float:
         return time.monotonic() - self.changed_at
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -5,7 +5,8 @@
     logs/attempt-K.log                                        written by the supervisor
 
 It is a local directory or a URI that fsspec knows.  Reading never changes it and never needs the
-training to be alive.  A line that a kill cut short is left out; whole lines are never changed.
+training to be alive.  A line that a kill cut short is left out, and goes when an event is added;
+whole lines are never changed.
 """
 
 from __future__ import annotations
@@ -146,13 +147,13 @@ class RunDir:
         row = {"time": time.time(), "event": event, "step": step, "by": "supervisor", **fields}
         data = (json.dumps(row) + "\n").encode()
         before = self.read("events.jsonl") or b""
-        if before and not before.endswith(b"\n"):  # a kill cut the last row: keep ours apart
-            data = b"\n" + data
+        whole = before[:before.rfind(b"\n") + 1]  # a kill may have cut the last row
         if self.local_path is None:
-            self.write("events.jsonl", before + data)
+            self.write("events.jsonl", whole + data)
             return
         os.makedirs(self.local_path, exist_ok=True)
         with open(f"{self.local_path}/events.jsonl", "ab") as file:
+            file.truncate(len(whole))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -9,16 +9,17 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psutil
 
-from tests.test_ray_launch import LOOPBACK, RAY, ROOT, _wait_for, free_port
+from neurojepa.ports import free_port
+from tests.test_ray_launch import LOOPBACK, RAY, ROOT, _wait_for
 
-# a node is taken for dead after a second without an answer
+# a node that refuses connections is taken for dead after a second, one that is only slow is not
 IMPATIENT = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "300",
-             "RAY_health_check_timeout_ms": "300", "RAY_health_check_failure_threshold": "3"}
+             "RAY_health_check_timeout_ms": "10000", "RAY_health_check_failure_threshold": "3"}
 
 
 @dataclass
@@ -46,9 +47,11 @@ class Cluster:
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """SIGKILL to everything of a node, the raylet first, as when a machine goes dark."""
         family = psutil.Process(node.pid).children(recursive=True)
-        for process in sorted(family, key=lambda process: process.name() != "raylet"):
-            if process.is_running():
-                process.kill()
+        for raylet in (True, False):
+            for process in family:
+                with suppress(psutil.NoSuchProcess):  # its parent's end is the end of many
+                    if (process.name() == "raylet") is raylet:
+                        process.kill()
         node.kill()
         node.wait()
         self.nodes.remove(node)

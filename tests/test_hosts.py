@@ -58,7 +58,8 @@ def test_supervised_over_hosts_a_killed_rank_is_restarted(hosts: Hosts, recipe: 
         cwd=ROOT, env=hosts.environment(), stdout=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 90
-        while not any(beat.rank == 1 and beat.step >= 10 for beat in run_dir.heartbeats()):
+        while not (any(beat.rank == 1 and beat.step >= 10 for beat in run_dir.heartbeats())
+                   and run_dir.committed_step()):
             assert time.monotonic() < end and supervisor.poll() is None
             time.sleep(0.02)
         pid = run_dir.heartbeats()[1].pid
@@ -72,6 +73,7 @@ def test_supervised_over_hosts_a_killed_rank_is_restarted(hosts: Hosts, recipe: 
             supervisor.send_signal(signal.SIGTERM)
             supervisor.communicate(timeout=60)
     events = run_dir.events()
-    assert [row["event"] for row in events].count("restart") == 1
-    assert next(row["step"] for row in events if row["event"] == "resume") in (5, 10)
+    (restart,) = (row for row in events if row["event"] == "restart")
+    (resume,) = (row for row in events if row["event"] == "resume")
+    assert resume["step"] == restart["step"] >= 5
     assert events[-1]["event"] == "finished" and members(token) == []

@@ -182,7 +182,8 @@ def test_feed_and_run_directory_in_an_object_store(s3: Any, tmp_path: Path) -> N
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert committed_steps(f"{s3.uri}/runs/a") == [4, 5]
     assert latest_step(f"{s3.uri}/runs/a") == 5
-    events = [row["event"] for row in read_rows(f"{s3.uri}/runs/a/events.jsonl")]
+    events = [row["event"] for row in read_rows(f"{s3.uri}/runs/a/events.jsonl")
+              if row["event"] != "store_retry"]  # a store may fail for a moment
     assert events == ["start", "checkpoint", "finish", "resume", "checkpoint", "checkpoint",
                       "finish"]
 

@@ -21,7 +21,7 @@ from tests.fakes import QUICK, fake_prepare, make_manifest
 from tests.test_jobs import calls, tree_bytes  # noqa: F401
 
 LIMITS = Limits(memory_bytes=1 << 30, seconds_per_scan=60.0)
-IMPATIENT = replace(LIMITS, seconds_per_scan=3.0)
+IMPATIENT = replace(LIMITS, seconds_per_scan=8.0)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def prepare(calls, tmp_path: Path) -> Callable[..., dict[str, str | None]]:  # n
 
 @pytest.mark.parametrize("text, reason, message", [
     ("segv", "worker_crashed", "the process died of SIGSEGV"),
-    ("hang", "worker_timeout", "not done after 3 s"),
+    ("hang", "worker_timeout", "not done after 8 s"),
     ("eat", "worker_memory", "1.00 are allowed"),
     ("crash", "worker_failed", "ZeroDivisionError: a fault in the code (fakes.py:"),
 ])

@@ -11,11 +11,13 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from neurojepa.ports import free_port
 from tests.launches import check_finished, losses, reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,12 +25,6 @@ RAY = str(Path(sys.executable).parent / "ray")
 # Ray binds the machine's own address unless told that loopback is enough.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ def ray_cluster() -> Iterator[dict[str, str]]:
         family = [*psutil.Process(head.pid).children(recursive=True)]
         head.terminate()
         for process in family:
-            if process.is_running():
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
         head.kill()
         head.wait()

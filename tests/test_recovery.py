@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from neurojepa.config import dump_config
+from neurojepa.ports import free_port
 from neurojepa.train.checkpoint import committed_steps, open_checkpoint
 from neurojepa.train.rows import read_rows
 from tests.feeds import tiny_config, write_feed
@@ -26,7 +27,7 @@ def launch(recipe: Path, run: Path) -> subprocess.Popen[bytes]:
     with open(run.parent / f"{run.name}.log", "ab") as log:
         return subprocess.Popen(
             [str(Path(sys.executable).parent / "deepspeed"), "-q", "--num_gpus", "2",
-             "--master_port", str(20000 + os.getpid() % 20000), "--module",
+             "--master_port", str(free_port()), "--module",
              "neurojepa.pretrain", "--config", str(recipe), f"run.dir={run}"],
             cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
             env={**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",

@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +34,7 @@ import torch
 
 from neurojepa.config import RootConfig, dump_config, load_config
 from neurojepa.errors import NeurojepaError, run_command
+from neurojepa.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,11 +48,8 @@ def run_ranks(jobs: list[dict[str, Any]], folder: Path, ranks: int = 1,
 def run_module(module: str, arguments: list[str], ranks: int,
                timeout: float = 200) -> list[subprocess.CompletedProcess[str]]:
     """Run a module in ``ranks`` processes with a launcher's environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     base = {key: value for key, value in os.environ.items() if key != "RANK"}
-    base |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    base |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments], cwd=ROOT, text=True,

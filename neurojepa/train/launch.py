@@ -14,16 +14,17 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ClusterError, ConfigError, NeurojepaError
+from neurojepa.ports import free_port
 
 GRACE_S = 5.0  # the peers of a dead rank notice by themselves in well under a second
 POLL_S = 0.1
@@ -71,7 +72,7 @@ def _local(num_ranks: int, command: list[str]) -> int:
                 # own session: Ctrl-C reaches a rank once, through us
                 ranks.append(subprocess.Popen(
                     command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    start_new_session=True, preexec_fn=_die_with_launcher))
+                    start_new_session=True, preexec_fn=partial(_die_with, os.getpid())))
             status = _wait_for_first_failure(ranks)
             if status:
                 _wait_all(ranks, GRACE_S)
@@ -83,10 +84,12 @@ def _local(num_ranks: int, command: list[str]) -> int:
     return status
 
 
-def _die_with_launcher() -> None:
+def _die_with(launcher: int) -> None:
     """In the child, before it becomes a rank: SIGKILL when the launcher is gone."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # gone already
+            os._exit(1)
 
 
 def _wait_for_first_failure(ranks: list[subprocess.Popen[bytes]]) -> int:
@@ -122,13 +125,6 @@ def _forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 # ---- Ray actors ----------------------------------------------------------------------------------

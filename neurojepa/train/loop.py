@@ -171,6 +171,7 @@ class Run:
                 reason = self.stop.reason or "signal"  # maybe of another rank
                 self.metrics.event("stop", self.step, reason=reason)
                 self._say(f"stopped at step {self.step} by a {reason}; run again to continue")
+                self.world.gather(None)  # leave together
                 return REQUEUE
         self._finish()
         return 0
