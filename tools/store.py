@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,9 +71,10 @@ def _wait_until_ready(process: subprocess.Popen[bytes], s3: int, master: int, ti
         if process.poll() is not None:
             raise ClusterError(f"the local S3 server ended with status {process.returncode}; "
                                f"see {log}")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", s3), 1), \
-                urllib.request.urlopen(f"http://127.0.0.1:{master}/dir/status", timeout=1) as found:
-            if json.load(found)["Topology"].get("Max"):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", s3), 1):
+            asked = http.client.HTTPConnection("127.0.0.1", master, timeout=5)
+            asked.request("GET", "/dir/status")
+            if json.load(asked.getresponse()).get("Topology", {}).get("Max"):
                 return
         time.sleep(0.2)
     raise ClusterError(f"the local S3 server did not answer on port {s3} within "
