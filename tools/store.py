@@ -71,8 +71,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], s3: int, master: int, ti
         if process.poll() is not None:
             raise ClusterError(f"the local S3 server ended with status {process.returncode}; "
                                f"see {log}")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", s3), 1):
-            asked = http.client.HTTPConnection("127.0.0.1", master, timeout=5)
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException), \
+                socket.create_connection(("127.0.0.1", s3), 1), \
+                contextlib.closing(http.client.HTTPConnection("127.0.0.1", master, 5)) as asked:
             asked.request("GET", "/dir/status")
             if json.load(asked.getresponse()).get("Topology", {}).get("Max"):
                 return
