@@ -88,6 +88,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA where nothing els
     "slower average": {"optim.ema": 0.998},
     "4 times the steps": {"train.steps": 1600},
     "MAE, 4 times the steps": METHODS["MAE"] | {"train.steps": 1600},
+    "MAE with tissue head, 9 times the steps": METHODS["MAE with tissue head"]
+    | {"train.steps": 3600},
+    "single-token masks": {"objective.masks": {"scales": [[500, 0.0, 0.001]] * 3}},
     "9 mm tokens": FINE,
     "MAE, 9 mm tokens": METHODS["MAE"] | FINE,
     "random init, 9 mm tokens": FINE,
