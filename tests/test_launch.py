@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,13 @@ def test_bad_input_is_one_clear_line(recipe: Path, run_cli) -> None:
     done = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe), "run.launcher=slurm")
     assert done.returncode == 2 and "run.launcher = 'slurm'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_rank_does_not_begin_when_its_launcher_has_gone() -> None:
+    for launcher, status in ((os.getpid(), 0), (os.getppid(), 1)):
+        begun = subprocess.run([sys.executable, "-c", ""],
+                               preexec_fn=partial(launch._die_with, launcher))
+        assert begun.returncode == status
 
 
 def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from neurojepa.config import RootConfig
-from neurojepa.errors import ConfigError
+from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.patience import Patience
 from neurojepa.model.flops import step_flops
 from neurojepa.train import metrics, telemetry
@@ -85,6 +85,13 @@ def test_a_resumed_run_drops_what_it_will_do_again(tmp_path: Path) -> None:
     again.flush(0.0)
     again.close()
     assert [row["step"] for row in read_rows(str(tmp_path / "metrics.jsonl"))] == [1, 2, 3, 4, 5]
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(DataError, match=r"events\.jsonl: b'\{\"st' is no row .*Delete that line"):
+        read_rows(str(file))
 
 
 def test_an_object_store_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,14 +19,20 @@ TAIL_BYTES = 1 << 16  # longer than any row
 
 
 def read_rows(uri: str) -> list[dict[str, Any]]:
-    """All whole rows; none if there is no file."""
+    """All whole rows; none if there is no file.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read, or a line that is not the last is no row.
+    """
     fs, path = open_store(uri)
     try:
         if not fs.exists(path):
             return []
     except store_errors() as error:
         raise DataError(f"{uri}: cannot be read ({error}); check the store") from error
-    return [json.loads(line) for line in read_bytes(uri).split(b"\n")[:-1] if line]
+    return [_row(uri, line) for line in read_bytes(uri).split(b"\n")[:-1] if line]
 
 
 def write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
@@ -68,7 +74,7 @@ def drop_rows(uri: str, keep: Callable[[dict[str, Any]], bool]) -> None:
     end = data.rfind(b"\n") + 1  # what follows was cut by a kill
     while end:
         start = data.rfind(b"\n", 0, end - 1) + 1
-        if keep(json.loads(data[start:end])):
+        if keep(_row(uri, data[start:end])):
             break
         end = start
     if end < len(data):
@@ -86,6 +92,14 @@ def _append_object(fs: Any, path: str, uri: str, rows: list[dict[str, Any]]) -> 
         write_rows(uri, read_rows(uri) + rows)
     except store_errors() as error:
         raise DataError(f"{uri}: cannot append ({error}); check the store") from error
+
+
+def _row(uri: str, line: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{uri}: {line[:80]!r} is no row ({error}); was the disk full? Delete that "
+                        "line") from error
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:
