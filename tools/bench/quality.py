@@ -23,8 +23,9 @@ ceiling, for people are made from them.  Atlas: the mean share of each patch ove
 "place told" came after a first small table, in which every token map stayed below the atlas.
 
 Every run keeps a folder below --work (default build/bench-quality); what is finished is not done
-again, so it can be interrupted.  The whole takes about 130 minutes on 2 cores.  The longer runs,
-those of finer tokens and MAE with our tissue head came after the main table.
+again, so it can be interrupted.  The whole takes about 140 minutes on 2 cores.  The longer runs,
+those of finer tokens, of single-token masks and of MAE with our tissue head came after the main
+table.
 """
 
 from __future__ import annotations
