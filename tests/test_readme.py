@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
+
 # Commands that other files run, because they need hosts, a Ray cluster or much time.
 ELSEWHERE = {
-    "bash tools/demo.sh": "test_demo.py",
-    "python -m tools.bench": "test_bench.py",
-    "deepspeed --hostfile hosts --module neurojepa.pretrain": "test_hosts.py",
-    "ray job submit -- python -m neurojepa.pretrain": "test_ray_launch.py",
+    "bash tools/demo.sh": "tools/test_demo.py",
+    "python -m tools.bench": "tools/test_bench.py",
+    "deepspeed --hostfile hosts --module neurojepa.pretrain": "cluster/test_hosts.py",
+    "ray job submit -- python -m neurojepa.pretrain": "neurojepa/train/test_ray_launch.py",
 }
 THIS_RUN = {"bash tools/test.sh", "source .venv/bin/activate"}
 # The same commands on fewer people at a coarser scale, with a key that gives every split people.

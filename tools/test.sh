@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up on a Debian machine, then checks style, types and behaviour.
-# bash tools/test.sh tests/test_moe.py -k float64   passes its arguments to pytest.
+# bash tools/test.sh tests/neurojepa/model/test_moe.py -k float64   passes its arguments to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh

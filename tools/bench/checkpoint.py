@@ -25,7 +25,7 @@ INTERVAL = 50  # steps between checkpoints
 
 def run(quick: bool, official: str | None) -> dict[str, Any]:
     """Stall, size, save and load; returns stall_s, interval_s, stall_margin and all figures."""
-    from tests.feeds import write_feed
+    from tests.helpers.feeds import write_feed
 
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:

@@ -91,7 +91,7 @@ class Bench:
     """Runs below one folder; ``left`` is the number of starts still to come."""
 
     def __init__(self, folder: Path) -> None:
-        from tests.feeds import write_feed
+        from tests.helpers.feeds import write_feed
 
         self.folder, self.left = folder.resolve(), 0
         self._began, self._done = time.monotonic(), 0
@@ -221,7 +221,7 @@ class Bench:
 
     def _recipe(self) -> Path:
         from neurojepa.config import dump_config
-        from tests.feeds import tiny_config
+        from tests.helpers.feeds import tiny_config
 
         path = self.folder / "recipe.yaml"
         config = tiny_config(str(self.folder / "feed"), "unset", global_batch=5, micro_batch=2,

@@ -1,0 +1,354 @@
+"""The supervisor against ranks that die, hang, refuse or are asked to stop; and the status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import s3fs
+import yaml
+
+from cluster import processes
+from cluster.attempt import DeepSpeedLaunch, Progress
+from cluster.processes import TOKEN, members, pid_space, same_process
+from cluster.rundir import Heartbeat, RunDir, run_of_arguments
+from cluster.status import read_status, render
+from cluster.supervise import Supervisor
+from neurojepa.errors import ClusterError, ConfigError
+from neurojepa.train.rows import read_rows
+from tests.neurojepa.feed.test_feed_faults import Proxy
+
+# starts toy ranks and passes on the first bad status, as deepspeed's launcher does
+LAUNCHER = """
+import os, subprocess, sys, time
+from tests.helpers import ROOT
+world = int(sys.argv[1])
+ranks = [subprocess.Popen([sys.executable, "-m", "tests.helpers.toy_rank", *sys.argv[2:]],
+                          env={**os.environ, "RANK": str(r), "WORLD_SIZE": str(world)})
+         for r in range(world)]
+status = 0
+while not status and any(p.poll() is None for p in ranks):
+    time.sleep(0.05)
+    status = next((p.returncode for p in ranks if p.poll()), 0)
+for p in ranks:
+    if p.poll() is None:
+        p.terminate()
+    p.wait()
+sys.exit((status or max(p.returncode for p in ranks)) & 255)
+"""
+
+
+@dataclass(frozen=True)
+class ToyLaunch:
+    arguments: list[str]
+    ranks: int = 2
+
+    def hosts(self) -> list[str]:
+        return []
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", LAUNCHER, str(self.ranks), *self.arguments]
+
+    def environment(self, token: str, scratch: Path) -> dict[str, str]:
+        return {**os.environ, TOKEN: token}
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Callable[..., tuple[Supervisor, RunDir]]:
+    def make(*options: str, steps: int = 8, **settings: float) -> tuple[Supervisor, RunDir]:
+        config = tmp_path / "toy.yaml"
+        config.write_text(yaml.safe_dump({"run": {"dir": str(tmp_path / "run")},
+                                          "train": {"steps": steps}}))
+        run_dir = RunDir(str(tmp_path / "run"))
+        launch = ToyLaunch(["--config", str(config), *options])
+        return Supervisor(launch, run_dir, **settings), run_dir  # type: ignore[arg-type]
+
+    return make
+
+
+def names(run_dir: RunDir) -> list[str]:
+    return [row["event"] for row in run_dir.events()]
+
+
+def soon(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def in_background(action: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_quiet_run_is_started_once_and_finishes(toy) -> None:
+    supervisor, run_dir = toy("toy.step_s=0.02")
+    assert supervisor.run() == 0
+    assert names(run_dir) == ["started", "start", "finish", "exit", "finished"]
+    status = read_status(run_dir)
+    assert (status["state"], status["step"], status["restarts"]) == ("finished", 8, 0)
+    assert "FINISHED" in render(status)
+
+
+def test_gives_up_and_names_the_step(toy) -> None:
+    supervisor, run_dir = toy("toy.crash=2", "toy.step_s=0.02", max_restarts=1)
+    with pytest.raises(ClusterError, match=r"gave up after 2 failure.s. in a row at step 1 "
+                                           r".*status 3.*no checkpoint yet.*ToyError: rank"):
+        supervisor.run()
+    events = run_dir.events()
+    assert [row["event"] for row in events].count("restart") == 1
+    assert (events[-1]["event"], events[-1]["step"], events[-1]["failures"]) == ("give_up", 1, 2)
+    exits = [row for row in events if row["event"] == "exit"]
+    assert exits[0]["status"] == 3 and any("ToyError" in line for line in exits[0]["log"])
+    assert {rank["rank"] for rank in exits[0]["ranks"]} == {0, 1}
+    assert run_dir.names("logs") == ["attempt-1.log", "attempt-2.log"]
+    assert read_status(run_dir)["state"] == "failed"
+
+
+def test_a_run_that_diverged_is_not_started_again(toy) -> None:
+    supervisor, run_dir = toy("toy.diverge=5", "toy.step_s=0.02")
+    with pytest.raises(ClusterError, match=r"ended with the event diverged at step 4.*"
+                                           r"last checkpoint: step 4"):
+        supervisor.run()
+    assert names(run_dir) == ["started", "start", "diverged", "exit", "give_up"]
+    assert run_dir.events()[-1]["after"] == "diverged"
+    assert toy("toy.step_s=0.02")[0].run() == 0  # by hand, with another recipe, it may go on
+
+
+def test_failures_count_from_the_last_new_checkpoint(toy) -> None:
+    supervisor, run_dir = toy("toy.crash=5", "toy.step_s=0.02", max_restarts=1)
+    with pytest.raises(ClusterError, match="last checkpoint: step 4"):
+        supervisor.run()
+    # attempt 1 commits steps 2 and 4; attempts 2 (its failure is the second in a row) fails at 5
+    assert [row["failures"] for row in run_dir.events() if row["event"] == "restart"] == [1]
+
+
+def test_a_start_that_refuses_its_input_is_not_repeated(tmp_path: Path) -> None:
+    class Refusing(ToyLaunch):
+        def command(self) -> list[str]:
+            return [sys.executable, "-c", "import sys; print('error: no such feed'); sys.exit(2)"]
+
+    run_dir = RunDir(str(tmp_path / "run"))
+    with pytest.raises(ClusterError, match=r"gave up .* at its start .*no such feed"):
+        Supervisor(Refusing([]), run_dir).run()
+    assert names(run_dir) == ["started", "exit", "give_up"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_found_ended_and_restarted(toy, rank: int) -> None:
+    supervisor, run_dir = toy("toy.step_s=0.3", steps=10, hang_s=6.0)
+    frozen: list[int] = []
+
+    def freeze() -> None:
+        soon(lambda: any(b.rank == rank and b.step >= 2 for b in run_dir.heartbeats()))
+        frozen.append(run_dir.heartbeats()[rank].pid)
+        os.kill(frozen[0], signal.SIGSTOP)
+
+    thread = in_background(freeze)
+    assert supervisor.run() == 0
+    thread.join()
+    hang = next(row for row in run_dir.events() if row["event"] == "hang")
+    assert {item["rank"]: item["state"] for item in hang["ranks"]}[rank] == "stopped"
+    assert names(run_dir).count("restart") == 1 and names(run_dir)[-1] == "finished"
+    assert not same_process(frozen[0], time.time())
+
+
+def test_a_store_that_fails_is_no_silence_and_is_waited_for(
+        s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RunDir(f"{s3.uri}/supervised").write("latest", b"step-7")
+    proxy = Proxy(None)  # resets every connection
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    s3fs.S3FileSystem.clear_instance_cache()
+    run_dir = RunDir(f"{s3.uri}/supervised")
+    supervisor = Supervisor(ToyLaunch([]), run_dir, store_s=60)
+    progress = Progress([], changed_at=time.monotonic() - 1000)
+    supervisor._look(progress)
+    assert progress.silent_s < 60
+    answers: list[int | None] = []
+    asking = in_background(lambda: answers.append(supervisor._ask(run_dir.committed_step)))
+    asking.join(1)
+    assert asking.is_alive()
+    proxy.target = s3.endpoint
+    asking.join(60)
+    assert answers == [7]
+    proxy.target = None
+    s3fs.S3FileSystem.clear_instance_cache()
+    lost = Supervisor(ToyLaunch([]), RunDir(f"{s3.uri}/supervised"), store_s=1)
+    with pytest.raises(ClusterError, match=r"supervised/latest: cannot be read"):
+        lost._ask(lost.run_dir.committed_step)
+    proxy.close()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_asked_to_stop_it_lets_the_ranks_stop_and_passes_their_status(toy) -> None:
+    supervisor, run_dir = toy("toy.step_s=0.2", steps=100)
+
+    def ask() -> None:
+        soon(lambda: len(run_dir.heartbeats()) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    in_background(ask)
+    assert supervisor.run() == 75
+    assert names(run_dir)[-1] == "stopped" and "stop" in names(run_dir)
+    assert read_status(run_dir)["state"] == "stopped"
+
+
+def test_deepspeed_rank_killed_by_pid_is_restarted_and_nothing_survives(tmp_path: Path) -> None:
+    config = tmp_path / "toy.yaml"
+    run_dir = RunDir(str(tmp_path / "run"))
+    config.write_text(yaml.safe_dump({"run": {"dir": run_dir.uri}, "train": {"steps": 24}}))
+    launch = DeepSpeedLaunch(["--config", str(config), "toy.step_s=0.25"], ranks=2,
+                             module="tests.helpers.toy_rank")
+    bystander = subprocess.Popen(["sleep", "300"])
+    tokens: list[str] = []
+
+    def kill() -> None:
+        soon(lambda: [b for b in run_dir.heartbeats() if b.rank == 1 and b.step >= 4], 60)
+        pid = run_dir.heartbeats()[1].pid
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            tokens.extend(item.decode().partition("=")[2] for item in file.read().split(b"\0")
+                          if item.startswith(TOKEN.encode()))
+        os.kill(pid, signal.SIGKILL)
+
+    thread = in_background(kill)
+    try:
+        assert Supervisor(launch, run_dir, last_step=24).run() == 0
+        thread.join()
+        events = run_dir.events()
+        exits = [row for row in events if row["event"] == "exit"]
+        assert [row["status"] for row in exits] == [247, 0]  # 247: deepspeed's word for SIGKILL
+        assert {"restart", "resume", "finished"} <= {row["event"] for row in events}
+        assert len(tokens) == 1 and members(tokens[0]) == []
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_second_supervisor_is_refused(toy, tmp_path: Path) -> None:
+    supervisor, _ = toy()
+    beat = {"rank": 0, "host": os.uname().nodename, "pid": os.getpid(), "step": 1,
+            "time": time.time()}
+    (tmp_path / "run" / "heartbeat").mkdir(parents=True)
+    (tmp_path / "run" / "heartbeat" / "rank-0.json").write_text(json.dumps(beat))
+    with pytest.raises(ClusterError, match=f"by process {os.getpid()} already"):
+        supervisor.run()
+
+
+def test_signals_from_another_host_reach_the_ranks_of_that_attempt_only() -> None:
+    ours, other = (subprocess.Popen(["sleep", "300"], env={**os.environ, TOKEN: t, "RANK": "0"})
+                   for t in ("aa11", "bb22"))
+    try:
+        soon(lambda: members("aa11"))
+        assert processes.main(["aa11", "9", pid_space()]) == 0  # the caller did it itself
+        assert [item.pid for item in members("aa11")] == [ours.pid]
+        assert processes.main(["aa11", "9", "another-boot/1"]) == 0
+        assert ours.wait(10) == -signal.SIGKILL and other.poll() is None
+    finally:
+        for process in (ours, other):
+            process.kill()
+            process.wait()
+
+
+def test_a_reused_pid_is_another_process() -> None:
+    assert same_process(os.getpid(), time.time())
+    assert not same_process(os.getpid(), time.time() - 86_400)
+
+
+def test_hang_limit_follows_the_median_step() -> None:
+    stale = Heartbeat(0, "a", 1, 90, 5.0)
+    progress = Progress(before=[stale], last_step=20)
+    assert not progress.update([stale]) and progress.limit_s(60, 600) == 600
+    for step in range(1, 12):
+        progress.update([Heartbeat(0, "a", 2, step, 100.0 + 9 * step)])
+    assert progress.step == 11 and progress.limit_s(60, 600) == pytest.approx(90)
+    assert not progress.update([Heartbeat(0, "a", 2, 11, 500.0)])
+    progress.update([Heartbeat(0, "a", 2, 20, 600.0)])
+    assert progress.limit_s(60, 600) == 600  # the last checkpoint may take its time
+
+
+def test_deepspeed_command_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# two\n10.0.0.1 slots=1\n10.0.0.2 slots=4\n")
+    launch = DeepSpeedLaunch(["--config", "c.yaml", "data.modalities=[T1w]"],
+                             hostfile=str(hostfile))
+    command = launch.command()
+    assert command[command.index("--master_addr") + 1] == "10.0.0.1"
+    assert command[-1] == "'data.modalities=[T1w]'"  # the remote shell would expand the brackets
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    environment = launch.environment("t0ken", tmp_path)
+    exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
+    assert {"NEUROJEPA_ATTEMPT=t0ken", "GLOO_SOCKET_IFNAME=eth0"} <= set(exported)
+    assert not any("hidden" in line for line in exported)
+    hostfile.write_text("10.0.0.1\n")
+    with pytest.raises(ConfigError, match=r"hosts:1: '10.0.0.1' is not 'HOST slots=N'"):
+        launch.hosts()
+
+
+def test_run_dir_of_the_arguments(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("run: {dir: a, ranks: 2}\ntrain: {steps: 5}\n")
+    run_dir, settings = run_of_arguments(["--config", str(config), "run.dir=b", "train.steps=7"])
+    assert (run_dir.uri, settings["run.ranks"], settings["train.steps"]) == ("b", 2, 7)
+    with pytest.raises(ConfigError, match=r"run\.dir is required"):
+        run_of_arguments([f"--config={config}", "run.dir="])
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        run_of_arguments(["--config", "nowhere.yaml"])
+
+
+def test_supervise_refuses_in_one_line(run_cli, tmp_path: Path) -> None:
+    for words in (["--hostfile", "nowhere", "--", "--config", "c"], ["--"], []):
+        done = run_cli("-m", "cluster", "supervise", *words)
+        assert done.returncode == 2 and done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_status_states(tmp_path: Path) -> None:
+    run_dir = RunDir(str(tmp_path))
+    with pytest.raises(ClusterError, match="no run here"):
+        read_status(run_dir)
+    (tmp_path / "config.yaml").write_text("train: {steps: 100}\n")
+    (tmp_path / "events.jsonl").write_text('{"time": 1000, "event": "start", "step": 0}\n{"cut')
+    assert read_status(run_dir, now=1010)["state"] == "running"
+    assert read_status(run_dir, now=9999)["state"] == "stalled"
+    row = {"step": 40, "loss": 0.5, "volumes_per_s": 4.0, "step_s": 2.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "heartbeat").mkdir()
+    for rank, beat in enumerate([1100.0, 1180.0]):
+        beat_row = {"rank": rank, "host": "a", "pid": 7, "step": 40, "time": beat}
+        (tmp_path / "heartbeat" / f"rank-{rank}.json").write_text(json.dumps(beat_row))
+    status = read_status(run_dir, now=1150)
+    assert (status["state"], status["eta_s"], status["loss"]) == ("running", 120.0, 0.5)
+    assert [rank["age_s"] for rank in status["ranks"]] == [50.0, -30.0]
+    assert read_status(run_dir, now=1190)["state"] == "stalled"  # rank 0 is silent
+    run_dir.append_event("give_up", 40)
+    # of the cut line before it nothing is left: training, too, reads the file
+    assert [row["event"] for row in read_rows(f"{tmp_path}/events.jsonl")] == ["start", "give_up"]
+    assert read_status(run_dir, now=1190)["state"] == "failed"
+    (tmp_path / "latest").write_text("garbage")
+    with pytest.raises(ClusterError, match="holds 'garbage'"):
+        read_status(run_dir)
+
+
+def test_status_of_a_run_in_an_object_store(s3) -> None:
+    run_dir = RunDir(f"{s3.uri}/run-{os.getpid()}")
+    with pytest.raises(ClusterError, match="no run here"):
+        read_status(run_dir)
+    run_dir.append_event("started", None)
+    run_dir.append_event("exit", 3, status=1)
+    run_dir.write("latest", b"step-2")
+    status = read_status(run_dir)
+    assert (status["state"], status["last_checkpoint"]) == ("failed", 2)
+    assert [row["event"] for row in status["events"]] == ["started", "exit"]

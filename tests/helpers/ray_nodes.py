@@ -1,0 +1,87 @@
+"""A real Ray cluster of two nodes on loopback, whose processes can be killed one by one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import psutil
+
+from neurojepa.ports import free_port
+from tests.neurojepa.train.test_ray_launch import LOOPBACK, RAY, ROOT, _wait_for
+
+# a node that refuses connections is taken for dead after a second, one that is only slow is not
+IMPATIENT = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "300",
+             "RAY_health_check_timeout_ms": "10000", "RAY_health_check_failure_threshold": "3"}
+
+
+@dataclass
+class Cluster:
+    """Addresses and the environment of clients, and the processes of its nodes."""
+
+    environment: dict[str, str]
+    address: str
+    folder: str
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a node; --block keeps its processes below the one that is returned."""
+        node = subprocess.Popen(
+            [RAY, "start", "--block", "--num-cpus", "1", "--object-store-memory", "100000000",
+             *arguments], cwd=ROOT, env=self.environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
+        self.nodes.append(node)
+        return node
+
+    def add_node(self) -> subprocess.Popen[bytes]:
+        """A second node; it is ready some seconds later."""
+        return self.start("--address", self.address)
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """SIGKILL to everything of a node, the raylet first, as when a machine goes dark."""
+        family = psutil.Process(node.pid).children(recursive=True)
+        for raylet in (True, False):
+            for process in family:
+                with suppress(psutil.NoSuchProcess):  # its parent's end is the end of many
+                    if (process.name() == "raylet") is raylet:
+                        process.kill()
+        node.kill()
+        node.wait()
+        self.nodes.remove(node)
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    """A head node with one CPU; more nodes are added by the test."""
+    folder = tempfile.mkdtemp(prefix="ry")  # short: Ray puts unix sockets below it
+    port, dashboard = free_port(), free_port()
+    environment = {**os.environ, **LOOPBACK, **IMPATIENT, "RAY_AUTH_MODE": "token",
+                   "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2,
+                   "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    environment.pop("RAY_ADDRESS", None)
+    made = Cluster(environment, f"127.0.0.1:{port}", folder)
+    try:
+        head = made.start("--head", "--port", str(port), "--dashboard-host", "127.0.0.1",
+                          "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port",
+                          str(free_port()), "--temp-dir", folder)
+        _wait_for(dashboard, head)
+        yield made
+    finally:
+        for node in list(made.nodes):
+            made.kill(node)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_until(happened, seconds: float = 120.0) -> None:  # type: ignore[no-untyped-def]
+    """Until an event has been seen; AssertionError where it does not come."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)

@@ -1,0 +1,189 @@
+"""Export, embedding and probes: what is loaded is what was trained, and leaks are refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from neurojepa.config import dump_config
+from neurojepa.downstream.__main__ import main as downstream
+from neurojepa.downstream.embed import Embeddings, embed, select_rows
+from neurojepa.downstream.probe import probe
+from neurojepa.errors import ConfigError, DataError, NeurojepaError
+from neurojepa.feed.format import LABELS_SCHEMA, commit_feed, open_feed, write_bytes
+from neurojepa.train.checkpoint import latest_step, open_checkpoint
+from neurojepa.weights import export, load, untrained
+from tests.helpers.feeds import GRID, tiny_config, write_feed
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, run_cli) -> Path:
+    """A folder with a feed (splits and labels), a finished run and its exported weights."""
+    root = tmp_path_factory.mktemp("downstream")
+    write_feed(str(root / "raw"))
+    relabel(root / "raw", root / "feed")
+    config = tiny_config(str(root / "feed"), root / "run", steps=4)
+    recipe = root / "recipe.yaml"
+    recipe.write_text(dump_config(config))
+    result = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe))
+    assert result.returncode == 0, result.stderr
+    export(str(root / "run"), str(root / "weights"))
+    return root
+
+
+def relabel(source: Path, target: Path) -> None:
+    """Two thirds of the people train, one third tests; size is a number, kind a name."""
+    feed = open_feed(str(source))
+    rows = feed.index.to_pylist()
+    labels, middle = [], np.median([row["num_foreground"] for row in rows])
+    for number, row in enumerate(rows):
+        row["split"] = "test" if number % 3 == 2 else "train"
+        labels += [
+            {"participant": row["participant"], "session": "1", "name": "size",
+             "value": str(row["num_foreground"])},
+            {"participant": row["participant"], "session": "", "name": "kind",
+             "value": "large" if row["num_foreground"] > middle else "small"}]
+    for path in {row["shard"] for row in rows}:
+        write_bytes(str(target / path), (source / path).read_bytes())
+    commit_feed(str(target), GRID, feed.index.from_pylist(rows, feed.index.schema),
+                pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
+
+
+def test_an_export_holds_the_trained_values_and_loads_strictly(trained: Path) -> None:
+    weights = load(str(trained / "weights"))
+    run = str(trained / "run")
+    step = latest_step(run)
+    checkpoint = open_checkpoint(run, step)
+    masters, averages = checkpoint.parameters("master"), checkpoint.parameters("ema")
+    state = weights.model.state_dict()
+    for name, value in masters.items():
+        assert torch.equal(state[name], value), name
+    for name, value in averages.items():
+        assert torch.equal(state["target." + name.removeprefix("encoder.")], value), name
+    fresh = untrained(weights.config, weights.grid).model.state_dict()
+    moved = [name for name in masters if not torch.equal(state[name], fresh[name])]
+    assert len(moved) == len(masters) and weights.step == step == 4
+    assert weights.grid == GRID
+
+
+def test_embeddings_ignore_augmentation_batching_and_order(trained: Path) -> None:
+    weights, feed = load(str(trained / "weights")), open_feed(str(trained / "feed"))
+    rows = select_rows(feed, None, None)
+    together = embed(weights.model, weights.config, feed, rows, batch_size=24)
+    apart = embed(weights.model, weights.config, feed, rows[::-1], batch_size=5)
+    assert together.values.shape[0] == 24 and np.isfinite(together.values).all()
+    assert np.allclose(together.values, apart.values[::-1], atol=1e-5)
+    assert np.ptp(together.values, axis=0).max() > 1e-3  # scans differ
+
+
+def test_the_probe_command_writes_scores_of_both_models(trained: Path) -> None:
+    out = trained / "probe"
+    assert downstream(["probe", "--weights", str(trained / "weights"), "--feed",
+                       str(trained / "feed"), "--out", str(out), "--labels", "size", "kind"]) == 0
+    record = json.loads((out / "results.json").read_text())
+    assert set(record["results"]) == {"neurojepa", "random init"}
+    for targets in record["results"].values():
+        assert targets["size"]["mae"]["num_people"] == 8
+        assert targets["size"]["num_train_people"] == 16
+        assert 0 <= targets["kind"]["auroc"]["low"] <= targets["kind"]["auroc"]["high"] <= 1
+    page = (out / "report.html").read_text()
+    assert "random init" in page and page.count("data:image/png") == 1
+
+
+def test_the_embed_command_writes_one_row_a_scan(trained: Path) -> None:
+    import pyarrow.parquet as pq
+
+    out = trained / "embeddings"
+    assert downstream(["embed", "--weights", "random", "--config", str(trained / "recipe.yaml"),
+                       "--feed", str(trained / "feed"), "--modality", "T1w",
+                       "--out", str(out)]) == 0
+    table = pq.read_table(out / "embeddings.parquet")
+    assert table.num_rows == 12 and set(table["modality"].to_pylist()) == {"T1w"}
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--weights", "WEIGHTS", "--labels", "iq"], ["'iq'", "'size'"]),
+    (["--weights", "WEIGHTS", "--modality", "PET"], ["PET", "T1w"]),
+    (["--weights", "nowhere"], ["nowhere", "export RUN"]),
+    (["--weights", "random"], ["--config"]),
+])
+def test_what_is_not_there_is_named(trained: Path, arguments: list[str],
+                                    words: list[str]) -> None:
+    arguments = [str(trained / "weights") if a == "WEIGHTS" else a for a in arguments]
+    with pytest.raises(NeurojepaError) as caught:
+        downstream(["probe", *arguments, "--feed", str(trained / "feed"), "--out",
+                    str(trained / "none")])
+    assert all(word in str(caught.value) for word in words)
+    assert not (trained / "none").exists()
+
+
+def test_damaged_weights_and_another_grid_are_refused(trained: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((trained / "weights" / name).read_bytes())
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["grid"]["spacing_mm"] = 5.0
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="pack the archive with --grid"):
+        downstream(["probe", "--weights", str(tmp_path), "--feed", str(trained / "feed"),
+                    "--out", str(tmp_path / "out")])
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(DataError, match="does not match the sha256"):
+        load(str(tmp_path))
+
+
+def embeddings(num_people: int, signal: float, leak: bool = False) -> tuple[Embeddings, np.ndarray]:
+    rng = np.random.default_rng(0)
+    people = np.repeat(np.arange(num_people), 2)
+    truth = rng.normal(size=num_people)[people]
+    values = rng.normal(size=(len(people), 6)).astype(np.float32)
+    values[:, 0] += signal * truth
+    split = np.where(people < num_people * 2 // 3, "train", "test")
+    if leak:
+        split[0] = "test"
+    names = np.array([f"p{person}" for person in people])
+    return Embeddings(values, names, names, names, names, names, split), truth
+
+
+def test_a_probe_finds_signal_and_not_noise() -> None:
+    with_signal, truth = embeddings(60, signal=5.0)
+    values = truth.astype(str)
+    assert probe(with_signal, "x", values).scores["r2"].low > 0.6
+    noise, _ = embeddings(60, signal=0.0)
+    assert probe(noise, "x", values).scores["r2"].value < 0.2
+    classes = np.where(truth > 0, "yes", "no")
+    result = probe(with_signal, "x", classes)
+    assert result.scores["auroc"].low > 0.8 and result.classes == ("no", "yes")
+
+
+def test_a_probe_learns_from_one_modality_and_is_tested_on_another() -> None:
+    both, truth = embeddings(60, signal=5.0)
+    modality = np.where(np.arange(len(truth)) % 2, "T2w", "T1w")
+    both = replace(both, modality=modality)
+    values = truth.astype(str)
+    crossed = probe(both, "x", values, fit_on="T1w", test_on="T2w")
+    assert crossed.scores["r2"].num_scans == 20 and crossed.scores["r2"].value > 0.6
+    both.values[modality == "T2w", 0] *= -1  # another space
+    assert probe(both, "x", values, fit_on="T1w", test_on="T2w").scores["r2"].value < 0
+    with pytest.raises(DataError, match="0 of split val"):
+        probe(both, "x", values, split="val")
+
+
+def test_a_person_in_two_splits_is_an_error() -> None:
+    leaking, truth = embeddings(30, 1.0, leak=True)
+    with pytest.raises(DataError, match="1 participants are in both train and test"):
+        probe(leaking, "x", truth.astype(str))
+
+
+def test_too_few_people_or_classes_are_an_error() -> None:
+    few, truth = embeddings(6, 1.0)
+    with pytest.raises(DataError, match="4 people of split train"):
+        probe(few, "x", truth.astype(str))
+    many, truth = embeddings(30, 1.0)
+    with pytest.raises(DataError, match="two classes"):
+        probe(many, "x", np.full(len(truth), "same"))

@@ -1,0 +1,139 @@
+"""The dry run's estimates against what a run leaves behind and what torch counts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from neurojepa.config import RootConfig, dump_config
+from neurojepa.dry_run import Plan, activation_bytes, plan, state_bytes
+from neurojepa.errors import ConfigError
+from neurojepa.feed.format import open_feed
+from neurojepa.feed.loader import Loader
+from neurojepa.model.flops import forward_flops, peak_flops, tokens_per_volume
+from neurojepa.model.jepa import build_model
+from neurojepa.objective.views import make_views
+from neurojepa.pretrain import main
+from neurojepa.train.checkpoint import open_checkpoint
+from neurojepa.train.engine import STATE_KEYS
+from tests.helpers.feeds import GRID, tiny_config, write_feed
+
+
+@pytest.fixture(scope="module")
+def feed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_feed(str(tmp_path_factory.mktemp("dry") / "feed"))
+
+
+def plan_of(config: RootConfig, gpus: int = 1) -> Plan:
+    return plan(config, open_feed(config.data.feed), gpus, "h100", 0.4)
+
+
+def test_sizes_of_a_real_run(feed: str, tmp_path: Path, run_cli: Any) -> None:
+    config = tiny_config(feed, tmp_path / "run", steps=2, checkpoint_every=2)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(config))
+    done = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe))
+    assert done.returncode == 0, done.stderr
+
+    found = plan_of(config)
+    checkpoint = open_checkpoint(str(tmp_path / "run"), 2)
+    tensors = {key: checkpoint.parameters(key) for key in STATE_KEYS}
+    assert sum(tensor.numel() for tensor in tensors["master"].values()) == found.weights.trained
+    held = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+    assert held == state_bytes(found.weights) == found.memory[1]["state"]
+    folder = tmp_path / "run" / "checkpoints" / "step-2"
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert size == pytest.approx(found.checkpoint, rel=0.02)
+
+
+def test_what_is_offloaded_moves_to_the_host(feed: str, tmp_path: Path) -> None:
+    plain = plan_of(tiny_config(feed, tmp_path, zero=3, dtype="fp32"), gpus=2)
+    assert plain.host["offloaded"] == 0
+    for what, names in (("optimizer", ["gradients", "state"]),
+                        ("all", ["weights", "gradients", "state"])):
+        found = plan_of(tiny_config(feed, tmp_path, zero=3, dtype="fp32", offload=what), gpus=2)
+        assert found.host["offloaded"] == sum(plain.memory[3][name] for name in names) > 0
+        assert found.memory[3] == {**plain.memory[3], **dict.fromkeys(names, 0.0)}
+        assert found.memory[2]["weights"] == plain.memory[2]["weights"]
+
+
+def test_flops_are_those_that_torch_counts(feed: str, tmp_path: Path) -> None:
+    config = tiny_config(feed, tmp_path)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"moe": False})})
+    model = build_model(config, GRID)
+    batch = next(iter(Loader(open_feed(feed), config, 0, 1, 0)))
+    views = make_views(batch, config, GRID, 0)
+    with (FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad(),
+          torch.backends.mkldnn.flags(enabled=False)):  # whose products torch does not count
+        model(views, 0.0)
+    forward, trained = forward_flops(config, tokens_per_volume(config, GRID))
+    assert trained < forward
+    # the covariance of the targets is left out
+    assert counter.get_total_flops() / len(batch.scan_ids) == pytest.approx(forward, rel=0.02)
+
+
+def test_activations_shrink_with_checkpointing_and_grow_with_the_batch(
+        feed: str, tmp_path: Path) -> None:
+    config = tiny_config(feed, tmp_path)
+    none, all_blocks, second = (activation_bytes(config, GRID, every) for every in (0, 1, 2))
+    assert all_blocks < second < none
+    double = tiny_config(feed, tmp_path, micro_batch=4)
+    assert 1.8 * none < activation_bytes(double, GRID, 0) <= 2 * none
+
+
+def test_memory_by_stage(feed: str, tmp_path: Path) -> None:
+    found = plan_of(tiny_config(feed, tmp_path, global_batch=8, dtype="bf16"), gpus=4)
+    whole, parts = found.weights.trained, found.weights.parts
+    assert found.memory[1]["weights"] == found.memory[2]["weights"] == \
+        2 * (whole + parts["encoder"]) == 4 * found.memory[3]["weights"]
+    assert {found.memory[stage]["state"] for stage in (1, 2, 3)} == {
+        (12 * whole + 4 * parts["encoder"]) / 4}
+    assert found.weights.active["encoder"] < parts["encoder"]
+    assert found.weights.active["predictor"] == parts["predictor"]
+    assert found.micro_steps == 1 and found.filled == 1
+
+
+def test_the_command_reads_no_voxels(feed: str, tmp_path: Path,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(feed, tmp_path / "feed")
+    shutil.rmtree(tmp_path / "feed" / "shards")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(tiny_config(str(tmp_path / "feed"), tmp_path / "run")))
+    arguments = ["--config", str(recipe), "--dry-run", "--gpus", "3", "train.steps=600"]
+    assert main([*arguments, "model.size=large", "train.micro_batch=1"]) == 0
+    text = capsys.readouterr().out
+    assert "600 steps, 100.0 epochs" in text  # 4 of 24 scans a step
+    assert "ranks: 3, 2 micro-step(s) of 1; 33.3% of the compute fills up" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("gpus", "device", "mfu", "message"), [
+    (1, "h1000", 0.4, "--device h1000: not known; one of B200"),
+    (1, "H100", 1.4, "--mfu 1.4: a share of the peak lies in"),
+    (5, "h100", 0.4, "--gpus 5: .* train.global_batch = 4"),
+])
+def test_what_cannot_be_planned(feed: str, tmp_path: Path, gpus: int, device: str, mfu: float,
+                                message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(tiny_config(feed, tmp_path), open_feed(feed), gpus, device, mfu)
+
+
+def test_only_our_own_method_is_planned(feed: str, tmp_path: Path) -> None:
+    config = tiny_config(feed, tmp_path)
+    other = config.model_copy(update={
+        "objective": config.objective.model_copy(update={"method": "mae"})})
+    with pytest.raises(ConfigError, match="knows the cost of jepa only"):
+        plan_of(other)
+
+
+def test_peaks_by_the_name_of_the_device() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("cpu") is None

@@ -1,0 +1,166 @@
+"""A run directory in an S3 server that is killed: the run waits, or ends with a good checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neurojepa.config import RootConfig, validate
+from neurojepa.errors import DataError, is_outage
+from neurojepa.feed.format import write_bytes
+from neurojepa.feed.patience import Patience
+from neurojepa.train.checkpoint import committed_steps, open_checkpoint, remove, step_uri
+from neurojepa.train.rows import append_rows, read_rows
+from tests.helpers.feeds import tiny_config, write_feed
+from tests.neurojepa.feed.test_feed_faults import Proxy
+from tests.neurojepa.test_pretrain import recipe, start
+from tools.store import serve_s3
+
+STEPS, EVERY = 120, 20
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """AWS_* point to it; a server has to be put behind it."""
+    import s3fs
+
+    made = Proxy(None)
+    with serve_s3(tmp_path / "s3") as environment:  # only for its names and a bucket
+        made.target = environment["AWS_ENDPOINT_URL"]
+        for name, value in {**environment, "AWS_ENDPOINT_URL": made.url}.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("runs")
+    yield made
+    made.close()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def config_of(tmp_path: Path, run_dir: str, retry_s: float) -> RootConfig:
+    feed = tmp_path / "feed"
+    if not feed.exists():
+        write_feed(str(feed))
+    tree = tiny_config(str(feed), run_dir, steps=STEPS, checkpoint_every=EVERY).model_dump()
+    return validate({**tree, "data": {**tree["data"], "retry_s": retry_s}}, "test")
+
+
+def test_an_outage_costs_time_and_one_without_end_costs_no_checkpoint(
+        tmp_path: Path, proxy: Proxy) -> None:
+    uri, patient = "s3://runs/a", Patience(60)  # the server needs a while after its start
+    path = recipe(config_of(tmp_path, uri, retry_s=120), tmp_path)
+    with contextlib.ExitStack() as servers:
+        proxy.target = servers.enter_context(serve_s3(tmp_path / "s3"))["AWS_ENDPOINT_URL"]
+        process = start("--config", path)
+        wait_for_step(uri, EVERY)
+        servers.close()  # SIGKILL
+        time.sleep(8)
+        assert process.poll() is None
+        proxy.target = servers.enter_context(serve_s3(tmp_path / "s3"))["AWS_ENDPOINT_URL"]
+        errors = process.communicate(timeout=200)[1]
+        assert process.returncode == 0, errors
+        rows = patient(lambda: read_rows(f"{uri}/metrics.jsonl"))
+        assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+        events = patient(lambda: read_rows(f"{uri}/events.jsonl"))
+        assert sum(row["tries"] for row in events if row["event"] == "store_retry") >= 1
+        assert [row["step"] for row in events if row["event"] == "checkpoint"] == list(
+            range(EVERY, STEPS + 1, EVERY))
+
+        process = start("--config", path, "train.steps=9999", "data.retry_s=1")
+        wait_for_step(uri, STEPS + EVERY)
+        servers.close()
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 2
+        (line,) = (line for line in errors.splitlines() if line.startswith("error:"))
+        assert "check the store" in line
+        proxy.target = servers.enter_context(serve_s3(tmp_path / "s3"))["AWS_ENDPOINT_URL"]
+        steps = patient(lambda: committed_steps(uri))
+        assert len(steps) >= 2 and steps[-1] >= STEPS + EVERY
+        for step in steps:
+            found = patient(lambda step=step: open_checkpoint(uri, step))
+            assert patient(found.problems) == []
+
+
+def wait_for_step(uri: str, step: int) -> None:
+    end = time.monotonic() + 100
+    while max(committed_steps(uri), default=0) < step:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_rows_whose_answer_was_lost_are_not_written_twice(s3: Any) -> None:
+    uri, rows = f"{s3.uri}/lost/rows.jsonl", [{"step": 1}, {"step": 2, "loss": 0.5}]
+    append_rows(uri, rows)
+    append_rows(uri, rows)
+    assert read_rows(uri) == rows
+    append_rows(uri, rows[:1])
+    append_rows(uri, rows[:1])
+    assert read_rows(uri) == [*rows, rows[0]]
+
+
+def test_a_listing_bears_checkpoints_that_come_and_go(s3: Any) -> None:
+    uri, stop = f"{s3.uri}/lively", threading.Event()
+
+    def commit(step: int) -> None:
+        write_bytes(f"{step_uri(uri, step)}/manifest.json", b"{}")
+
+    def replace() -> int:
+        for step in itertools.count(2):
+            if stop.is_set():
+                return step
+            commit(step)
+            remove(uri, step)
+        raise AssertionError("unreachable")
+
+    commit(1)
+    with ThreadPoolExecutor(1) as pool:
+        replaced = pool.submit(replace)
+        try:
+            for _ in range(100):
+                assert committed_steps(uri)[0] == 1
+        finally:
+            stop.set()
+    assert replaced.result() > 10
+
+
+def test_only_what_may_pass_is_tried_again() -> None:
+    tries: list[float] = []
+
+    def failing(error: Exception) -> None:
+        tries.append(time.monotonic())
+        raise DataError("not written") from error
+
+    for answer in (FileNotFoundError(), PermissionError(), OSError(28, "No space left on device"),
+                   ValueError("a bug")):
+        assert not is_outage(answer)
+        with pytest.raises(DataError):
+            Patience(60)(lambda error=answer: failing(error))
+    assert len(tries) == 4
+    tries.clear()
+    patience = Patience(2)
+    with pytest.raises(DataError):
+        patience(lambda: failing(ConnectionResetError("gone")))
+    assert 3 <= len(tries) <= 5 and 2 <= tries[-1] - tries[0] < 10
+    assert patience.take() == ["not written"] * (len(tries) - 1) and patience.take() == []
+
+
+def test_what_fails_slowly_is_asked_once_more() -> None:
+    tries: list[float] = []
+
+    def slow() -> None:
+        tries.append(time.monotonic())
+        time.sleep(0.3)
+        raise ConnectionResetError("gone")
+
+    for seconds, asked in ((0.2, 2), (0, 1)):
+        tries.clear()
+        with pytest.raises(ConnectionResetError):
+            Patience(seconds)(slow)
+        assert len(tries) == asked

@@ -1,0 +1,112 @@
+"""tools/demo.sh as a newcomer runs it, on a small cohort; its page is opened in a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from neurojepa.train.rows import read_rows
+from tests.helpers import ROOT
+
+PARTICIPANTS = "15"  # fewest for which every split has people of both diagnoses
+
+
+def run_demo(out: Path, scans: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "tools/demo.sh", "--out", str(out), "--scans", str(scans),
+         "--participants", PARTICIPANTS], cwd=ROOT, capture_output=True, text=True,
+        timeout=880, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """The output folder, the folder of scans given (one is cut short), and what was printed."""
+    root = tmp_path_factory.mktemp("demo")
+    scans = root / "scans"
+    scans.mkdir()
+    real = Path(os.environ.get("NEUROJEPA_SCANS", ROOT.parent / "shared" / "data"))
+    good = real / "ixi" / "IXI012_T1w.nii.gz"
+    if good.exists():
+        shutil.copy(good, scans)
+        (scans / "cut_T1w.nii.gz").write_bytes(good.read_bytes()[:200_000])
+    else:
+        (scans / "cut_T1w.nii.gz").write_bytes(b"")
+    done = run_demo(root / "out", scans)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return root / "out", scans, done.stdout
+
+
+@pytest.mark.timeout(900)
+def test_the_killed_run_is_bit_equal_and_the_summary_says_what_happened(demo) -> None:
+    out, scans, printed = demo
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["bit_equal"] is True and summary["difference"] is None
+    assert 0 < summary["resumed_from_step"] <= summary["killed_at_step"] < 100
+    assert summary["scans"]["quarantined"] == 1
+    assert summary["scans"]["accepted"] + summary["scans"]["flagged"] >= 30 + len(
+        list(scans.iterdir())) - 1
+    assert set(summary["probe"]) == {"neurojepa", "random init"}
+    assert {"age", "diagnosis"} <= set(summary["probe"]["neurojepa"])
+    assert "killed rank 1" in printed
+    events = [row["event"] for row in read_rows(str(out / "run/events.jsonl"))]
+    assert events.count("restart") == 1 and "finish" in events
+    losses = [read_rows(str(out / name / "metrics.jsonl")) for name in ("run", "run-undisturbed")]
+    assert [row["loss"] for row in losses[0]] == [row["loss"] for row in losses[1]]
+
+
+@pytest.mark.timeout(600)
+def test_a_second_run_reuses_what_the_first_made(demo) -> None:
+    out, scans, _ = demo
+    before = (out / "run/metrics.jsonl").read_bytes(), (out / "summary.json").stat().st_mtime
+    done = run_demo(out, scans)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (out / "run/metrics.jsonl").read_bytes() == before[0]
+    assert (out / "summary.json").stat().st_mtime > before[1]
+    assert json.loads((out / "summary.json").read_text())["bit_equal"] is True
+
+
+@pytest.mark.timeout(600)
+def test_the_report_shows_in_a_browser(demo, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium; tools/test.sh installs it when run as root")
+    page = demo[0] / "report.html"
+    done = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+         "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000",
+         "--dump-dom", _with_probe(page, tmp_path).as_uri()],
+        capture_output=True, text=True, timeout=120)
+    facts = json.loads(done.stdout.split("@facts@")[1].split("@end@")[0])
+    assert facts["images"] >= 4 and facts["broken"] == 0
+    assert facts["overflow"] <= 0  # nothing runs out of a narrow window
+    assert "bit-equal" in facts["text"]
+    assert "truncated" in facts["text"] or "empty" in facts["text"]  # why a scan is quarantined
+    assert facts["requests"] == 0  # the page needs no network
+
+
+def _with_probe(page: Path, folder: Path) -> Path:
+    """The page with a script that writes what the browser made of it into the document."""
+    script = """<script>addEventListener('load', () => {
+      const images = [...document.images];
+      const facts = {images: images.length, broken: images.filter(i => !i.naturalWidth).length,
+        overflow: document.documentElement.scrollWidth - innerWidth,
+        requests: performance.getEntriesByType('resource').filter(
+          r => !r.name.startsWith('data:')).length,
+        text: document.querySelector('main').innerText};
+      document.title = '@facts@' + JSON.stringify(facts) + '@end@'; });</script>"""
+    copy = folder / "page.html"
+    copy.write_text(page.read_text().replace("</body>", script + "</body>"))
+    return copy
+
+
+def test_a_missing_scans_folder_is_one_clear_line(tmp_path: Path) -> None:
+    done = run_demo(tmp_path / "out", tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert "--scans" in done.stderr and "nowhere: no such folder" in done.stderr
+    assert not (tmp_path / "out").exists()
