@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from neurojepa.errors import ClusterError, ConfigError, store_errors
+from neurojepa.errors import ClusterError, ConfigError
+from neurojepa.storage import store_errors
 
 TRAIN_EVENTS = ("start", "resume", "checkpoint", "skip", "stop", "finish")
 

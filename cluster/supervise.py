@@ -32,7 +32,8 @@ import psutil
 from cluster.attempt import Progress, ssh_options
 from cluster.processes import members, ranks, same_process, send, send_remote
 from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
-from neurojepa.errors import ClusterError, is_outage
+from neurojepa.errors import ClusterError
+from neurojepa.storage import is_outage
 
 REQUEUE = 75  # exit status of a training that stopped on request, to be queued again
 REFUSED = 2  # exit status of a command that cannot work as it was given

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from neurojepa.errors import DataError
-from neurojepa.feed.format import join, open_store, read_bytes, sha256, write_bytes
+from neurojepa.storage import join, open_store, read_bytes, sha256, write_bytes
 
 NAME = "audit.jsonl"
 Event = dict[str, Any]

@@ -30,7 +30,8 @@ from data_prep.scan import SCAN_SCHEMA, Scan
 from data_prep.seen import Seen
 from data_prep.splits import LINK, SPLIT_BELOW, group_people, scope, settle
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.format import LABELS_SCHEMA, open_store, parquet_bytes, read_bytes, write_bytes
+from neurojepa.feed.format import LABELS_SCHEMA
+from neurojepa.storage import open_store, parquet_bytes, read_bytes, write_bytes
 
 _ROW_GROUP = 20_000
 _IDENTITY, _STATE = ("uri", "member", "modality"), ("size_bytes", "modified")

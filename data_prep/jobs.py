@@ -48,7 +48,7 @@ from data_prep.store import (
 )
 from data_prep.task import DIED, Limits, PrepareOne, Work, prepare_person, record_name
 from neurojepa.errors import DataError
-from neurojepa.feed.format import join, open_store
+from neurojepa.storage import join, open_store
 
 if TYPE_CHECKING:
     from data_prep.volumes.preset import Preset

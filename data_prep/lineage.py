@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from neurojepa.errors import DataError
-from neurojepa.feed.format import open_feed, open_store, read_bytes
+from neurojepa.feed.format import open_feed
+from neurojepa.storage import open_store, read_bytes
 
 Event = dict[str, Any]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data_prep.identity import pseudonym
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.format import sha256
+from neurojepa.storage import sha256
 
 _DATED = re.compile(r"^(?P<study>.*?)[_-]?(?P<date>\d{4}-?\d{2}-?\d{2})$")
 _HEADERS = {"eid", "id", "participant", "participant_id"}

@@ -32,7 +32,7 @@ from data_prep.report_page import (
     tiles,
 )
 from data_prep.store import Archive, Row, check_reachable, open_archive, read_volume, slot
-from neurojepa.feed.format import write_bytes
+from neurojepa.storage import write_bytes
 
 STATUSES = ("accepted", "flagged", "rejected")
 PROCESSING = {"placement": "place in MNI152", "mask_source": "brain mask", "processing":

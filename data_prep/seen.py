@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neurojepa.errors import DataError
-from neurojepa.feed.format import open_store, read_bytes, write_bytes
+from neurojepa.storage import open_store, read_bytes, write_bytes
 
 VERSION = b"1"  # to be raised when readers take other things out of the files they open
 _SCHEMA = pa.schema([("uri", pa.string()), ("size_bytes", pa.int64()), ("modified", pa.float64()),

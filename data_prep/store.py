@@ -36,9 +36,8 @@ import pyarrow.compute as pc
 from data_prep.index import read_table, write_table
 from data_prep.scan import SCAN_SCHEMA
 from neurojepa.errors import DataError
-from neurojepa.feed.format import (
-    ARCHIVE_GRID,
-    LABELS_SCHEMA,
+from neurojepa.feed.format import ARCHIVE_GRID, LABELS_SCHEMA
+from neurojepa.storage import (
     is_local,
     join,
     open_store,

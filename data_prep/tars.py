@@ -33,15 +33,10 @@ from neurojepa.feed.format import (
     Grid,
     commit_feed,
     encode_array,
-    join,
     open_feed,
-    open_store,
-    parquet_bytes,
     quantise,
-    read_bytes,
-    sha256,
-    write_bytes,
 )
+from neurojepa.storage import join, open_store, parquet_bytes, read_bytes, sha256, write_bytes
 
 Row = dict[str, Any]
 _COPIED = ("scan_id", "participant", "family", "session", "cohort", "modality", "site", "split")

@@ -21,7 +21,7 @@ from data_prep.merge import duplicate_of
 from data_prep.scan import Scan, ScanError, split_member
 from data_prep.store import slot, write_volume
 from neurojepa.errors import DataError
-from neurojepa.feed.format import join, open_store, write_bytes
+from neurojepa.storage import join, open_store, write_bytes
 
 if TYPE_CHECKING:
     from data_prep.volumes.pipeline import Prepared, Rejected

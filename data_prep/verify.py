@@ -31,17 +31,8 @@ from data_prep.store import (
     voxel_hash,
 )
 from neurojepa.errors import DataError
-from neurojepa.feed.format import (
-    AIR,
-    NOT_SCANNED,
-    Feed,
-    decode_array,
-    join,
-    open_feed,
-    open_store,
-    sha256,
-    store_errors,
-)
+from neurojepa.feed.format import AIR, NOT_SCANNED, Feed, decode_array, open_feed
+from neurojepa.storage import join, open_store, sha256, store_errors
 
 Row = dict[str, Any]
 _SHOWN = 20

@@ -35,15 +35,8 @@ from data_prep.store import (
 )
 from data_prep.tars import placed_table, remove_shards_except, source_of, write_tar
 from neurojepa.errors import DataError
-from neurojepa.feed.format import (
-    Feed,
-    commit_feed,
-    join,
-    open_feed,
-    open_store,
-    read_bytes,
-    write_bytes,
-)
+from neurojepa.feed.format import Feed, commit_feed, open_feed
+from neurojepa.storage import join, open_store, read_bytes, write_bytes
 
 Event = dict[str, Any]
 _KEPT = ("scan_id", "cohort", "participant", "family", "session", "modality", "split")

@@ -6,14 +6,9 @@ one line and exits with status 2; anything else is a fault of ours and keeps its
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable
-
-_ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
-            PermissionError)
-_ANSWER_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 
 
 class NeurojepaError(Exception):
@@ -34,22 +29,6 @@ class CheckpointError(NeurojepaError):
 
 class ClusterError(NeurojepaError):
     """A host, launcher or scheduler that did not do its part."""
-
-
-def store_errors() -> tuple[type[Exception], ...]:
-    """What a store raises when it cannot be reached (for ``except``); a driver's once loaded."""
-    botocore, aiohttp = map(sys.modules.get, ("botocore.exceptions", "aiohttp"))
-    return (OSError, *([botocore.BotoCoreError] if botocore else []),
-            *([aiohttp.ClientError] if aiohttp else []))  # s3fs lets it pass: a cut answer
-
-
-def is_outage(error: BaseException | None) -> bool:
-    """Whether the store behind an error did not answer; "no such file" or "no space" is an answer.
-    """
-    while error is not None and not isinstance(error, store_errors()):
-        error = error.__cause__
-    return error is not None and not isinstance(error, _ANSWERS) and \
-        getattr(error, "errno", None) not in _ANSWER_CODES
 
 
 def run_command(main: Callable[[], int | None], teardown: bool = True) -> None:

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def already_finished(config: RootConfig) -> bool:
     """Whether the last event of training in run.dir is the end of this many steps."""
-    from neurojepa.feed.format import join
+    from neurojepa.storage import join
     from neurojepa.train.rows import read_rows
 
     rows = [row for row in read_rows(join(config.run.dir, "events.jsonl"))

@@ -17,9 +17,10 @@ import torch
 
 from neurojepa.config import RootConfig, validate
 from neurojepa.errors import CheckpointError, DataError, run_command
-from neurojepa.feed.format import Grid, grid_from_record, join, read_bytes, sha256, write_bytes
+from neurojepa.feed.format import Grid, grid_from_record
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.jepa import build_model
+from neurojepa.storage import join, read_bytes, sha256, write_bytes
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ FORBIDDEN = {
     "neurojepa": lambda name: name.split(".")[0] in ("data_prep", "cluster", "tools", "tests"),
     "data_prep": lambda name: (name.split(".")[0] in ("cluster", "tools", "tests")
                                or (name.startswith("neurojepa") and name not in
-                                   ("neurojepa", "neurojepa.feed.format", "neurojepa.errors"))),
+                                   ("neurojepa", "neurojepa.storage", "neurojepa.feed.format",
+                                    "neurojepa.errors"))),
     "cluster": lambda name: (name.split(".")[0] in ("data_prep", "tools", "tests")
-                             or (name.startswith("neurojepa") and name != "neurojepa.errors")),
+                             or (name.startswith("neurojepa") and name not in
+                                 ("neurojepa.storage", "neurojepa.ports", "neurojepa.errors"))),
 }
 
 

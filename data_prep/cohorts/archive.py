@@ -24,7 +24,7 @@ from typing import IO, Any, cast
 
 from data_prep.scan import ScanError
 from neurojepa.errors import DataError
-from neurojepa.feed.format import open_store, store_errors
+from neurojepa.storage import open_store, store_errors
 
 MAX_MEMBERS = 2_000_000  # a delivery of DICOM slices of a whole study in one zip
 MAX_READ_BYTES = 256 << 20  # at once: bounds central directories and the long headers of tars

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from data_prep.scan import Scan
 from neurojepa.errors import DataError
-from neurojepa.feed.format import is_local, join, open_store, read_bytes, store_errors
+from neurojepa.storage import is_local, join, open_store, read_bytes, store_errors
 
 MISSING = {"", "n/a", "na", "nan", "none", "null"}
 POINTERS = (b"version https://git-lfs", b"/annex/objects/")  # how the text in a file's place begins

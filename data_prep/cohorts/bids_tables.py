@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from data_prep.cohorts.base import Found, Source, as_float, parse_table
 from data_prep.cohorts.bids_names import habits
 from neurojepa.errors import DataError
-from neurojepa.feed.format import read_bytes
+from neurojepa.storage import read_bytes
 
 TIES = ("family_id", "split_group")
 SEXES = {"f": "F", "female": "F", "w": "F", "m": "M", "male": "M"}

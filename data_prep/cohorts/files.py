@@ -22,7 +22,7 @@ from data_prep.cohorts.bids_names import MODALITIES, Image, Name
 from data_prep.cohorts.bids_scan import Reader
 from data_prep.cohorts.bids_tables import Person, Row
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.format import read_bytes
+from neurojepa.storage import read_bytes
 
 _NEEDED = ("file", "participant_id", "modality")
 _FILES = ("file", "mask", "labels")  # columns that hold a path

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from data_prep.cohorts.base import MISSING
 from neurojepa.errors import DataError
-from neurojepa.feed.format import open_store, store_errors
+from neurojepa.storage import open_store, store_errors
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".parquet")
 _BLOCK_BYTES = 4 << 20  # holds the longest row: 20,000 columns have about 300 kB

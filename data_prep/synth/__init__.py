@@ -28,7 +28,7 @@ from data_prep.synth.anatomy import anatomy_names, load_anatomy, ventricle_ml
 from data_prep.synth.cohort import Person, choose_anatomy, draw_person
 from data_prep.synth.person import file_names, make_visit
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.format import join, open_store, read_bytes, write_bytes
+from neurojepa.storage import join, open_store, read_bytes, write_bytes
 
 __all__ = ["synthesise"]
 

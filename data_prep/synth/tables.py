@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.synth.cohort import Person
 from data_prep.synth.contrast import label_names
-from neurojepa.feed.format import join, read_bytes
+from neurojepa.storage import join, read_bytes
 
 BIDS_VERSION = "1.9.0"
 COMMIT = "dataset_description.json"

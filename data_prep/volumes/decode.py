@@ -19,7 +19,7 @@ import numpy as np
 from data_prep.scan import ScanError
 from data_prep.volumes.sniff import Kind, sniff
 from neurojepa.errors import DataError
-from neurojepa.feed.format import is_local, open_store
+from neurojepa.storage import is_local, open_store
 
 MAX_FILE_BYTES = 2 << 30  # as stored
 MAX_UNPACKED_BYTES = 8 << 30  # a float64 series of twenty minutes fits

@@ -25,7 +25,7 @@ import numpy as np
 from data_prep.cohorts.archive import read_members
 from data_prep.scan import FACTS, ScanError
 from neurojepa.errors import DataError
-from neurojepa.feed.format import open_store, store_errors
+from neurojepa.storage import open_store, store_errors
 
 MAX_SERIES_BYTES = 4 << 30  # a long multi-band series has about 1 GiB
 MAX_FILES = 100_000  # one slice a file: 500 volumes of 72 slices have 36,000

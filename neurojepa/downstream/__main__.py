@@ -51,7 +51,7 @@ def run_embed(arguments: argparse.Namespace) -> int:
     import pyarrow as pa
 
     from neurojepa.downstream.embed import embed, select_rows
-    from neurojepa.feed.format import join, parquet_bytes, write_bytes
+    from neurojepa.storage import join, parquet_bytes, write_bytes
 
     feed, weights = _open(arguments)
     rows = select_rows(feed, arguments.modality, arguments.cohort)
@@ -68,7 +68,7 @@ def run_probe(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.embed import embed, select_rows
     from neurojepa.downstream.probe import probe
     from neurojepa.downstream.report import probe_page
-    from neurojepa.feed.format import join, write_bytes
+    from neurojepa.storage import join, write_bytes
     from neurojepa.weights import untrained
 
     feed, weights = _open(arguments)
@@ -103,7 +103,7 @@ def run_atoms(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.atoms_page import atoms_page, record_of
     from neurojepa.downstream.embed import select_rows
     from neurojepa.downstream.regions import load_regions
-    from neurojepa.feed.format import join, write_bytes
+    from neurojepa.storage import join, write_bytes
 
     feed, weights = _open(arguments)
     rows = select_rows(feed, arguments.modality, arguments.cohort, arguments.split)

@@ -14,28 +14,29 @@ intensity and the mask.  It is stored as a plain .npy compressed with zstd.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import uuid
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zstandard
 
-from neurojepa.errors import DataError, store_errors
+from neurojepa.errors import DataError
+from neurojepa.storage import (
+    join,
+    parquet_bytes,
+    parquet_table,
+    read_bytes,
+    sha256,
+    write_bytes,
+)
 
 FORMAT_VERSION = 1
 AIR, NOT_SCANNED = 0, 255
 # BOLD is the temporal mean of a series; the maps computed from one count as contrasts of their own.
 MODALITIES = ("T1w", "T2w", "FLAIR", "PET", "BOLD", "tSNR", "ALFF", "fALFF")
-_CHECK_STORE = "check the store and AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
 MNI_CENTRE_MM = (0.0, -17.0, 6.0)  # centre of the MNI152 brain (RAS)
 
 
@@ -98,99 +99,6 @@ LABELS_SCHEMA = pa.schema([
 ])
 
 
-# ---- storage -------------------------------------------------------------------------------------
-
-def open_store(uri: str, own_retries: bool = True) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system and path of a URI; s3:// is configured by the usual AWS_* variables.
-
-    An object store that refuses is noticed in seconds, one that is silent in two minutes.
-    ``own_retries=False`` is for callers that ask again themselves: each request is made once.
-
-    Raises
-    ------
-    DataError
-        The URI's scheme is unknown or its driver is not installed.
-    """
-    try:
-        if not uri.startswith("s3:"):
-            return fsspec.core.url_to_fs(uri)
-        limits = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
-        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=limits,
-                                         skip_instance_cache=not own_retries)
-        if not own_retries:  # else s3fs asks five times itself
-            fs.retries = 1
-        return fs, path
-    except (ValueError, ImportError) as error:
-        raise DataError(f"{uri}: cannot open this kind of store ({error})") from error
-
-
-def is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-
-
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write a whole object: it appears complete or not at all.
-
-    Locally: temporary file, fsync, rename.  Object stores publish a PUT atomically.
-    """
-    fs, path = open_store(uri)
-    if is_local(fs):
-        _write_local(path, [data])
-        return
-    try:
-        fs.pipe_file(path, data)
-    except store_errors() as error:
-        raise DataError(f"{uri}: cannot be written ({error}); {_CHECK_STORE}") from error
-
-
-def write_parts(uri: str, parts: Iterable[bytes | memoryview]) -> None:
-    """As ``write_bytes``, from pieces: an object larger than the memory at hand."""
-    fs, path = open_store(uri)
-    if is_local(fs):
-        _write_local(path, parts)
-        return
-    try:
-        with fs.open(path, "wb") as file:  # uploads in blocks; a failed one is never published
-            for part in parts:
-                file.write(part)
-    except store_errors() as error:
-        raise DataError(f"{uri}: cannot be written ({error}); {_CHECK_STORE}") from error
-
-
-def _write_local(path: str, parts: Iterable[bytes | memoryview]) -> None:
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary, size = f"{path}.{uuid.uuid4().hex[:8]}.tmp", 0
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                size += file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written, after {size} bytes ({error.strerror}); "
-                        "free space or choose another place") from error
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def read_bytes(uri: str) -> bytes:
-    """Read a whole object, or raise DataError naming it."""
-    fs, path = open_store(uri)
-    try:
-        return fs.cat_file(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{uri}: not found; check the path") from error
-    except store_errors() as error:
-        raise DataError(f"{uri}: cannot be read ({error}); {_CHECK_STORE}") from error
-
-
-def join(uri: str, *parts: str) -> str:
-    """Path arithmetic that is right for local directories and URIs alike."""
-    return "/".join([uri.rstrip("/"), *parts])
-
-
 # ---- sample codec --------------------------------------------------------------------------------
 
 def encode_array(array: np.ndarray) -> bytes:
@@ -249,10 +157,6 @@ def quantise(volume: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask == 1, brain, np.where(mask == 2, NOT_SCANNED, AIR)).astype(np.uint8)
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 # ---- feed ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -266,7 +170,7 @@ class Feed:
 
     def labels(self) -> pa.Table:
         """participant, session, name, value; one row per label."""
-        return _parquet(join(self.uri, "labels.parquet"))
+        return parquet_table(read_bytes(join(self.uri, "labels.parquet")))
 
 
 def open_feed(uri: str) -> Feed:
@@ -291,7 +195,7 @@ def open_feed(uri: str) -> Feed:
     if sha256(data) != record["index_sha256"]:
         raise DataError(f"{join(uri, 'index.parquet')}: does not match feed.json; it was changed "
                         "after packing; pack the feed again")
-    return Feed(uri, grid_from_record(record["grid"]), _table(data),
+    return Feed(uri, grid_from_record(record["grid"]), parquet_table(data),
                 record["index_sha256"][:16])
 
 
@@ -313,20 +217,3 @@ def commit_feed(uri: str, grid: Grid, rows: pa.Table, labels: pa.Table,
     }
     write_bytes(join(uri, "feed.json"), json.dumps(record, indent=1).encode())
     return sha256(index)[:16]
-
-
-def _parquet(uri: str) -> pa.Table:
-    return _table(read_bytes(uri))
-
-
-def _table(data: bytes) -> pa.Table:
-    # Not pq.read_table, not a Python file: Arrow's threads must need no interpreter, or one that
-    # still runs when the process exits aborts it (github.com/apache/arrow/issues/34314).
-    return pq.ParquetFile(pa.BufferReader(data)).read()
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as the bytes of a Parquet file."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()

@@ -24,17 +24,10 @@ import numpy as np
 import torch
 
 from neurojepa.config import RootConfig
-from neurojepa.errors import DataError, store_errors
-from neurojepa.feed.format import (
-    MODALITIES,
-    Feed,
-    decode_array,
-    join,
-    open_store,
-    sha256,
-)
+from neurojepa.errors import DataError
+from neurojepa.feed.format import MODALITIES, Feed, decode_array
 from neurojepa.feed.order import Order, Window, first_position
-from neurojepa.feed.patience import Patience
+from neurojepa.storage import Patience, join, open_store, sha256, store_errors
 
 MAX_REPLACEMENTS = 10  # damaged samples in a row; more are no accident
 

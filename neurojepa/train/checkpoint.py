@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from neurojepa.errors import CheckpointError, DataError, is_outage, store_errors
-from neurojepa.feed.format import join, open_store, read_bytes, sha256
+from neurojepa.errors import CheckpointError, DataError
+from neurojepa.storage import is_outage, join, open_store, read_bytes, sha256, store_errors
 from neurojepa.train.engine import SOURCE, STATE_KEYS, Fragment
 
 FORMAT_VERSION = 3

@@ -20,15 +20,15 @@ import torch
 from neurojepa.baselines.cnn import Labels
 from neurojepa.config import RootConfig, dump_config
 from neurojepa.errors import ConfigError
-from neurojepa.feed.format import join, open_feed, write_bytes
+from neurojepa.feed.format import open_feed
 from neurojepa.feed.loader import Loader
 from neurojepa.feed.order import Window, first_position
-from neurojepa.feed.patience import Patience
 from neurojepa.model.jepa import build_model
 from neurojepa.model.moe import expert_balance, moe_layers, update_router_bias
 from neurojepa.model.sparse import sparse_code
 from neurojepa.objective.anatomy import check_anatomy
 from neurojepa.objective.views import make_views
+from neurojepa.storage import Patience, join, write_bytes
 from neurojepa.train import checkpoint
 from neurojepa.train.engine import Engine
 from neurojepa.train.health import Damage, Health, collapsed, diverged

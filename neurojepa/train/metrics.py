@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from neurojepa.config import RootConfig
-from neurojepa.feed.format import Grid, is_local, join, open_store, write_bytes
-from neurojepa.feed.patience import Patience
+from neurojepa.feed.format import Grid
 from neurojepa.model.flops import peak_flops, step_flops, tokens_per_volume
+from neurojepa.storage import Patience, is_local, join, open_store, write_bytes
 from neurojepa.train.rows import append_rows, drop_rows
 from neurojepa.train.telemetry import Trackers, check_trackers
 from neurojepa.train.world import World

@@ -19,9 +19,10 @@ from neurojepa.config import RootConfig
 from neurojepa.downstream.embed import embed
 from neurojepa.downstream.stats import auroc, mean_absolute_error, r_squared
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.format import Feed, join
+from neurojepa.feed.format import Feed
 from neurojepa.feed.labels import as_numbers, scan_labels
 from neurojepa.model.averaged import Averaged
+from neurojepa.storage import join
 from neurojepa.train.metrics import Metrics
 from neurojepa.train.rows import read_rows, write_rows
 from neurojepa.train.world import World

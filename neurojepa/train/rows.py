@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from neurojepa.errors import DataError, store_errors
-from neurojepa.feed.format import is_local, open_store, read_bytes, write_bytes
+from neurojepa.errors import DataError
+from neurojepa.storage import is_local, open_store, read_bytes, store_errors, write_bytes
 
 TAIL_BYTES = 1 << 16  # longer than any row
 

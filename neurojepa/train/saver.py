@@ -26,15 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurojepa.errors import CheckpointError, NeurojepaError, store_errors
-from neurojepa.feed.format import (
+from neurojepa.errors import CheckpointError, NeurojepaError
+from neurojepa.storage import (
+    Patience,
     is_local,
     join,
     open_store,
+    store_errors,
     write_bytes,
     write_parts,
 )
-from neurojepa.feed.patience import Patience
 from neurojepa.train.checkpoint import (
     FORMAT_VERSION,
     all_steps,

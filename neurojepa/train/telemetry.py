@@ -32,7 +32,7 @@ import torch
 
 from neurojepa.config import RootConfig, dump_config
 from neurojepa.errors import ConfigError
-from neurojepa.feed.format import is_local, join, open_store, write_bytes
+from neurojepa.storage import is_local, join, open_store, write_bytes
 from neurojepa.train.world import World
 
 SOFTWARE = ("neurojepa", "torch", "deepspeed", "numpy", "safetensors", "fsspec", "s3fs", "pyarrow")

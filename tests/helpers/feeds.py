@@ -18,11 +18,9 @@ from neurojepa.feed.format import (
     Grid,
     commit_feed,
     encode_array,
-    join,
     quantise,
-    sha256,
-    write_bytes,
 )
+from neurojepa.storage import join, sha256, write_bytes
 
 GRID = Grid("tiny", (24, 36, 24), 6.0)
 

@@ -28,10 +28,11 @@ from neurojepa.downstream.atoms import patch_numbers
 from neurojepa.downstream.embed import Embeddings, select_rows
 from neurojepa.downstream.probe import probe
 from neurojepa.errors import DataError, run_command
-from neurojepa.feed.format import Feed, Grid, open_feed, write_bytes
+from neurojepa.feed.format import Feed, Grid, open_feed
 from neurojepa.feed.loader import SampleReader
 from neurojepa.model.averaged import Averaged
 from neurojepa.objective.views import Views, make_views, patch_centres_mm, patchify
+from neurojepa.storage import write_bytes
 from neurojepa.train.rows import read_rows
 from neurojepa.weights import export, load, untrained
 

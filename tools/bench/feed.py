@@ -23,8 +23,9 @@ import numpy as np
 import zstandard
 
 from neurojepa.config import validate
-from neurojepa.feed.format import TRAINING_GRIDS, Feed, join, open_feed, open_store
+from neurojepa.feed.format import TRAINING_GRIDS, Feed, open_feed
 from neurojepa.feed.loader import Loader
+from neurojepa.storage import join, open_store
 from tools.bench.common import Spent, best, brains, clock, machine, print_table
 from tools.bench.official import OFFICIAL_SCALES, official_modules
 from tools.store import serve_s3

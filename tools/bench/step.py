@@ -181,15 +181,8 @@ def _feed(folder: str, shape: tuple[int, int, int]) -> str:
     import pyarrow as pa
 
     from data_prep.tars import placed_table, resample, write_tar
-    from neurojepa.feed.format import (
-        LABELS_SCHEMA,
-        Grid,
-        commit_feed,
-        encode_array,
-        join,
-        quantise,
-        write_bytes,
-    )
+    from neurojepa.feed.format import LABELS_SCHEMA, Grid, commit_feed, encode_array, quantise
+    from neurojepa.storage import join, write_bytes
 
     grid, uri, samples = Grid("bench", shape, 1.75), str(Path(folder) / "feed"), []
     for number, (image, mask) in enumerate(brains(8)):

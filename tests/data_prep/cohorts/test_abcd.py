@@ -20,7 +20,7 @@ from data_prep.cohorts.base import Findings, Source
 from data_prep.scan import Scan
 from data_prep.splits import group_people
 from neurojepa.errors import DataError
-from neurojepa.feed.format import write_bytes
+from neurojepa.storage import write_bytes
 
 NIFTI = nib.Nifti1Image(np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.eye(4)).to_bytes()
 A, B, C = "0A1B2C3D", "0000ZZZ1", "00000002"

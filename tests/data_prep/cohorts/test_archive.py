@@ -15,7 +15,7 @@ import pytest
 from data_prep.cohorts import archive
 from data_prep.cohorts.archive import first_member, list_members, read_member, read_members
 from data_prep.scan import ScanError
-from neurojepa.feed.format import write_bytes
+from neurojepa.storage import write_bytes
 
 CONTENT = {"T1/T1.nii.gz": bytes(range(256)) * 2000, "T1/T1.json": b"{}", "fMRI/leer.txt": b""}
 

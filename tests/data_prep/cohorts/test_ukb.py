@@ -21,7 +21,7 @@ from data_prep.cohorts.base import Findings, Source
 from data_prep.cohorts.ukb import read_cohort
 from data_prep.scan import Scan, split_member
 from neurojepa.errors import DataError
-from neurojepa.feed.format import write_bytes
+from neurojepa.storage import write_bytes
 
 NIFTI = nib.Nifti1Image(np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.eye(4)).to_bytes()
 MATRIX = b"1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n"

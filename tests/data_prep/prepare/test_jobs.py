@@ -24,7 +24,7 @@ from data_prep.store import (
 from data_prep.verify import verify
 from data_prep.volumes.preset import PRESETS
 from neurojepa.errors import ClusterError, DataError
-from neurojepa.feed.format import write_bytes
+from neurojepa.storage import write_bytes
 from tests.helpers.fakes import QUICK, fake_prepare, make_manifest, volume
 
 TWO = {"p1/1/T1w": "one", "p1/2/T1w": "two", "p2/1/T1w": "three", "p2/1/T2w": "flag"}

@@ -16,7 +16,7 @@ from data_prep.store import list_slots, open_archive
 from data_prep.task import Limits, input_sha256, nameless
 from data_prep.verify import verify
 from neurojepa.errors import DataError
-from neurojepa.feed.format import sha256
+from neurojepa.storage import sha256
 from tests.data_prep.prepare.test_jobs import calls, tree_bytes  # noqa: F401
 from tests.helpers.fakes import QUICK, fake_prepare, make_manifest
 
@@ -128,7 +128,7 @@ def test_faults_of_a_store_are_raised_and_not_a_death():
 
 
 def sha256_of(uri: str) -> str:
-    from neurojepa.feed.format import read_bytes
+    from neurojepa.storage import read_bytes
 
     return sha256(read_bytes(uri))
 

@@ -15,7 +15,8 @@ from data_prep.volumes.grayordinates import GRID_AFFINE, GRID_SHAPE
 from data_prep.volumes.pipeline import prepare_person
 from data_prep.volumes.preset import PRESETS
 from data_prep.volumes.results import Prepared
-from neurojepa.feed.format import ARCHIVE_GRID, write_bytes
+from neurojepa.feed.format import ARCHIVE_GRID
+from neurojepa.storage import write_bytes
 from tests.helpers.synthetic_head import scan
 
 VERTICES, CENTRE_MM, RADIUS_MM = 1200, 35.0, 28.0

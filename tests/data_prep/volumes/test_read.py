@@ -15,7 +15,7 @@ import pytest
 from data_prep.scan import ScanError
 from data_prep.volumes.read import Volume, read_scan, read_series
 from neurojepa.errors import DataError
-from neurojepa.feed.format import write_bytes
+from neurojepa.storage import write_bytes
 from tests.helpers.synthetic_head import ellipsoid, save
 
 AXES = ["".join(codes) for order in itertools.permutations(("RL", "AP", "SI"))

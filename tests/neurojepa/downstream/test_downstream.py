@@ -14,7 +14,8 @@ from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.embed import Embeddings, embed, select_rows
 from neurojepa.downstream.probe import probe
 from neurojepa.errors import ConfigError, DataError, NeurojepaError
-from neurojepa.feed.format import LABELS_SCHEMA, commit_feed, open_feed, write_bytes
+from neurojepa.feed.format import LABELS_SCHEMA, commit_feed, open_feed
+from neurojepa.storage import write_bytes
 from neurojepa.train.checkpoint import latest_step, open_checkpoint
 from neurojepa.weights import export, load, untrained
 from tests.helpers.feeds import GRID, tiny_config, write_feed

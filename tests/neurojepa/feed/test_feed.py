@@ -22,11 +22,10 @@ from neurojepa.feed.format import (
     encode_array,
     open_feed,
     quantise,
-    sha256,
-    write_bytes,
 )
 from neurojepa.feed.loader import Batch, Loader, SampleReader
 from neurojepa.feed.order import BLOCK, Order
+from neurojepa.storage import sha256, write_bytes
 
 GRID = Grid("toy", (6, 8, 10), 4.0)
 

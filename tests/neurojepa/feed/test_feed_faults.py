@@ -18,9 +18,10 @@ import pytest
 
 from neurojepa.config import RootConfig, validate
 from neurojepa.errors import DataError
-from neurojepa.feed.format import open_feed, write_bytes
+from neurojepa.feed.format import open_feed
 from neurojepa.feed.loader import Batch, Loader
 from neurojepa.feed.order import Order, first_position
+from neurojepa.storage import write_bytes
 from neurojepa.train.checkpoint import latest_step
 from neurojepa.train.rows import read_rows
 from neurojepa.train.stopping import StopRequest

@@ -16,12 +16,12 @@ from neurojepa.baselines.cnn import Labels, unpatchify
 from neurojepa.config import RootConfig, dump_config, validate
 from neurojepa.downstream.embed import embed, select_rows
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.format import LABELS_SCHEMA, Feed, commit_feed, open_feed, write_bytes
-from neurojepa.feed.patience import Patience
+from neurojepa.feed.format import LABELS_SCHEMA, Feed, commit_feed, open_feed
 from neurojepa.model.flops import forward_flops
 from neurojepa.model.jepa import build_model
 from neurojepa.objective.masks import draw_uniform_masks
 from neurojepa.objective.views import make_views, patchify
+from neurojepa.storage import Patience, write_bytes
 from neurojepa.train.checkpoint import open_checkpoint
 from neurojepa.train.probe import OnlineProbe
 from neurojepa.train.rows import read_rows

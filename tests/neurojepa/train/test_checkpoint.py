@@ -14,9 +14,8 @@ import torch
 from neurojepa import weights
 from neurojepa.config import RootConfig
 from neurojepa.errors import CheckpointError, ConfigError
-from neurojepa.feed.format import sha256
-from neurojepa.feed.patience import Patience
 from neurojepa.model.jepa import build_model
+from neurojepa.storage import Patience, sha256
 from neurojepa.train import checkpoint, saver
 from neurojepa.train.engine import Fragment
 from neurojepa.train.resume import check_fits, check_same_run

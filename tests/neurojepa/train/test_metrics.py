@@ -15,8 +15,8 @@ import torch
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.patience import Patience
 from neurojepa.model.flops import step_flops
+from neurojepa.storage import Patience
 from neurojepa.train import metrics, telemetry
 from neurojepa.train.metrics import Metrics
 from neurojepa.train.rows import append_rows, drop_rows, read_rows

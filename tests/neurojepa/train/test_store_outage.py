@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from neurojepa.config import RootConfig, validate
-from neurojepa.errors import DataError, is_outage
-from neurojepa.feed.format import write_bytes
-from neurojepa.feed.patience import Patience
+from neurojepa.errors import DataError
+from neurojepa.storage import Patience, is_outage, write_bytes
 from neurojepa.train.checkpoint import committed_steps, open_checkpoint, remove, step_uri
 from neurojepa.train.rows import append_rows, read_rows
 from tests.helpers.feeds import tiny_config, write_feed
