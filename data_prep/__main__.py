@@ -154,8 +154,8 @@ def _index(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from data_prep.jobs import prepare
-    from data_prep.task import Limits
+    from data_prep.prepare.driver import prepare
+    from data_prep.prepare.person import Limits
     from data_prep.volumes.preset import PRESETS
 
     preset = replace(PRESETS[arguments.preset], mask_tool=arguments.mask_tool)
@@ -166,7 +166,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    from data_prep.tars import pack
+    from data_prep.pack import pack
     from neurojepa.feed.format import TRAINING_GRIDS
 
     pack(arguments.archive, arguments.out, TRAINING_GRIDS[arguments.grid],
@@ -182,7 +182,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _withdraw(arguments: argparse.Namespace) -> int:
     from data_prep.identity import load_key
-    from data_prep.withdraw import withdraw
+    from data_prep.withdrawal.withdraw import withdraw
 
     withdraw(arguments.lists, arguments.targets, load_key(arguments.key, make=False),
              arguments.cohort, arguments.runs)
@@ -190,7 +190,7 @@ def _withdraw(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from data_prep.report import report
+    from data_prep.report.report import report
 
     report(arguments.archive, arguments.out)
     return 0

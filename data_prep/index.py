@@ -25,14 +25,18 @@ import pyarrow.parquet as pq
 
 from data_prep.cohorts.base import Findings, Source, read_tsv
 from data_prep.identity import pseudonym
-from data_prep.lists import read_lists
 from data_prep.scan import SCAN_SCHEMA, Scan
 from data_prep.seen import Seen
 from data_prep.splits import LINK, SPLIT_BELOW, group_people, scope, settle
+from data_prep.withdrawal.lists import read_lists
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import LABELS_SCHEMA
 from neurojepa.storage import open_store, parquet_bytes, read_bytes, write_bytes
 
+# the module of each kind of source: its ``read_cohort`` yields Findings
+READERS = {"ukb": "data_prep.cohorts.ukb.reader", "abcd": "data_prep.cohorts.abcd.reader",
+           "adni": "data_prep.cohorts.adni.reader", "bids": "data_prep.cohorts.bids.reader",
+           "files": "data_prep.cohorts.files"}
 _ROW_GROUP = 20_000
 _IDENTITY, _STATE = ("uri", "member", "modality"), ("size_bytes", "modified")
 
@@ -72,7 +76,7 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
         spool = f"{folder}/scans.parquet"
         people = _People(name, key, {left for each in read_lists(withdrawn, name)
                                      for left in each.pseudonyms(key)})
-        reader = importlib.import_module(f"data_prep.cohorts.{cohort}")
+        reader = importlib.import_module(READERS[cohort])
         _spool(spool, people.take(reader.read_cohort(walked, name)))
         if not people.names:
             told = "; ".join(f"{count} x {note}" for note, count in sorted(walked.notes.items()))

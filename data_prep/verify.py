@@ -19,9 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.audit import audit_problems, read_events, unfinished, withdrawn_people
-from data_prep.splits import check as check_splits
-from data_prep.store import (
+from data_prep.archive import (
     WITHDRAWN,
     check_reachable,
     list_slots,
@@ -30,6 +28,8 @@ from data_prep.store import (
     slot,
     voxel_hash,
 )
+from data_prep.splits import check as check_splits
+from data_prep.withdrawal.audit import audit_problems, read_events, unfinished, withdrawn_people
 from neurojepa.errors import DataError
 from neurojepa.feed.format import AIR, NOT_SCANNED, Feed, decode_array, open_feed
 from neurojepa.storage import join, open_store, sha256, store_errors

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.store import IMAGE_SCALE, open_archive, read_volume, slot
+from data_prep.archive import IMAGE_SCALE, open_archive, read_volume, slot
 from neurojepa.config import RootConfig, load_config
 from neurojepa.errors import ClusterError
 from neurojepa.feed.format import ARCHIVE_GRID, MODALITIES, NOT_SCANNED, Feed, Grid, open_feed

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from data_prep.cohorts.base import Findings, Found, Source, parse_table
-from data_prep.cohorts.bids_derived import Taken
-from data_prep.cohorts.bids_names import MODALITIES, Image, Name
-from data_prep.cohorts.bids_scan import Reader
-from data_prep.cohorts.bids_tables import Person, Row
+from data_prep.cohorts.bids.derived import Taken
+from data_prep.cohorts.bids.names import MODALITIES, Image, Name
+from data_prep.cohorts.bids.scan import Reader
+from data_prep.cohorts.bids.tables import Person, Row
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.storage import read_bytes
 

@@ -15,7 +15,7 @@ import yaml
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import MODALITIES
 
-DEFAULT = Path(__file__).parent.parent / "qc.yaml"
+DEFAULT = Path(__file__).with_name("qc.yaml")
 OUTLIER = "outlier:"
 RowKey = tuple[str, str | None, str]  # uri, member, modality
 _SIDES = ("low", "high", "both", "none")

@@ -10,13 +10,13 @@ import SimpleITK as sitk
 from data_prep import qc
 from data_prep.qc import Figures
 from data_prep.scan import Scan, ScanError, split_member
-from data_prep.volumes.align import Placement, coverage, template
-from data_prep.volumes.geometry import on_grid, resample, to_itk
-from data_prep.volumes.intensity import scale
+from data_prep.volumes.placing.align import Placement, coverage, template
+from data_prep.volumes.placing.geometry import on_grid, resample, to_itk
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.read import Volume, read_scan
+from data_prep.volumes.reading.read import Volume, read_scan
 from data_prep.volumes.results import AIR, BRAIN, NOT_SCANNED, Prepared
-from data_prep.volumes.session import Work
+from data_prep.volumes.structural.intensity import scale
+from data_prep.volumes.structural.session import Work
 from neurojepa.feed.format import ARCHIVE_GRID
 
 MIN_COVERED = 0.99  # of the template's brain inside the field of view, or the scan is flagged

@@ -19,15 +19,15 @@ import numpy as np
 import SimpleITK as sitk
 
 from data_prep.scan import Scan, ScanError
-from data_prep.volumes.align import Placement, place, place_given
-from data_prep.volumes.functional import Anchor, prepare_functional
+from data_prep.volumes.functional.scans import Anchor, prepare_functional
 from data_prep.volumes.output import write_scan
+from data_prep.volumes.placing.align import Placement, place, place_given
+from data_prep.volumes.placing.within import average, midpoint, register_rigid
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.published import prepare_published
-from data_prep.volumes.read import read_scan
+from data_prep.volumes.reading.read import read_scan
 from data_prep.volumes.results import Prepared, Rejected, rejected
-from data_prep.volumes.session import Numbered, Work, anchor_rank, join_session
-from data_prep.volumes.within import average, midpoint, register_rigid
+from data_prep.volumes.structural.session import Numbered, Work, anchor_rank, join_session
 
 __all__ = ["Prepared", "Rejected", "prepare_person"]
 

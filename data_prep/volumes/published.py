@@ -23,10 +23,6 @@ import numpy as np
 import SimpleITK as sitk
 
 from data_prep.scan import Scan, ScanError
-from data_prep.volumes.align import coverage, fault, judge, place
-from data_prep.volumes.brain import brain_mask, check_mask
-from data_prep.volumes.geometry import on_grid, resample, to_array, to_itk
-from data_prep.volumes.intensity import correct_bias_field, to_unit
 from data_prep.volumes.output import (
     judged,
     label_map,
@@ -37,10 +33,14 @@ from data_prep.volumes.output import (
     source_figures,
     to_archive,
 )
+from data_prep.volumes.placing.align import coverage, fault, judge, place
+from data_prep.volumes.placing.geometry import on_grid, resample, to_array, to_itk
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.read import Volume, read_scan
+from data_prep.volumes.reading.read import Volume, read_scan
 from data_prep.volumes.results import Prepared
-from data_prep.volumes.session import native_figures
+from data_prep.volumes.structural.brain import brain_mask, check_mask
+from data_prep.volumes.structural.intensity import correct_bias_field, to_unit
+from data_prep.volumes.structural.session import native_figures
 from neurojepa.feed.format import ARCHIVE_GRID
 
 HEAD_MM = 170.0  # kept below the top of the head, as FSL's robustfov does

@@ -178,7 +178,7 @@ def test_splits_and_families_of_a_linked_cohort_hold(tmp_path: Path):
 
 
 def test_a_label_with_two_values_is_left_out(tree: Path, tmp_path: Path, monkeypatch, capsys):
-    from data_prep.cohorts import bids
+    from data_prep.cohorts.bids import reader
 
     def twice(source, cohort):
         for found in bids_reader(source, cohort):
@@ -187,8 +187,8 @@ def test_a_label_with_two_values_is_left_out(tree: Path, tmp_path: Path, monkeyp
             found.scans, found.labels = [], [("1", "x", "2"), ("1", "y", "1")]
             yield found
 
-    bids_reader = bids.read_cohort
-    monkeypatch.setattr(bids, "read_cohort", twice)
+    bids_reader = reader.read_cohort
+    monkeypatch.setattr(reader, "read_cohort", twice)
     out = tmp_path / "m.parquet"
     assert len(indexed(tree, out)) == 5
     names = read_table(labels_path(str(out)))["name"].to_pylist()

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import jobs
+from data_prep.archive import open_archive
 from data_prep.identity import pseudonym
 from data_prep.index import index, labels_path, read_table
-from data_prep.report import report
-from data_prep.store import open_archive
-from data_prep.tars import pack
+from data_prep.pack import pack
+from data_prep.prepare import driver
+from data_prep.report.report import report
 from data_prep.verify import verify
-from data_prep.withdraw import withdraw
+from data_prep.withdrawal.withdraw import withdraw
 from neurojepa.errors import DataError
 from neurojepa.feed.format import TRAINING_GRIDS
 from tests.data_prep.prepare.test_jobs import run_here
@@ -38,19 +38,19 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_only_pseudonyms_are_shown(tree: Path, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "run_tasks", run_here)
+    monkeypatch.setattr(driver, "run_tasks", run_here)
     manifest, archive, feed, page = (str(tmp_path / name)
                                      for name in ("m.parquet", "a", "f", "r.html"))
     listing = tmp_path / "left.csv"
     listing.write_text(f"cohort,participant\nc,{IDS[2]}\n")
     index("bids", str(tree), manifest, KEY, "c")
-    jobs.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)
+    driver.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)
     rows = open_archive(archive).rows
     pack(archive, feed, TRAINING_GRIDS["3mm"], 1 << 20)
     report(archive, page)
     assert verify(archive) == verify(feed) == 0
     withdraw([str(listing)], [archive, feed], KEY)
-    jobs.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)
+    driver.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)
     shown = capsys.readouterr().out.replace(str(tmp_path), "")
     assert {row["reason"].split(":")[0] for row in rows if row["reason"]} == {
         "truncated", "worker_failed", "duplicate_of"}
@@ -62,12 +62,12 @@ def test_only_pseudonyms_are_shown(tree: Path, tmp_path: Path, monkeypatch, caps
 
 
 def test_errors_that_end_a_run_name_no_person(tree: Path, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "run_tasks", run_here)
+    monkeypatch.setattr(driver, "run_tasks", run_here)
     for path in tree.rglob("*.nii.gz"):
         path.write_text("bad")
     index("bids", str(tree), str(tmp_path / "m.parquet"), KEY, "c")
     with pytest.raises(DataError, match="none of 6 scans is usable") as error:
-        jobs.prepare([str(tmp_path / "m.parquet")], str(tmp_path / "a"), QUICK, 1,
+        driver.prepare([str(tmp_path / "m.parquet")], str(tmp_path / "a"), QUICK, 1,
                      prepare_one=fake_prepare)
     said = str(error.value) + capsys.readouterr().out
     assert "ends after 3 bytes" in said and not [secret for secret in SECRETS if secret in said]

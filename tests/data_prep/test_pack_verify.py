@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from data_prep import jobs, tars
-from data_prep.report import report
-from data_prep.store import IMAGE_SCALE, commit_tables, open_archive, read_volume, slot
-from data_prep.tars import pack, pack_shard, resample
+from data_prep import pack as packing
+from data_prep.archive import IMAGE_SCALE, commit_tables, open_archive, read_volume, slot
+from data_prep.pack import pack, pack_shard, resample
+from data_prep.prepare import driver
+from data_prep.report.report import report
 from data_prep.verify import verify
 from neurojepa.errors import DataError
 from neurojepa.feed.format import (
@@ -44,12 +45,12 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("archive")
     out = str(root / "a")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "run_tasks", run_here)
+        patch.setattr(driver, "run_tasks", run_here)
         for cohort, contents in (
                 ("fake", {"p1/1/T1w": "one", "p1/2/T1w": "two", "p2/1/T2w": "flag",
                           "p3/1/T1w": "bad"}),
                 ("other", {"q1/1/T1w": "four", "q2/1/FLAIR": "five"})):
-            jobs.prepare([make_manifest(root, contents, cohort, cohort)], out, QUICK, 1,
+            driver.prepare([make_manifest(root, contents, cohort, cohort)], out, QUICK, 1,
                          prepare_one=fake_prepare)
     return out
 
@@ -137,12 +138,12 @@ def test_a_killed_pack_goes_on_and_any_number_of_workers_makes_the_same_bytes(
     pack(archive, str(whole), THREE, 1, workers=2)  # on Ray
     made: list[str] = []
 
-    def three_then_none(shard: tars.Shard) -> int:
+    def three_then_none(shard: packing.Shard) -> int:
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(shard.name)
         return pack_shard(shard)
-    monkeypatch.setattr(tars, "pack_shard", three_then_none)
+    monkeypatch.setattr(packing, "pack_shard", three_then_none)
     with pytest.raises(KeyboardInterrupt):
         pack(archive, str(parts), THREE, 1)
     with pytest.raises(DataError, match="no committed feed"):

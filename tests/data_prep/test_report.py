@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.duplicates import fingerprint, review_table
-from data_prep.report import report
-from data_prep.report_figures import Line, ages, distribution, slices
-from data_prep.store import commit_tables, scan_table, slot, write_volume
+from data_prep.archive import commit_tables, scan_table, slot, write_volume
+from data_prep.prepare.duplicates import fingerprint, review_table
+from data_prep.report.figures import Line, ages, distribution, slices
+from data_prep.report.report import report
 from data_prep.volumes.preview import preview
-from data_prep.volumes.read import Volume
+from data_prep.volumes.reading.read import Volume
 from neurojepa.errors import DataError
 from neurojepa.feed.format import ARCHIVE_GRID, LABELS_SCHEMA
 from tests.helpers.fakes import volume

@@ -9,15 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import jobs
-from data_prep import withdraw as withdrawal
-from data_prep.audit import NAME, append_event, audit_problems, read_events, withdrawn_people
+from data_prep.archive import open_archive
 from data_prep.identity import pseudonym
-from data_prep.lists import read_lists
-from data_prep.store import open_archive
-from data_prep.tars import pack
+from data_prep.pack import pack
+from data_prep.prepare import driver
 from data_prep.verify import verify
-from data_prep.withdraw import withdraw
+from data_prep.withdrawal import withdraw as withdrawal
+from data_prep.withdrawal.audit import (
+    NAME,
+    append_event,
+    audit_problems,
+    read_events,
+    withdrawn_people,
+)
+from data_prep.withdrawal.lists import read_lists
+from data_prep.withdrawal.withdraw import withdraw
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import TRAINING_GRIDS, open_feed
 from neurojepa.feed.loader import SampleReader
@@ -42,7 +48,7 @@ class Cohort:
             f"{OTHER}/1/T2w": "four"} | more)
 
     def prepare(self, manifest: str) -> None:
-        jobs.prepare([manifest], self.archive, QUICK, 1, prepare_one=fake_prepare)
+        driver.prepare([manifest], self.archive, QUICK, 1, prepare_one=fake_prepare)
 
     def withdraw(self, *targets: str, **more) -> None:
         withdraw([str(self.list)], targets or [self.archive, self.feed], KEY, "fake", **more)
@@ -56,7 +62,7 @@ class Cohort:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cohort = Cohort(tmp_path_factory.mktemp("withdraw"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "run_tasks", run_here)
+        patch.setattr(driver, "run_tasks", run_here)
         cohort.prepare(cohort.manifest())
     pack(cohort.archive, cohort.feed, TRAINING_GRIDS["3mm"], 256 << 20)
     return cohort.root
@@ -64,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cohort(made: Path, tmp_path: Path, monkeypatch) -> Cohort:
-    monkeypatch.setattr(jobs, "run_tasks", run_here)
+    monkeypatch.setattr(driver, "run_tasks", run_here)
     for name in ("a", "f"):
         shutil.copytree(made / name, tmp_path / name)
     return Cohort(tmp_path)

@@ -109,7 +109,7 @@ def volume(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> int:
     """``prepare`` with the stand-in, as a process of its own."""
-    from data_prep.jobs import prepare
+    from data_prep.prepare.driver import prepare
 
     parser = argparse.ArgumentParser()
     parser.add_argument("out")

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 
 from data_prep.scan import Scan
-from data_prep.volumes.align import template
+from data_prep.volumes.placing.align import template
 
 
 def brain(mm: int = 2, marker: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from data_prep.cohorts.base import Findings, Source
-from data_prep.cohorts.bids import read_cohort
+from data_prep.cohorts.bids.reader import read_cohort
 from data_prep.scan import Scan
 
 KEY = b"0123456789abcdef0123456789abcdef"

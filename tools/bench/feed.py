@@ -73,8 +73,8 @@ def run(quick: bool, official: str | None) -> dict[str, Any]:
 
 def _pack(folder: Path, count: int) -> dict[str, Any]:
     """An archive of ``count`` scans, packed; and what other types and compressions would cost."""
-    from data_prep.store import commit_archive, slot, write_volume
-    from data_prep.tars import pack
+    from data_prep.archive import commit_archive, slot, write_volume
+    from data_prep.pack import pack
 
     archive, rows = str(folder / "archive"), []
     sizes: list[tuple[str, list[bytes], Spent, Spent]] = []
@@ -101,7 +101,7 @@ def _pack(folder: Path, count: int) -> dict[str, Any]:
 
 def _codecs() -> None:
     """The training type and compression: bytes and CPU time of the alternatives."""
-    from data_prep.tars import resample
+    from data_prep.pack import resample
     from neurojepa.feed.format import quantise
 
     image, mask = next(brains(1, seed=1))

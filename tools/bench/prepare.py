@@ -24,17 +24,18 @@ import nibabel as nib
 import numpy as np
 
 from data_prep.scan import Scan
-from data_prep.volumes import output, pipeline, published, session
-from data_prep.volumes.align import template
-from data_prep.volumes.brain import _deepbet as load_network
-from data_prep.volumes.brain import brain_mask, carried
-from data_prep.volumes.geometry import centre_of, resample, to_itk
-from data_prep.volumes.matching import dice
+from data_prep.volumes import output, pipeline, published
 from data_prep.volumes.pipeline import Prepared, prepare_person
+from data_prep.volumes.placing.align import template
+from data_prep.volumes.placing.geometry import centre_of, resample, to_itk
+from data_prep.volumes.placing.matching import dice
+from data_prep.volumes.placing.transforms import FSL_MNI152_1MM, stored_geometry
+from data_prep.volumes.placing.within import register_rigid_from
 from data_prep.volumes.preset import PRESETS, Preset
-from data_prep.volumes.read import Volume, read_scan
-from data_prep.volumes.transforms import FSL_MNI152_1MM, stored_geometry
-from data_prep.volumes.within import register_rigid_from
+from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.structural import session
+from data_prep.volumes.structural.brain import _deepbet as load_network
+from data_prep.volumes.structural.brain import brain_mask, carried
 from tools.bench.common import clock, machine, print_table
 
 Seconds = defaultdict[str, float]  # by step

@@ -180,7 +180,7 @@ def _feed(folder: str, shape: tuple[int, int, int]) -> str:
     """A feed of a few brains on a grid of this shape."""
     import pyarrow as pa
 
-    from data_prep.tars import placed_table, resample, write_tar
+    from data_prep.pack import placed_table, resample, write_tar
     from neurojepa.feed.format import LABELS_SCHEMA, Grid, commit_feed, encode_array, quantise
     from neurojepa.storage import join, write_bytes
 

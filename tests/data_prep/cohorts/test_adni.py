@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cohorts.adni import plain, read_cohort
-from data_prep.cohorts.adni_tables import Person, Visit, parse_day
+from data_prep.cohorts.adni.reader import plain, read_cohort
+from data_prep.cohorts.adni.tables import Person, Visit, parse_day
 from data_prep.cohorts.base import Findings, Source
 from data_prep.scan import Scan
 from neurojepa.errors import DataError
@@ -270,8 +270,8 @@ def test_one_pet_level_for_each_visit_and_tracer(tmp_path: Path):
 
 
 def test_tracers_are_spelled_as_preparation_knows_them():
-    from data_prep.cohorts.adni_tables import RULES
-    from data_prep.volumes.pet_table import PET_TRACERS
+    from data_prep.cohorts.adni.tables import RULES
+    from data_prep.volumes.functional.pet_table import PET_TRACERS
 
     assert set(RULES["tracers"]) <= set(PET_TRACERS)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.cohorts import archive
-from data_prep.cohorts.archive import first_member, list_members, read_member, read_members
+from data_prep import members
+from data_prep.members import first_member, list_members, read_member, read_members
 from data_prep.scan import ScanError
 from neurojepa.storage import write_bytes
 
@@ -185,7 +185,7 @@ def test_a_large_zip_on_s3_is_listed_by_its_end(s3, monkeypatch: pytest.MonkeyPa
     content = bytes(3_000_000)
     write_bytes(uri, make_zip({"T1/big.nii": content, "T1/T1.nii": b"scan"}, zipfile.ZIP_STORED))
     moved = []
-    store, _ = archive.open_store(uri)
+    store, _ = members.open_store(uri)
     fetch = store.cat_file
 
     def counted(*args, **kwargs):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cohorts.bids_names import is_phantom, parse_name
+from data_prep.cohorts.bids.names import is_phantom, parse_name
 from neurojepa.errors import DataError
 from tests.helpers.trees import DESCRIPTION, Read, write
 

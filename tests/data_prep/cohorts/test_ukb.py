@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.cohorts import ukb_packages
-from data_prep.cohorts.archive import list_members, read_member
 from data_prep.cohorts.base import Findings, Source
-from data_prep.cohorts.ukb import read_cohort
+from data_prep.cohorts.ukb import packages
+from data_prep.cohorts.ukb.reader import read_cohort
+from data_prep.members import list_members, read_member
 from data_prep.scan import Scan, split_member
 from neurojepa.errors import DataError
 from neurojepa.storage import write_bytes
@@ -301,7 +301,7 @@ def test_indexing_again_opens_only_what_changed(platform: Path, monkeypatch: pyt
     changed = platform / RAP / "T1/23/2300002_20252_2_0.zip"
     changed.write_bytes(package({"T1/T1.nii.gz": NIFTI}))
     opened = []
-    monkeypatch.setattr(ukb_packages, "list_members",
+    monkeypatch.setattr(packages, "list_members",
                         lambda uri: opened.append(uri) or list_members(uri))
     remembered = {uri: (size, modified, json.loads(json.dumps(value)))
                   for uri, (size, modified, value) in source.seen.items()}

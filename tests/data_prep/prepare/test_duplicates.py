@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_prep.duplicates import SCHEMA, fingerprint, near_pairs, review_table
+from data_prep.prepare.duplicates import SCHEMA, fingerprint, near_pairs, review_table
 from neurojepa.errors import DataError
 from neurojepa.feed.format import ARCHIVE_GRID
 
@@ -85,7 +85,7 @@ def test_a_cluster_of_copies_stays_bounded_and_complete(people: list[dict]) -> N
 def test_blocks_give_what_one_product_gives(people: list[dict], copy: str, monkeypatch) -> None:
     rows = [*people, row("other", copy), row("more", copy)]
     whole = near_pairs(rows)
-    monkeypatch.setattr("data_prep.duplicates.BLOCK", 5)
+    monkeypatch.setattr("data_prep.prepare.duplicates.BLOCK", 5)
     assert near_pairs(rows) == whole and len(whole) == 3
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import jobs, store, task
-from data_prep.index import read_manifest
-from data_prep.store import (
+from data_prep import archive
+from data_prep.archive import (
     IMAGE_SCALE,
     check_reachable,
     list_slots,
@@ -21,6 +20,8 @@ from data_prep.store import (
     slot,
     write_volume,
 )
+from data_prep.index import read_manifest
+from data_prep.prepare import driver, person
 from data_prep.verify import verify
 from data_prep.volumes.preset import PRESETS
 from neurojepa.errors import ClusterError, DataError
@@ -47,12 +48,12 @@ def calls(monkeypatch) -> list[str]:
         seen.extend(each.name for each in tasks)
         return run_here(function, tasks)
 
-    monkeypatch.setattr(jobs, "run_tasks", run)
+    monkeypatch.setattr(driver, "run_tasks", run)
     return seen
 
 
 def prepare(manifest: str, out: object, **options):
-    return jobs.prepare([manifest], str(out), QUICK, 2, prepare_one=fake_prepare, **options)
+    return driver.prepare([manifest], str(out), QUICK, 2, prepare_one=fake_prepare, **options)
 
 
 def tree_bytes(root: Path) -> dict[str, bytes]:
@@ -122,7 +123,7 @@ def test_another_manifest_adds(calls, tmp_path: Path):
 def test_two_manifests_at_once_are_like_one_after_the_other(calls, tmp_path: Path):
     manifests = [make_manifest(tmp_path, TWO),
                  make_manifest(tmp_path, {"q1/1/T1w": "q"}, "other", "n")]
-    jobs.prepare(manifests, str(tmp_path / "a"), QUICK, 1, prepare_one=fake_prepare)
+    driver.prepare(manifests, str(tmp_path / "a"), QUICK, 1, prepare_one=fake_prepare)
     for manifest in manifests:
         prepare(manifest, tmp_path / "b")
     assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
@@ -189,11 +190,11 @@ def test_a_kill_while_a_slot_is_written_leaves_no_trace(calls, tmp_path: Path, m
 
     written: list[str] = []
     scans = [scan for scan in read_manifest(manifest)[0] if scan.participant == "p1"]
-    work = task.Work(str(tmp_path / "b"), scans, "p1-0.json", [], QUICK, task.Limits(),
+    work = person.Work(str(tmp_path / "b"), scans, "p1-0.json", [], QUICK, person.Limits(),
                      fake_prepare)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store, "write_bytes", cut_short)
-        task._prepare_and_write(work, scans, [])
+        patch.setattr(archive, "write_bytes", cut_short)
+        person._prepare_and_write(work, scans, [])
     (tmp_path / "b" / "results").mkdir(exist_ok=True)
     (tmp_path / "b" / "results" / "p2-0.json.0badcafe.tmp").write_bytes(b"[")
     prepare(manifest, tmp_path / "b")
@@ -204,7 +205,7 @@ def test_other_parameters_take_the_place_of_the_earlier_ones(calls, tmp_path: Pa
     """The record of parameters whose voxels were replaced must not come back to life."""
     manifest, out = make_manifest(tmp_path, TWO), tmp_path / "a"
     for preset in (QUICK, PRESETS["default"], QUICK):
-        jobs.prepare([manifest], str(out), preset, 1, prepare_one=fake_prepare)
+        driver.prepare([manifest], str(out), preset, 1, prepare_one=fake_prepare)
         assert len(list((out / "results").iterdir())) == 2 and verify(str(out)) == 0
     assert calls == ["p1", "p2"] * 3
 
@@ -229,7 +230,7 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(calls, tmp_path: Pat
 
 def test_archive_on_s3(calls, tmp_path: Path, s3):
     manifest, out = make_manifest(tmp_path, TWO | {"p3/1/T1w": "three"}), f"{s3.uri}/archive"
-    task._child().end()  # one from before the server knows no address of it
+    person._child().end()  # one from before the server knows no address of it
     prepare(manifest, tmp_path / "a")
     prepare(manifest, out)
     there, here = open_archive(out), open_archive(str(tmp_path / "a"))
@@ -243,7 +244,7 @@ def test_archive_on_s3(calls, tmp_path: Path, s3):
 def test_stock_zarr_opens_the_archive_over_s3(calls, tmp_path: Path, s3):
     import zarr
 
-    task._child().end()
+    person._child().end()
     out = f"{s3.uri}/stock"
     prepare(make_manifest(tmp_path, {"p1/1/T1w": "one"}), out)
     group = zarr.open_group(f"{out}/volumes.zarr/{next(iter(list_slots(out)))}", mode="r")
@@ -293,7 +294,7 @@ def test_damaged_slots_are_named(tmp_path: Path):
 
 def test_outliers_are_flagged_from_all_that_is_there_now(calls, tmp_path: Path, monkeypatch):
     """A scan far from its cohort is flagged by figures; more scans of its kind undo it."""
-    from data_prep import merge
+    from data_prep.prepare import merge
     from data_prep.qc.judge import rules
 
     figure = next(name for name, info in rules().figures.items() if info.worse != "none")

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep import jobs
-from data_prep.store import open_archive
+from data_prep.archive import open_archive
+from data_prep.prepare import driver
 from data_prep.verify import verify
 from tests.data_prep.prepare.test_jobs import run_here, tree_bytes
 from tests.helpers.fakes import QUICK, fake_prepare, make_manifest
@@ -44,8 +44,8 @@ class Runs:
         self.pids = root / "pids"
         self.pids.touch()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jobs, "run_tasks", run_here)
-            jobs.prepare([self.manifest], str(root / "undisturbed"), QUICK, 1,
+            patch.setattr(driver, "run_tasks", run_here)
+            driver.prepare([self.manifest], str(root / "undisturbed"), QUICK, 1,
                          prepare_one=fake_prepare)
         self.pids.unlink()
         assert verify(str(root / "undisturbed")) == 0

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import jobs
-from data_prep.limits import Child, Death
+from data_prep.archive import list_slots, open_archive
+from data_prep.prepare import driver
+from data_prep.prepare.child import Child, Death
+from data_prep.prepare.person import Limits, input_sha256, nameless
 from data_prep.scan import Scan
-from data_prep.store import list_slots, open_archive
-from data_prep.task import Limits, input_sha256, nameless
 from data_prep.verify import verify
 from neurojepa.errors import DataError
 from neurojepa.storage import sha256
@@ -31,7 +31,7 @@ def prepare(calls, tmp_path: Path) -> Callable[..., dict[str, str | None]]:  # n
     def run(contents: dict[str, str], limits: Limits = LIMITS,
             **options) -> dict[str, str | None]:
         out = str(tmp_path / "a")
-        jobs.prepare([make_manifest(tmp_path, contents)], out, QUICK, 1,
+        driver.prepare([make_manifest(tmp_path, contents)], out, QUICK, 1,
                      prepare_one=fake_prepare, limits=limits, **options)
         return {"/".join((row["participant"], row["session"], row["modality"])): row["reason"]
                 for row in open_archive(out).rows}
@@ -86,7 +86,7 @@ def test_a_scan_with_several_results_and_one_that_is_not_read(calls, tmp_path): 
         row["reason"] = "cohort_unusable" if row["participant"] == "p2" else None
     write_table(path, pa.Table.from_pylist(rows, schema=read_table(path).schema))
     out = str(tmp_path / "a")
-    assert jobs.prepare([path], out, QUICK, 1, prepare_one=fake_prepare) == {
+    assert driver.prepare([path], out, QUICK, 1, prepare_one=fake_prepare) == {
         "accepted": 3, "rejected": 1}
     found = {row["modality"]: row for row in open_archive(out).rows if row["participant"] == "p1"}
     assert set(found) == {"BOLD", "tSNR", "T1w"} and len(list_slots(out)) == 3
@@ -106,7 +106,7 @@ def test_a_child_is_reused_and_dies_with_its_parent(tmp_path: Path):
 
     import psutil
 
-    script = ("import os, time\nfrom data_prep.limits import Child\nchild = Child()\n"
+    script = ("import os, time\nfrom data_prep.prepare.child import Child\nchild = Child()\n"
               "call = lambda: child.call(os.getpid, seconds=60, memory_bytes=1 << 30)\n"
               "assert call() == (pid := call())\nprint(pid, flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,

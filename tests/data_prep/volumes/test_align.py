@@ -12,13 +12,13 @@ from data_prep.scan import ScanError
 from data_prep.synth.anatomy import load_anatomy
 from data_prep.synth.cohort import SITES, draw_person
 from data_prep.synth.person import file_names, make_visit
-from data_prep.volumes.align import template
-from data_prep.volumes.brain import brain_mask
-from data_prep.volumes.geometry import centre_of, nearest_rigid, rotation_deg
 from data_prep.volumes.pipeline import Prepared, prepare_person
+from data_prep.volumes.placing.align import template
+from data_prep.volumes.placing.geometry import centre_of, nearest_rigid, rotation_deg
+from data_prep.volumes.placing.within import midpoint, register_rigid
 from data_prep.volumes.preset import PRESETS
-from data_prep.volumes.read import Volume, read_scan
-from data_prep.volumes.within import midpoint, register_rigid
+from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.structural.brain import brain_mask
 from neurojepa.feed.format import ARCHIVE_GRID, MNI_CENTRE_MM
 from tests.helpers.synthetic_head import brain, moved, save, scan
 

@@ -10,11 +10,15 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from data_prep.scan import ScanError
-from data_prep.volumes.bold import RANGES, bold_maps, scale_map
-from data_prep.volumes.geometry import resample, to_itk
-from data_prep.volumes.motion import estimate_motion, framewise_displacement, parse_motion
-from data_prep.volumes.read import Series, read_series
-from data_prep.volumes.temporal import make_plan, temporal_maps
+from data_prep.volumes.functional.bold import RANGES, bold_maps, scale_map
+from data_prep.volumes.functional.motion import (
+    estimate_motion,
+    framewise_displacement,
+    parse_motion,
+)
+from data_prep.volumes.functional.temporal import make_plan, temporal_maps
+from data_prep.volumes.placing.geometry import resample, to_itk
+from data_prep.volumes.reading.read import Series, read_series
 from tests.helpers.synthetic_head import ellipsoid
 
 TR, COUNT = 2.0, 120
@@ -97,7 +101,7 @@ def test_blocks_do_not_show(head, monkeypatch):
     _, _, brain = head
     series = made(head, sd=5)
     whole = bold_maps(series, "fix", None, brain).maps
-    monkeypatch.setattr("data_prep.volumes.temporal.BLOCK", 100)
+    monkeypatch.setattr("data_prep.volumes.functional.temporal.BLOCK", 100)
     for name, volume in bold_maps(series, "fix", None, brain).maps.items():
         np.testing.assert_allclose(volume.data, whole[name].data, rtol=1e-4, atol=1e-6)
 

@@ -11,10 +11,10 @@ import pytest
 from scipy import ndimage
 
 from data_prep.scan import ScanError
-from data_prep.volumes import brain_tools
-from data_prep.volumes.brain import brain_mask, silhouettes
 from data_prep.volumes.preset import PRESETS
-from data_prep.volumes.read import Volume
+from data_prep.volumes.reading.read import Volume
+from data_prep.volumes.structural import brain_tools
+from data_prep.volumes.structural.brain import brain_mask, silhouettes
 from neurojepa.errors import ConfigError
 from tests.helpers.synthetic_head import ellipsoid, moved, save
 

@@ -10,8 +10,8 @@ import pytest
 from nibabel.cifti2 import BrainModelAxis, LabelAxis, ParcelsAxis, ScalarAxis, SeriesAxis
 
 from data_prep.scan import ScanError
-from data_prep.volumes.cifti import Cifti, archive_maps, read_cifti
-from data_prep.volumes.grayordinates import GRID_AFFINE, GRID_SHAPE
+from data_prep.volumes.functional.cifti import Cifti, archive_maps, read_cifti
+from data_prep.volumes.functional.grayordinates import GRID_AFFINE, GRID_SHAPE
 from data_prep.volumes.pipeline import prepare_person
 from data_prep.volumes.preset import PRESETS
 from data_prep.volumes.results import Prepared

@@ -16,8 +16,8 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 from pydicom.uid import PositronEmissionTomographyImageStorage as PETImageStorage
 
 from data_prep.scan import ScanError
-from data_prep.volumes import dicom
-from data_prep.volumes.dicom import to_nifti
+from data_prep.volumes.reading import dicom
+from data_prep.volumes.reading.dicom import to_nifti
 
 DEPTHS = [2.0 * number for number in range(8)]
 

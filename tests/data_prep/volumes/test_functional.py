@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from data_prep.scan import Scan
-from data_prep.volumes.align import template
-from data_prep.volumes.functional import in_template_space
-from data_prep.volumes.matching import dice
+from data_prep.volumes.functional.scans import in_template_space
 from data_prep.volumes.pipeline import Prepared, Rejected, prepare_person
+from data_prep.volumes.placing.align import template
+from data_prep.volumes.placing.matching import dice
 from data_prep.volumes.preset import PRESETS
 from neurojepa.feed.format import ARCHIVE_GRID
 from tests.helpers.synthetic_head import brain, flirt_matrix, moved, save, save_matrix, scan

@@ -9,9 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from data_prep.scan import ScanError
-from data_prep.volumes.align import template
-from data_prep.volumes.geometry import on_grid, to_itk
-from data_prep.volumes.pet import (
+from data_prep.volumes.functional.pet import (
     PET_TRACERS,
     is_suvr,
     mean_frame,
@@ -19,8 +17,10 @@ from data_prep.volumes.pet import (
     suvr,
     tracer_name,
 )
-from data_prep.volumes.pet_table import REGIONS
-from data_prep.volumes.read import Series
+from data_prep.volumes.functional.pet_table import REGIONS
+from data_prep.volumes.placing.align import template
+from data_prep.volumes.placing.geometry import on_grid, to_itk
+from data_prep.volumes.reading.read import Series
 from neurojepa.feed.format import ARCHIVE_GRID
 
 BQ = {"Units": "Bq/mL"}

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from data_prep.scan import ScanError
-from data_prep.volumes.align import template
-from data_prep.volumes.geometry import on_grid, resample, to_itk
-from data_prep.volumes.intensity import scale, window
-from data_prep.volumes.matching import dice
 from data_prep.volumes.pipeline import Prepared, Rejected, prepare_person
+from data_prep.volumes.placing.align import template
+from data_prep.volumes.placing.geometry import on_grid, resample, to_itk
+from data_prep.volumes.placing.matching import dice
 from data_prep.volumes.preset import PRESETS
 from data_prep.volumes.published import crop_neck
-from data_prep.volumes.read import Volume, read_scan
+from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.structural.intensity import scale, window
 from neurojepa.feed.format import ARCHIVE_GRID
 from tests.helpers.synthetic_head import brain, moved, save, scan
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from data_prep.scan import ScanError
-from data_prep.volumes import pipeline, session
-from data_prep.volumes.align import template
+from data_prep.volumes import pipeline
 from data_prep.volumes.pipeline import Prepared, prepare_person
+from data_prep.volumes.placing.align import template
+from data_prep.volumes.placing.transforms import flirt_to_world, read_flirt, stored_geometry
 from data_prep.volumes.preset import PRESETS
-from data_prep.volumes.read import read_scan
-from data_prep.volumes.transforms import flirt_to_world, read_flirt, stored_geometry
+from data_prep.volumes.reading.read import read_scan
+from data_prep.volumes.structural import session
 from tests.helpers.synthetic_head import brain, flirt_matrix, moved, save, save_matrix, scan
 
 QUICK = PRESETS["quick"]

@@ -1,0 +1,1 @@
+"""ABCD: NBDC releases and NDA packages."""

@@ -1,0 +1,1 @@
+"""ADNI as LONI delivers it."""

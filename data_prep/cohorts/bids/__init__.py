@@ -1,0 +1,1 @@
+"""BIDS datasets, and folders of loose files."""

@@ -1,0 +1,297 @@
+"""A BIDS tree, or a folder of loose files, to Scans.
+
+BIDS: a folder with dataset_description.json.  Entities may come in any order, sessions are
+optional, JSON sidecars are inherited from the levels above, participants.tsv, sessions.tsv,
+scans.tsv and phenotype/*.tsv give age, sex, site, labels and exclusions.  The columns
+``family_id`` and ``split_group`` of participants.tsv tie people to one split.  Derivatives are
+looked for below derivatives/ and sourcedata/ at any depth: see bids_derived.py.
+
+Loose files: without dataset_description.json, files named *_T1w, *_T2w, *_FLAIR, *_pet or *_bold
+are taken; the participant is the name before the first underscore, and a sidecar of the same name
+is read.  BIDS datasets inside such a folder are left alone and reported.
+
+A person's files are held at a time, never the tree's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+from data_prep.cohorts.base import Findings, Found, Source, parse_table
+from data_prep.cohorts.bids.derived import (
+    UNUSABLE,
+    Companions,
+    Taken,
+    choose_runs,
+    cleaned_series,
+    is_derived,
+    take_maps,
+)
+from data_prep.cohorts.bids.names import (
+    ANATOMICAL,
+    MODALITIES,
+    SERIES,
+    VOLUMES,
+    Image,
+    Name,
+    habits,
+    is_phantom,
+    parse_name,
+)
+from data_prep.cohorts.bids.scan import Reader
+from data_prep.cohorts.bids.tables import Row, Tables
+
+_DERIVATIVE_DEPTH = 5  # folders between the dataset and a derivative's sub-*
+_DESCRIPTION = "dataset_description.json"
+Sidecars = dict[tuple[str, str], list[Image]]  # by folder and suffix
+
+
+def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
+    """People of a BIDS tree or a folder of loose files, local or on an object store.
+
+    Raises
+    ------
+    DataError
+        The source is missing or empty, or one of its tables is damaged.
+    """
+    files, folders = source.listing()
+    if any(found.name == _DESCRIPTION for found in files):
+        yield from _Dataset(source, cohort, files, folders).people()
+    else:
+        yield from _read_loose(source, cohort)
+
+
+def _read_loose(source: Source, cohort: str, folder: str = "") -> Iterator[Findings]:
+    files, folders = source.listing(folder)
+    if any(found.name == _DESCRIPTION for found in files):
+        source.notes[f"BIDS dataset inside, not entered: {folder}"] += 1
+        return
+    if not folder and any(found.name == "participants.tsv" for found in files):
+        source.notes[f"participants.tsv not used: without {_DESCRIPTION} this is no BIDS dataset"
+                     ] += 1
+    reader = Reader(source, cohort)
+    sidecars = {found.name.removesuffix(".json"): found for found in files
+                if found.name.endswith(".json")}
+    for found in files:
+        name = parse_name(found.name)
+        if name.extension not in (*VOLUMES, SERIES):
+            continue
+        if name.suffix not in MODALITIES or "_" not in found.name:
+            source.notes["not taken: file without a _T1w, _T2w, _FLAIR, _pet or _bold ending"] += 1
+            continue
+        sidecar = sidecars.get(found.name.removesuffix("." + name.extension))
+        participant = found.name.split("_")[0].removeprefix("sub-")
+        taken = reader.take(Image(found, name), reader.load(sidecar) if sidecar else {})
+        yield Findings(participant, [reader.scan(taken, participant)])
+    for inner in folders:
+        yield from _read_loose(source, cohort, f"{folder}/{inner}" if folder else inner)
+
+
+class _Dataset(Reader):
+    """One reading of a BIDS tree."""
+
+    def __init__(self, source: Source, cohort: str, files: list[Found],
+                 folders: list[str]) -> None:
+        super().__init__(source, cohort)
+        by_name = {found.name: found for found in files}
+        phenotypes = source.listing("phenotype")[0] if "phenotype" in folders else []
+        self.tables = Tables(source, by_name.get("participants.tsv"), [
+            *(found.uri for found in phenotypes if found.name.endswith(".tsv")), *source.tables])
+        self.sidecars = {"": _sidecars(files)}  # of the tops of the dataset and its derivatives
+        self.derivatives: dict[str, list[str]] = defaultdict(list)  # folders of each person
+        for folder in ("derivatives", "sourcedata"):
+            if folder in folders:
+                self._find_derivatives(folder, _DERIVATIVE_DEPTH)
+        self._loaded: dict[str, dict[str, Any]] = {}  # the tops' sidecars
+
+    def _find_derivatives(self, folder: str, depth: int) -> None:
+        files, folders = self.source.listing(folder)
+        if any(name.startswith("sub-") for name in folders):
+            self.sidecars[folder] = _sidecars(files)
+        for name in folders:
+            if name.startswith("sub-"):
+                self.derivatives[name.split("_")[0].removeprefix("sub-")].append(f"{folder}/{name}")
+            elif not name.startswith("fsaverage"):
+                if depth:
+                    self._find_derivatives(f"{folder}/{name}", depth - 1)
+                else:
+                    self.notes["folder of derivatives not entered: too deep"] += 1
+
+    def people(self) -> Iterator[Findings]:
+        files = self.source.walk(starting="sub-")
+        for folder, own in groupby(files, key=lambda found: found.path.partition("/")[0]):
+            label = folder.removeprefix("sub-")
+            if findings := self._person(label, list(own)):
+                yield findings
+        if self.derivatives:
+            self.notes["people with derivatives but no raw folder"] = len(self.derivatives)
+        self.tables.finish()
+
+    def _person(self, label: str, files: list[Found]) -> Findings | None:
+        derived = [found for folder in self.derivatives.pop(label, [])
+                   for found in self.source.walk(folder)]
+        sidecars = [found for found in (*files, *derived) if found.name.endswith(".json")]
+        tables = [found for found in files if found.name.endswith(("_scans.tsv", "_sessions.tsv"))]
+        self.source.fetch([*sidecars, *tables])
+        inherited = _sidecars(sidecars)
+        raw, processed, others = self._sort(label, files, derived)
+        taken = self._take(raw, processed, inherited)
+        self._rule_out(taken, tables, {found.path for found in files})
+        runs = choose_runs([one for one in taken if one.modality == "BOLD"], self.notes)
+        taken = [*(one for one in taken if one.modality != "BOLD"), *runs,
+                 *take_maps(processed, runs)]
+        used = {id(one.image) for one in taken}
+        Companions(taken, self.notes).give(
+            [image for image in processed if id(image) not in used
+             and not cleaned_series(image) and not self._is_gone(image)], others)
+        if not taken:
+            return None
+        if is_phantom(label):
+            for one in taken:
+                one.reason = "phantom"
+        return self._describe(label, taken, tables)
+
+    # ---- files
+
+    def _sort(self, label: str, files: list[Found], derived: list[Found]
+              ) -> tuple[list[Image], list[Image], list[Image]]:
+        """Raw images, processed images, and the surfaces and tables that go with them."""
+        raw: list[Image] = []
+        processed: list[Image] = []
+        others: list[Image] = []
+        for place, found in [("raw", one) for one in files] + [("derived", one) for one in derived]:
+            if found.name == "aseg.mgz" and found.folder.endswith("/mri"):
+                processed.append(Image(found, _freesurfer_name(found)))
+                continue
+            name = parse_name(found.name)
+            if name.extension.endswith((".gii", "tsv")):
+                others.append(Image(found, name))
+            elif name.extension not in VOLUMES and not name.extension.endswith(".nii"):
+                continue
+            elif "sub" not in name.entities and place == "derived":
+                self.notes["derivative not used: a file of FreeSurfer or without a name of BIDS"
+                           ] += 1
+            elif name.entities.get("sub") != label:
+                self.notes["not taken: file name and folder name different people"] += 1
+            else:
+                (processed if place == "derived" or is_derived(name) else raw).append(
+                    Image(found, name))
+        return raw, processed, others
+
+    def _is_gone(self, image: Image) -> bool:
+        gone = self.source.not_downloaded(image.found)
+        if gone:
+            self.notes["derivative not used: not downloaded"] += 1
+        return gone
+
+    def _take(self, raw: list[Image], processed: list[Image], inherited: Sidecars) -> list[Taken]:
+        own: dict[str, dict[str, Any]] = {}
+        taken = [self.take(image, self._facts(image, inherited, own))
+                 for image in self._first_echoes(raw)]
+        have = {one.modality for one in taken}
+        for image in processed:
+            name = image.name
+            program = cleaned_series(image)
+            if (not program and name.suffix in ANATOMICAL and name.suffix not in have
+                    and name.entities.get("desc") == "preproc" and "space" not in name.entities):
+                program = habits()["cleaned"]["preproc"]
+            if program:
+                taken.append(self.take(image, self._facts(image, inherited, own), program))
+        return taken
+
+    def _first_echoes(self, raw: list[Image]) -> Iterator[Image]:
+        """Raw images of a kind that is taken; of several echoes the first."""
+        echoes: dict[tuple[str, frozenset[tuple[str, str]]], list[Image]] = defaultdict(list)
+        for image in raw:
+            if image.name.suffix not in MODALITIES:
+                self.notes[f"not taken: suffix {image.name.suffix}"] += 1
+            elif image.name.entities.get("part", "mag") != "mag":
+                self.notes["not taken: phase, real or imaginary part"] += 1
+            else:
+                echoes[image.name.suffix, image.name.without("echo")].append(image)
+        for images in echoes.values():
+            images.sort(key=lambda image: image.name.entities.get("echo", "").zfill(4))
+            if "echo" in images[-1].name.entities and len(images) > 1:
+                self.notes["not taken: further echo of a scan"] += len(images) - 1
+                images = images[:1]
+            yield from images
+
+    def _facts(self, image: Image, inherited: Sidecars, own: dict[str, dict[str, Any]]
+               ) -> dict[str, Any]:
+        """Facts of the sidecars that apply: merged from the dataset's top down, nearer ones win."""
+        merged: dict[str, Any] = {}
+        folder, name = image.found.folder, image.name
+        top = max((top for top in self.sidecars if not top or folder.startswith(top + "/")),
+                  key=len)
+        levels = [top]
+        for part in folder[len(top):].strip("/").split("/"):
+            levels.append(f"{levels[-1]}/{part}" if levels[-1] else part)
+        for level in levels:
+            known, loaded = (self.sidecars[top], self._loaded) if level == top else (inherited, own)
+            fitting = [sidecar for sidecar in known.get((level, name.suffix), ())
+                       if sidecar.name.entities.items() <= name.entities.items()]
+            if len(fitting) > 1:
+                self.notes["several sidecars of one level apply, against BIDS: the one with most "
+                           "entities wins"] += 1
+                fitting.sort(key=lambda sidecar: len(sidecar.name.entities))
+            for sidecar in fitting:
+                uri = sidecar.found.uri
+                if uri not in loaded:
+                    loaded[uri] = self.load(sidecar.found)
+                merged.update(loaded[uri])
+        return merged
+
+    # ---- tables
+
+    def _rows(self, found: Found) -> list[Row]:
+        """Rows of a small table of one person, without its times."""
+        return self.source.opened(found, lambda one: [
+            {name: value for name, value in row.items() if name != "acq_time"}
+            for row in parse_table(self.source.read(one), one.uri)])
+
+    def _rule_out(self, taken: list[Taken], tables: list[Found], paths: set[str]) -> None:
+        """Set the reason of scans that the cohort rules out in scans.tsv."""
+        by_path = {one.image.found.path: one for one in taken}
+        for table in tables:
+            if not table.name.endswith("_scans.tsv"):
+                continue
+            for row in self._rows(table):
+                path = f"{table.folder}/{row.get('filename')}"  # relative to the table
+                one = by_path.get(path)
+                if path not in paths:
+                    self.notes["scans.tsv names a file that is not there"] += 1
+                for column, values in habits()["unusable"].items():
+                    if one and (row.get(column) or "").lower() in values:
+                        one.reason = UNUSABLE
+
+    def _describe(self, label: str, taken: list[Taken], tables: list[Found]) -> Findings:
+        """The scans with age, sex and site, and labels and ties."""
+        sessions = {(row.get("session_id") or "").removeprefix("ses-"): row
+                    for table in tables if table.name.endswith("_sessions.tsv")
+                    for row in self._rows(table)}
+        person = self.tables.person(label, sessions)
+        findings = Findings(label, ties=person.ties())
+        for session, own in groupby(sorted(taken, key=lambda one: one.session),
+                                    key=lambda one: one.session):
+            told = person.describe(session)
+            findings.scans += [self.scan(one, label, told.age, told.sex, told.site) for one in own]
+            findings.labels += [(session, name, value) for name, value in told.labels.items()]
+        return findings
+
+
+def _sidecars(files: Iterable[Found]) -> Sidecars:
+    sidecars: Sidecars = defaultdict(list)
+    for found in files:
+        if found.name.endswith(".json"):
+            name = parse_name(found.name)
+            sidecars[found.folder, name.suffix].append(Image(found, name))
+    return sidecars
+
+
+def _freesurfer_name(found: Found) -> Name:
+    """The name of SUBJECT/mri/aseg.mgz, where SUBJECT is sub-X or sub-X_ses-Y."""
+    subject = found.folder.split("/")[-2]
+    return Name({**parse_name(subject + "_dseg").entities, "desc": "freesurfer"}, "dseg", "mgz")

@@ -1,0 +1,1 @@
+"""UK Biobank's bulk packages and tables."""

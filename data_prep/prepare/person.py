@@ -1,0 +1,261 @@
+"""The work on one person, as a Ray worker does it: prepare, write the voxels, commit the record.
+
+Everything here may run twice, also at the same time (a worker taken for dead that is not): equal
+inputs write equal bytes, and the record comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from data_prep.archive import slot, write_volume
+from data_prep.prepare.child import Child, Death
+from data_prep.prepare.duplicates import fingerprint
+from data_prep.prepare.merge import duplicate_of
+from data_prep.scan import Scan, ScanError, split_member
+from neurojepa.errors import DataError
+from neurojepa.storage import join, open_store, write_bytes
+
+if TYPE_CHECKING:
+    from data_prep.volumes.pipeline import Prepared, Rejected
+    from data_prep.volumes.preset import Preset
+
+PrepareOne = Callable[[list[Scan], "Preset"], "Sequence[Prepared | Rejected]"]
+Row = dict[str, Any]
+DIED = ("worker_crashed", "worker_timeout", "worker_memory", "worker_failed")
+_INPUTS = ("uri", "member", "size_bytes", "modified", "mask_uri", "label_uri", "modality",
+           "session", "tracer", "processing", "transform_uri", "confounds_uri", "surface_uri",
+           "facts")
+_HASHED_AT_ONCE = 8 << 20  # bytes
+_MEMBERS_LIMIT = 4 << 30  # bytes of an archive's members that are read again for their hash
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the work on a person may take before it is ended."""
+
+    memory_bytes: int = 8 << 30  # resident, of the process and the tools it starts
+    seconds_per_scan: float = 1800.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs to know about one person."""
+
+    out: str
+    scans: list[Scan]
+    record: str
+    stale: list[str]  # records of other inputs or parameters, whose voxels will be replaced
+    preset: Preset
+    limits: Limits
+    prepare_one: PrepareOne | None
+
+
+def record_name(scans: list[Scan], preset: Preset) -> str:
+    """Name of the record of a person's scans: equal inputs and parameters, equal name."""
+    inputs = [[getattr(scan, name) for name in _INPUTS] for scan in scans]
+    text = json.dumps([scans[0].cohort, inputs, asdict(preset)], sort_keys=True)
+    return f"{scans[0].participant}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+# ---- in the Ray worker ---------------------------------------------------------------------------
+
+def prepare_person(work: Work) -> int:
+    """Prepare one person in a watched child; returns the number of scans that had to be given up.
+
+    Raises
+    ------
+    DataError
+        A store cannot be read or written, or a module is missing.
+    """
+    scans = work.scans
+    end = _watched(work, len(scans), _prepare_and_write, work, scans, [])
+    if not isinstance(end, Death):
+        return 0
+    given_up = [(scan, death) for scan in scans if len(scans) > 1
+                and isinstance(death := _watched(work, 1, _try, work, scan), Death)]
+    names = {id(scan) for scan, _ in given_up}
+    if left := [scan for scan in scans if id(scan) not in names] if names else []:
+        end = _watched(work, len(left), _prepare_and_write, work, left,
+                       [_death_row(work, *each) for each in given_up])
+        if not isinstance(end, Death):
+            return len(given_up)
+    # alone each would do, together they do not; or there is only one
+    given_up += [(scan, end) for scan in scans if id(scan) not in names]
+    _commit_record(work, [_death_row(work, *each) for each in given_up])
+    return len(given_up)
+
+
+@cache
+def _child() -> Child:
+    return Child()
+
+
+def _watched(work: Work, num_scans: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """A call within the limits; a crash may come from outside, so it must happen twice."""
+    for _ in range(2):
+        end = _child().call(function, *arguments, memory_bytes=work.limits.memory_bytes,
+                            seconds=num_scans * work.limits.seconds_per_scan)
+        if not (isinstance(end, Death) and end.reason == "worker_crashed"):
+            break
+    return end
+
+
+def _death_row(work: Work, scan: Scan, death: Death) -> Row:
+    return _base_row(scan, work.preset, None) | {
+        "scan_id": None, "status": "rejected", "reason": death.reason,
+        "message": nameless(death.message, work.scans)}
+
+
+def _commit_record(work: Work, rows: list[Row]) -> None:
+    _remove_stale(work)
+    write_bytes(join(work.out, "results", work.record),
+                json.dumps(rows, allow_nan=False).encode())
+
+
+def _remove_stale(work: Work) -> None:
+    fs, folder = open_store(join(work.out, "results"))
+    for name in work.stale:
+        if fs.exists(f"{folder}/{name}"):
+            fs.rm_file(f"{folder}/{name}")
+
+
+# ---- in the child --------------------------------------------------------------------------------
+
+def _try(work: Work, scan: Scan) -> None:
+    """Whether a scan can be prepared at all; what comes out is not kept."""
+    _prepared(work, [scan])
+
+
+def _prepared(work: Work, scans: list[Scan]) -> Sequence[Prepared | Rejected]:
+    from data_prep.volumes import pipeline
+
+    try:
+        results = (work.prepare_one or pipeline.prepare_person)(scans, work.preset)
+    except ScanError:
+        raise  # of one scan, and a fault of the preparation
+    except DataError as error:
+        raise DataError(nameless(str(error), scans)) from None
+    given = {(result.scan.uri, result.scan.member) for result in results}
+    for scan in scans:
+        if (scan.uri, scan.member) not in given:
+            raise RuntimeError(f"{scan.uri}: the preparation gave no result")
+    return results
+
+
+def _prepare_and_write(work: Work, scans: list[Scan], rows: list[Row]) -> None:
+    """Prepare scans of a person, write the voxels, then the record: these rows and given ones."""
+    from data_prep.volumes.pipeline import Rejected
+    from data_prep.volumes.preview import preview_of
+
+    results = _prepared(work, scans)
+    _remove_stale(work)
+    inputs = {(scan.uri, scan.member): input_sha256(scan) for scan in scans}
+    seen: set[str] = set()
+    for result in results:
+        scan = result.scan
+        row = _base_row(scan, work.preset, inputs[scan.uri, scan.member])
+        rows.append(row)
+        if isinstance(result, Rejected):
+            row |= {"scan_id": None, "status": "rejected", "reason": result.reason,
+                    "message": nameless(result.message, work.scans)}
+            if not scan.reason and (picture := preview_of(scan)):
+                row["figures"]["preview"] = picture
+            continue
+        place = slot(scan.participant, result.scan_id)
+        row |= {"scan_id": result.scan_id, "status": "flagged" if result.flags else "accepted",
+                "reason": ";".join(result.flags) or None, "message": None,
+                "figures": {name: _plain(value) for name, value in result.figures.items()}}
+        if result.scan_id in seen:
+            row |= duplicate_of(place)
+            continue
+        seen.add(result.scan_id)
+        row["figures"]["fingerprint"] = fingerprint(result.image, result.mask)
+        row["voxels_sha256"] = write_volume(work.out, place, result.image, result.mask,
+                                            result.label, getattr(result, "parcels", None))
+    _commit_record(work, rows)
+
+
+def _base_row(scan: Scan, preset: Preset, digest: str | None) -> Row:
+    """A row's keys and provenance; the Scan's other columns come from the manifest."""
+    return {"uri": scan.uri, "member": scan.member, "modality": scan.modality, "figures": {},
+            "provenance": json.dumps({
+                "software": f"neurojepa {_version()}", "parameters": asdict(preset),
+                "input_sha256": digest}, sort_keys=True)}
+
+
+def _plain(value: Any) -> float | str | None:
+    """A figure as JSON can hold it: not finite is unknown."""
+    if value is None or isinstance(value, str):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+@cache
+def _version() -> str:
+    try:
+        return metadata.version("neurojepa")
+    except metadata.PackageNotFoundError:
+        return "from an uninstalled source tree"
+
+
+def input_sha256(scan: Scan) -> str | None:
+    """Hash of the bytes that a scan was read from: a file, members of an archive, or a folder.
+
+    A folder of DICOM files counts as the hashes of its files by name.  None where it cannot be
+    read: the scan itself is rejected for that, with the reason.
+    """
+    from data_prep.members import read_members
+
+    try:
+        if scan.member:
+            prefix = scan.member if scan.member.endswith("/") else None
+            digests = {name: hashlib.sha256(data).hexdigest() for name, data in read_members(
+                scan.uri, lambda name: name.startswith(prefix) if prefix else name == scan.member,
+                _MEMBERS_LIMIT)}
+        else:
+            fs, path = open_store(scan.uri)
+            files = fs.find(path) if scan.uri.endswith("/") else [path]
+            digests = {file: _file_sha256(fs, file) for file in files}
+    except (DataError, OSError):
+        return None
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
+
+
+def _file_sha256(fs: Any, path: str) -> str:
+    digest = hashlib.sha256()
+    with fs.open(path, "rb") as file:
+        while block := file.read(_HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def nameless(text: str, scans: Sequence[Scan]) -> str:
+    """A message without the names of the scans' files, which hold the cohort's own ids."""
+    for scan in scans:
+        uris = (scan.uri, scan.member, scan.mask_uri, scan.label_uri, scan.transform_uri,
+                scan.confounds_uri, *(scan.surface_uri or "").split(";"))
+        names = {name for uri in uris if uri for name in _spellings(uri)}
+        for name in sorted(names, key=lambda name: (-len(name), name)):
+            text = text.replace(name, f"[{scan.participant} {scan.modality}]")
+    return text
+
+
+def _spellings(uri: str) -> set[str]:
+    """A file's name as messages may have it: whole, without scheme, its folder, its last part."""
+    names = {uri}
+    for part in split_member(uri):
+        if part:
+            path = part.partition("://")[2] or part
+            folder, _, last = path.rstrip("/").rpartition("/")
+            names |= {part, path, path.rstrip("/"), last} | ({folder} if "/" in folder else set())
+    return names

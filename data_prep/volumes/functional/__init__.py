@@ -1,0 +1,1 @@
+"""PET, BOLD and CIFTI -> maps, placed by the anatomy of their person."""

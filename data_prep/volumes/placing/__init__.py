@@ -1,0 +1,1 @@
+"""Where a head is: geometry, registration, and the cohort's own transforms."""

@@ -1,0 +1,1 @@
+"""Files -> volumes in canonical orientation, judged by what their headers say."""

@@ -1,0 +1,1 @@
+"""The structural scans of a session: brain masks, bias fields, intensities."""
