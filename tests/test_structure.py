@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: which package imports which."""
+"""The house rules that a reader relies on: which module imports which."""
 
 import ast
 from pathlib import Path
@@ -31,4 +31,11 @@ def imports(path: Path) -> list[str]:
 def test_packages_import_only_along_the_arrows(package: str) -> None:
     crossing = [(str(path), name) for path in Path(package).rglob("*.py") for name in imports(path)
                 if FORBIDDEN[package](name)]
+    assert not crossing
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several tests use stands in tests/helpers."""
+    crossing = [(str(path), name) for path in Path("tests").rglob("*.py") for name in imports(path)
+                if name.startswith("tests.") and name.split(".")[1] != "helpers"]
     assert not crossing

@@ -25,7 +25,7 @@ from cluster.status import read_status, render
 from cluster.supervise import Supervisor
 from neurojepa.errors import ClusterError, ConfigError
 from neurojepa.train.rows import read_rows
-from tests.neurojepa.feed.test_feed_faults import Proxy
+from tests.helpers.proxy import Proxy
 
 # starts toy ranks and passes on the first bad status, as deepspeed's launcher does
 LAUNCHER = """

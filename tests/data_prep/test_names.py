@@ -16,8 +16,7 @@ from data_prep.verify import verify
 from data_prep.withdrawal.withdraw import withdraw
 from neurojepa.errors import DataError
 from neurojepa.feed.format import TRAINING_GRIDS
-from tests.data_prep.prepare.test_jobs import run_here
-from tests.helpers.fakes import QUICK, fake_prepare
+from tests.helpers.fakes import QUICK, fake_prepare, run_here
 from tests.helpers.trees import DESCRIPTION, KEY, write
 
 IDS = ("NDARINV1", "NDARINV2", "NDARINV3")

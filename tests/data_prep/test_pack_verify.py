@@ -32,8 +32,7 @@ from neurojepa.feed.format import (
     quantise,
 )
 from neurojepa.feed.loader import SampleReader
-from tests.data_prep.prepare.test_jobs import run_here
-from tests.helpers.fakes import QUICK, fake_prepare, make_manifest
+from tests.helpers.fakes import QUICK, fake_prepare, make_manifest, run_here
 
 THREE, FINE = TRAINING_GRIDS["3mm"], TRAINING_GRIDS["1.5mm"]
 MIB = 1 << 20

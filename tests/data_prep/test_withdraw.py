@@ -27,8 +27,7 @@ from data_prep.withdrawal.withdraw import withdraw
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import TRAINING_GRIDS, open_feed
 from neurojepa.feed.loader import SampleReader
-from tests.data_prep.prepare.test_jobs import run_here
-from tests.helpers.fakes import QUICK, fake_prepare, make_manifest
+from tests.helpers.fakes import QUICK, fake_prepare, make_manifest, run_here
 
 KEY = b"0123456789abcdef"
 LEFT, STAYS, OTHER = (pseudonym(KEY, "fake", name) for name in ("007", "8", "9"))

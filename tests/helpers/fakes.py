@@ -107,6 +107,13 @@ def volume(text: str) -> tuple[np.ndarray, np.ndarray]:
     return image, mask
 
 
+def run_here(function, tasks, *options) -> dict[str, str]:
+    """``run_tasks`` without Ray."""
+    for each in tasks:
+        function(each.argument)
+    return {}
+
+
 def main() -> int:
     """``prepare`` with the stand-in, as a process of its own."""
     from data_prep.prepare.driver import prepare

@@ -1,9 +1,10 @@
-"""A tiny feed for tests, written without preparation (blobs on a small grid), and a config."""
+"""A tiny feed for tests, written without preparation (blobs on a small grid), and its configs."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from neurojepa.feed.format import (
     Grid,
     commit_feed,
     encode_array,
+    open_feed,
     quantise,
 )
+from neurojepa.feed.loader import Batch, Loader
 from neurojepa.storage import join, sha256, write_bytes
 
 GRID = Grid("tiny", (24, 36, 24), 6.0)
@@ -74,3 +77,30 @@ def tiny_config(feed: str, run_dir: str | Path, **train: Any) -> RootConfig:
                   "log_every": 3, "dtype": "fp32", **train},
         "run": {"dir": str(run_dir)},
     }, "tests")
+
+
+def feed_config(feed: str, run_dir: str | Path = "unused", steps: int = 8,
+                **data: Any) -> RootConfig:
+    """``tiny_config`` with other keys of its section ``data``."""
+    tree = tiny_config(feed, run_dir, steps=steps).model_dump()
+    return validate({**tree, "data": {**tree["data"], **data}}, "test")
+
+
+def read_batches(config: RootConfig, rank: int = 0, world: int = 1, first: int = 0) -> list[Batch]:
+    """All batches of one rank, read to the end."""
+    loader = Loader(open_feed(config.data.feed), config, rank, world, first)
+    try:
+        return list(loader)
+    finally:
+        loader.close()
+
+
+def damage(local: Path, folder: Path, rows: list[int]) -> str:
+    """A copy of the feed in which these rows have a flipped bit."""
+    feed = open_feed(shutil.copytree(local, folder).as_posix())
+    for row in rows:
+        shard = folder / feed.index["shard"][row].as_py()
+        data = bytearray(shard.read_bytes())
+        data[feed.index["offset"][row].as_py() + 20] ^= 1
+        shard.write_bytes(data)
+    return str(folder)

@@ -1,4 +1,4 @@
-"""One tiny run, the same for every way to launch it, and what each must leave behind."""
+"""How tests start a training; one tiny run for every way to launch it, and what it leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from cluster.rundir import RunDir
-from neurojepa.config import dump_config
+from neurojepa.config import RootConfig, dump_config
 from tests.helpers import ROOT
 from tests.helpers.feeds import tiny_config, write_feed
 
@@ -57,3 +57,19 @@ def check_finished(run_dir: Path, run_cli, ranks: int = 2) -> None:
         ("finished", STEPS, STEPS)
     assert [rank["rank"] for rank in status["ranks"]] == list(range(ranks))
     assert status["loss"] == losses(run_dir)[-1]
+
+
+def write_config(config: RootConfig, folder: Path) -> str:
+    """Write ``folder/recipe.yaml``; returns its path."""
+    path = folder / "recipe.yaml"
+    path.write_text(dump_config(config))
+    return str(path)
+
+
+def start_pretrain(*arguments: str) -> subprocess.Popen[str]:
+    """The pretrain command in a process of its own, with pipes to what it says."""
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "neurojepa.pretrain", *arguments], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**environment, "OMP_NUM_THREADS": "1"})

@@ -1,22 +1,29 @@
-"""A real Ray cluster of two nodes on loopback, whose processes can be killed one by one."""
+"""A real Ray cluster on loopback, whose nodes and processes can be killed one by one."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
 from neurojepa.ports import free_port
-from tests.neurojepa.train.test_ray_launch import LOOPBACK, RAY, ROOT, _wait_for
+from tests.helpers import ROOT
 
+RAY = str(Path(sys.executable).parent / "ray")
+# Ray binds the machine's own address unless told that loopback is enough.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
 # a node that refuses connections is taken for dead after a second, one that is only slow is not
 IMPATIENT = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "300",
              "RAY_health_check_timeout_ms": "10000", "RAY_health_check_failure_threshold": "3"}
@@ -31,12 +38,12 @@ class Cluster:
     folder: str
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, num_cpus: int = 1) -> subprocess.Popen[bytes]:
         """Start a node; --block keeps its processes below the one that is returned."""
         node = subprocess.Popen(
-            [RAY, "start", "--block", "--num-cpus", "1", "--object-store-memory", "100000000",
-             *arguments], cwd=ROOT, env=self.environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
+            [RAY, "start", "--block", "--num-cpus", str(num_cpus),
+             "--object-store-memory", "100000000", *arguments], cwd=ROOT, env=self.environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.nodes.append(node)
         return node
 
@@ -58,10 +65,11 @@ class Cluster:
 
 
 @contextmanager
-def cluster() -> Iterator[Cluster]:
-    """A head node with one CPU; more nodes are added by the test."""
+def cluster(num_cpus: int = 1) -> Iterator[Cluster]:
+    """A head node with so many CPUs; more nodes are added by the test."""
     folder = tempfile.mkdtemp(prefix="ry")  # short: Ray puts unix sockets below it
     port, dashboard = free_port(), free_port()
+    # a token of its own: Ray would otherwise enforce or ignore the user's, head and client apart
     environment = {**os.environ, **LOOPBACK, **IMPATIENT, "RAY_AUTH_MODE": "token",
                    "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2,
                    "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
@@ -70,8 +78,9 @@ def cluster() -> Iterator[Cluster]:
     try:
         head = made.start("--head", "--port", str(port), "--dashboard-host", "127.0.0.1",
                           "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port",
-                          str(free_port()), "--temp-dir", folder)
-        _wait_for(dashboard, head)
+                          str(free_port()),  # 52365 may be another Ray's
+                          "--temp-dir", folder, num_cpus=num_cpus)
+        _wait_for_port(dashboard, head)
         yield made
     finally:
         for node in list(made.nodes):
@@ -85,3 +94,13 @@ def wait_until(happened, seconds: float = 120.0) -> None:  # type: ignore[no-unt
     while not happened():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
+
+
+def _wait_for_port(port: int, head: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 90
+    while time.monotonic() < end and head.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.3)
+    raise AssertionError("Ray did not start")

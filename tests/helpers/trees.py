@@ -37,3 +37,8 @@ class Read:
                 name = scan.uri.rsplit("/", 1)[-1].split(".")[0]
                 assert name not in self.scans and scan.participant == one.participant
                 self.scans[name] = scan
+
+
+def tree_bytes(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes()
+            for path in sorted(root.rglob("*")) if path.is_file()}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ from neurojepa.pretrain import main
 from neurojepa.train.checkpoint import committed_steps, latest_step, open_checkpoint
 from neurojepa.train.rows import read_rows
 from tests.helpers.feeds import tiny_config, write_feed
-from tests.helpers.worker import ROOT, job, run_module, run_ranks
+from tests.helpers.launches import start_pretrain, write_config
+from tests.helpers.worker import job, run_module, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +24,10 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_feed(str(tmp_path_factory.mktemp("pretrain") / "feed"))
 
 
-def recipe(config: RootConfig, folder: Path) -> str:
-    path = folder / "recipe.yaml"
-    path.write_text(dump_config(config))
-    return str(path)
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "neurojepa.pretrain", *arguments], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**environment, "OMP_NUM_THREADS": "1"})
-
-
 def test_a_stopped_run_continues_as_if_nothing_had_happened(feed: str, tmp_path: Path) -> None:
     config = tiny_config(feed, tmp_path / "run", steps=40, checkpoint_every=100, log_every=50)
-    path = recipe(config, tmp_path)
-    process = start("--config", path)
+    path = write_config(config, tmp_path)
+    process = start_pretrain("--config", path)
     beat = tmp_path / "run" / "heartbeat" / "rank-0.json"
     while not beat.exists() and process.poll() is None:
         time.sleep(0.01)
@@ -53,8 +37,8 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(feed: str, tmp_path:
     stop = read_rows(str(tmp_path / "run" / "events.jsonl"))[-1]
     assert stop["event"] == "stop" and 0 < stop["step"] < 40
 
-    again = start("--config", path, "train.log_every=7")
-    straight = start("--config", path, f"run.dir={tmp_path / 'straight'}")
+    again = start_pretrain("--config", path, "train.log_every=7")
+    straight = start_pretrain("--config", path, f"run.dir={tmp_path / 'straight'}")
     for each in (again, straight):
         output, errors = each.communicate(timeout=200)
         assert each.returncode == 0, errors
@@ -74,16 +58,16 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(feed: str, tmp_path:
 def test_finished_refused_and_extended(feed: str, tmp_path: Path,
                                        capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(feed, tmp_path / "run", steps=3)
-    path = recipe(config, tmp_path)
-    process = start("--config", path)
+    path = write_config(config, tmp_path)
+    process = start_pretrain("--config", path)
     assert process.wait(timeout=100) == 0
     assert main(["--config", path]) == 0
     assert "already finished at step 3" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"train.seed: checkpoint 0, now 1"):
         main(["--config", path, "train.seed=1"])
 
-    refused = start("--config", path, "optim.lr=0.01", "train.steps=4")
-    extended = start("--config", path, "train.steps=4")
+    refused = start_pretrain("--config", path, "optim.lr=0.01", "train.steps=4")
+    extended = start_pretrain("--config", path, "train.steps=4")
     assert "optim.lr: checkpoint 0.0005, now 0.01" in refused.communicate(timeout=100)[1]
     assert refused.returncode == 2
     assert extended.wait(timeout=100) == 0
@@ -126,13 +110,13 @@ def test_a_run_goes_on_under_a_changed_recipe_if_that_is_accepted(feed: str,
 
 
 def test_bad_input_is_one_line_and_status_2(feed: str, tmp_path: Path) -> None:
-    path = recipe(tiny_config(feed, tmp_path / "run"), tmp_path)
+    path = write_config(tiny_config(feed, tmp_path / "run"), tmp_path)
     cases = {
         ("--config", str(tmp_path / "no.yaml")): "no.yaml",
         ("--config", path, "train.step=3"): "did you mean 'steps'",
         ("--config", path, f"data.feed={tmp_path / 'nofeed'}"): "no committed feed",
     }
-    processes = {message: start(*arguments) for arguments, message in cases.items()}
+    processes = {message: start_pretrain(*arguments) for arguments, message in cases.items()}
     for message, process in processes.items():
         _, errors = process.communicate(timeout=100)
         assert process.returncode == 2
@@ -142,7 +126,7 @@ def test_bad_input_is_one_line_and_status_2(feed: str, tmp_path: Path) -> None:
 
 
 def test_more_ranks_than_scans_in_a_step(feed: str, tmp_path: Path) -> None:
-    path = recipe(tiny_config(feed, tmp_path / "run", global_batch=1), tmp_path)
+    path = write_config(tiny_config(feed, tmp_path / "run", global_batch=1), tmp_path)
     for process in run_module("neurojepa.pretrain", ["--config", path, "--local_rank=0"], 2):
         assert process.returncode == 2
         assert "train.global_batch = 1: this run has 2 ranks" in process.stdout
@@ -160,7 +144,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_ranks(feed: str, tmp_path:
 
 def test_a_run_that_only_skips_is_stopped(feed: str, tmp_path: Path) -> None:
     config = tiny_config(feed, tmp_path / "run", steps=60)
-    process = start("--config", recipe(config, tmp_path), "optim.lr=1.0e+30",
+    process = start_pretrain("--config", write_config(config, tmp_path), "optim.lr=1.0e+30",
                     "optim.warmup_steps=0")
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 2
@@ -172,9 +156,9 @@ def test_a_run_that_only_skips_is_stopped(feed: str, tmp_path: Path) -> None:
 
 def test_feed_and_run_directory_in_an_object_store(s3: Any, tmp_path: Path) -> None:
     config = tiny_config(write_feed(f"{s3.uri}/feed"), f"{s3.uri}/runs/a", steps=3)
-    path = recipe(config, tmp_path)
+    path = write_config(config, tmp_path)
     for steps in (3, 5):
-        process = start("--config", path, f"train.steps={steps}")
+        process = start_pretrain("--config", path, f"train.steps={steps}")
         output, errors = process.communicate(timeout=100)
         assert process.returncode == 0, errors
         assert f"finished at step {steps}" in output

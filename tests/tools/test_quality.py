@@ -14,8 +14,8 @@ from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import TRAINING_GRIDS, open_feed
 from neurojepa.objective.views import make_views
 from neurojepa.train.stopping import REQUEUE
+from tests.helpers.batches import make_batch
 from tests.helpers.feeds import GRID, tiny_config, write_feed
-from tests.neurojepa.objective.test_masks import make_batch
 from tools.bench import quality
 from tools.bench._quality_run import overlap, patch_numbers, stored
 from tools.bench._quality_table import value_of

@@ -14,7 +14,7 @@ from data_prep.cohorts.adni.tables import Person, Visit, parse_day
 from data_prep.cohorts.base import Findings, Source
 from data_prep.scan import Scan
 from neurojepa.errors import DataError
-from tests.data_prep.volumes.test_dicom import slice_of
+from tests.helpers.dicom import slice_of
 
 OLD, NEW = "941_S_0901", "942_S_10902"
 COLLECTION = ('"Image Data ID","Subject","Group","Sex","Age","Visit","Modality","Description",'

@@ -27,38 +27,13 @@ from data_prep.volumes.preset import PRESETS
 from neurojepa.errors import ClusterError, DataError
 from neurojepa.storage import write_bytes
 from tests.helpers.fakes import QUICK, fake_prepare, make_manifest, volume
+from tests.helpers.trees import tree_bytes
 
 TWO = {"p1/1/T1w": "one", "p1/2/T1w": "two", "p2/1/T1w": "three", "p2/1/T2w": "flag"}
 
 
-def run_here(function, tasks, *options) -> dict[str, str]:
-    """``run_tasks`` without Ray."""
-    for each in tasks:
-        function(each.argument)
-    return {}
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """Tasks run from this process, in a child; the people they were for."""
-    seen: list[str] = []
-
-    def run(function, tasks, *options):
-        tasks = list(tasks)
-        seen.extend(each.name for each in tasks)
-        return run_here(function, tasks)
-
-    monkeypatch.setattr(driver, "run_tasks", run)
-    return seen
-
-
 def prepare(manifest: str, out: object, **options):
     return driver.prepare([manifest], str(out), QUICK, 2, prepare_one=fake_prepare, **options)
-
-
-def tree_bytes(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes()
-            for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def test_rows_figures_and_volumes(calls, tmp_path: Path):

@@ -17,10 +17,10 @@ import pytest
 from data_prep.archive import open_archive
 from data_prep.prepare import driver
 from data_prep.verify import verify
-from tests.data_prep.prepare.test_jobs import run_here, tree_bytes
-from tests.helpers.fakes import QUICK, fake_prepare, make_manifest
-from tests.helpers.ray_nodes import Cluster, cluster, wait_until
-from tests.neurojepa.train.test_ray_launch import RAY, ROOT
+from tests.helpers import ROOT
+from tests.helpers.fakes import QUICK, fake_prepare, make_manifest, run_here
+from tests.helpers.ray_nodes import RAY, Cluster, cluster, wait_until
+from tests.helpers.trees import tree_bytes
 
 PEOPLE = 8
 

@@ -17,15 +17,15 @@ from data_prep.scan import Scan
 from data_prep.verify import verify
 from neurojepa.errors import DataError
 from neurojepa.storage import sha256
-from tests.data_prep.prepare.test_jobs import calls, tree_bytes  # noqa: F401
 from tests.helpers.fakes import QUICK, fake_prepare, make_manifest
+from tests.helpers.trees import tree_bytes
 
 LIMITS = Limits(memory_bytes=1 << 30, seconds_per_scan=60.0)
 IMPATIENT = replace(LIMITS, seconds_per_scan=8.0)
 
 
 @pytest.fixture
-def prepare(calls, tmp_path: Path) -> Callable[..., dict[str, str | None]]:  # noqa: F811
+def prepare(calls, tmp_path: Path) -> Callable[..., dict[str, str | None]]:
     """Prepare "person/session/modality" -> text; returns the reason of each."""
 
     def run(contents: dict[str, str], limits: Limits = LIMITS,
@@ -45,7 +45,7 @@ def prepare(calls, tmp_path: Path) -> Callable[..., dict[str, str | None]]:  # n
     ("eat", "worker_memory", "1.00 are allowed"),
     ("crash", "worker_failed", "ZeroDivisionError: a fault in the code (fakes.py:"),
 ])
-def test_only_the_poison_scan_is_lost(prepare, calls, tmp_path: Path, text: str,  # noqa: F811
+def test_only_the_poison_scan_is_lost(prepare, calls, tmp_path: Path, text: str,
                                       reason: str, message: str):
     contents = {"p1/1/T1w": "one", "p1/2/T1w": text, "p2/1/T1w": "two"}
     assert prepare(contents, IMPATIENT if text == "hang" else LIMITS) == {
@@ -58,7 +58,7 @@ def test_only_the_poison_scan_is_lost(prepare, calls, tmp_path: Path, text: str,
     assert calls == ["p1", "p2"] and tree_bytes(tmp_path / "a") == before  # not tried for ever
 
 
-def test_quarantined_people_are_tried_again_when_told_to(prepare, calls, tmp_path):  # noqa: F811
+def test_quarantined_people_are_tried_again_when_told_to(prepare, calls, tmp_path):
     contents = {"p1/1/T1w": "one", "p1/2/T1w": f"kill:{tmp_path}/no/folder", "p2/1/T1w": "two"}
     assert prepare(contents)["p1/2/T1w"] == "worker_failed"
     (tmp_path / "no").mkdir()
@@ -75,7 +75,7 @@ def test_scans_that_die_only_together_are_all_given_up(prepare):
                        "p2/1/T1w": None}
 
 
-def test_a_scan_with_several_results_and_one_that_is_not_read(calls, tmp_path):  # noqa: F811
+def test_a_scan_with_several_results_and_one_that_is_not_read(calls, tmp_path):
     import pyarrow as pa
 
     from data_prep.index import read_table, write_table

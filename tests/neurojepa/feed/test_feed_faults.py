@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import socket
-import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import pytest
 
@@ -25,56 +20,11 @@ from neurojepa.storage import write_bytes
 from neurojepa.train.checkpoint import latest_step
 from neurojepa.train.rows import read_rows
 from neurojepa.train.stopping import StopRequest
-from tests.helpers.feeds import tiny_config, write_feed
+from tests.helpers.feeds import damage, feed_config, read_batches, write_feed
+from tests.helpers.proxy import Proxy
 from tests.helpers.worker import job, run_ranks
 
 FILES = ("shards/00000.tar", "shards/00001.tar", "index.parquet", "labels.parquet", "feed.json")
-
-
-class Proxy:
-    """A TCP proxy on a port of its own; each new connection suffers the next of ``faults``."""
-
-    def __init__(self, target: str | None) -> None:
-        self.target = target
-        self.faults: deque[str] = deque()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client = self._listener.accept()[0]
-                fault = self.faults.popleft() if self.faults else ""
-                threading.Thread(target=self._serve, args=(client, fault), daemon=True).start()
-
-    def _serve(self, client: socket.socket, fault: str) -> None:
-        with client, contextlib.suppress(OSError):
-            if fault == "reset" or self.target is None:
-                client.recv(1)
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                return
-            address = urlparse(self.target)
-            with socket.create_connection((address.hostname or "", address.port or 0)) as server:
-                threading.Thread(target=_copy, args=(client, server), daemon=True).start()
-                _copy(server, client, fault)
-
-
-def _copy(source: socket.socket, sink: socket.socket, fault: str = "") -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            if fault == "delay":
-                time.sleep(0.3)
-            if fault == "corrupt" and len(data) > 2000:
-                data, fault = data[:-9] + b"!" + data[-8:], ""
-            sink.sendall(data[:1000] if fault == "truncate" else data)
-            if fault == "truncate":
-                break
-    with contextlib.suppress(OSError):  # also where the source was reset: a kill is not silence
-        sink.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -97,23 +47,10 @@ def upload(local: Path, uri: str) -> str:
     return uri
 
 
-def config_of(feed: str, run_dir: str | Path = "unused", steps: int = 8, **data: Any) -> RootConfig:
-    tree = tiny_config(feed, run_dir, steps=steps).model_dump()
-    return validate({**tree, "data": {**tree["data"], **data}}, "test")
-
-
 def same(ours: list[Batch], theirs: list[Batch]) -> bool:
     return len(ours) == len(theirs) and all(
         a.scan_ids == b.scan_ids and a.voxels.equal(b.voxels) and a.position.equal(b.position)
         and a.modality.equal(b.modality) for a, b in zip(ours, theirs, strict=True))
-
-
-def batches(config: RootConfig, rank: int = 0, world: int = 1, first: int = 0) -> list[Batch]:
-    loader = Loader(open_feed(config.data.feed), config, rank, world, first)
-    try:
-        return list(loader)
-    finally:
-        loader.close()
 
 
 # ---- the store -----------------------------------------------------------------------------------
@@ -131,7 +68,7 @@ def test_a_store_that_dies_and_comes_back_costs_only_time(
             monkeypatch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("faults")
-        config = config_of(upload(local, "s3://faults/feed"), retry_s=90)
+        config = feed_config(upload(local, "s3://faults/feed"), retry_s=90)
         loader = Loader(open_feed(config.data.feed), config, 0, 1, 0)
         stream = iter(loader)
         seen = [next(stream)]
@@ -145,20 +82,20 @@ def test_a_store_that_dies_and_comes_back_costs_only_time(
         reading.join(timeout=90)
         loader.close()
         s3fs.S3FileSystem.clear_instance_cache()
-    assert same(seen, batches(config_of(str(local))))
+    assert same(seen, read_batches(feed_config(str(local))))
     damaged, retries = loader.take_reports()
     assert retries and not damaged and not loader.has_reports
 
 
 def test_what_a_proxy_spoils_is_read_again(local: Path, s3: Any, proxy: Proxy,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(upload(local, f"{s3.uri}/faulty"), read_threads=1)
+    config = feed_config(upload(local, f"{s3.uri}/faulty"), read_threads=1)
     feed = open_feed(config.data.feed)
     proxy.target = s3.endpoint
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     proxy.faults.extend(["reset", "truncate", "corrupt", "delay"])
     loader = Loader(feed, config, 0, 1, 0)
-    assert same(list(loader), batches(config_of(str(local))))
+    assert same(list(loader), read_batches(feed_config(str(local))))
     loader.close()
     assert len(proxy.faults) <= 1  # a connection that was only corrupt or slow is used again
     damaged, retries = loader.take_reports()
@@ -167,7 +104,7 @@ def test_what_a_proxy_spoils_is_read_again(local: Path, s3: Any, proxy: Proxy,
 
 def test_a_store_that_stays_away_ends_in_one_clear_error(
         local: Path, s3: Any, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(upload(local, f"{s3.uri}/away"), retry_s=1)
+    config = feed_config(upload(local, f"{s3.uri}/away"), retry_s=1)
     feed = open_feed(config.data.feed)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)  # it resets every connection
     loader = Loader(feed, config, 0, 1, 0)
@@ -179,7 +116,7 @@ def test_a_store_that_stays_away_ends_in_one_clear_error(
 
 def test_closing_ends_reads_that_wait(local: Path, s3: Any, proxy: Proxy,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(upload(local, f"{s3.uri}/closing"), retry_s=480)
+    config = feed_config(upload(local, f"{s3.uri}/closing"), retry_s=480)
     feed = open_feed(config.data.feed)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)  # it resets every connection
     loader = Loader(feed, config, 0, 1, 0)
@@ -193,28 +130,17 @@ def test_closing_ends_reads_that_wait(local: Path, s3: Any, proxy: Proxy,
 
 # ---- damaged samples -----------------------------------------------------------------------------
 
-def damage(local: Path, folder: Path, rows: list[int]) -> str:
-    """A copy of the feed in which these rows have a flipped bit."""
-    feed = open_feed(shutil.copytree(local, folder).as_posix())
-    for row in rows:
-        shard = folder / feed.index["shard"][row].as_py()
-        data = bytearray(shard.read_bytes())
-        data[feed.index["offset"][row].as_py() + 20] ^= 1
-        shard.write_bytes(data)
-    return str(folder)
-
-
 def test_a_damaged_sample_has_one_successor_on_every_rank_and_at_every_resume(
         local: Path, tmp_path: Path) -> None:
-    order = Order(open_feed(str(local)).index, config_of(str(local), balance=1).data, 0)
+    order = Order(open_feed(str(local)).index, feed_config(str(local), balance=1).data, 0)
     first, second = order.row(3), order.row(4)
     uri = damage(local, tmp_path / "feed", [first, second])
-    config = config_of(uri, replace_damaged=True, balance=1)
+    config = feed_config(uri, replace_damaged=True, balance=1)
     columns = open_feed(uri).index.to_pydict()
 
     def by_position(world: int, start: int = 0) -> dict[int, str]:
         return {int(position): scan_id for rank in range(world)
-                for batch in batches(config, rank, world, start)
+                for batch in read_batches(config, rank, world, start)
                 for position, scan_id, weight in zip(batch.position, batch.scan_ids, batch.weight,
                                                      strict=True) if weight}
 
@@ -224,17 +150,17 @@ def test_a_damaged_sample_has_one_successor_on_every_rank_and_at_every_resume(
     assert replaced == {p for p in range(32) if order.row(p) in (first, second)}
     assert by_position(2) == by_position(3) == alone
     assert by_position(2, start=3) == {p: alone[p] for p in range(12, 32)}
-    batch = next(b for b in batches(config) if 3 in b.position)
+    batch = next(b for b in read_batches(config) if 3 in b.position)
     stored = columns["modality"][order.row(5)]
     assert batch.modality[list(batch.position).index(3)] == ("T1w", "T2w").index(stored)
     with pytest.raises(DataError, match=r"content differs.*or set data\.replace_damaged=true"):
-        batches(config_of(uri))
+        read_batches(feed_config(uri))
 
 
 def test_where_everything_is_damaged_nothing_is_replaced(local: Path, tmp_path: Path) -> None:
     uri = damage(local, tmp_path / "feed", list(range(24)))
     with pytest.raises(DataError, match="its sample and the 10 after it are damaged"):
-        batches(config_of(uri, replace_damaged=True))
+        read_batches(feed_config(uri, replace_damaged=True))
 
 
 def test_windows_move_the_positions_of_later_steps() -> None:
@@ -247,15 +173,15 @@ def test_windows_move_the_positions_of_later_steps() -> None:
 def test_damage_in_runs_is_logged_once_and_bounded(local: Path, tmp_path: Path) -> None:
     uri = damage(local, tmp_path / "two", [3, 8])
     many = damage(local, tmp_path / "many", [1, 4, 7, 10, 13])
-    for process in run_ranks([job(config_of(uri, tmp_path / "both", replace_damaged=True),
+    for process in run_ranks([job(feed_config(uri, tmp_path / "both", replace_damaged=True),
                                   tmp_path)], tmp_path, ranks=2):
         assert process.returncode == 0, process.stdout
-    jobs = [job(config_of(uri, tmp_path / "one", replace_damaged=True), tmp_path),
-            job(config_of(uri, tmp_path / "strict", steps=20), tmp_path,
+    jobs = [job(feed_config(uri, tmp_path / "one", replace_damaged=True), tmp_path),
+            job(feed_config(uri, tmp_path / "strict", steps=20), tmp_path,
                 expect="or set data.replace_damaged=true"),
-            job(config_of(many, tmp_path / "many-run", replace_damaged=True), tmp_path,
+            job(feed_config(many, tmp_path / "many-run", replace_damaged=True), tmp_path,
                 expect="were damaged, more than data.max_damaged_share"),
-            job(late(config_of(str(local), tmp_path / "late")), tmp_path)]
+            job(late(feed_config(str(local), tmp_path / "late")), tmp_path)]
     (process,) = run_ranks(jobs, tmp_path)
     assert process.returncode == 0, process.stdout
 

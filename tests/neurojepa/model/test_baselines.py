@@ -27,9 +27,9 @@ from neurojepa.train.probe import OnlineProbe
 from neurojepa.train.rows import read_rows
 from neurojepa.train.world import World
 from neurojepa.weights import export, load
+from tests.helpers.batches import make_batch
 from tests.helpers.feeds import GRID, tiny_config, write_feed
 from tests.helpers.worker import job, run_ranks
-from tests.neurojepa.objective.test_masks import make_batch
 
 MIDDLE, END = 12, 24
 METHODS: dict[str, dict[str, Any]] = {

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
@@ -16,7 +15,8 @@ from neurojepa.model.moe import moe_layers, update_router_bias
 from neurojepa.model.sizes import SIZES
 from neurojepa.objective.losses import crowding
 from neurojepa.objective.views import Views, make_views
-from tests.neurojepa.objective.test_masks import GRID, make_batch, make_config
+from tests.helpers.batches import GRID, make_batch, make_config
+from tests.helpers.kernels import NoSyncNoAtomics
 
 
 @pytest.fixture(scope="module")
@@ -138,19 +138,6 @@ def test_collapse_shows_in_rank_and_std(config: RootConfig, views: Views):
     assert metrics["target_std"] / 3 < 1e-3 and metrics["effective_rank"] / 3 < 2
 
 
-class NoSyncNoAtomics(TorchDispatchMode):
-    """Fails on operators that wait for a device, or whose sums depend on its scheduling."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal",
-                 "index_put", "_index_put_impl", "index_add", "scatter_add",
-                 "embedding_dense_backward")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = func.name().removeprefix("aten::").split(".")[0]
-        assert name.rstrip("_") not in self.FORBIDDEN, name
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("checkpointing", [0, 1])
 def test_a_step_never_waits_for_the_device_nor_adds_with_atomics(checkpointing: int):
     config = make_config(96, model={"size": "tiny", "patch_voxels": 3, "token_budget": 96,
@@ -216,7 +203,7 @@ PROGRAM = """
 import hashlib, torch
 from neurojepa.model.jepa import build_model
 from neurojepa.objective.views import make_views
-from tests.neurojepa.objective.test_masks import GRID, make_batch, make_config
+from tests.helpers.batches import GRID, make_batch, make_config
 torch.set_num_threads(1)
 config = make_config(96)
 model = build_model(config, GRID)

@@ -19,8 +19,8 @@ from neurojepa.objective import anatomy
 from neurojepa.objective.anatomy import patch_regions, tissue_shares
 from neurojepa.objective.masks import draw_masks
 from neurojepa.objective.views import make_views, patch_counts, patchify
-from tests.neurojepa.model.test_jepa import NoSyncNoAtomics
-from tests.neurojepa.objective.test_masks import GRID, make_batch, make_config, part
+from tests.helpers.batches import GRID, make_batch, make_config, part
+from tests.helpers.kernels import NoSyncNoAtomics
 
 BRAIN = TRAINING_GRIDS["3mm"]  # 9 x 11 x 9 patches of 6 voxels
 PATCH = 6

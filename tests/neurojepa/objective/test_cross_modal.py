@@ -19,11 +19,10 @@ from neurojepa.feed.order import Order
 from neurojepa.model.jepa import build_model
 from neurojepa.objective.views import Views, make_views
 from neurojepa.train.rows import read_rows
-from tests.helpers.feeds import write_feed
+from tests.helpers.batches import GRID, make_batch, make_config
+from tests.helpers.feeds import damage, feed_config, read_batches, write_feed
+from tests.helpers.kernels import NoSyncNoAtomics
 from tests.helpers.worker import job, run_ranks
-from tests.neurojepa.feed.test_feed_faults import batches, config_of, damage
-from tests.neurojepa.model.test_jepa import NoSyncNoAtomics
-from tests.neurojepa.objective.test_masks import GRID, make_batch, make_config
 
 PLAIN = {"gamma": 0, "noise": 0, "bias_field": 0}
 
@@ -37,7 +36,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def order_of(feed: Feed, seed: int = 0, **data: Any) -> Order:
-    return Order(feed.index, config_of(feed.uri, cross_modal=0.4, **data).data, seed)
+    return Order(feed.index, feed_config(feed.uri, cross_modal=0.4, **data).data, seed)
 
 
 def pairs(order: Order, count: int) -> list[tuple[int, list[int]]]:
@@ -69,7 +68,7 @@ def test_partners_are_a_function_of_seed_and_position(local: Path) -> None:
     assert [(23 - row, [23 - each for each in others]) for row, others in pairs(other, 200)] == \
         pairs(order, 200)
     assert pairs(order_of(feed, seed=1), 200) != pairs(order, 200)
-    off = Order(feed.index, config_of(feed.uri).data, 0)
+    off = Order(feed.index, feed_config(feed.uri).data, 0)
     assert off.fingerprint != order.fingerprint and not any(o for _, o in pairs(off, 200))
     assert np.array_equal(off.rows(np.arange(200)), order.rows(np.arange(200)))
 
@@ -95,7 +94,7 @@ def seen(config: RootConfig, world: int = 1, start: int = 0) -> dict[int, tuple[
     """Position -> scan id, modality of the targets and voxels that they come from."""
     found = {}
     for rank in range(world):
-        for batch in batches(config, rank, world, start):
+        for batch in read_batches(config, rank, world, start):
             assert batch.target_voxels is not None and batch.target_modality is not None
             for n in np.flatnonzero(batch.weight.numpy()):
                 found[int(batch.position[n])] = (
@@ -113,7 +112,7 @@ def expected(feed: Feed, order: Order, position: int, choice: int = 0) -> tuple[
 
 
 def test_every_world_size_and_start_reads_the_same_pairs(local: Path) -> None:
-    config, feed = config_of(str(local), cross_modal=0.4), open_feed(str(local))
+    config, feed = feed_config(str(local), cross_modal=0.4), open_feed(str(local))
     alone, order = seen(config), order_of(feed)
     assert alone == {position: expected(feed, order, position) for position in range(32)}
     assert seen(config, 2) == seen(config, 3) == alone
@@ -121,7 +120,7 @@ def test_every_world_size_and_start_reads_the_same_pairs(local: Path) -> None:
 
 
 def test_switched_off_a_batch_holds_no_second_scan(local: Path) -> None:
-    batch = batches(config_of(str(local)))[0]
+    batch = read_batches(feed_config(str(local)))[0]
     assert batch.target_voxels is None and batch.target_modality is None
 
 
@@ -132,14 +131,14 @@ def test_a_damaged_partner_is_replaced_by_the_next_and_at_last_by_the_sample(
     position, row = next((p, row) for p, (row, others) in enumerate(pairs(order, 32)) if others)
     first, second = order.partners(row, position)
     one = damage(local, tmp_path / "one", [first])
-    config = config_of(one, cross_modal=0.4, replace_damaged=True)
+    config = feed_config(one, cross_modal=0.4, replace_damaged=True)
     assert seen(config)[position] == expected(feed, order, position, choice=1)
     assert seen(config, 3) == seen(config)
-    both = config_of(damage(local, tmp_path / "both", [first, second]), cross_modal=0.4,
+    both = feed_config(damage(local, tmp_path / "both", [first, second]), cross_modal=0.4,
                      replace_damaged=True)
     assert seen(both)[position] == expected(feed, order, position, choice=2)
     with pytest.raises(DataError, match=r"content differs.*or set data\.replace_damaged=true"):
-        batches(config_of(one, cross_modal=0.4))
+        read_batches(feed_config(one, cross_modal=0.4))
 
 
 # ---- views and model -----------------------------------------------------------------------------
@@ -241,7 +240,7 @@ def test_a_batch_moves_whole() -> None:
 
 def test_a_run_with_pairs_and_priors_continues_bit_equal(local: Path, tmp_path: Path) -> None:
     def config(name: str) -> RootConfig:
-        tree = config_of(str(local), tmp_path / name, cross_modal=0.5).model_dump()
+        tree = feed_config(str(local), tmp_path / name, cross_modal=0.5).model_dump()
         tree["objective"]["masks"]["region_share"] = 0.5
         return RootConfig.model_validate(tree | {"objective": {
             **tree["objective"], "tissue_weight": 0.2}})

@@ -2,70 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
-from neurojepa.ports import free_port
 from tests.helpers import ROOT
 from tests.helpers.launches import check_finished, losses, reference
-
-RAY = str(Path(sys.executable).parent / "ray")
-# Ray binds the machine's own address unless told that loopback is enough.
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
+from tests.helpers.ray_nodes import RAY, cluster
 
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[dict[str, str]]:
     """A head node with two CPUs; yields the environment of its clients."""
-    folder = tempfile.mkdtemp(prefix="ry")  # short: Ray puts unix sockets below it
-    port, dashboard = free_port(), free_port()
-    # a token of its own: Ray would otherwise enforce or ignore the user's, head and client apart
-    environment = {**os.environ, **LOOPBACK, "RAY_AUTH_MODE": "token",
-                   "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
-    environment.pop("RAY_ADDRESS", None)
-    # --block: the node's processes stay below this one, so they can be ended by pid
-    head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--port", str(port), "--num-cpus", "2",
-         "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
-         "--dashboard-agent-listen-port", str(free_port()),  # 52365 may be another Ray's
-         "--object-store-memory", "200000000", "--temp-dir", folder], cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_for(dashboard, head)
-        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-               "gcs": f"127.0.0.1:{port}"}
-    finally:
-        family = [*psutil.Process(head.pid).children(recursive=True)]
-        head.terminate()
-        for process in family:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        head.kill()
-        head.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_for(port: int, head: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 90
-    while time.monotonic() < end and head.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.3)
-    raise AssertionError("Ray did not start")
+    with cluster(num_cpus=2) as made:
+        yield {**made.environment, "gcs": made.address}
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from neurojepa.storage import Patience, is_outage, write_bytes
 from neurojepa.train.checkpoint import committed_steps, open_checkpoint, remove, step_uri
 from neurojepa.train.rows import append_rows, read_rows
 from tests.helpers.feeds import tiny_config, write_feed
-from tests.neurojepa.feed.test_feed_faults import Proxy
-from tests.neurojepa.test_pretrain import recipe, start
+from tests.helpers.launches import start_pretrain, write_config
+from tests.helpers.proxy import Proxy
 from tools.store import serve_s3
 
 STEPS, EVERY = 120, 20
@@ -54,10 +54,10 @@ def config_of(tmp_path: Path, run_dir: str, retry_s: float) -> RootConfig:
 def test_an_outage_costs_time_and_one_without_end_costs_no_checkpoint(
         tmp_path: Path, proxy: Proxy) -> None:
     uri, patient = "s3://runs/a", Patience(60)  # the server needs a while after its start
-    path = recipe(config_of(tmp_path, uri, retry_s=120), tmp_path)
+    path = write_config(config_of(tmp_path, uri, retry_s=120), tmp_path)
     with contextlib.ExitStack() as servers:
         proxy.target = servers.enter_context(serve_s3(tmp_path / "s3"))["AWS_ENDPOINT_URL"]
-        process = start("--config", path)
+        process = start_pretrain("--config", path)
         wait_for_step(uri, EVERY)
         servers.close()  # SIGKILL
         time.sleep(8)
@@ -72,7 +72,7 @@ def test_an_outage_costs_time_and_one_without_end_costs_no_checkpoint(
         assert [row["step"] for row in events if row["event"] == "checkpoint"] == list(
             range(EVERY, STEPS + 1, EVERY))
 
-        process = start("--config", path, "train.steps=9999", "data.retry_s=1")
+        process = start_pretrain("--config", path, "train.steps=9999", "data.retry_s=1")
         wait_for_step(uri, STEPS + EVERY)
         servers.close()
         _, errors = process.communicate(timeout=100)
