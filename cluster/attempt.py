@@ -7,22 +7,20 @@ the step of the slowest rank and the time it may stand still before it counts as
 from __future__ import annotations
 
 import os
-import random
 import re
 import shlex
 import shutil
-import socket
 import statistics
 import sys
 import time
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.processes import TOKEN
 from cluster.rundir import Heartbeat
 from neurojepa.errors import ClusterError, ConfigError
+from neurojepa.ports import free_port
 
 # Variables the ranks on other hosts need; DeepSpeed itself sends only PYTHON*.  Credentials stay
 # out: they would show on the ssh command line; hosts have their own (~/.aws or an instance role).
@@ -78,7 +76,7 @@ class DeepSpeedLaunch:
     def command(self) -> list[str]:
         """The launcher's command line; every start takes another free port."""
         start = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port",
-                 str(_free_port())]
+                 str(free_port())]
         hosts = self.hosts()
         if not hosts:
             # /dev/null: DeepSpeed would otherwise obey a /job/hostfile that happens to exist
@@ -164,12 +162,3 @@ class Progress:
     @property
     def silent_s(self) -> float:
         return time.monotonic() - self.changed_at
-
-
-def _free_port() -> int:
-    """Below the ports that Linux lends to clients: it is bound seconds from now."""
-    draw = random.SystemRandom()
-    while True:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", draw.randrange(20000, 32768)))
-            return int(probe.getsockname()[1])

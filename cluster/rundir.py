@@ -5,23 +5,19 @@
     logs/attempt-K.log                                        written by the supervisor
 
 It is a local directory or a URI that fsspec knows.  Reading never changes it and never needs the
-training to be alive.  A line that a kill cut short is left out, and goes when an event is added;
-whole lines are never changed.
+training to be alive.  A line that a kill cut short is left out.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import time
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import yaml
 
 from neurojepa.errors import ClusterError, ConfigError
-from neurojepa.storage import store_errors
+from neurojepa.storage import is_local, join, names, open_store, read_if_there
 
 TRAIN_EVENTS = ("start", "resume", "checkpoint", "skip", "stop", "finish")
 
@@ -43,61 +39,19 @@ class RunDir:
 
     uri: str
 
-    @cached_property
-    def _store(self) -> tuple[Any, str]:
-        import fsspec
-
-        options: dict[str, Any] = {}
-        if self.uri.startswith("s3:"):  # uncached; a store that is silent is noticed soon
-            options = {"use_listings_cache": False, "config_kwargs": {
-                "connect_timeout": 5, "read_timeout": 15, "retries": {"total_max_attempts": 1}}}
-        try:
-            fs, path = fsspec.core.url_to_fs(self.uri, **options)
-        except (ValueError, ImportError) as error:
-            raise ClusterError(f"{self.uri}: cannot open this kind of store ({error})") from error
-        return fs, path.rstrip("/")
-
     @property
     def local_path(self) -> str | None:
         """The directory on this machine, or None where the run lives in an object store."""
-        fs, path = self._store
-        return path if "file" in fs.protocol else None
+        fs, path = open_store(self.uri)
+        return path if is_local(fs) else None
 
     def read(self, name: str, tail_bytes: int | None = None) -> bytes | None:
         """The content (or its last ``tail_bytes``) of a file below the run; None if absent."""
-        fs, path = self._store
-        start = None
-        try:
-            if tail_bytes is not None:
-                start = max(0, fs.size(f"{path}/{name}") - tail_bytes)
-            return fs.cat_file(f"{path}/{name}", start=start)
-        except FileNotFoundError:
-            return None
-        except store_errors() as error:
-            raise ClusterError(f"{self.uri}/{name}: cannot be read ({error}); check the store "
-                               "and its credentials") from error
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a whole file below the run."""
-        fs, path = self._store
-        try:
-            fs.makedirs(os.path.dirname(f"{path}/{name}"), exist_ok=True)
-            fs.pipe_file(f"{path}/{name}", data)
-        except store_errors() as error:
-            raise ClusterError(f"{self.uri}/{name}: cannot be written ({error}); check space, "
-                               "rights and credentials") from error
+        return read_if_there(join(self.uri, name), tail_bytes)
 
     def names(self, folder: str) -> list[str]:
         """File names in a folder of the run; empty if it does not exist."""
-        fs, path = self._store
-        try:
-            found = fs.ls(f"{path}/{folder}", detail=False)
-        except FileNotFoundError:
-            return []
-        except store_errors() as error:
-            raise ClusterError(f"{self.uri}/{folder}: cannot be listed ({error}); check the store "
-                               "and its credentials") from error
-        return sorted(os.path.basename(item.rstrip("/")) for item in found)
+        return names(join(self.uri, folder))
 
     def rows(self, name: str, tail_bytes: int | None = None) -> list[dict[str, Any]]:
         """The rows of a .jsonl file, oldest first (only those in the tail, if that is given)."""
@@ -142,22 +96,6 @@ class RunDir:
     def config(self) -> dict[str, Any]:
         """The resolved configuration the training stored; empty before its first start."""
         return yaml.safe_load(self.read("config.yaml") or b"") or {}
-
-    def append_event(self, event: str, step: int | None, **fields: Any) -> None:
-        """Add a row to events.jsonl; called only while no rank is alive to write there too."""
-        row = {"time": time.time(), "event": event, "step": step, "by": "supervisor", **fields}
-        data = (json.dumps(row) + "\n").encode()
-        before = self.read("events.jsonl") or b""
-        whole = before[:before.rfind(b"\n") + 1]  # a kill may have cut the last row
-        if self.local_path is None:
-            self.write("events.jsonl", whole + data)
-            return
-        os.makedirs(self.local_path, exist_ok=True)
-        with open(f"{self.local_path}/events.jsonl", "ab") as file:
-            file.truncate(len(whole))
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def run_of_arguments(arguments: list[str]) -> tuple[RunDir, dict[str, Any]]:

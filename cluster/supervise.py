@@ -21,19 +21,19 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import psutil
 
 from cluster.attempt import Progress, ssh_options
 from cluster.processes import members, ranks, same_process, send, send_remote
 from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
-from neurojepa.errors import ClusterError
-from neurojepa.storage import is_outage
+from neurojepa.errors import ClusterError, DataError
+from neurojepa.storage import Patience, append_rows, is_outage, join, write_bytes
 
 REQUEUE = 75  # exit status of a training that stopped on request, to be queued again
 REFUSED = 2  # exit status of a command that cannot work as it was given
@@ -41,8 +41,6 @@ CLEANUP_S = 20.0  # DeepSpeed's launchers exit 1 to 3 s after their ranks
 POLL_S = 0.2
 LOG_LINES = 20
 FATAL = ("diverged", "collapse")  # last events of trainings that cannot go on
-STORE_POLL_S = 2.0
-T = TypeVar("T")
 
 
 class Launch(Protocol):
@@ -93,6 +91,11 @@ class Supervisor:
     last_step: int | None = None
     store_s: float = 600.0
     _stop_signals: int = field(default=0, init=False)
+    _patience: Patience = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._patience = Patience(self.store_s, tell=lambda said: print(
+            f"trying again: {said}", flush=True))
 
     def run(self) -> int:
         """Supervise until the run has finished; returns the status to exit with.
@@ -106,11 +109,11 @@ class Supervisor:
         failures = restarts = 0
         with self._stop_on_signal(), tempfile.TemporaryDirectory(prefix="supervise-") as scratch:
             while True:
-                committed = self._ask(self.run_dir.committed_step)
+                committed = self._patience(self.run_dir.committed_step)
                 outcome = self._attempt(self._next_attempt(), Path(scratch))
                 if (status := self._ended(outcome)) is not None:
                     return status
-                now_committed = self._ask(self.run_dir.committed_step)
+                now_committed = self._patience(self.run_dir.committed_step)
                 failures = failures + 1 if now_committed == committed else 1
                 # the very first start refused its input: trying again cannot help
                 refused = outcome.status == REFUSED and outcome.step is None and restarts == 0
@@ -127,8 +130,8 @@ class Supervisor:
         """Start the launcher, watch it to its end, and leave no process of it behind."""
         token = uuid.uuid4().hex
         log = self._log_path(number, scratch)
-        progress = Progress(self._ask(self.run_dir.heartbeats), self.last_step)
-        self._event("started", self._ask(self.run_dir.committed_step), attempt=number)
+        progress = Progress(self._patience(self.run_dir.heartbeats), self.last_step)
+        self._event("started", self._patience(self.run_dir.committed_step), attempt=number)
         with log.open("wb") as file:
             process = subprocess.Popen(
                 self.launch.command(), env=self.launch.environment(token, scratch),
@@ -139,8 +142,9 @@ class Supervisor:
         finally:
             self._end(process, token)
         if self.run_dir.local_path is None:
-            self._ask(lambda: self.run_dir.write(f"logs/{log.name}", log.read_bytes()))
-        progress.update(self._ask(self.run_dir.heartbeats))
+            self._patience(lambda: write_bytes(
+                join(self.run_dir.uri, "logs", log.name), log.read_bytes()))
+        progress.update(self._patience(self.run_dir.heartbeats))
         outcome = Outcome(_status(process.returncode), progress.step, progress.beats,
                           _last_lines(log), hung, self._fatal_event())
         self._event("exit", outcome.step, attempt=number, status=outcome.status, hung=hung,
@@ -173,7 +177,7 @@ class Supervisor:
         try:
             if progress.update(self.run_dir.heartbeats()):
                 print(f"step {progress.step}", flush=True)
-        except ClusterError as error:
+        except DataError as error:
             if not is_outage(error):
                 raise
             progress.changed_at = time.monotonic()
@@ -181,7 +185,7 @@ class Supervisor:
 
     def _fatal_event(self) -> str | None:
         """The training's last event of this attempt, if it says that it cannot go on."""
-        for row in reversed(self._ask(self.run_dir.events)):
+        for row in reversed(self._patience(self.run_dir.events)):
             if row["event"] == "started" or row.get("by") != "supervisor":
                 return row["event"] if row["event"] in FATAL else None
         return None
@@ -227,7 +231,7 @@ class Supervisor:
 
     def _ended(self, outcome: Outcome) -> int | None:
         """The status to exit with if the supervision is over without a failure."""
-        trained = [row["event"] for row in self._ask(self.run_dir.events)
+        trained = [row["event"] for row in self._patience(self.run_dir.events)
                    if row["event"] in TRAIN_EVENTS]
         if outcome.status == 0 and trained and trained[-1] == "finish":
             self._event("finished", outcome.step)
@@ -255,14 +259,14 @@ class Supervisor:
     def _refuse_running(self) -> None:
         """Two trainings in one run directory would overwrite each other's checkpoints."""
         host = os.uname().nodename
-        for beat in self._ask(self.run_dir.heartbeats):
+        for beat in self._patience(self.run_dir.heartbeats):
             if beat.host == host and same_process(beat.pid, beat.time):
                 raise ClusterError(f"{self.run_dir.uri}: rank {beat.rank} is being trained by "
                                    f"process {beat.pid} already; stop that first")
 
     def _next_attempt(self) -> int:
         numbers = [name[len("attempt-"):-len(".log")]
-                   for name in self._ask(lambda: self.run_dir.names("logs"))
+                   for name in self._patience(lambda: self.run_dir.names("logs"))
                    if name.startswith("attempt-") and name.endswith(".log")]
         return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
 
@@ -273,22 +277,11 @@ class Supervisor:
         return path
 
     def _event(self, event: str, step: int | None, **fields: Any) -> None:
-        self._ask(lambda: self.run_dir.append_event(event, step, **fields))
+        """Add a row to events.jsonl; called only while no rank is alive to write there too."""
+        row = {"time": time.time(), "event": event, "step": step, "by": "supervisor", **fields}
+        self._patience(lambda: append_rows(join(self.run_dir.uri, "events.jsonl"), [row]))
         shown = {key: value for key, value in fields.items() if key not in ("ranks", "log")}
         print(f"{event} at step {step} {shown}", flush=True)
-
-    def _ask(self, work: Callable[[], T]) -> T:
-        """The result of ``work`` on the run directory, however long its store fails meanwhile."""
-        began = time.monotonic()
-        while True:
-            try:
-                return work()
-            except ClusterError as error:
-                left = began + self.store_s - time.monotonic()
-                if not is_outage(error) or left <= 0 or self._stop_signals:
-                    raise
-                print(f"trying again for {left:.0f} s: {error}", flush=True)
-                self._wait(min(STORE_POLL_S, left))
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -299,6 +292,7 @@ class Supervisor:
     def _stop_on_signal(self) -> Iterator[None]:
         def count(_signum: int, _frame: object) -> None:
             self._stop_signals += 1
+            self._patience.close()
 
         before = {number: signal.signal(number, count)
                   for number in (signal.SIGTERM, signal.SIGINT)}

@@ -66,8 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def already_finished(config: RootConfig) -> bool:
     """Whether the last event of training in run.dir is the end of this many steps."""
-    from neurojepa.storage import join
-    from neurojepa.train.rows import read_rows
+    from neurojepa.storage import join, read_rows
 
     rows = [row for row in read_rows(join(config.run.dir, "events.jsonl"))
             if row.get("event") in ("start", "resume", "stop", "finish")]

@@ -17,7 +17,7 @@ from neurojepa.errors import ClusterError
 from neurojepa.feed.format import ARCHIVE_GRID, MODALITIES, NOT_SCANNED, Feed, Grid, open_feed
 from neurojepa.feed.loader import Batch, SampleReader
 from neurojepa.report import figure, page, paragraph, section, table, tiles
-from neurojepa.train.rows import read_rows
+from neurojepa.storage import read_rows
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aab8"
 

@@ -24,8 +24,15 @@ from torch import Tensor
 from neurojepa.config import RootConfig
 from neurojepa.feed.format import Grid
 from neurojepa.model.flops import peak_flops, step_flops, tokens_per_volume
-from neurojepa.storage import Patience, is_local, join, open_store, write_bytes
-from neurojepa.train.rows import append_rows, drop_rows
+from neurojepa.storage import (
+    Patience,
+    append_rows,
+    drop_rows,
+    is_local,
+    join,
+    open_store,
+    write_bytes,
+)
 from neurojepa.train.telemetry import Trackers, check_trackers
 from neurojepa.train.world import World
 

@@ -22,9 +22,8 @@ from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import Feed
 from neurojepa.feed.labels import as_numbers, scan_labels
 from neurojepa.model.averaged import Averaged
-from neurojepa.storage import join
+from neurojepa.storage import join, read_rows, write_rows
 from neurojepa.train.metrics import Metrics
-from neurojepa.train.rows import read_rows, write_rows
 from neurojepa.train.world import World
 
 TARGETS = ("age", "sex", "diagnosis")

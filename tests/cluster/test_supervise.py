@@ -23,8 +23,8 @@ from cluster.processes import TOKEN, members, pid_space, same_process
 from cluster.rundir import Heartbeat, RunDir, run_of_arguments
 from cluster.status import read_status, render
 from cluster.supervise import Supervisor
-from neurojepa.errors import ClusterError, ConfigError
-from neurojepa.train.rows import read_rows
+from neurojepa.errors import ClusterError, ConfigError, DataError
+from neurojepa.storage import read_rows, write_bytes
 from tests.helpers.proxy import Proxy
 
 # starts toy ranks and passes on the first bad status, as deepspeed's launcher does
@@ -166,7 +166,7 @@ def test_a_stopped_rank_is_found_ended_and_restarted(toy, rank: int) -> None:
 
 def test_a_store_that_fails_is_no_silence_and_is_waited_for(
         s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    RunDir(f"{s3.uri}/supervised").write("latest", b"step-7")
+    write_bytes(f"{s3.uri}/supervised/latest", b"step-7")
     proxy = Proxy(None)  # resets every connection
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     s3fs.S3FileSystem.clear_instance_cache()
@@ -176,7 +176,7 @@ def test_a_store_that_fails_is_no_silence_and_is_waited_for(
     supervisor._look(progress)
     assert progress.silent_s < 60
     answers: list[int | None] = []
-    asking = in_background(lambda: answers.append(supervisor._ask(run_dir.committed_step)))
+    asking = in_background(lambda: answers.append(supervisor._patience(run_dir.committed_step)))
     asking.join(1)
     assert asking.is_alive()
     proxy.target = s3.endpoint
@@ -185,8 +185,8 @@ def test_a_store_that_fails_is_no_silence_and_is_waited_for(
     proxy.target = None
     s3fs.S3FileSystem.clear_instance_cache()
     lost = Supervisor(ToyLaunch([]), RunDir(f"{s3.uri}/supervised"), store_s=1)
-    with pytest.raises(ClusterError, match=r"supervised/latest: cannot be read"):
-        lost._ask(lost.run_dir.committed_step)
+    with pytest.raises(DataError, match=r"supervised/latest: cannot be read"):
+        lost._patience(lost.run_dir.committed_step)
     proxy.close()
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -333,7 +333,7 @@ def test_status_states(tmp_path: Path) -> None:
     assert (status["state"], status["eta_s"], status["loss"]) == ("running", 120.0, 0.5)
     assert [rank["age_s"] for rank in status["ranks"]] == [50.0, -30.0]
     assert read_status(run_dir, now=1190)["state"] == "stalled"  # rank 0 is silent
-    run_dir.append_event("give_up", 40)
+    Supervisor(ToyLaunch([]), run_dir)._event("give_up", 40)
     # of the cut line before it nothing is left: training, too, reads the file
     assert [row["event"] for row in read_rows(f"{tmp_path}/events.jsonl")] == ["start", "give_up"]
     assert read_status(run_dir, now=1190)["state"] == "failed"
@@ -346,9 +346,10 @@ def test_status_of_a_run_in_an_object_store(s3) -> None:
     run_dir = RunDir(f"{s3.uri}/run-{os.getpid()}")
     with pytest.raises(ClusterError, match="no run here"):
         read_status(run_dir)
-    run_dir.append_event("started", None)
-    run_dir.append_event("exit", 3, status=1)
-    run_dir.write("latest", b"step-2")
+    supervisor = Supervisor(ToyLaunch([]), run_dir)
+    supervisor._event("started", None)
+    supervisor._event("exit", 3, status=1)
+    write_bytes(f"{run_dir.uri}/latest", b"step-2")
     status = read_status(run_dir)
     assert (status["state"], status["last_checkpoint"]) == ("failed", 2)
     assert [row["event"] for row in status["events"]] == ["started", "exit"]

@@ -12,8 +12,8 @@ import pytest
 from neurojepa.config import RootConfig, dump_config
 from neurojepa.errors import ConfigError
 from neurojepa.pretrain import main
+from neurojepa.storage import read_rows
 from neurojepa.train.checkpoint import committed_steps, latest_step, open_checkpoint
-from neurojepa.train.rows import read_rows
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.launches import start_pretrain, write_config
 from tests.helpers.worker import job, run_module, run_ranks

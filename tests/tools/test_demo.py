@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from neurojepa.train.rows import read_rows
+from neurojepa.storage import read_rows
 from tests.helpers import ROOT
 
 PARTICIPANTS = "15"  # fewest for which every split has people of both diagnoses

@@ -32,8 +32,7 @@ from neurojepa.feed.format import Feed, Grid, open_feed
 from neurojepa.feed.loader import SampleReader
 from neurojepa.model.averaged import Averaged
 from neurojepa.objective.views import Views, make_views, patch_centres_mm, patchify
-from neurojepa.storage import write_bytes
-from neurojepa.train.rows import read_rows
+from neurojepa.storage import read_rows, write_bytes
 from neurojepa.weights import export, load, untrained
 
 LABELS = {"age": "age", "diagnosis": "diagnosis", "sex": "sex", "lesions": "lesion_ml"}

@@ -178,7 +178,7 @@ class Bench:
 
     def _end(self, run_dir: Path, attempts: list[Attempt]) -> tuple[Any, str | None, Any]:
         """Rows, hash of the final state, samples by position (as JSON has them)."""
-        from neurojepa.train.rows import read_rows
+        from neurojepa.storage import read_rows
 
         rows = [[row["step"], row["loss"], row["grad_norm"]]
                 for row in read_rows(str(run_dir / "metrics.jsonl"))]

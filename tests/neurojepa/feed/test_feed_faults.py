@@ -16,9 +16,8 @@ from neurojepa.errors import DataError
 from neurojepa.feed.format import open_feed
 from neurojepa.feed.loader import Batch, Loader
 from neurojepa.feed.order import Order, first_position
-from neurojepa.storage import write_bytes
+from neurojepa.storage import read_rows, write_bytes
 from neurojepa.train.checkpoint import latest_step
-from neurojepa.train.rows import read_rows
 from neurojepa.train.stopping import StopRequest
 from tests.helpers.feeds import damage, feed_config, read_batches, write_feed
 from tests.helpers.proxy import Proxy

@@ -21,10 +21,9 @@ from neurojepa.model.flops import forward_flops
 from neurojepa.model.jepa import build_model
 from neurojepa.objective.masks import draw_uniform_masks
 from neurojepa.objective.views import make_views, patchify
-from neurojepa.storage import Patience, write_bytes
+from neurojepa.storage import Patience, read_rows, write_bytes
 from neurojepa.train.checkpoint import open_checkpoint
 from neurojepa.train.probe import OnlineProbe
-from neurojepa.train.rows import read_rows
 from neurojepa.train.world import World
 from neurojepa.weights import export, load
 from tests.helpers.batches import make_batch

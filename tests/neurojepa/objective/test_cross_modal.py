@@ -18,7 +18,7 @@ from neurojepa.feed.loader import Batch, SampleReader
 from neurojepa.feed.order import Order
 from neurojepa.model.jepa import build_model
 from neurojepa.objective.views import Views, make_views
-from neurojepa.train.rows import read_rows
+from neurojepa.storage import read_rows
 from tests.helpers.batches import GRID, make_batch, make_config
 from tests.helpers.feeds import damage, feed_config, read_batches, write_feed
 from tests.helpers.kernels import NoSyncNoAtomics

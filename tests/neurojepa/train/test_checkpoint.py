@@ -15,11 +15,10 @@ from neurojepa import weights
 from neurojepa.config import RootConfig
 from neurojepa.errors import CheckpointError, ConfigError
 from neurojepa.model.jepa import build_model
-from neurojepa.storage import Patience, sha256
+from neurojepa.storage import Patience, append_rows, read_rows, sha256
 from neurojepa.train import checkpoint, saver
 from neurojepa.train.engine import Fragment
 from neurojepa.train.resume import check_fits, check_same_run
-from neurojepa.train.rows import append_rows, read_rows
 from tests.helpers.feeds import GRID, tiny_config, write_feed
 from tests.helpers.worker import job, run_ranks
 

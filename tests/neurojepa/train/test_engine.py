@@ -19,9 +19,9 @@ from neurojepa.feed.loader import Loader
 from neurojepa.model.jepa import build_model
 from neurojepa.model.moe import moe_layers, update_router_bias
 from neurojepa.objective.views import make_views
+from neurojepa.storage import read_rows
 from neurojepa.train.checkpoint import Checkpoint, open_checkpoint
 from neurojepa.train.engine import param_groups
-from neurojepa.train.rows import read_rows
 from neurojepa.train.schedule import rates_at
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.worker import deaden, job, run_ranks

@@ -10,9 +10,9 @@ import torch
 
 from neurojepa.config import HealthConfig, RootConfig
 from neurojepa.errors import DataError
+from neurojepa.storage import read_rows
 from neurojepa.train.checkpoint import Checkpoint, committed_steps, open_checkpoint
 from neurojepa.train.health import ARMED, WINDOW, Damage, Guard, Health
-from neurojepa.train.rows import read_rows
 from neurojepa.train.world import World
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.worker import job, run_ranks

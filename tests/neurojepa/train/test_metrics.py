@@ -16,10 +16,9 @@ import torch
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.model.flops import step_flops
-from neurojepa.storage import Patience
+from neurojepa.storage import Patience, append_rows, drop_rows, read_rows
 from neurojepa.train import metrics, telemetry
 from neurojepa.train.metrics import Metrics
-from neurojepa.train.rows import append_rows, drop_rows, read_rows
 from neurojepa.train.telemetry import write_environment
 from neurojepa.train.world import World
 from tests.helpers.feeds import GRID, tiny_config

@@ -14,8 +14,8 @@ from typing import Any
 
 from neurojepa.config import dump_config
 from neurojepa.ports import free_port
+from neurojepa.storage import read_rows
 from neurojepa.train.checkpoint import committed_steps, open_checkpoint
-from neurojepa.train.rows import read_rows
 from tests.helpers import ROOT
 from tests.helpers.feeds import tiny_config, write_feed
 

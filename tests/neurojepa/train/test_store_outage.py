@@ -15,9 +15,8 @@ import pytest
 
 from neurojepa.config import RootConfig, validate
 from neurojepa.errors import DataError
-from neurojepa.storage import Patience, is_outage, write_bytes
+from neurojepa.storage import Patience, append_rows, is_outage, read_rows, write_bytes
 from neurojepa.train.checkpoint import committed_steps, open_checkpoint, remove, step_uri
-from neurojepa.train.rows import append_rows, read_rows
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.launches import start_pretrain, write_config
 from tests.helpers.proxy import Proxy

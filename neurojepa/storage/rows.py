@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from neurojepa.errors import DataError
-from neurojepa.storage import is_local, open_store, read_bytes, store_errors, write_bytes
+from neurojepa.storage.files import is_local, open_store, read_if_there, write_bytes
+from neurojepa.storage.outage import store_errors
 
-TAIL_BYTES = 1 << 16  # longer than any row
+TAIL_BYTES = 1 << 20  # longer than any row: one of the supervisor's names every rank
 
 
 def read_rows(uri: str) -> list[dict[str, Any]]:
@@ -26,13 +27,8 @@ def read_rows(uri: str) -> list[dict[str, Any]]:
     DataError
         The file cannot be read, or a line that is not the last is no row.
     """
-    fs, path = open_store(uri)
-    try:
-        if not fs.exists(path):
-            return []
-    except store_errors() as error:
-        raise DataError(f"{uri}: cannot be read ({error}); check the store") from error
-    return [_row(uri, line) for line in read_bytes(uri).split(b"\n")[:-1] if line]
+    data = read_if_there(uri) or b""
+    return [_row(uri, line) for line in data.split(b"\n")[:-1] if line]
 
 
 def write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
@@ -67,10 +63,7 @@ def append_rows(uri: str, rows: list[dict[str, Any]]) -> None:
 
 def drop_rows(uri: str, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drop rows from the end of the file up to the last one that ``keep`` accepts."""
-    fs, path = open_store(uri)
-    if not fs.exists(path):
-        return
-    data = read_bytes(uri)
+    data = read_if_there(uri) or b""
     end = data.rfind(b"\n") + 1  # what follows was cut by a kill
     while end:
         start = data.rfind(b"\n", 0, end - 1) + 1
