@@ -3,7 +3,7 @@
 Frozen before the first table:
   cohort     data_prep synth, version 2 of its recipe, anatomies derived from the MNI152 template
              (16), 2 mm; the effect sizes are the constants of data_prep/synth/cohort.py.  Not the
-             people of seed 0, by whom defaults were chosen (RESULTS.md, "a first look")
+             people of seed 0, by whom defaults were chosen
   split      by anatomy, under the key below: of the 16, 10 train, 1 is for choices (val), 5 test;
              the first number from 100 on that gives 1 or 2 for val, 5 for test with 50 to 75
              people, and no test anatomy of the first look; chosen before any model was trained
