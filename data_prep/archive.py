@@ -33,8 +33,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.index import read_table, write_table
 from data_prep.scan import SCAN_SCHEMA
+from data_prep.tables import read_table, write_table
 from neurojepa.errors import DataError
 from neurojepa.feed.format import ARCHIVE_GRID, LABELS_SCHEMA
 from neurojepa.storage import (

@@ -23,15 +23,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.cohorts.base import Findings, Source, read_tsv
+from data_prep.cohorts.seen import Seen
+from data_prep.cohorts.source import Findings, Source
 from data_prep.identity import pseudonym
-from data_prep.scan import SCAN_SCHEMA, Scan
-from data_prep.seen import Seen
+from data_prep.scan import SCAN_SCHEMA, Scan, labels_path
 from data_prep.splits import LINK, SPLIT_BELOW, group_people, scope, settle
+from data_prep.tables import read_table, read_tsv
 from data_prep.withdrawal.lists import read_lists
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import LABELS_SCHEMA
-from neurojepa.storage import open_store, parquet_bytes, read_bytes, write_bytes
+from neurojepa.storage import open_store, parquet_bytes, write_bytes
 
 # the module of each kind of source: its ``read_cohort`` yields Findings
 READERS = {"ukb": "data_prep.cohorts.ukb.reader", "abcd": "data_prep.cohorts.abcd.reader",
@@ -276,47 +277,3 @@ def _tell(name: str, out: str, manifest: bytes, notes: Counter[str]) -> None:
               "groups")
     for note, count in sorted(notes.items()):
         print(f"  noted {count} x {note}")
-
-
-# ---- manifests -----------------------------------------------------------------------------------
-
-def labels_path(manifest: str) -> str:
-    """Where the labels of a manifest lie: X.labels.parquet beside X.parquet."""
-    if not manifest.endswith(".parquet"):
-        raise ConfigError(f"{manifest}: a manifest's name must end in .parquet")
-    return manifest.removesuffix(".parquet") + ".labels.parquet"
-
-
-def read_manifest(path: str) -> tuple[list[Scan], pa.Table]:
-    """The scans and labels of a manifest.
-
-    Raises
-    ------
-    DataError
-        It is missing, not Parquet, or lacks columns.
-    """
-    scans, labels = read_table(path, SCAN_SCHEMA.names), read_table(labels_path(path))
-    return [Scan(**row) for row in scans.to_pylist()], labels
-
-
-def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet table, or those columns of it, or DataError naming the file."""
-    data = read_bytes(path)
-    try:
-        # Arrow's threads must need no interpreter, or one that still runs when the process exits
-        # aborts it (github.com/apache/arrow/issues/34314): no pq.read_table, no Python file
-        file = pq.ParquetFile(pa.BufferReader(data))
-        if columns and (missing := set(columns) - set(file.schema_arrow.names)):
-            raise DataError(f"{path}: lacks the columns {', '.join(sorted(missing))}; it is not a "
-                            "manifest of this version; delete it and run index again")
-        return file.read(columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a Parquet table ({str(error).splitlines()[0]}); make it "
-                        "again") from error
-
-
-def write_table(path: str, table: pa.Table) -> bytes:
-    """Write a Parquet table as a whole; returns its bytes."""
-    data = parquet_bytes(table)
-    write_bytes(path, data)
-    return data

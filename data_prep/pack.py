@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.archive import IMAGE_SCALE, check_reachable, open_archive, read_volume, slot
-from data_prep.index import read_table
+from data_prep.tables import read_table
 from neurojepa.errors import DataError
 from neurojepa.feed.format import (
     AIR,

@@ -1,7 +1,7 @@
-"""The Scan record: one row of a manifest, and what later steps add to it.
+"""The Scan record, and manifests: tables of Scans, each with a table of labels beside it.
 
-``index`` writes manifests of Scans (no voxels are decoded); ``prepare`` adds status, scan_id and
-figures and keeps every row, whatever became of it.
+``index`` writes manifests (no voxels are decoded); ``prepare`` adds status, scan_id and figures to
+each Scan and keeps every row, whatever became of it (rows.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from neurojepa.errors import DataError
+from data_prep.tables import read_table
+from neurojepa.errors import ConfigError, DataError
 
 
 class ScanError(DataError):
@@ -43,7 +44,7 @@ class Scan:
     site: str | None = None
     scanner: str | None = None
     field_strength: float | None = None  # tesla
-    tracer: str | None = None  # of a PET, as PET_TRACERS of volumes/pet.py spells it
+    tracer: str | None = None  # of a PET, as pet_table.py spells it
     processing: str | None = None  # before delivery: fmriprep, xcp_d, fix, a PET level; None: raw
     mask_uri: str | None = None  # brain mask delivered with the scan
     label_uri: str | None = None  # label map delivered with the scan
@@ -72,3 +73,22 @@ def split_member(uri: str) -> tuple[str, str | None]:
     """ARCHIVE::MEMBER to its two parts; a plain URI has no member."""
     archive, separator, member = uri.partition("::")
     return archive, member if separator else None
+
+
+def labels_path(manifest: str) -> str:
+    """Where the labels of a manifest lie: X.labels.parquet beside X.parquet."""
+    if not manifest.endswith(".parquet"):
+        raise ConfigError(f"{manifest}: a manifest's name must end in .parquet")
+    return manifest.removesuffix(".parquet") + ".labels.parquet"
+
+
+def read_manifest(path: str) -> tuple[pa.Table, pa.Table]:
+    """The scans of a manifest (SCAN_SCHEMA), and their people's labels.
+
+    Raises
+    ------
+    DataError
+        One of the two tables is missing, not Parquet, or lacks columns.
+    """
+    return (read_table(path, SCAN_SCHEMA.names).cast(SCAN_SCHEMA),
+            read_table(labels_path(path)))

@@ -29,6 +29,7 @@ from data_prep.archive import (
     voxel_hash,
 )
 from data_prep.splits import check as check_splits
+from data_prep.tables import dicts
 from data_prep.withdrawal.audit import audit_problems, read_events, unfinished, withdrawn_people
 from neurojepa.errors import DataError
 from neurojepa.feed.format import AIR, NOT_SCANNED, Feed, decode_array, open_feed
@@ -36,7 +37,6 @@ from neurojepa.storage import join, open_store, sha256, store_errors
 
 Row = dict[str, Any]
 _SHOWN = 20
-_ROWS_AT_ONCE = 10_000
 _REPORT_EVERY_S = 5.0
 
 
@@ -90,7 +90,7 @@ class _Progress:
 
 def _people_problems(uri: str, rows: pa.Table, labels: pa.Table) -> Iterator[str]:
     """Splits, withdrawals and the log of them; ``rows`` are those whose person must be allowed."""
-    yield from check_splits(_dicts(rows.select(["participant", "family", "split"])))
+    yield from check_splits(dicts(rows.select(["participant", "family", "split"])))
     if broken := list(audit_problems(uri)):
         yield from broken
         return
@@ -108,11 +108,6 @@ def _repeated(scan_ids: pa.ChunkedArray) -> Iterator[str]:
         if each["counts"] > 1:
             yield (f"scan {each['values']} occurs {each['counts']} times; one content may have one "
                    "row")
-
-
-def _dicts(table: pa.Table) -> Iterator[Row]:
-    for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
-        yield from batch.to_pylist()
 
 
 # ---- feed ----------------------------------------------------------------------------------------
@@ -192,7 +187,7 @@ def _archive_problems(uri: str) -> Iterator[str]:
     yield from _repeated(usable["scan_id"])
     slots = list_slots(uri)
     progress = _Progress(usable.num_rows)
-    for row in _dicts(usable):
+    for row in dicts(usable):
         path = slot(row["participant"], row["scan_id"])
         if row["status"] not in ("accepted", "flagged"):
             yield f"{path}: status {row['status']} is unknown"
@@ -204,7 +199,7 @@ def _archive_problems(uri: str) -> Iterator[str]:
         progress.step()
     for path in sorted(slots):
         yield f"{path}: voxels without an accepted row"
-    for row in _dicts(scans.filter(pc.equal(scans["status"], "rejected"))
+    for row in dicts(scans.filter(pc.equal(scans["status"], "rejected"))
                       .select(["participant", "modality", "reason"])):
         if not row["reason"]:
             yield f"{row['participant']}: a {row['modality']} is rejected without a reason"

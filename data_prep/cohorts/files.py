@@ -16,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from data_prep.cohorts.base import Findings, Found, Source, parse_table
 from data_prep.cohorts.bids.derived import Taken
 from data_prep.cohorts.bids.names import MODALITIES, Image, Name
 from data_prep.cohorts.bids.scan import Reader
-from data_prep.cohorts.bids.tables import Person, Row
+from data_prep.cohorts.bids.tables import Person
+from data_prep.cohorts.source import Findings, Found, Source
+from data_prep.tables import Cells, parse_table
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.storage import read_bytes
 
@@ -28,7 +29,7 @@ _NEEDED = ("file", "participant_id", "modality")
 _FILES = ("file", "mask", "labels")  # columns that hold a path
 _OWN = {*_FILES, "modality", "tracer"}  # of the scan, not of the person
 _SUFFIXES = {modality: suffix for suffix, modality in MODALITIES.items()}
-Line = tuple[str, Row]  # where it stands, for errors
+Line = tuple[str, Cells]  # where it stands, for errors
 
 
 def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
@@ -101,7 +102,7 @@ def _sidecar(path: str) -> str:
 
 def _person(reader: Reader, participant: str, lines: list[Line], files: dict[str, Found]
             ) -> Findings:
-    people: dict[str, Row] = {}  # by session: the first row's facts, completed by the others
+    people: dict[str, Cells] = {}  # by session: the first row's facts, completed by the others
     for _, row in lines:
         told = {name: value for name, value in row.items() if name not in _OWN and value}
         people[str(row["session_id"])] = {**told, **people.get(str(row["session_id"]), {})}

@@ -40,12 +40,12 @@ from data_prep.archive import (
     remove_volume,
     slot,
 )
-from data_prep.index import labels_path, read_table
 from data_prep.pool import Task, run_tasks
 from data_prep.prepare.merge import merge, scan_rows, usable
 from data_prep.prepare.person import DIED, Limits, PrepareOne, Work, prepare_person, record_name
-from data_prep.scan import SCAN_SCHEMA, Scan
+from data_prep.scan import Scan, read_manifest
 from data_prep.splits import check as check_splits
+from data_prep.tables import dicts, read_table
 from data_prep.withdrawal.audit import withdrawn_people
 from neurojepa.errors import DataError
 from neurojepa.storage import join, open_store
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 _PEOPLE_AT_ONCE = 2000  # whose records are in memory
-_ROWS_AT_ONCE = 10_000
 _DEFAULT_LIMITS = Limits()
 
 
@@ -123,7 +122,7 @@ class People:
         self.records: dict[str, str] = {}
         self.num_scans: dict[str, int] = {}
         start = 0
-        for name, rows in groupby(_dicts(table), key=lambda row: row["participant"]):
+        for name, rows in groupby(dicts(table), key=lambda row: row["participant"]):
             scans = [Scan(**row) for row in rows]
             self._rows[name] = start, len(scans)
             start += len(scans)
@@ -180,8 +179,8 @@ class _Run:
 
 def _read(manifests: Sequence[str], gone: set[str]) -> tuple[pa.Table, pa.Table]:
     """Scans of all manifests by person, the last row of a scan counting, and labels."""
-    scans = pa.concat_tables([read_table(manifest, SCAN_SCHEMA.names).cast(SCAN_SCHEMA)
-                              for manifest in manifests])
+    read = [read_manifest(manifest) for manifest in manifests]
+    scans = pa.concat_tables([table for table, _ in read])
     numbered = scans.select(["uri", "member"]).append_column("row", pa.array(range(len(scans))))
     last = numbered.group_by(["uri", "member"]).aggregate([("row", "max")])["row_max"]
     scans = scans.take(last).sort_by([(name, "ascending") for name in (
@@ -189,13 +188,8 @@ def _read(manifests: Sequence[str], gone: set[str]) -> tuple[pa.Table, pa.Table]
     withdrawn = pc.is_in(scans["participant"], pa.array(gone, pa.string()))
     if num_people := pc.count_distinct(scans["participant"].filter(withdrawn)).as_py():
         print(f"{num_people} withdrawn people left out")
-    labels = pa.concat_tables([read_table(labels_path(manifest)) for manifest in manifests])
+    labels = pa.concat_tables([table for _, table in read])
     return scans.filter(pc.invert(withdrawn)).combine_chunks(), labels
-
-
-def _dicts(table: pa.Table) -> Iterator[Row]:
-    for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
-        yield from batch.to_pylist()
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -280,7 +274,7 @@ def _used_slots(table: pa.Table) -> set[str]:
 
 def _commit(out: str, table: pa.Table, labels: pa.Table, people: People) -> Counter[str]:
     """Write the archive's tables, with these people's labels replaced; prints the counts."""
-    if problems := check_splits(_dicts(table.select(["participant", "family", "split"]))):
+    if problems := check_splits(dicts(table.select(["participant", "family", "split"]))):
         raise DataError(f"{out}: {problems[0]}" + (f" (and {len(problems) - 1} more)"
                                                    if len(problems) > 1 else ""))
     labels = labels.filter(pc.is_in(labels["participant"], people.names))
@@ -308,7 +302,7 @@ def _review(out: str, table: pa.Table) -> pa.Table:
         return found
     if "fingerprint" not in table.column_names:
         return SCHEMA.empty_table()
-    return review_table(_dicts(table.select([*names, "fingerprint"]).filter(usable(table))))
+    return review_table(dicts(table.select([*names, "fingerprint"]).filter(usable(table))))
 
 
 def _checked(out: str, table: pa.Table, counts: Counter[str]) -> Counter[str]:

@@ -1,7 +1,7 @@
 """Quality of a scan: figures in native space, what the scan is, and which thresholds it crosses.
 
 Figures are always stored; a figure that cannot be measured is None, with ``<name>_reason``.
-Thresholds live in ``data_prep/qc.yaml``.
+Thresholds live in ``qc.yaml``.
 """
 
 from data_prep.qc.describe import describe

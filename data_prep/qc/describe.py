@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.qc.air import MIN_SCALP_SHARE
-from data_prep.volumes.reading.read import Volume
+from data_prep.volumes.reading.volume import Volume
 
 ANISOTROPY_2D = 2.0  # slices this much thicker than the pixels: acquired slice by slice
 # DICOM (0018,1048); other words are free text and are not passed on

@@ -55,7 +55,7 @@ class Rules:
 
 @cache
 def rules() -> Rules:
-    """The rules of ``data_prep/qc.yaml``."""
+    """The rules of ``qc.yaml``."""
     return load_rules(DEFAULT)
 
 

@@ -13,7 +13,7 @@ from data_prep.scan import Scan, ScanError, split_member
 from data_prep.volumes.placing.align import Placement, coverage, template
 from data_prep.volumes.placing.geometry import on_grid, resample, to_itk
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.reading.volume import Volume, read_scan
 from data_prep.volumes.results import AIR, BRAIN, NOT_SCANNED, Prepared
 from data_prep.volumes.structural.intensity import scale
 from data_prep.volumes.structural.session import Work

@@ -6,7 +6,7 @@ Alignment is what makes the person the unit of work.  Each session has one ancho
 T1w, else its finest other scan); the session's other scans are registered to it rigidly.  With
 several sessions the anchors meet at their midpoint, whose mean image is placed in MNI152, so that
 no visit is favoured.  The matrices are multiplied and every scan is interpolated once.  PET and
-BOLD come last, one at a time, and go where the anchors went (functional.py).
+BOLD come last, one at a time, and go where the anchors went (functional/).
 
 Every scan comes back, as Prepared or as Rejected; nothing is replaced by a stand-in.
 """
@@ -19,13 +19,14 @@ import numpy as np
 import SimpleITK as sitk
 
 from data_prep.scan import Scan, ScanError
-from data_prep.volumes.functional.scans import Anchor, prepare_functional
+from data_prep.volumes.functional.pose import Anchor
+from data_prep.volumes.functional.prepare import prepare_functional
 from data_prep.volumes.output import write_scan
 from data_prep.volumes.placing.align import Placement, place, place_given
 from data_prep.volumes.placing.within import average, midpoint, register_rigid
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.published import prepare_published
-from data_prep.volumes.reading.read import read_scan
+from data_prep.volumes.reading.volume import read_scan
 from data_prep.volumes.results import Prepared, Rejected, rejected
 from data_prep.volumes.structural.session import Numbered, Work, anchor_rank, join_session
 

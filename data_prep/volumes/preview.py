@@ -9,7 +9,7 @@ import numpy as np
 
 from data_prep.scan import Scan, ScanError
 from data_prep.volumes.placing.geometry import centre_of, resample, to_itk
-from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.reading.volume import Volume, read_scan
 
 PREVIEW_MM = 4.0  # coarse enough that nobody is known by their profile
 _SIDE = 64  # voxels: 256 mm

@@ -36,7 +36,7 @@ from data_prep.volumes.output import (
 from data_prep.volumes.placing.align import coverage, fault, judge, place
 from data_prep.volumes.placing.geometry import on_grid, resample, to_array, to_itk
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.reading.volume import Volume, read_scan
 from data_prep.volumes.results import Prepared
 from data_prep.volumes.structural.brain import brain_mask, check_mask
 from data_prep.volumes.structural.intensity import correct_bias_field, to_unit

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cohorts.base import Source, parse_table
+from data_prep.cohorts.source import Source
 from data_prep.identity import pseudonym
-from data_prep.index import index, labels_path, read_manifest, read_table, write_table
-from data_prep.scan import Scan
+from data_prep.index import index
+from data_prep.scan import Scan, labels_path, read_manifest
+from data_prep.tables import read_table, write_table
 from neurojepa.errors import ConfigError, DataError
 from tests.helpers.trees import DESCRIPTION, KEY, write
 
@@ -32,7 +33,8 @@ def tree(tmp_path: Path) -> Path:
 def indexed(tree: Path, out: Path, **arguments: object) -> dict[str, Scan]:
     """Index a tree; its scans by their file's name up to the suffix."""
     index("bids", str(tree), str(out), KEY, **arguments)  # type: ignore[arg-type]
-    return {scan.uri.rsplit("/", 1)[-1].split(".")[0]: scan for scan in read_manifest(str(out))[0]}
+    scans = [Scan(**row) for row in read_manifest(str(out))[0].to_pylist()]
+    return {scan.uri.rsplit("/", 1)[-1].split(".")[0]: scan for scan in scans}
 
 
 def person(number: str, cohort: str = "cohort") -> str:
@@ -229,11 +231,6 @@ def test_s3_is_walked_by_pages(s3, tmp_path: Path):
     assert source.read(found[0]) == b"x"
     with pytest.raises(DataError, match="no files there"):
         list(Source(f"{s3.uri}/walk/nothing").walk())
-
-
-def test_tables_with_marks_and_short_rows():
-    rows = parse_table("\ufeffa\tb\r\n1\tn/a\r\n\r\n2\r\n3\tx\t\r\n".encode(), "t.tsv")
-    assert rows == [{"a": "1", "b": None}, {"a": "2", "b": None}, {"a": "3", "b": "x"}]
 
 
 # ---- errors --------------------------------------------------------------------------------------

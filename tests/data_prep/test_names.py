@@ -8,10 +8,12 @@ import pytest
 
 from data_prep.archive import open_archive
 from data_prep.identity import pseudonym
-from data_prep.index import index, labels_path, read_table
+from data_prep.index import index
 from data_prep.pack import pack
 from data_prep.prepare import driver
 from data_prep.report.report import report
+from data_prep.scan import labels_path
+from data_prep.tables import read_table
 from data_prep.verify import verify
 from data_prep.withdrawal.withdraw import withdraw
 from neurojepa.errors import DataError

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_prep.index import labels_path, write_table
-from data_prep.scan import SCAN_SCHEMA, Scan
+from data_prep.scan import SCAN_SCHEMA, Scan, labels_path
+from data_prep.tables import write_table
 from data_prep.volumes.pipeline import Prepared, Rejected
 from data_prep.volumes.preset import PRESETS, Preset
 from neurojepa.errors import run_command

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from data_prep.cohorts.base import Findings, Source
 from data_prep.cohorts.bids.reader import read_cohort
+from data_prep.cohorts.source import Findings, Source
 from data_prep.scan import Scan
 
 KEY = b"0123456789abcdef0123456789abcdef"
@@ -40,5 +40,6 @@ class Read:
 
 
 def tree_bytes(root: Path) -> dict[str, bytes]:
+    """Every file below a folder, by path."""
     return {str(path.relative_to(root)): path.read_bytes()
             for path in sorted(root.rglob("*")) if path.is_file()}

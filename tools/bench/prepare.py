@@ -32,7 +32,7 @@ from data_prep.volumes.placing.matching import dice
 from data_prep.volumes.placing.transforms import FSL_MNI152_1MM, stored_geometry
 from data_prep.volumes.placing.within import register_rigid_from
 from data_prep.volumes.preset import PRESETS, Preset
-from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.reading.volume import Volume, read_scan
 from data_prep.volumes.structural import session
 from data_prep.volumes.structural.brain import _deepbet as load_network
 from data_prep.volumes.structural.brain import brain_mask, carried

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.cohorts.abcd.tables import participant_of
-from data_prep.cohorts.base import Found, Source
 from data_prep.cohorts.bids.derived import Taken
-from data_prep.cohorts.tables import TABLE_ENDINGS
+from data_prep.cohorts.source import Found, Source
 from data_prep.members import first_member
 from data_prep.scan import ScanError
+from data_prep.tables import TABLE_ENDINGS
 
 _PACKAGE = re.compile(r"(NDAR_?INV\w{8})_([A-Za-z0-9]+)_ABCD-(.+)_(\d{14})\.tgz$")
 _IMAGES = (".nii", ".nii.gz", ".dcm")

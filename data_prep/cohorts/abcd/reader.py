@@ -23,7 +23,6 @@ import yaml
 
 from data_prep.cohorts.abcd.files import Delivered, Tree, first_image, inside
 from data_prep.cohorts.abcd.tables import People, participant_of, session_of
-from data_prep.cohorts.base import Findings, Found, Source, parse_table
 from data_prep.cohorts.bids.derived import Companions, Taken, cleaned_series
 from data_prep.cohorts.bids.names import (
     MODALITIES,
@@ -35,7 +34,9 @@ from data_prep.cohorts.bids.names import (
     parse_name,
 )
 from data_prep.cohorts.bids.scan import Reader
+from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.scan import Scan, split_member
+from data_prep.tables import parse_table
 
 
 def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_prep.cohorts.adni.tables import PTID
-from data_prep.cohorts.base import Found, Source
+from data_prep.cohorts.source import Found, Source
 from data_prep.members import list_members
 from data_prep.scan import ScanError
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from data_prep.cohorts.adni.images import Image, Place, survey, unpacked, zipped
 from data_prep.cohorts.adni.tables import PTID, RULES, Listed, Person, Tables, parse_day
-from data_prep.cohorts.base import Findings, Found, Source
+from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.scan import Scan
 
 

@@ -16,13 +16,11 @@ from typing import Any
 
 import yaml
 
-from data_prep.cohorts.base import as_float
-from data_prep.cohorts.tables import read_columns
+from data_prep.tables import Cells, as_float, read_columns
 
 RULES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("adni.yaml").read_text("utf-8"))
 PTID = re.compile(r"\d{3}_S_(\d{4,5})")
 DAYS_A_YEAR = 365.25
-Row = dict[str, str | None]
 
 
 @dataclass(slots=True)
@@ -275,7 +273,7 @@ def number(text: str | None) -> str | None:
     return match[1] if match else None
 
 
-def rid(row: Row) -> str:
+def rid(row: Cells) -> str:
     """A person's number, without leading zeros: of the RID, else of the PTID."""
     match = PTID.fullmatch(row.get("ptid") or "")
     return str(int(match[1])) if match else (row.get("rid") or "").removesuffix(".0").lstrip("0")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.cohorts.base import Found
+from data_prep.cohorts.source import Found
 
 ANATOMICAL = ("T1w", "T2w", "FLAIR")
 MODALITIES = {**{suffix: suffix for suffix in ANATOMICAL}, "pet": "PET", "bold": "BOLD"}

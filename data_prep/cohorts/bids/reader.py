@@ -4,7 +4,7 @@ BIDS: a folder with dataset_description.json.  Entities may come in any order, s
 optional, JSON sidecars are inherited from the levels above, participants.tsv, sessions.tsv,
 scans.tsv and phenotype/*.tsv give age, sex, site, labels and exclusions.  The columns
 ``family_id`` and ``split_group`` of participants.tsv tie people to one split.  Derivatives are
-looked for below derivatives/ and sourcedata/ at any depth: see bids_derived.py.
+looked for below derivatives/ and sourcedata/ at any depth: see derived.py.
 
 Loose files: without dataset_description.json, files named *_T1w, *_T2w, *_FLAIR, *_pet or *_bold
 are taken; the participant is the name before the first underscore, and a sidecar of the same name
@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
-from data_prep.cohorts.base import Findings, Found, Source, parse_table
 from data_prep.cohorts.bids.derived import (
     UNUSABLE,
     Companions,
@@ -42,7 +41,9 @@ from data_prep.cohorts.bids.names import (
     parse_name,
 )
 from data_prep.cohorts.bids.scan import Reader
-from data_prep.cohorts.bids.tables import Row, Tables
+from data_prep.cohorts.bids.tables import Tables
+from data_prep.cohorts.source import Findings, Found, Source
+from data_prep.tables import Cells, parse_table
 
 _DERIVATIVE_DEPTH = 5  # folders between the dataset and a derivative's sub-*
 _DESCRIPTION = "dataset_description.json"
@@ -246,7 +247,7 @@ class _Dataset(Reader):
 
     # ---- tables
 
-    def _rows(self, found: Found) -> list[Row]:
+    def _rows(self, found: Found) -> list[Cells]:
         """Rows of a small table of one person, without its times."""
         return self.source.opened(found, lambda one: [
             {name: value for name, value in row.items() if name != "acq_time"}

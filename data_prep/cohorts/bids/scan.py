@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from data_prep.cohorts.base import Found, Source, as_float
 from data_prep.cohorts.bids.derived import Taken
 from data_prep.cohorts.bids.names import MODALITIES, Image, habits
+from data_prep.cohorts.source import Found, Source
 from data_prep.scan import FACTS, Scan
+from data_prep.tables import as_float
 
 _KEPT = {*FACTS, "MagneticFieldStrength", "Manufacturer", "ManufacturersModelName",
          "DeviceSerialNumber", "InstitutionName", "TracerName"}

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from data_prep.cohorts.base import Found, Source, as_float, parse_table
 from data_prep.cohorts.bids.names import habits
+from data_prep.cohorts.source import Found, Source
+from data_prep.tables import Cells, as_float, parse_table
 from neurojepa.errors import DataError
 from neurojepa.storage import read_bytes
 
@@ -18,7 +19,6 @@ TIES = ("family_id", "split_group")
 SEXES = {"f": "F", "female": "F", "w": "F", "m": "M", "male": "M"}
 _NO_LABEL = {"participant_id", "session_id", "age", "sex", "gender", *TIES}
 _AGE_SLACK = 1.0  # years by which a visit may seem to precede the person's own age
-Row = dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Table:
 
     def __init__(self, uri: str, data: bytes, notes: Counter[str], needed: bool = True) -> None:
         self.name = uri.rsplit("/", 1)[-1]
-        self._rows: dict[str, dict[str, Row]] = defaultdict(dict)
+        self._rows: dict[str, dict[str, Cells]] = defaultdict(dict)
         self.unused: set[str] = set()
         delimiter = "," if uri.endswith(".csv") else "\t"
         for row in parse_table(data, uri, delimiter):
@@ -58,7 +58,7 @@ class Table:
         for person in self._rows:
             self._short[person.lstrip("0")].append(person)
 
-    def rows(self, participant: str, notes: Counter[str]) -> dict[str, Row]:
+    def rows(self, participant: str, notes: Counter[str]) -> dict[str, Cells]:
         """Rows of a participant by session; empty where there are none."""
         if not self._rows:
             return {}
@@ -72,7 +72,7 @@ class Table:
         return self._rows[participant]
 
 
-def _contradict(first: Row, other: Row) -> None:
+def _contradict(first: Cells, other: Cells) -> None:
     """Mark age and sex that a repeated row has otherwise; None alone would mean not told."""
     for column in ("age", "sex", "gender"):
         if first.get(column) and other.get(column) and first[column] != other[column]:
@@ -90,7 +90,7 @@ class Tables:
         self._phenotypes = [Table(uri, read_bytes(uri), source.notes, needed=False)
                             for uri in phenotypes]
 
-    def person(self, participant: str, sessions: dict[str, Row]) -> Person:
+    def person(self, participant: str, sessions: dict[str, Cells]) -> Person:
         """What is known of a participant; ``sessions`` are the rows of their sessions.tsv."""
         rows = self._people.rows(participant, self._notes) if self._people else {}
         if not rows:
@@ -109,8 +109,8 @@ class Tables:
 class Person:
     """The rows of one participant, from participants.tsv, sessions.tsv and phenotype tables."""
 
-    def __init__(self, rows: dict[str, Row], sessions: dict[str, Row],
-                 measured: list[tuple[str, dict[str, Row]]], notes: Counter[str]) -> None:
+    def __init__(self, rows: dict[str, Cells], sessions: dict[str, Cells],
+                 measured: list[tuple[str, dict[str, Cells]]], notes: Counter[str]) -> None:
         self._rows, self._sessions, self._measured = rows, sessions, measured
         self._notes = notes
 
@@ -137,7 +137,7 @@ class Person:
                                if name not in _NO_LABEL and value and as_float(value) is not None})
         return Description(age, sex, facts.get("site") or facts.get("site_id"), labels)
 
-    def _age(self, layers: list[Row]) -> float | None:
+    def _age(self, layers: list[Cells]) -> float | None:
         told = [row["age"] for row in layers if row.get("age")]
         ages = [as_float(age) for age in told]
         if "contradictory" in told or (
@@ -151,7 +151,7 @@ class Person:
             return None
         return age
 
-    def _sex(self, layers: list[Row]) -> str | None:
+    def _sex(self, layers: list[Cells]) -> str | None:
         told = [value.lower() for row in layers if (value := row.get("sex") or row.get("gender"))]
         sexes = {SEXES.get(value) for value in told}
         if "contradictory" in told or len(sexes - {None}) > 1:

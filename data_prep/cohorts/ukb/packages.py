@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from data_prep.cohorts.base import Found, Source
-from data_prep.cohorts.tables import TABLE_ENDINGS
+from data_prep.cohorts.source import Found, Source
 from data_prep.members import list_members
 from data_prep.scan import ScanError
+from data_prep.tables import TABLE_ENDINGS
 
 _PACKAGE = re.compile(r"(\d{7})_(\d{5})_(\d+)_(\d+)(\.zip)?$")  # eid, field, instance, array
 _SHARD = re.compile(r"\d{2}$")

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.cohorts.base import Findings, Found, Source
+from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.cohorts.ukb.packages import Package, listing, packaged, sorted_out, survey
 from data_prep.cohorts.ukb.tables import People
 from data_prep.scan import Scan

@@ -26,7 +26,7 @@ from data_prep.volumes.functional.temporal import (
     normalise,
     temporal_maps,
 )
-from data_prep.volumes.reading.read import Series, Volume
+from data_prep.volumes.reading.volume import Series, Volume
 from data_prep.volumes.structural.intensity import scale
 
 CLEANED = ("xcp", "fix", "clean", "denoised")  # in the name of the processing

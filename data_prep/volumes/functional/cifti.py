@@ -35,9 +35,9 @@ from data_prep.volumes.output import to_archive
 from data_prep.volumes.placing.align import template
 from data_prep.volumes.placing.geometry import on_grid, to_itk
 from data_prep.volumes.reading.decode import CIFTI_INTENTS, MAX_UNPACKED_BYTES, fetch, inflate
-from data_prep.volumes.reading.read import MAX_SERIES_VOXELS, Volume, content_id
 from data_prep.volumes.reading.sniff import Kind, sniff
 from data_prep.volumes.reading.timing import choose_time
+from data_prep.volumes.reading.volume import MAX_SERIES_VOXELS, Volume, content_id
 from data_prep.volumes.results import AIR, BRAIN, NOT_SCANNED
 from neurojepa.feed.format import ARCHIVE_GRID
 

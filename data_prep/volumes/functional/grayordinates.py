@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.scan import ScanError, split_member
 from data_prep.volumes.reading.decode import fetch
-from data_prep.volumes.reading.read import Volume
+from data_prep.volumes.reading.volume import Volume
 
 REACH_MM = 3.0  # of a vertex: half the cortex's thickness and half a voxel's diagonal
 PARCELS_PER_HEMISPHERE = 100

@@ -10,7 +10,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from data_prep.scan import ScanError
-from data_prep.volumes.reading.read import Series
+from data_prep.volumes.reading.volume import Series
 
 HEAD_RADIUS_MM = 50.0  # Power et al. 2012: where a rotation counts as a shift on the cortex
 HIGH_FD_MM = 0.5  # Power et al. 2012

@@ -20,7 +20,7 @@ from data_prep.qc import Figures
 from data_prep.scan import ScanError
 from data_prep.volumes.functional.pet_reference import reference_region
 from data_prep.volumes.functional.pet_table import PET_TRACERS, TABLE, known_tracer, tracer_name
-from data_prep.volumes.reading.read import Series, Volume, check_content
+from data_prep.volumes.reading.volume import Series, Volume, check_content
 
 __all__ = ["PET_TRACERS", "check_units", "is_suvr", "mean_frame", "reference_region", "suvr",
            "tracer_name"]

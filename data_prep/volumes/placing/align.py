@@ -29,7 +29,7 @@ from data_prep.volumes.placing.geometry import (
 )
 from data_prep.volumes.placing.matching import dice, mutual_information, register, shrunk, stripped
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.reading.read import Volume
+from data_prep.volumes.reading.volume import Volume
 from neurojepa.feed.format import MNI_CENTRE_MM
 
 IMAGE_MODALITIES = ("T1w", "FLAIR")  # correlate with the T1w template; others by silhouette

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.scan import ScanError, split_member
 from data_prep.volumes.reading.decode import fetch
-from data_prep.volumes.reading.read import Volume
+from data_prep.volumes.reading.volume import Volume
 
 
 @dataclass(frozen=True)

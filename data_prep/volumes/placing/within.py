@@ -28,7 +28,7 @@ from data_prep.volumes.placing.matching import (
     stripped,
 )
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.reading.read import Volume
+from data_prep.volumes.reading.volume import Volume
 
 MAX_SESSION_SHIFT_MM = 40.0  # of the brain's centre, between scans of one session
 MAX_ROTATION_DEG = 45.0

@@ -20,7 +20,7 @@ from scipy import ndimage
 from data_prep.scan import ScanError, split_member
 from data_prep.volumes.placing.geometry import resample, to_itk
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.reading.volume import Volume, read_scan
 from data_prep.volumes.structural.brain_tools import external_mask
 
 # A head is at least twice a brain; slabs of small heads come near, and deepbet decides on those.

@@ -16,7 +16,7 @@ import nibabel as nib
 import psutil
 
 from data_prep.scan import ScanError
-from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.reading.volume import Volume, read_scan
 from neurojepa.errors import ConfigError
 
 TIME_LIMIT_S = 900

@@ -20,7 +20,7 @@ from data_prep.volumes.placing.matching import dice
 from data_prep.volumes.placing.transforms import template_to_scan
 from data_prep.volumes.placing.within import check_session_shift, register_rigid
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.reading.read import Volume
+from data_prep.volumes.reading.volume import Volume
 from data_prep.volumes.results import Rejected, rejected
 from data_prep.volumes.structural.brain import brain_mask, check_mask
 from data_prep.volumes.structural.intensity import correct_bias_field

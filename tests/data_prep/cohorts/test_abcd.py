@@ -15,7 +15,7 @@ import pytest
 
 from data_prep.cohorts.abcd.reader import read_cohort
 from data_prep.cohorts.abcd.tables import participant_of
-from data_prep.cohorts.base import Findings, Source
+from data_prep.cohorts.source import Findings, Source
 from data_prep.members import read_member
 from data_prep.scan import Scan
 from data_prep.splits import group_people

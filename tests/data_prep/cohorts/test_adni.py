@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.cohorts.adni.reader import plain, read_cohort
 from data_prep.cohorts.adni.tables import Person, Visit, parse_day
-from data_prep.cohorts.base import Findings, Source
+from data_prep.cohorts.source import Findings, Source
 from data_prep.scan import Scan
 from neurojepa.errors import DataError
 from tests.helpers.dicom import slice_of

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.cohorts.base import Findings, Source
 from data_prep.cohorts.files import read_cohort
+from data_prep.cohorts.source import Findings, Source
 from neurojepa.errors import ConfigError, DataError
 from tests.helpers.trees import write
 

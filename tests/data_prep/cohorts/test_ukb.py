@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.cohorts.base import Findings, Source
+from data_prep.cohorts.source import Findings, Source
 from data_prep.cohorts.ukb import packages
 from data_prep.cohorts.ukb.reader import read_cohort
 from data_prep.members import list_members, read_member

@@ -78,7 +78,7 @@ def test_scans_that_die_only_together_are_all_given_up(prepare):
 def test_a_scan_with_several_results_and_one_that_is_not_read(calls, tmp_path):
     import pyarrow as pa
 
-    from data_prep.index import read_table, write_table
+    from data_prep.tables import read_table, write_table
 
     path = make_manifest(tmp_path, {"p1/1/BOLD": "b", "p1/1/T1w": "one", "p2/1/T1w": "crash"})
     rows = read_table(path).to_pylist()

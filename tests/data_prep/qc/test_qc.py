@@ -10,7 +10,7 @@ import yaml
 
 from data_prep.qc import FIGURES, describe, flags, outlier_flags, quality, rejection
 from data_prep.qc.judge import DEFAULT, load_rules
-from data_prep.volumes.reading.read import Volume
+from data_prep.volumes.reading.volume import Volume
 from neurojepa.errors import ConfigError
 
 MM = 2.0

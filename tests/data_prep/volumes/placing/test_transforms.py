@@ -15,7 +15,7 @@ from data_prep.volumes.pipeline import Prepared, prepare_person
 from data_prep.volumes.placing.align import template
 from data_prep.volumes.placing.transforms import flirt_to_world, read_flirt, stored_geometry
 from data_prep.volumes.preset import PRESETS
-from data_prep.volumes.reading.read import read_scan
+from data_prep.volumes.reading.volume import read_scan
 from data_prep.volumes.structural import session
 from tests.helpers.synthetic_head import brain, flirt_matrix, moved, save, save_matrix, scan
 

@@ -24,7 +24,7 @@ _ROW_GROUP = 20_000
 
 
 class Seen:
-    """A mapping from URI to (size, modification time, JSON value): ``Memory`` of cohorts/base.py.
+    """A mapping from URI to (size, modification time, JSON value): ``Memory`` of source.py.
 
     Raises
     ------

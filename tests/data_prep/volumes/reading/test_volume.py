@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_prep.scan import ScanError
-from data_prep.volumes.reading.read import Volume, read_scan, read_series
+from data_prep.volumes.reading.volume import Volume, read_scan, read_series
 from neurojepa.errors import DataError
 from neurojepa.storage import write_bytes
 from tests.helpers.synthetic_head import ellipsoid, save

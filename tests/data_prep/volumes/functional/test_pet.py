@@ -20,7 +20,7 @@ from data_prep.volumes.functional.pet import (
 from data_prep.volumes.functional.pet_table import REGIONS
 from data_prep.volumes.placing.align import template
 from data_prep.volumes.placing.geometry import on_grid, to_itk
-from data_prep.volumes.reading.read import Series
+from data_prep.volumes.reading.volume import Series
 from neurojepa.feed.format import ARCHIVE_GRID
 
 BQ = {"Units": "Bq/mL"}

@@ -6,8 +6,6 @@ A reader looks at names and tables only; no voxels are decoded.  It speaks the s
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +18,6 @@ from data_prep.scan import Scan
 from neurojepa.errors import DataError
 from neurojepa.storage import is_local, join, open_store, read_bytes, store_errors
 
-MISSING = {"", "n/a", "na", "nan", "none", "null"}
 POINTERS = (b"version https://git-lfs", b"/annex/objects/")  # how the text in a file's place begins
 POINTER_BYTES = range(20, 1000)  # an LFS pointer has about 130 bytes, one of git-annex 60 to 300
 REQUESTS = 16  # under way at once, of files whose opening costs several each
@@ -61,7 +58,7 @@ class Found:
 
 
 class Memory(Protocol):
-    """What an index knows of opened files by URI: a dict, or the table of data_prep/seen.py."""
+    """What an index knows of opened files by URI: a dict, or the table of seen.py."""
 
     def get(self, uri: str, /) -> Known | None: ...
     def __setitem__(self, uri: str, known: Known, /) -> None: ...
@@ -269,43 +266,3 @@ def _naming_errors(uri: str) -> Iterator[None]:
         raise DataError(f"{uri}: no such folder; check --source") from error
     except store_errors() as error:
         raise DataError(f"{uri}: cannot be listed ({error}); check access to it") from error
-
-
-def read_tsv(uri: str, delimiter: str = "\t") -> list[dict[str, str | None]]:
-    """Rows of a delimited table as strings; a byte-order mark and ``n/a`` are understood.
-
-    Raises
-    ------
-    DataError
-        The table cannot be read or a row has more cells than the header.
-    """
-    return parse_table(read_bytes(uri), uri, delimiter)
-
-
-def parse_table(data: bytes, uri: str, delimiter: str = "\t") -> list[dict[str, str | None]]:
-    """As ``read_tsv``, of bytes already read; text that is not UTF-8 counts as Latin-1."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    header = [name.strip() for name in next(lines, [])]
-    rows = []
-    for number, cells in enumerate(lines, 2):
-        if any(cells[len(header):]):
-            raise DataError(f"{uri} line {number}: more cells than the header has; fix the row")
-        values = [None if value.strip().lower() in MISSING else value.strip()
-                  for value in cells[:len(header)]]
-        if any(values):
-            values += [None] * (len(header) - len(values))
-            rows.append(dict(zip(header, values, strict=True)))
-    return rows
-
-
-def as_float(value: object) -> float | None:
-    """A finite number, or None."""
-    try:
-        number = float(value) if value is not None else None  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    return number if number is not None and abs(number) < float("inf") else None

@@ -17,7 +17,7 @@ from data_prep.volumes.placing.align import template
 from data_prep.volumes.placing.geometry import centre_of, nearest_rigid, rotation_deg
 from data_prep.volumes.placing.within import midpoint, register_rigid
 from data_prep.volumes.preset import PRESETS
-from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.reading.volume import Volume, read_scan
 from data_prep.volumes.structural.brain import brain_mask
 from neurojepa.feed.format import ARCHIVE_GRID, MNI_CENTRE_MM
 from tests.helpers.synthetic_head import brain, moved, save, scan

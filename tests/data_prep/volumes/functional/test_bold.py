@@ -18,7 +18,7 @@ from data_prep.volumes.functional.motion import (
 )
 from data_prep.volumes.functional.temporal import make_plan, temporal_maps
 from data_prep.volumes.placing.geometry import resample, to_itk
-from data_prep.volumes.reading.read import Series, read_series
+from data_prep.volumes.reading.volume import Series, read_series
 from tests.helpers.synthetic_head import ellipsoid
 
 TR, COUNT = 2.0, 120

@@ -20,8 +20,8 @@ from data_prep.archive import (
     slot,
     write_volume,
 )
-from data_prep.index import read_manifest
 from data_prep.prepare import driver, person
+from data_prep.scan import Scan, read_manifest
 from data_prep.verify import verify
 from data_prep.volumes.preset import PRESETS
 from neurojepa.errors import ClusterError, DataError
@@ -164,7 +164,8 @@ def test_a_kill_while_a_slot_is_written_leaves_no_trace(calls, tmp_path: Path, m
         write_bytes(uri, data)
 
     written: list[str] = []
-    scans = [scan for scan in read_manifest(manifest)[0] if scan.participant == "p1"]
+    scans = [Scan(**row) for row in read_manifest(manifest)[0].to_pylist()
+             if row["participant"] == "p1"]
     work = person.Work(str(tmp_path / "b"), scans, "p1-0.json", [], QUICK, person.Limits(),
                      fake_prepare)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

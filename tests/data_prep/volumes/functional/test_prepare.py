@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep.scan import Scan
-from data_prep.volumes.functional.scans import in_template_space
+from data_prep.volumes.functional.pose import in_template_space
 from data_prep.volumes.pipeline import Prepared, Rejected, prepare_person
 from data_prep.volumes.placing.align import template
 from data_prep.volumes.placing.matching import dice

@@ -17,7 +17,7 @@ from data_prep.prepare.duplicates import fingerprint, review_table
 from data_prep.report.figures import Line, ages, distribution, slices
 from data_prep.report.report import report
 from data_prep.volumes.preview import preview
-from data_prep.volumes.reading.read import Volume
+from data_prep.volumes.reading.volume import Volume
 from neurojepa.errors import DataError
 from neurojepa.feed.format import ARCHIVE_GRID, LABELS_SCHEMA
 from tests.helpers.fakes import volume

@@ -18,7 +18,7 @@ from data_prep.volumes.placing.geometry import on_grid, resample, to_itk
 from data_prep.volumes.placing.matching import dice
 from data_prep.volumes.preset import PRESETS
 from data_prep.volumes.published import crop_neck
-from data_prep.volumes.reading.read import Volume, read_scan
+from data_prep.volumes.reading.volume import Volume, read_scan
 from data_prep.volumes.structural.intensity import scale, window
 from neurojepa.feed.format import ARCHIVE_GRID
 from tests.helpers.synthetic_head import brain, moved, save, scan

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from data_prep.scan import ScanError
 from data_prep.volumes.preset import PRESETS
-from data_prep.volumes.reading.read import Volume
+from data_prep.volumes.reading.volume import Volume
 from data_prep.volumes.structural import brain_tools
 from data_prep.volumes.structural.brain import brain_mask, silhouettes
 from neurojepa.errors import ConfigError
