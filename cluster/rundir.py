@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from neurojepa.errors import ClusterError, ConfigError
-from neurojepa.storage import is_local, join, names, open_store, read_if_there
+from neurojepa.storage import join, list_names, local_path, read_if_there
 
 TRAIN_EVENTS = ("start", "resume", "checkpoint", "skip", "stop", "finish")
 
@@ -42,8 +42,7 @@ class RunDir:
     @property
     def local_path(self) -> str | None:
         """The directory on this machine, or None where the run lives in an object store."""
-        fs, path = open_store(self.uri)
-        return path if is_local(fs) else None
+        return local_path(self.uri)
 
     def read(self, name: str, tail_bytes: int | None = None) -> bytes | None:
         """The content (or its last ``tail_bytes``) of a file below the run; None if absent."""
@@ -51,7 +50,7 @@ class RunDir:
 
     def names(self, folder: str) -> list[str]:
         """File names in a folder of the run; empty if it does not exist."""
-        return names(join(self.uri, folder))
+        return list_names(join(self.uri, folder))
 
     def rows(self, name: str, tail_bytes: int | None = None) -> list[dict[str, Any]]:
         """The rows of a .jsonl file, oldest first (only those in the tail, if that is given)."""

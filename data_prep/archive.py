@@ -38,12 +38,14 @@ from data_prep.tables import read_table, write_table
 from neurojepa.errors import DataError
 from neurojepa.feed.format import ARCHIVE_GRID, LABELS_SCHEMA
 from neurojepa.storage import (
+    exists,
     is_local,
     join,
     open_store,
     read_bytes,
+    remove,
     sha256,
-    store_errors,
+    walk,
     write_bytes,
 )
 
@@ -131,8 +133,7 @@ def open_archive(uri: str) -> Archive:
 
 def archive_table(uri: str, name: str, columns: list[str] | None = None) -> pa.Table | None:
     """scans, labels or review of an archive, committed or not; None where it is not there yet."""
-    fs, path = open_store(join(uri, f"{name}.parquet"))
-    if not fs.exists(path):
+    if not exists(join(uri, f"{name}.parquet")):
         return None
     return read_table(join(uri, f"{name}.parquet"), columns)
 
@@ -201,16 +202,11 @@ def write_volume(uri: str, path: str, image: np.ndarray, mask: np.ndarray,
               for name, array in arrays.items() if array is not None}
     place = join(uri, "volumes.zarr", path)
     objects = _zarr_objects(stored)
-    try:
-        for name, data in objects.items():
-            write_bytes(join(place, name), data)
-        fs, root = open_store(place)
-        for file in fs.find(root):
-            if file[len(root.rstrip("/")) + 1:] not in objects:
-                fs.rm_file(file)
-    except store_errors() as error:
-        raise DataError(f"{place}: cannot be written ({error}); free space or check the "
-                        "store") from error
+    for name, data in objects.items():
+        write_bytes(join(place, name), data)
+    for name in walk(place):
+        if name not in objects:
+            remove(join(place, name))
     return voxel_hash(stored)
 
 
@@ -263,9 +259,7 @@ def read_volume(uri: str, path: str) -> dict[str, np.ndarray]:
 
 def remove_volume(uri: str, path: str) -> None:
     """Delete a slot (or a person's folder of slots) if it is there."""
-    fs, place = open_store(join(uri, "volumes.zarr", path))
-    if fs.exists(place):
-        fs.rm(place, recursive=True)
+    remove(join(uri, "volumes.zarr", path))
 
 
 def list_slots(uri: str) -> set[str]:

@@ -32,7 +32,7 @@ from data_prep.tables import read_table, read_tsv
 from data_prep.withdrawal.lists import read_lists
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import LABELS_SCHEMA
-from neurojepa.storage import open_store, parquet_bytes, write_bytes
+from neurojepa.storage import exists, open_store, parquet_bytes, write_bytes
 
 # the module of each kind of source: its ``read_cohort`` yields Findings
 READERS = {"ukb": "data_prep.cohorts.ukb.reader", "abcd": "data_prep.cohorts.abcd.reader",
@@ -193,8 +193,7 @@ class _Earlier:
     def __init__(self, path: str) -> None:
         self.splits: dict[str, str] = {}
         self._states = np.empty((0, 2), np.int64)
-        fs, inner = open_store(path)
-        self._exists = fs.exists(inner)
+        self._exists = exists(path)
         if not self._exists:
             return
         needed = ["participant", "split", *_IDENTITY, *_STATE]

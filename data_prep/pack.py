@@ -36,7 +36,16 @@ from neurojepa.feed.format import (
     open_feed,
     quantise,
 )
-from neurojepa.storage import join, open_store, parquet_bytes, read_bytes, sha256, write_bytes
+from neurojepa.storage import (
+    join,
+    list_names,
+    parquet_bytes,
+    read_bytes,
+    remove,
+    sha256,
+    walk,
+    write_bytes,
+)
 
 Row = dict[str, Any]
 _COPIED = ("scan_id", "participant", "family", "session", "cohort", "modality", "site", "split")
@@ -80,7 +89,7 @@ def pack(archive_uri: str, out: str, grid: Grid, shard_bytes: int, workers: int 
     rows = pa.concat_tables(read_table(shard.record) for shard in shards)
     fingerprint = commit_feed(out, grid, rows, _labels_of(rows, archive.labels), source=source)
     remove_shards_except(out, {shard.name for shard in shards})
-    _remove(join(out, _RECORDS))
+    remove(join(out, _RECORDS))
     print(f"{out}: {rows.num_rows} scans at {grid.name}, fingerprint {fingerprint}")
 
 
@@ -118,8 +127,7 @@ def _plan(archive: str, scans: pa.Table, out: str, grid: Grid, source: str,
 def _pack_shards(shards: list[Shard], out: str, workers: int | None,
                  ray_address: str | None) -> None:
     """Make the shards that have no record yet."""
-    fs, root = open_store(join(out, _RECORDS))
-    done = {path.rsplit("/", 1)[-1] for path in fs.find(root)}
+    done = set(list_names(join(out, _RECORDS)))
     todo = [shard for shard in shards if shard.record.rsplit("/", 1)[-1] not in done]
     if done:
         print(f"{out}: {len(shards) - len(todo)} of {len(shards)} shards are there already")
@@ -268,20 +276,11 @@ def _is_packed(uri: str, source: str) -> bool:
         shards = set(open_feed(uri).index["shard"].to_pylist())
     except DataError:
         return False
-    fs, root = open_store(uri)
-    there = {path[len(root.rstrip("/")) + 1:] for path in fs.find(root)}
-    return source_of(uri) == source and shards <= there
-
-
-def _remove(folder: str) -> None:
-    fs, root = open_store(folder)
-    if fs.exists(root):
-        fs.rm(root, recursive=True)
+    return source_of(uri) == source and shards <= set(walk(uri))
 
 
 def remove_shards_except(out: str, kept: set[str]) -> None:
     """Delete the shards that the committed index no longer names."""
-    fs, root = open_store(join(out, "shards"))
-    for path in fs.find(root):
-        if f"shards/{path.rsplit('/', 1)[-1]}" not in kept:
-            fs.rm_file(path)
+    for name in walk(join(out, "shards")):
+        if f"shards/{name}" not in kept:
+            remove(join(out, "shards", name))

@@ -33,7 +33,7 @@ from data_prep.tables import dicts
 from data_prep.withdrawal.audit import audit_problems, read_events, unfinished, withdrawn_people
 from neurojepa.errors import DataError
 from neurojepa.feed.format import AIR, NOT_SCANNED, Feed, decode_array, open_feed
-from neurojepa.storage import join, open_store, sha256, store_errors
+from neurojepa.storage import exists, join, list_names, open_store, sha256, store_errors, walk
 
 Row = dict[str, Any]
 _SHOWN = 20
@@ -49,10 +49,9 @@ def verify(target: str) -> int:
         ``target`` is neither, or its commit record is damaged.
     """
     check_reachable(target)
-    fs, path = open_store(target)
-    if fs.exists(join(path, "feed.json")):
+    if exists(join(target, "feed.json")):
         kind, problems = "feed", _feed_problems(open_feed(target))
-    elif fs.exists(join(path, "archive.json")):
+    elif exists(join(target, "archive.json")):
         kind, problems = "archive", _archive_problems(target)
     else:
         raise DataError(f"{target}: neither feed.json nor archive.json is there; name a finished "
@@ -117,10 +116,9 @@ def _feed_problems(feed: Feed) -> Iterator[str]:
     yield from _people_problems(feed.uri, index, feed.labels())
     yield from _repeated(index["scan_id"])
     shards = sorted(pc.unique(index["shard"]).to_pylist())
-    fs, root = open_store(join(feed.uri, "shards"))
-    for path in fs.find(root):
-        if f"shards/{path.rsplit('/', 1)[-1]}" not in shards:
-            yield f"{path}: a shard that the index does not know"
+    for name in walk(join(feed.uri, "shards")):
+        if f"shards/{name}" not in shards:
+            yield f"{join(feed.uri, 'shards', name)}: a shard that the index does not know"
     progress = _Progress(index.num_rows)
     for shard in shards:
         own = index.filter(pc.equal(index["shard"], shard)).to_pylist()
@@ -209,10 +207,10 @@ def _archive_problems(uri: str) -> Iterator[str]:
 
 def _record_problems(uri: str) -> Iterator[str]:
     gone = withdrawn_people(uri) if not list(audit_problems(uri)) else set()
-    fs, root = open_store(join(uri, "results"))
-    for path in fs.ls(root, detail=False) if fs.exists(root) else []:
-        if path.rsplit("/", 1)[-1].rpartition("-")[0] in gone:
-            yield f"{path}: a record of somebody who withdrew; run withdraw again"
+    for name in list_names(join(uri, "results")):
+        if name.rpartition("-")[0] in gone:
+            yield (f"{join(uri, 'results', name)}: a record of somebody who withdrew; run withdraw "
+                   "again")
 
 
 def _review_problems(review: pa.Table, usable: pa.Table) -> Iterator[str]:

@@ -73,7 +73,7 @@ def verify(run_dir: str) -> int:
     Raises
     ------
     CheckpointError
-        The run has no committed checkpoint, or cannot be listed.
+        The run has no committed checkpoint.
     """
     from neurojepa.train.checkpoint import committed_steps, latest_step, open_checkpoint
 

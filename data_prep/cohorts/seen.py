@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neurojepa.errors import DataError
-from neurojepa.storage import open_store, read_bytes, write_bytes
+from neurojepa.storage import read_if_there, write_bytes
 
 VERSION = b"1"  # to be raised when readers take other things out of the files they open
 _SCHEMA = pa.schema([("uri", pa.string()), ("size_bytes", pa.int64()), ("modified", pa.float64()),
@@ -51,11 +51,10 @@ class Seen:
     def load(cls, path: str, reader: str) -> Seen:
         """What the index at ``path`` knew; nothing if it is missing or of another reader."""
         seen = cls()
-        fs, inner = open_store(path)
-        if not fs.exists(inner):
+        if (data := read_if_there(path)) is None:
             return seen
         try:
-            file = pq.ParquetFile(pa.BufferReader(read_bytes(path)))
+            file = pq.ParquetFile(pa.BufferReader(data))
             if (file.schema_arrow.metadata or {}).get(b"reader") == _mark(reader):
                 for batch in file.iter_batches(_ROW_GROUP):
                     columns = [batch.column(name).to_pylist() for name in _SCHEMA.names]

@@ -48,7 +48,7 @@ from data_prep.splits import check as check_splits
 from data_prep.tables import dicts, read_table
 from data_prep.withdrawal.audit import withdrawn_people
 from neurojepa.errors import DataError
-from neurojepa.storage import join, open_store
+from neurojepa.storage import join, list_names, remove
 
 if TYPE_CHECKING:
     from data_prep.volumes.preset import Preset
@@ -154,7 +154,7 @@ class _Run:
     limits: Limits
 
     def without_record(self) -> set[str]:
-        there = set(_list_records(self.out))
+        there = set(list_names(join(self.out, "results")))
         return {name for name, record in self.people.records.items() if record not in there}
 
     def tasks(self, names: set[str]) -> dict[str, str]:
@@ -162,7 +162,7 @@ class _Run:
         if not names:
             return {}
         known = defaultdict(list)
-        for record in _list_records(self.out):
+        for record in list_names(join(self.out, "results")):
             known[_person_of(record)].append(record)
         num_scans = self.people.num_scans
         # people with most scans first, so that all workers end at about the same time
@@ -193,15 +193,6 @@ def _read(manifests: Sequence[str], gone: set[str]) -> tuple[pa.Table, pa.Table]
 
 
 # ---- records -------------------------------------------------------------------------------------
-
-def _list_records(out: str) -> list[str]:
-    """Names below results/, in one listing; records, and what a kill left half-written."""
-    fs, root = open_store(join(out, "results"))
-    try:
-        return [path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)]
-    except FileNotFoundError:
-        return []
-
 
 def _person_of(record: str) -> str:
     return record.rpartition("-")[0]
@@ -317,10 +308,9 @@ def _sweep(out: str, table: pa.Table, slots: set[str], people: People) -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda path: remove_volume(out, path), sorted(slots - _used_slots(table))))
     in_run = set(people.names.to_pylist())
-    fs, root = open_store(out)
-    stale = [f"{root}/results/{name}" for name in _list_records(out)
+    stale = [f"results/{name}" for name in list_names(join(out, "results"))
              if name.endswith(".tmp") or (_person_of(name) in in_run
                                           and name != people.records.get(_person_of(name)))]
-    stale += [path for path in fs.ls(root, detail=False) if path.endswith(".tmp")]
-    for path in stale:
-        fs.rm_file(path)
+    stale += [name for name in list_names(out) if name.endswith(".tmp")]
+    for name in stale:
+        remove(join(out, name))

@@ -21,7 +21,7 @@ from data_prep.prepare.duplicates import fingerprint
 from data_prep.prepare.merge import duplicate_of
 from data_prep.scan import Scan, ScanError, split_member
 from neurojepa.errors import DataError
-from neurojepa.storage import join, open_store, write_bytes
+from neurojepa.storage import join, open_store, remove, write_bytes
 
 if TYPE_CHECKING:
     from data_prep.volumes.pipeline import Prepared, Rejected
@@ -121,10 +121,8 @@ def _commit_record(work: Work, rows: list[Row]) -> None:
 
 
 def _remove_stale(work: Work) -> None:
-    fs, folder = open_store(join(work.out, "results"))
     for name in work.stale:
-        if fs.exists(f"{folder}/{name}"):
-            fs.rm_file(f"{folder}/{name}")
+        remove(join(work.out, "results", name))
 
 
 # ---- in the child --------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from data_prep.synth.anatomy import anatomy_names, load_anatomy, ventricle_ml
 from data_prep.synth.cohort import Person, choose_anatomy, draw_person
 from data_prep.synth.person import file_names, make_visit
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.storage import join, open_store, read_bytes, write_bytes
+from neurojepa.storage import join, read_bytes, walk, write_bytes
 
 __all__ = ["synthesise"]
 
@@ -109,12 +109,7 @@ def _claim(out: str, asked: dict[str, Any], present: set[str], anatomies: Path |
 
 def _listing(out: str) -> set[str]:
     """Paths below ``out`` of all that is there."""
-    fs, root = open_store(out)
-    try:
-        found = fs.find(root)
-    except FileNotFoundError:
-        return set()
-    return {path[len(root.rstrip("/")) + 1:] for path in found if not path.endswith(".tmp")}
+    return {path for path in walk(out) if not path.endswith(".tmp")}
 
 
 def _expected(person: Person) -> set[str]:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from neurojepa.errors import DataError
-from neurojepa.storage import join, open_store, read_bytes, sha256, write_bytes
+from neurojepa.storage import join, read_if_there, sha256, write_bytes
 
 NAME = "audit.jsonl"
 Event = dict[str, Any]
@@ -63,8 +63,7 @@ def audit_problems(uri: str) -> Iterator[str]:
 
 
 def _lines(uri: str) -> list[bytes]:
-    fs, path = open_store(join(uri, NAME))
-    return read_bytes(join(uri, NAME)).splitlines() if fs.exists(path) else []
+    return (read_if_there(join(uri, NAME)) or b"").splitlines()
 
 
 def _breaks(uri: str, lines: list[bytes]) -> Iterator[str]:

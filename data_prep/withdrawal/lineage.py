@@ -13,7 +13,7 @@ from typing import Any
 
 from neurojepa.errors import DataError
 from neurojepa.feed.format import open_feed
-from neurojepa.storage import open_store, read_bytes
+from neurojepa.storage import join, read_bytes, walk
 
 Event = dict[str, Any]
 
@@ -58,14 +58,13 @@ def checkpoints_that_saw(runs: Sequence[str],
 
 def _records(run: str) -> Iterator[tuple[str, Event]]:
     """Every committed checkpoint and every export at or below a folder."""
-    fs, root = open_store(run)
-    paths = sorted(path for path in fs.find(root)
-                   if path.rsplit("/", 1)[-1] in ("manifest.json", "config.json"))
+    paths = [join(run, path) for path in walk(run)
+             if path.rsplit("/", 1)[-1] in ("manifest.json", "config.json")]
     if not paths:
         raise DataError(f"{run}: no checkpoint and no exported weights there; name a run directory")
     for path in paths:
         try:
-            record = json.loads(read_bytes(fs.unstrip_protocol(path)))
+            record = json.loads(read_bytes(path))
             yield path.rpartition("/")[0], {key: record[key] for key in ("config", "feed")}
         except (ValueError, KeyError) as error:
             raise DataError(f"{path}: not a record of a checkpoint or export ({error})") from error

@@ -36,7 +36,7 @@ from data_prep.withdrawal.lineage import checkpoints_that_saw
 from data_prep.withdrawal.lists import WithdrawalList, read_lists
 from neurojepa.errors import DataError
 from neurojepa.feed.format import Feed, commit_feed, open_feed
-from neurojepa.storage import join, open_store, read_bytes, write_bytes
+from neurojepa.storage import exists, join, list_names, read_bytes, remove, write_bytes
 
 Event = dict[str, Any]
 _KEPT = ("scan_id", "cohort", "participant", "family", "session", "modality", "split")
@@ -70,8 +70,8 @@ def withdraw(lists: Sequence[str], targets: Sequence[str], key: bytes, cohort: s
         check_reachable(target)
         removers[target] = _remover(target)
         _refuse_stale(target, newest)
-    for target, remove in removers.items():
-        num_scans, head = remove(target, people, newest)
+    for target, remover in removers.items():
+        num_scans, head = remover(target, people, newest)
         print(f"{target}: {num_scans} scans of {len(people)} listed people removed"
               + (f"; audit log ends with {head[:16]}" if head else ""))
     if runs:
@@ -79,10 +79,9 @@ def withdraw(lists: Sequence[str], targets: Sequence[str], key: bytes, cohort: s
 
 
 def _remover(target: str) -> Any:
-    fs, path = open_store(target)
-    for name, remove in (("feed.json", _from_feed), ("archive.json", _from_archive)):
-        if fs.exists(join(path, name)):
-            return remove
+    for name, remover in (("feed.json", _from_feed), ("archive.json", _from_archive)):
+        if exists(join(target, name)):
+            return remover
     raise DataError(f"{target}: neither feed.json nor archive.json is there; name a finished feed "
                     "or archive")
 
@@ -127,10 +126,9 @@ def _from_archive(uri: str, people: set[str], lists: list[WithdrawalList]) -> tu
                 review = review.filter(pc.invert(pc.is_in(review[column], names)))
         commit_tables(uri, _tombstones(scans, mine), archive.labels.filter(
             pc.invert(pc.is_in(archive.labels["participant"], names))), review)
-    fs, root = open_store(join(uri, "results"))
-    for path in fs.find(root):
-        if path.rsplit("/", 1)[-1].rpartition("-")[0] in people:
-            fs.rm_file(path)
+    for name in list_names(join(uri, "results")):
+        if name.rpartition("-")[0] in people:
+            remove(join(uri, "results", name))
     for person in sorted(people):
         remove_volume(uri, person)
     return num_scans, append_event(uri, {"event": "purged", "scans": num_scans})

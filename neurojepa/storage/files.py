@@ -61,6 +61,12 @@ def is_local(fs: AbstractFileSystem) -> bool:
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
 
+def local_path(uri: str) -> str | None:
+    """The path on this machine, or None where the URI is of an object store."""
+    fs, path = open_store(uri)
+    return path if is_local(fs) else None
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole object: it appears complete or not at all.
 
@@ -138,7 +144,7 @@ def exists(uri: str) -> bool:
         return fs.exists(path)
 
 
-def names(uri: str) -> list[str]:
+def list_names(uri: str) -> list[str]:
     """Names of what lies directly in a folder, sorted; none if it does not exist."""
     fs, path = open_store(uri)
     with _naming(uri, "listed"):

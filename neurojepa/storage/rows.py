@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from neurojepa.errors import DataError
-from neurojepa.storage.files import is_local, open_store, read_if_there, write_bytes
+from neurojepa.storage.files import local_path, open_store, read_if_there, write_bytes
 from neurojepa.storage.outage import store_errors
 
 TAIL_BYTES = 1 << 20  # longer than any row: one of the supervisor's names every rank
@@ -43,9 +43,8 @@ def append_rows(uri: str, rows: list[dict[str, Any]]) -> None:
     own side, so the cost does not grow with the file; other stores get the whole object anew.
     Rows that the object ends with already are not added again: the answer to a try before was lost.
     """
-    fs, path = open_store(uri)
-    if not is_local(fs):
-        _append_object(fs, path, uri, rows)
+    if (path := local_path(uri)) is None:
+        _append_object(uri, rows)
         return
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -74,7 +73,8 @@ def drop_rows(uri: str, keep: Callable[[dict[str, Any]], bool]) -> None:
         write_bytes(uri, data[:end])
 
 
-def _append_object(fs: Any, path: str, uri: str, rows: list[dict[str, Any]]) -> None:
+def _append_object(uri: str, rows: list[dict[str, Any]]) -> None:
+    fs, path = open_store(uri)
     lines = _lines(rows)
     try:
         if fs.exists(path) and fs.tail(path, len(lines)) == lines:

@@ -17,8 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,8 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from neurojepa import storage
 from neurojepa.errors import CheckpointError, DataError
-from neurojepa.storage import is_outage, join, open_store, read_bytes, sha256, store_errors
+from neurojepa.storage import (
+    is_outage,
+    join,
+    read_bytes,
+    read_if_there,
+    sha256,
+)
 from neurojepa.train.engine import SOURCE, STATE_KEYS, Fragment
 
 FORMAT_VERSION = 3
@@ -42,28 +47,21 @@ def step_uri(run_dir: str, step: int) -> str:
 
 def remove(run_dir: str, step: int) -> None:
     """Delete a checkpoint, its manifest first, so that what is half gone does not count."""
-    fs, path = open_store(step_uri(run_dir, step))
-    if fs.exists(join(path, "manifest.json")):
-        fs.rm_file(join(path, "manifest.json"))
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    storage.remove(join(step_uri(run_dir, step), "manifest.json"))
+    storage.remove(step_uri(run_dir, step))
 
 
 def all_steps(run_dir: str) -> list[int]:
     """Steps that have a directory, committed or not, in ascending order."""
-    fs, path = open_store(join(run_dir, "checkpoints"))
-    with _listing(run_dir):
-        found = fs.glob(join(path, "step-*"))
-    names = [name.rsplit("/", 1)[1].removeprefix("step-") for name in found]
-    return sorted(int(name) for name in names if name.isdigit())
+    found = (name.partition("step-") for name in storage.list_names(join(run_dir, "checkpoints")))
+    return sorted(int(number) for start, _, number in found if not start and number.isdigit())
 
 
 def committed_steps(run_dir: str) -> list[int]:
     """Steps that have a manifest, in ascending order; the run may be removing old ones just now."""
-    fs, path = open_store(join(run_dir, "checkpoints"))
-    steps = all_steps(run_dir)
-    with _listing(run_dir):  # by name: a glob of both levels fails on S3 if a directory goes
-        return [step for step in steps if fs.exists(join(path, f"step-{step}", "manifest.json"))]
+    # by name: a listing of both levels fails on S3 if a directory goes meanwhile
+    return [step for step in all_steps(run_dir)
+            if storage.exists(join(step_uri(run_dir, step), "manifest.json"))]
 
 
 def latest_step(run_dir: str) -> int | None:
@@ -74,14 +72,14 @@ def latest_step(run_dir: str) -> int | None:
     CheckpointError
         ``latest`` names a step that is not committed.
     """
-    fs, path = open_store(join(run_dir, "latest"))
-    if not fs.exists(path):  # killed between the first manifest and it
+    where = join(run_dir, "latest")
+    if (data := read_if_there(where)) is None:  # killed between the first manifest and it
         return max(committed_steps(run_dir), default=None)
-    text = read_bytes(join(run_dir, "latest")).decode(errors="replace").strip()
+    text = data.decode(errors="replace").strip()
     steps = committed_steps(run_dir)  # after it: a live run commits, then writes ``latest``
     number = text.removeprefix("step-")
     if not number.isdigit() or int(number) not in steps:
-        raise CheckpointError(f"{path}: says {text!r}, committed here are {_listed(steps)}; write "
+        raise CheckpointError(f"{where}: says {text!r}, committed here are {_listed(steps)}; write "
                               "one of them into it to continue from there")
     return int(number)
 
@@ -191,14 +189,6 @@ def open_checkpoint(run_dir: str, step: int) -> Checkpoint:
         raise CheckpointError(f"{where}: format {manifest.get('format')}, this version reads "
                               f"{FORMAT_VERSION}")
     return Checkpoint(run_dir, step, manifest)
-
-
-@contextmanager
-def _listing(run_dir: str) -> Iterator[None]:
-    try:
-        yield
-    except store_errors() as error:
-        raise CheckpointError(f"{run_dir}: cannot be listed ({error}); check the store") from error
 
 
 def _listed(steps: list[int]) -> str:

@@ -28,9 +28,8 @@ from neurojepa.storage import (
     Patience,
     append_rows,
     drop_rows,
-    is_local,
     join,
-    open_store,
+    local_path,
     write_bytes,
 )
 from neurojepa.train.telemetry import Trackers, check_trackers
@@ -73,7 +72,7 @@ class Metrics:
         self._flushed, self._waited = time.perf_counter(), 0.0
         self._unwritten: list[dict[str, Any]] = []
         self._written = -math.inf
-        self._local = is_local(open_store(self.run_dir)[0])
+        self._local = local_path(self.run_dir) is not None
         self._trackers: Trackers | None = None
         if world.rank == 0:
             self._keep_until(resumed)
@@ -188,7 +187,7 @@ class Heartbeat:
 
     def __init__(self, run_dir: str, rank: int, patience: Patience) -> None:
         self._uri = join(run_dir, "heartbeat", f"rank-{rank}.json")
-        self._local = is_local(open_store(run_dir)[0])
+        self._path = local_path(self._uri)
         self._facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._written = -math.inf
         self._patience = patience
@@ -204,13 +203,13 @@ class Heartbeat:
             It cannot be written; of an object store that has failed for long, at a later beat.
         """
         data = json.dumps({**self._facts, "step": step, "time": time.time()}).encode()
-        if not self._local:
+        if self._path is None:
             self._put(data)
         elif self._written > 0:
-            path = open_store(self._uri)[1]
-            with open(path + ".new", "wb") as file:  # no fsync: it only has to be seen, not kept
+            new = self._path + ".new"
+            with open(new, "wb") as file:  # no fsync: it only has to be seen, not kept
                 file.write(data)
-            os.replace(path + ".new", path)
+            os.replace(new, self._path)
         else:
             write_bytes(self._uri, data)
             self._written = time.monotonic()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 import uuid
@@ -26,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neurojepa import storage
 from neurojepa.errors import CheckpointError, NeurojepaError
 from neurojepa.storage import (
     Patience,
-    is_local,
     join,
-    open_store,
+    local_path,
     store_errors,
     write_bytes,
     write_parts,
@@ -250,9 +251,8 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
 
 
 def _check_space(uri: str, num_bytes: int) -> None:
-    fs, path = open_store(uri)
-    if is_local(fs):
-        fs.makedirs(path, exist_ok=True)
+    if (path := local_path(uri)) is not None:
+        os.makedirs(path, exist_ok=True)
         free = shutil.disk_usage(path).free
         if free < num_bytes * 1.05 + 2**20:
             raise CheckpointError(f"{path}: {free / 2**20:.0f} MiB free, this rank's checkpoint "
@@ -262,10 +262,9 @@ def _check_space(uri: str, num_bytes: int) -> None:
 
 def _remove_strangers(uri: str, known: set[str]) -> None:
     """Delete what an attempt that was killed left in a checkpoint's directory."""
-    fs, path = open_store(uri)
-    for file in fs.ls(path, detail=False):
-        if file.rsplit("/", 1)[-1] not in known:
-            fs.rm_file(file)
+    for name in storage.list_names(uri):
+        if name not in known:
+            storage.remove(join(uri, name))
 
 
 def _together(world: World, action: Callable[[], Any]) -> list[Any]:

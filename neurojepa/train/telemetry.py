@@ -32,7 +32,7 @@ import torch
 
 from neurojepa.config import RootConfig, dump_config
 from neurojepa.errors import ConfigError
-from neurojepa.storage import is_local, join, open_store, write_bytes
+from neurojepa.storage import join, local_path, write_bytes
 from neurojepa.train.world import World
 
 SOFTWARE = ("neurojepa", "torch", "deepspeed", "numpy", "safetensors", "fsspec", "s3fs", "pyarrow")
@@ -122,8 +122,8 @@ class Trackers:
 
     def __init__(self, config: RootConfig, resumed: int) -> None:
         self._board: Any = None
-        store, path = open_store(config.run.dir)
-        if is_local(store):  # event files are appended to; stores cannot
+        if (path := local_path(config.run.dir)) is not None:
+            # event files are appended to, which stores cannot do
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(join(path, "tensorboard"), purge_step=resumed + 1)
@@ -203,9 +203,9 @@ class MLflow:
     def __init__(self, config: RootConfig) -> None:
         from mlflow.tracking import MlflowClient
 
-        store, path = open_store(config.run.dir)
+        path = local_path(config.run.dir)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (
-            f"sqlite:///{os.path.abspath(path)}/mlflow.db" if is_local(store) else None)
+            f"sqlite:///{os.path.abspath(path)}/mlflow.db" if path is not None else None)
         self._client = MlflowClient(tracking_uri=uri)
         found = self._client.get_experiment_by_name("neurojepa")
         experiment = found.experiment_id if found else self._client.create_experiment("neurojepa")
@@ -241,9 +241,8 @@ class WandB:
     def __init__(self, config: RootConfig) -> None:
         import wandb
 
-        store, path = open_store(config.run.dir)
         self._run = wandb.init(project="neurojepa", id=_run_id(config), name=_run_name(config),
-                               resume="allow", dir=path if is_local(store) else None,
+                               resume="allow", dir=local_path(config.run.dir),
                                config=config.model_dump(mode="json"))
 
     def log(self, flush: Flush) -> None:

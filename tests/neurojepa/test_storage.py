@@ -11,7 +11,7 @@ from neurojepa.errors import DataError
 from neurojepa.storage import (
     exists,
     join,
-    names,
+    list_names,
     open_store,
     read_bytes,
     read_if_there,
@@ -29,13 +29,13 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_a_folder_fills_and_empties(folder: str) -> None:
-    assert not exists(folder) and names(folder) == [] and walk(folder) == []
+    assert not exists(folder) and list_names(folder) == [] and walk(folder) == []
     assert read_if_there(join(folder, "x")) is None
     remove(folder)  # nothing to do is no error
     for name in ("b/2", "b/1", "x"):
         write_bytes(join(folder, name), name.encode())
     assert exists(folder) and exists(join(folder, "x")) and not exists(join(folder, "y"))
-    assert names(folder) == ["b", "x"] and names(join(folder, "b")) == ["1", "2"]
+    assert list_names(folder) == ["b", "x"] and list_names(join(folder, "b")) == ["1", "2"]
     assert walk(folder) == ["b/1", "b/2", "x"]
     assert walk(f"{folder}/") == walk(folder)
     remove(join(folder, "x"))
