@@ -36,7 +36,8 @@ def test_default_key_is_made_once_and_private(tmp_path: Path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("content, mode, message", [
-    (None, 0, "no such key"), (b"short", 0o600, "too few"), (KEY, 0o644, "chmod 600")])
+    (None, 0, "no such key"), (b"short", 0o600, "too few"), (KEY, 0o644, "chmod 600")],
+    ids=["missing", "few", "open"])  # a key's text would come into the path
 def test_a_bad_key_is_refused(tmp_path: Path, content, mode, message):
     file = tmp_path / "key"
     if content is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from data_prep.cohorts.bids.reader import read_cohort
@@ -43,3 +45,21 @@ def tree_bytes(root: Path) -> dict[str, bytes]:
     """Every file below a folder, by path."""
     return {str(path.relative_to(root)): path.read_bytes()
             for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def read_people(read_cohort: Callable[[Source, str], Iterator[Findings]], cohort: str,
+                root: Path | str, **options: object) -> tuple[dict[str, Findings], Source]:
+    """A source read through by a reader that names each participant once."""
+    source = Source(str(root), **options)  # type: ignore[arg-type]
+    people: dict[str, Findings] = {}
+    for found in read_cohort(source, cohort):
+        assert found.participant not in people
+        people[found.participant] = found
+    return people, source
+
+
+def said_of(people: dict[str, Findings], root: Path) -> str:
+    """All that was found, but for the root's path and the times of files, which hold any digits."""
+    found = [replace(each, scans=[replace(scan, modified=None) for scan in each.scans])
+             for each in people.values()]
+    return repr(found).replace(str(root), "")

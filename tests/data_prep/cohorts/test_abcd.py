@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -15,27 +16,21 @@ import pytest
 
 from data_prep.cohorts.abcd.reader import read_cohort
 from data_prep.cohorts.abcd.tables import participant_of
-from data_prep.cohorts.source import Findings, Source
+from data_prep.cohorts.source import Findings
 from data_prep.members import read_member
 from data_prep.scan import Scan
 from data_prep.splits import group_people
 from neurojepa.errors import DataError
 from neurojepa.storage import write_bytes
+from tests.helpers.trees import read_people, said_of, write
 
 NIFTI = nib.Nifti1Image(np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.eye(4)).to_bytes()
 A, B, C = "0A1B2C3D", "0000ZZZ1", "00000002"
 MPROC, XCP = "derivatives/mproc", "derivatives/abcc-xcp_d_v0.13.0"
+read = partial(read_people, read_cohort, "abcd")
 SIDECAR = json.dumps({"Manufacturer": "GE", "ManufacturersModelName": "MR750",
                       "MagneticFieldStrength": 3, "DeviceSerialNumber": "HASHraw",
                       "RepetitionTime": 0.8, "PatientName": "kept nowhere"})
-
-
-def write(root: Path, files: dict[str, bytes | str]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return root
 
 
 def package(files: dict[str, bytes]) -> bytes:
@@ -55,15 +50,6 @@ def nda(participant: str, event: str, suffix: str, run: str = "01") -> dict[str,
     task = "_task-rest" if suffix == "bold" else ""
     return {f"{folder}/{name}{task}_run-{run}_{suffix}.json": b"{}",
             f"{folder}/{name}{task}_run-{run}_{suffix}.nii": NIFTI}
-
-
-def read(root: Path | str, **options: object) -> tuple[dict[str, Findings], Source]:
-    source = Source(str(root), **options)  # type: ignore[arg-type]
-    people: dict[str, Findings] = {}
-    for found in read_cohort(source, "abcd"):
-        assert found.participant not in people
-        people[found.participant] = found
-    return people, source
 
 
 def files(found: Findings) -> list[str]:
@@ -158,7 +144,7 @@ def test_facts_from_tables_and_sidecars(release: Path):
     assert scan_of(people[A], "T1w", "02A").age_at_scan is None
     assert people[A].ties == people[B].ties == ["family:77"]
     assert ("00A", "age", "9.5") in people[A].labels and ("00A", "sex", "F") in people[B].labels
-    assert "2017" not in repr(people) and "kept nowhere" not in repr(source.seen)
+    assert "2017" not in said_of(people, release) and "kept nowhere" not in repr(source.seen)
 
 
 def test_what_the_cohort_rules_out_becomes_a_row_with_a_reason(release: Path):

@@ -15,6 +15,7 @@ from data_prep.cohorts.source import Findings, Source
 from data_prep.scan import Scan
 from neurojepa.errors import DataError
 from tests.helpers.dicom import slice_of
+from tests.helpers.trees import write
 
 OLD, NEW = "941_S_0901", "942_S_10902"
 COLLECTION = ('"Image Data ID","Subject","Group","Sex","Age","Visit","Modality","Description",'
@@ -38,14 +39,6 @@ def slices(ptid: str, series: str, day: str, numbers: str, count: int = 3) -> di
     folder = f"ADNI/{ptid}/{series}/{day}_08_20_30.0/{numbers.split('_')[-1]}"
     return {f"{folder}/ADNI_{ptid}_MR_{series}__br_raw_20060418193538653_{n}_{numbers}.dcm": "xx"
             for n in range(1, count + 1)}
-
-
-def write(root: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return root
 
 
 def read(root: Path | str, tables: tuple[str, ...] = ()) -> tuple[list[Findings], Counter[str]]:

@@ -133,13 +133,13 @@ def test_a_ray_job_adds_to_an_archive(runs: Runs):
     """``ray job submit`` of the command itself; its one new scan is no image."""
     out = runs.root / "job"
     shutil.copytree(runs.root / "undisturbed", out)
-    manifest = make_manifest(runs.root, {"q1/1/T1w": "text"}, "other", "n")
+    manifest = make_manifest(runs.root, {"q1/1/T1w": "no image"}, "other", "n")
     done = subprocess.run(
         [RAY, "job", "submit", "--", sys.executable, "-m", "data_prep", "prepare", "--manifest",
          manifest, "--out", str(out), "--preset", "quick"], cwd=ROOT,
         env=runs.cluster.environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1/1 scans" in done.stdout and "text" not in done.stdout
+    assert "1/1 scans" in done.stdout and "no image" not in done.stdout
     *before, new = open_archive(str(out)).rows
     assert (new["participant"], new["status"], new["reason"]) == ("q1", "rejected", "not_nifti")
     assert len(before) == 2 * PEOPLE and verify(str(out)) == 0

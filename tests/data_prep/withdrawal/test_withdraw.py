@@ -30,7 +30,8 @@ from neurojepa.feed.loader import SampleReader
 from tests.helpers.fakes import QUICK, fake_prepare, make_manifest, run_here
 
 KEY = b"0123456789abcdef"
-LEFT, STAYS, OTHER = (pseudonym(KEY, "fake", name) for name in ("007", "8", "9"))
+ORIGINAL = "S0071"  # no hash has an S
+LEFT, STAYS, OTHER = (pseudonym(KEY, "fake", name) for name in (ORIGINAL, "8", "9"))
 
 
 class Cohort:
@@ -39,7 +40,7 @@ class Cohort:
     def __init__(self, root: Path) -> None:
         self.root, self.archive, self.feed = root, str(root / "a"), str(root / "f")
         self.list = root / "w1_20250131.csv"
-        self.list.write_text("007\n999\n")
+        self.list.write_text(f"{ORIGINAL}\n999\n")
 
     def manifest(self, **more: str) -> str:
         return make_manifest(self.root, {
@@ -87,7 +88,7 @@ def test_a_withdrawn_person_is_gone_for_good(cohort: Cohort, capsys):
         assert verify(cohort.archive) == verify(cohort.feed) == 0
         assert people_in(cohort.feed) == {STAYS, OTHER}
     said = capsys.readouterr().out
-    assert "list w1 of 20250131: 2 people" in said and "007" not in said
+    assert "list w1 of 20250131: 2 people" in said and ORIGINAL not in said
     assert f"{cohort.feed}: 2 scans of 2 listed people removed; audit log ends with" in said
     feed = open_feed(cohort.feed)
     assert (SampleReader(feed).image(feed.index["participant"].to_pylist().index(STAYS))
@@ -196,7 +197,7 @@ def test_a_stale_list_is_refused(cohort: Cohort):
     with pytest.raises(DataError, match=r"is of 20241231, but .* had the list of 20250131"):
         cohort.withdraw()
     cohort.list = cohort.root / "w1_20250301.csv"
-    cohort.list.write_text("007\n999\n8\n")
+    cohort.list.write_text(f"{ORIGINAL}\n999\n8\n")
     cohort.withdraw()
     assert people_in(cohort.feed) == {OTHER}
 
@@ -250,7 +251,7 @@ def test_checkpoints_that_saw_the_person_are_named(cohort: Cohort, capsys):
     assert logged["checkpoints"][f"{runs}/r/export"] == [LEFT]
     # whoever leaves later was seen by models of both fingerprints
     cohort.list = cohort.root / "w1_20250301.csv"
-    cohort.list.write_text("007\n999\n8\n")
+    cohort.list.write_text(f"{ORIGINAL}\n999\n8\n")
     cohort.withdraw(runs=[str(runs)])
     logged = read_events(cohort.feed)[-1]["checkpoints"]
     assert set(logged[f"{runs}/r/export"]) == {LEFT, STAYS}
