@@ -11,8 +11,8 @@
 A scan's slot lies below its person, so that no two persons ever write the same object and a
 person's voxels can be removed at one place.  Each array is one shard (one object) of inner chunks
 that can be read alone.  An image is int16 with attribute ``scale``: stored value times scale gives
-0..1; the mask holds 0 air, 1 brain, 2 not scanned.  ``parcels`` float32 [P, T] are the mean series
-of cortical parcels of a CIFTI scan.
+0..1; the mask holds MaskCode (0 air, 1 brain, 2 not scanned).  ``parcels`` float32 [P, T] are the
+mean series of cortical parcels of a CIFTI scan.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
     others = _Linked(name, key, links, beside)
     with tempfile.TemporaryDirectory() as folder:
         spool = f"{folder}/scans.parquet"
-        people = _People(name, key, {left for each in read_lists(withdrawn, name)
+        people = _Roster(name, key, {left for each in read_lists(withdrawn, name)
                                      for left in each.pseudonyms(key)})
         reader = importlib.import_module(READERS[cohort])
         _spool(spool, people.take(reader.read_cohort(walked, name)))
@@ -97,7 +97,7 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
     earlier.compare(states)
 
 
-class _People:
+class _Roster:
     """The people met so far: pseudonyms, ties and labels."""
 
     def __init__(self, cohort: str, key: bytes, withdrawn: set[str]) -> None:

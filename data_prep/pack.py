@@ -26,13 +26,13 @@ from data_prep.archive import IMAGE_SCALE, check_reachable, open_archive, read_v
 from data_prep.tables import read_table
 from neurojepa.errors import DataError
 from neurojepa.feed.format import (
-    AIR,
     ARCHIVE_GRID,
     INDEX_SCHEMA,
-    NOT_SCANNED,
     Grid,
+    MaskCode,
     commit_feed,
     encode_array,
+    is_brain,
     open_feed,
     quantise,
 )
@@ -166,14 +166,14 @@ def _labels_of(rows: pa.Table, labels: pa.Table) -> pa.Table:
     return labels.filter(pc.is_in(key(labels), pc.unique(key(rows))))
 
 
-def resample(image: np.ndarray, mask: np.ndarray, label: np.ndarray | None,
-             grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def coarsen(image: np.ndarray, mask: np.ndarray, label: np.ndarray | None,
+            grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """A scan from the archive grid onto a coarser concentric grid.
 
     Parameters
     ----------
     image, mask, label
-        [X, Y, Z] on ARCHIVE_GRID: 0..1, codes 0 air, 1 brain, 2 not scanned, label codes.
+        [X, Y, Z] on ARCHIVE_GRID: 0..1, MaskCode, label codes.
 
     Returns
     -------
@@ -181,12 +181,13 @@ def resample(image: np.ndarray, mask: np.ndarray, label: np.ndarray | None,
         On ``grid``: the mean over the brain within each voxel, the code that fills most of it,
         the label at its centre.
     """
-    brain = (mask == 1).astype(np.float32)
+    brain = (mask == MaskCode.BRAIN).astype(np.float32)
     share = _average(brain, grid)
     total = _average(image.astype(np.float32) * brain, grid)
-    unseen = _average((mask == 2).astype(np.float32), grid)
+    unseen = _average((mask == MaskCode.NOT_SCANNED).astype(np.float32), grid)
     air = 1.0 - share - unseen
-    codes = np.where((share >= air) & (share >= unseen), 1, np.where(unseen > air, 2, 0))
+    outside = np.where(unseen > air, MaskCode.NOT_SCANNED, MaskCode.AIR)
+    codes = np.where((share >= air) & (share >= unseen), MaskCode.BRAIN, outside)
     mean = np.divide(total, share, out=np.zeros_like(total), where=share > 0)
     if label is not None:
         label = label[np.ix_(*(_nearest(axis, grid) for axis in range(3)))]
@@ -222,11 +223,11 @@ def _encoded(archive: str, rows: list[Row],
     """Index row, image bytes and label bytes of each scan, in order, a few read ahead."""
     def encode(row: Row) -> tuple[Row, bytes, bytes | None]:
         arrays = read_volume(archive, slot(row["participant"], row["scan_id"]))
-        image, mask, label = resample(arrays["image"] * np.float32(IMAGE_SCALE), arrays["mask"],
-                                      arrays.get("label"), grid)
+        image, mask, label = coarsen(arrays["image"] * np.float32(IMAGE_SCALE), arrays["mask"],
+                                     arrays.get("label"), grid)
         codes = quantise(image, mask)
         sample = {name: row[name] for name in _COPIED}
-        sample["num_foreground"] = int(((codes != AIR) & (codes != NOT_SCANNED)).sum())
+        sample["num_foreground"] = int(is_brain(codes).sum())
         return sample, encode_array(codes), None if label is None else encode_array(label)
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:

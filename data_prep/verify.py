@@ -32,7 +32,7 @@ from data_prep.splits import check as check_splits
 from data_prep.tables import dicts
 from data_prep.withdrawal.audit import audit_problems, read_events, unfinished, withdrawn_people
 from neurojepa.errors import DataError
-from neurojepa.feed.format import AIR, NOT_SCANNED, Feed, decode_array, open_feed
+from neurojepa.feed.format import Feed, MaskCode, decode_array, is_brain, open_feed
 from neurojepa.storage import exists, join, list_names, open_store, sha256, store_errors, walk
 
 Row = dict[str, Any]
@@ -168,7 +168,7 @@ def _member_problems(feed: Feed, tar: tarfile.TarFile, member: tarfile.TarInfo, 
     except DataError as error:
         yield str(error)
         return
-    brain = int(((array != AIR) & (array != NOT_SCANNED)).sum())
+    brain = int(is_brain(array).sum())
     if kind == "image" and brain != row["num_foreground"]:
         yield f"{where}: {brain} brain voxels, the index says {row['num_foreground']}"
 
@@ -230,10 +230,10 @@ def _volume_problems(uri: str, path: str, row: Row) -> Iterator[str]:
     if voxel_hash(arrays) != row["voxels_sha256"]:
         yield f"{path}: voxels differ from their hash in scans.parquet"
     image, mask = arrays["image"], arrays["mask"]
-    if mask.max() > 2:
+    if mask.max() > max(MaskCode):
         yield f"{path}: mask code {mask.max()}; only 0, 1 and 2 are known"
-    brain = image[mask == 1]
+    brain = image[mask == MaskCode.BRAIN]
     if brain.size == 0 or brain.min() == brain.max():
         yield f"{path}: no brain, or a constant one"
-    if image.min() < 0 or image[mask != 1].any():
+    if image.min() < 0 or image[mask != MaskCode.BRAIN].any():
         yield f"{path}: intensities below 0 or outside the brain"

@@ -14,7 +14,15 @@ import numpy as np
 from data_prep.archive import IMAGE_SCALE, open_archive, read_volume, slot
 from neurojepa.config import RootConfig, load_config
 from neurojepa.errors import ClusterError
-from neurojepa.feed.format import ARCHIVE_GRID, MODALITIES, NOT_SCANNED, Feed, Grid, open_feed
+from neurojepa.feed.format import (
+    ARCHIVE_GRID,
+    MODALITIES,
+    Feed,
+    FeedCode,
+    Grid,
+    is_brain,
+    open_feed,
+)
 from neurojepa.feed.loader import Batch, SampleReader
 from neurojepa.report import figure, page, paragraph, section, table, tiles
 from neurojepa.storage import read_rows
@@ -162,8 +170,8 @@ def _tokens(out: Path, feed: Feed) -> str:
     z = feed.grid.shape[2] // 2
     for b, row in enumerate(rows):
         codes = batch.voxels[b].numpy()
-        image = np.where(codes == NOT_SCANNED, 0, codes.astype(float))[:, :, z]
-        contour = ((codes > 0) & (codes != NOT_SCANNED))[:, :, z]
+        image = np.where(codes == FeedCode.NOT_SCANNED, 0, codes.astype(float))[:, :, z]
+        contour = is_brain(codes)[:, :, z]
         coords = views.coords_BN3[b].numpy()
         axes[b][0].set_ylabel(stored[row])
         axes[b][0].set_title("stored volume, brain mask", fontsize=9)

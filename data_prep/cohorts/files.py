@@ -19,7 +19,7 @@ from itertools import groupby
 from data_prep.cohorts.bids.derived import Taken
 from data_prep.cohorts.bids.names import MODALITIES, Image, Name
 from data_prep.cohorts.bids.scan import Reader
-from data_prep.cohorts.bids.tables import Person
+from data_prep.cohorts.bids.tables import BidsPerson
 from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.tables import Cells, parse_table
 from neurojepa.errors import ConfigError, DataError
@@ -106,7 +106,7 @@ def _person(reader: Reader, participant: str, lines: list[Line], files: dict[str
     for _, row in lines:
         told = {name: value for name, value in row.items() if name not in _OWN and value}
         people[str(row["session_id"])] = {**told, **people.get(str(row["session_id"]), {})}
-    person = Person(people, {}, [], reader.notes)
+    person = BidsPerson(people, {}, [], reader.notes)
     findings = Findings(participant, ties=person.ties())
     lines.sort(key=lambda line: str(line[1]["session_id"]))
     for session, own in groupby(lines, key=lambda line: str(line[1]["session_id"])):

@@ -42,7 +42,14 @@ from data_prep.archive import (
 )
 from data_prep.pool import Task, run_tasks
 from data_prep.prepare.merge import merge, scan_rows, usable
-from data_prep.prepare.person import DIED, Limits, PrepareOne, Work, prepare_person, record_name
+from data_prep.prepare.person import (
+    DIED,
+    Limits,
+    PersonTask,
+    PrepareOne,
+    record_name,
+    run_person_task,
+)
 from data_prep.scan import Scan, read_manifest
 from data_prep.splits import check as check_splits
 from data_prep.tables import dicts, read_table
@@ -81,7 +88,7 @@ def prepare(manifests: Sequence[str], out: str, preset: Preset, workers: int | N
     for uri in (*manifests, out):
         check_reachable(uri)
     scans, labels = _read(manifests, withdrawn_people(out))
-    people = People(scans, preset)
+    people = ScansByPerson(scans, preset)
     run = _Run(out, people, preset, workers, ray_address, prepare_one, limits)
     todo = run.without_record()
     if retry_quarantined:
@@ -101,7 +108,7 @@ def prepare(manifests: Sequence[str], out: str, preset: Preset, workers: int | N
 
 # ---- what there is to do -------------------------------------------------------------------------
 
-class People:
+class ScansByPerson:
     """The scans of manifests by person: in Arrow, and as objects for one person at a time.
 
     Parameters
@@ -146,7 +153,7 @@ class _Run:
     """One call of ``prepare``, as its tasks need to know it."""
 
     out: str
-    people: People
+    people: ScansByPerson
     preset: Preset
     workers: int | None
     ray_address: str | None
@@ -166,15 +173,15 @@ class _Run:
             known[_person_of(record)].append(record)
         num_scans = self.people.num_scans
         # people with most scans first, so that all workers end at about the same time
-        tasks = (Task(name, self._work(name, known[name]), num_scans[name])
+        tasks = (Task(name, self._task(name, known[name]), num_scans[name])
                  for name in sorted(names, key=lambda name: (-num_scans[name], name)))
-        return run_tasks(prepare_person, tasks, sum(num_scans[name] for name in names),
+        return run_tasks(run_person_task, tasks, sum(num_scans[name] for name in names),
                          self.workers, self.ray_address)
 
-    def _work(self, name: str, stale: list[str]) -> Work:
+    def _task(self, name: str, stale: list[str]) -> PersonTask:
         scans = [scan for scan in self.people.scans(name) if scan.reason is None]
-        return Work(self.out, scans, self.people.records[name], stale, self.preset, self.limits,
-                    self.prepare_one)
+        return PersonTask(self.out, scans, self.people.records[name], stale, self.preset,
+                          self.limits, self.prepare_one)
 
 
 def _read(manifests: Sequence[str], gone: set[str]) -> tuple[pa.Table, pa.Table]:
@@ -198,7 +205,7 @@ def _person_of(record: str) -> str:
     return record.rpartition("-")[0]
 
 
-def _results(out: str, people: People, names: Iterable[str]) -> dict[str, list[Row]]:
+def _results(out: str, people: ScansByPerson, names: Iterable[str]) -> dict[str, list[Row]]:
     """What the records of people say."""
     uris = {name: join(out, "results", people.records[name]) for name in names}
     results = {}
@@ -210,7 +217,7 @@ def _results(out: str, people: People, names: Iterable[str]) -> dict[str, list[R
     return results
 
 
-def _given_up(out: str, people: People, names: set[str]) -> Iterator[str]:
+def _given_up(out: str, people: ScansByPerson, names: set[str]) -> Iterator[str]:
     for chunk in people.chunks():
         for name, rows in _results(out, people, (n for n in chunk if n in names)).items():
             if any(row["reason"] in DIED for row in rows):
@@ -219,7 +226,7 @@ def _given_up(out: str, people: People, names: set[str]) -> Iterator[str]:
 
 # ---- the archive's tables ------------------------------------------------------------------------
 
-def _merge(out: str, people: People, lost: dict[str, str]) -> pa.Table:
+def _merge(out: str, people: ScansByPerson, lost: dict[str, str]) -> pa.Table:
     """All rows of the archive: earlier ones of other people, and these people's newest."""
     there = archive_table(out, "scans", ["participant"])
     old = None
@@ -229,7 +236,7 @@ def _merge(out: str, people: People, lost: dict[str, str]) -> pa.Table:
     return merge(old, (_new_rows(out, people, chunk, lost) for chunk in people.chunks()))
 
 
-def _new_rows(out: str, people: People, names: list[str], lost: dict[str, str]) -> list[Row]:
+def _new_rows(out: str, people: ScansByPerson, names: list[str], lost: dict[str, str]) -> list[Row]:
     results = _results(out, people, (name for name in names
                                      if name in people.records and name not in lost))
     rows = []
@@ -263,7 +270,7 @@ def _used_slots(table: pa.Table) -> set[str]:
                                         own["scan_id"].to_pylist(), strict=True)}
 
 
-def _commit(out: str, table: pa.Table, labels: pa.Table, people: People) -> Counter[str]:
+def _commit(out: str, table: pa.Table, labels: pa.Table, people: ScansByPerson) -> Counter[str]:
     """Write the archive's tables, with these people's labels replaced; prints the counts."""
     if problems := check_splits(dicts(table.select(["participant", "family", "split"]))):
         raise DataError(f"{out}: {problems[0]}" + (f" (and {len(problems) - 1} more)"
@@ -303,7 +310,7 @@ def _checked(out: str, table: pa.Table, counts: Counter[str]) -> Counter[str]:
     return counts
 
 
-def _sweep(out: str, table: pa.Table, slots: set[str], people: People) -> None:
+def _sweep(out: str, table: pa.Table, slots: set[str], people: ScansByPerson) -> None:
     """Remove what no row needs: voxels of scans that changed or went, what kills left behind."""
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda path: remove_volume(out, path), sorted(slots - _used_slots(table))))

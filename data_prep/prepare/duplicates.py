@@ -24,7 +24,7 @@ import pyarrow as pa
 from scipy import ndimage
 
 from neurojepa.errors import DataError
-from neurojepa.feed.format import ARCHIVE_GRID
+from neurojepa.feed.format import ARCHIVE_GRID, MaskCode
 
 CELL_VOXELS = 12  # divides the archive grid
 MIN_SHARE = 0.25  # of a cell inside the brain, or the cell says nothing
@@ -70,7 +70,7 @@ def fingerprint(image: np.ndarray, mask: np.ndarray) -> str | None:
     Parameters
     ----------
     image : float [180, 216, 180] on the archive grid, brain in [0, 1]
-    mask : codes of the archive (1 brain)
+    mask : uint8 of MaskCode, same grid
 
     Returns
     -------
@@ -80,7 +80,7 @@ def fingerprint(image: np.ndarray, mask: np.ndarray) -> str | None:
     """
     cells = tuple(n // CELL_VOXELS for n in ARCHIVE_GRID.shape)
     blocks = [edge for n in cells for edge in (n, CELL_VOXELS)]
-    brain = mask == 1
+    brain = mask == MaskCode.BRAIN
     share = brain.reshape(blocks).mean(axis=(1, 3, 5))
     total = np.where(brain, image, 0).reshape(blocks).mean(axis=(1, 3, 5), dtype=np.float64)
     inside = (share > MIN_SHARE) & _ellipsoid()

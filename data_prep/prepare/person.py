@@ -46,7 +46,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Work:
+class PersonTask:
     """What a worker needs to know about one person."""
 
     out: str
@@ -67,7 +67,7 @@ def record_name(scans: list[Scan], preset: Preset) -> str:
 
 # ---- in the Ray worker ---------------------------------------------------------------------------
 
-def prepare_person(work: Work) -> int:
+def run_person_task(task: PersonTask) -> int:
     """Prepare one person in a watched child; returns the number of scans that had to be given up.
 
     Raises
@@ -75,21 +75,21 @@ def prepare_person(work: Work) -> int:
     DataError
         A store cannot be read or written, or a module is missing.
     """
-    scans = work.scans
-    end = _watched(work, len(scans), _prepare_and_write, work, scans, [])
+    scans = task.scans
+    end = _watched(task, len(scans), _prepare_and_write, task, scans, [])
     if not isinstance(end, Death):
         return 0
     given_up = [(scan, death) for scan in scans if len(scans) > 1
-                and isinstance(death := _watched(work, 1, _try, work, scan), Death)]
+                and isinstance(death := _watched(task, 1, _try, task, scan), Death)]
     names = {id(scan) for scan, _ in given_up}
     if left := [scan for scan in scans if id(scan) not in names] if names else []:
-        end = _watched(work, len(left), _prepare_and_write, work, left,
-                       [_death_row(work, *each) for each in given_up])
+        end = _watched(task, len(left), _prepare_and_write, task, left,
+                       [_death_row(task, *each) for each in given_up])
         if not isinstance(end, Death):
             return len(given_up)
     # alone each would do, together they do not; or there is only one
     given_up += [(scan, end) for scan in scans if id(scan) not in names]
-    _commit_record(work, [_death_row(work, *each) for each in given_up])
+    _commit_record(task, [_death_row(task, *each) for each in given_up])
     return len(given_up)
 
 
@@ -98,45 +98,46 @@ def _child() -> Child:
     return Child()
 
 
-def _watched(work: Work, num_scans: int, function: Callable[..., Any], *arguments: Any) -> Any:
+def _watched(task: PersonTask, num_scans: int, function: Callable[..., Any],
+             *arguments: Any) -> Any:
     """A call within the limits; a crash may come from outside, so it must happen twice."""
     for _ in range(2):
-        end = _child().call(function, *arguments, memory_bytes=work.limits.memory_bytes,
-                            seconds=num_scans * work.limits.seconds_per_scan)
+        end = _child().call(function, *arguments, memory_bytes=task.limits.memory_bytes,
+                            seconds=num_scans * task.limits.seconds_per_scan)
         if not (isinstance(end, Death) and end.reason == "worker_crashed"):
             break
     return end
 
 
-def _death_row(work: Work, scan: Scan, death: Death) -> Row:
-    return _base_row(scan, work.preset, None) | {
+def _death_row(task: PersonTask, scan: Scan, death: Death) -> Row:
+    return _base_row(scan, task.preset, None) | {
         "scan_id": None, "status": "rejected", "reason": death.reason,
-        "message": nameless(death.message, work.scans)}
+        "message": nameless(death.message, task.scans)}
 
 
-def _commit_record(work: Work, rows: list[Row]) -> None:
-    _remove_stale(work)
-    write_bytes(join(work.out, "results", work.record),
+def _commit_record(task: PersonTask, rows: list[Row]) -> None:
+    _remove_stale(task)
+    write_bytes(join(task.out, "results", task.record),
                 json.dumps(rows, allow_nan=False).encode())
 
 
-def _remove_stale(work: Work) -> None:
-    for name in work.stale:
-        remove(join(work.out, "results", name))
+def _remove_stale(task: PersonTask) -> None:
+    for name in task.stale:
+        remove(join(task.out, "results", name))
 
 
 # ---- in the child --------------------------------------------------------------------------------
 
-def _try(work: Work, scan: Scan) -> None:
+def _try(task: PersonTask, scan: Scan) -> None:
     """Whether a scan can be prepared at all; what comes out is not kept."""
-    _prepared(work, [scan])
+    _prepared(task, [scan])
 
 
-def _prepared(work: Work, scans: list[Scan]) -> Sequence[Prepared | Rejected]:
+def _prepared(task: PersonTask, scans: list[Scan]) -> Sequence[Prepared | Rejected]:
     from data_prep.volumes import pipeline
 
     try:
-        results = (work.prepare_one or pipeline.prepare_person)(scans, work.preset)
+        results = (task.prepare_one or pipeline.prepare_person)(scans, task.preset)
     except ScanError:
         raise  # of one scan, and a fault of the preparation
     except DataError as error:
@@ -148,22 +149,22 @@ def _prepared(work: Work, scans: list[Scan]) -> Sequence[Prepared | Rejected]:
     return results
 
 
-def _prepare_and_write(work: Work, scans: list[Scan], rows: list[Row]) -> None:
+def _prepare_and_write(task: PersonTask, scans: list[Scan], rows: list[Row]) -> None:
     """Prepare scans of a person, write the voxels, then the record: these rows and given ones."""
     from data_prep.volumes.pipeline import Rejected
     from data_prep.volumes.preview import preview_of
 
-    results = _prepared(work, scans)
-    _remove_stale(work)
+    results = _prepared(task, scans)
+    _remove_stale(task)
     inputs = {(scan.uri, scan.member): input_sha256(scan) for scan in scans}
     seen: set[str] = set()
     for result in results:
         scan = result.scan
-        row = _base_row(scan, work.preset, inputs[scan.uri, scan.member])
+        row = _base_row(scan, task.preset, inputs[scan.uri, scan.member])
         rows.append(row)
         if isinstance(result, Rejected):
             row |= {"scan_id": None, "status": "rejected", "reason": result.reason,
-                    "message": nameless(result.message, work.scans)}
+                    "message": nameless(result.message, task.scans)}
             if not scan.reason and (picture := preview_of(scan)):
                 row["figures"]["preview"] = picture
             continue
@@ -176,9 +177,9 @@ def _prepare_and_write(work: Work, scans: list[Scan], rows: list[Row]) -> None:
             continue
         seen.add(result.scan_id)
         row["figures"]["fingerprint"] = fingerprint(result.image, result.mask)
-        row["voxels_sha256"] = write_volume(work.out, place, result.image, result.mask,
+        row["voxels_sha256"] = write_volume(task.out, place, result.image, result.mask,
                                             result.label, getattr(result, "parcels", None))
-    _commit_record(work, rows)
+    _commit_record(task, rows)
 
 
 def _base_row(scan: Scan, preset: Preset, digest: str | None) -> Row:

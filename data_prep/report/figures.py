@@ -11,9 +11,10 @@ import numpy as np
 from scipy import ndimage
 
 from data_prep.report.page import COLOURS
+from neurojepa.feed.format import MaskCode
 
 OUTLINE = (86, 180, 233)  # sky blue of Okabe and Ito
-NOT_SCANNED = (38, 52, 84)
+UNSEEN = (38, 52, 84)  # dark blue: what was not scanned
 MAX_DOTS = 200  # of a row of a distribution
 _GAP = 6
 
@@ -37,7 +38,7 @@ def slices(image: np.ndarray, mask: np.ndarray) -> bytes:
     """
     from PIL import Image, ImageDraw
 
-    brain = mask == 1
+    brain = mask == MaskCode.BRAIN
     centre = [int(at) for at in ndimage.center_of_mass(brain)]
     top = max(float(np.percentile(image[brain], 99.5)), 1e-6)
     panels = [_panel(image.take(at, axis), mask.take(at, axis), top)
@@ -63,8 +64,8 @@ def _panel(image: np.ndarray, mask: np.ndarray, top: float) -> np.ndarray:
     """uint8 [rows, columns, 3]: the second axis of the slice points up."""
     grey = (255 * np.clip(image / top, 0, 1)).astype(np.uint8)
     colour = np.repeat(grey[..., None], 3, axis=2)
-    colour[mask == 2] = NOT_SCANNED
-    brain = mask == 1
+    colour[mask == MaskCode.NOT_SCANNED] = UNSEEN
+    brain = mask == MaskCode.BRAIN
     colour[brain & ~ndimage.binary_erosion(brain)] = OUTLINE
     return colour.swapaxes(0, 1)[::-1]
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from data_prep.synth import tables
 from data_prep.synth.anatomy import anatomy_names, load_anatomy, ventricle_ml
-from data_prep.synth.cohort import Person, choose_anatomy, draw_person
+from data_prep.synth.cohort import SyntheticPerson, choose_anatomy, draw_person
 from data_prep.synth.person import file_names, make_visit
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.storage import join, read_bytes, walk, write_bytes
@@ -112,7 +112,7 @@ def _listing(out: str) -> set[str]:
     return {path for path in walk(out) if not path.endswith(".tmp")}
 
 
-def _expected(person: Person) -> set[str]:
+def _expected(person: SyntheticPerson) -> set[str]:
     """Paths of all files of a person."""
     paths = {tables.sessions_path(person)}
     for visit in person.visits:
@@ -122,7 +122,8 @@ def _expected(person: Person) -> set[str]:
     return paths
 
 
-def _grouped(people: list[Person], origin: dict[str, str]) -> Iterator[tuple[str, list[Person]]]:
+def _grouped(people: list[SyntheticPerson], origin: dict[str, str]
+             ) -> Iterator[tuple[str, list[SyntheticPerson]]]:
     """Small groups of people of one anatomy, since reading an anatomy takes a while."""
     for name in sorted(set(origin.values())):
         same = [person for person in people if origin[person.label] == name]
@@ -130,8 +131,8 @@ def _grouped(people: list[Person], origin: dict[str, str]) -> Iterator[tuple[str
             yield name, same[first:first + PEOPLE_PER_TASK]
 
 
-def _make_people(out: str, people: list[Person], name: str, anatomies: Path | None, seed: int,
-                 spacing_mm: float) -> int:
+def _make_people(out: str, people: list[SyntheticPerson], name: str, anatomies: Path | None,
+                 seed: int, spacing_mm: float) -> int:
     """Make and write all files of people of one anatomy; each one's table last."""
     anatomy = load_anatomy(name, anatomies)
     for person in people:

@@ -98,7 +98,7 @@ class Traits:
 
 
 @dataclass(frozen=True)
-class Person:
+class SyntheticPerson:
     """One participant, before any voxel is made."""
 
     index: int
@@ -139,7 +139,7 @@ class Wanted:
     lesions: float
 
 
-def draw_person(seed: int, index: int) -> Person:
+def draw_person(seed: int, index: int) -> SyntheticPerson:
     """Person ``index`` of the cohort of ``seed``."""
     pair = np.random.default_rng([seed, 1, index // 2])
     siblings = bool(pair.random() < FAMILY_SHARE)
@@ -156,7 +156,7 @@ def draw_person(seed: int, index: int) -> Person:
         ages.append(age + rng.uniform(2, 6))
     odds = (AMYLOID_BASE + AMYLOID_PER_YEAR * (age - MEAN_AGE)
             + (AMYLOID_OF_PATIENT if patient else 0.0))
-    return Person(
+    return SyntheticPerson(
         index=index, label=f"{index + 1:04d}",
         family=f"fam{index // 2 + 1:04d}" if siblings else None,
         anatomy_key=key if siblings else int(rng.integers(2 ** 31)),
@@ -195,7 +195,8 @@ def _draw_visit(rng: np.random.Generator, session: str, age: float) -> Visit:
 
 # ---- what a person should look like at an age ----------------------------------------------------
 
-def wanted_ml(person: Person, age: float, intracranial_ml: float, levels: Levels) -> Wanted:
+def wanted_ml(person: SyntheticPerson, age: float, intracranial_ml: float,
+              levels: Levels) -> Wanted:
     """Volumes that a head of ``intracranial_ml`` should have at an age."""
     years, traits = age - MEAN_AGE, person.traits
     ill = _illness(person, age)
@@ -214,7 +215,7 @@ def wanted_ml(person: Person, age: float, intracranial_ml: float, levels: Levels
         lesions=min(float(np.exp(lesions)), MAX_LESION_ML))
 
 
-def truths(person: Person, age: float) -> dict[str, float]:
+def truths(person: SyntheticPerson, age: float) -> dict[str, float]:
     """What volumes do not hold, as it stands in the tables."""
     traits, years, ill = person.traits, age - MEAN_AGE, _illness(person, age)
     contrast = CONTRAST * np.exp(CONTRAST_PER_YEAR * years - CONTRAST_OF_MYELIN * traits.myelin)
@@ -231,18 +232,18 @@ def truths(person: Person, age: float) -> dict[str, float]:
     return {name: round(float(value), 5) for name, value in values.items()}
 
 
-def _ventricle_share(person: Person, age: float) -> float:
+def _ventricle_share(person: SyntheticPerson, age: float) -> float:
     # VENTRICLE_SHARE is the mean of a log-normal whose total log sd is 0.55
     return float(np.exp(np.log(VENTRICLE_SHARE) - 0.15 + VENTRICLE_PER_YEAR * (age - MEAN_AGE)
                         + person.ventricle_rest + PATIENT_VENTRICLES * _illness(person, age)))
 
 
-def _illness(person: Person, age: float) -> float:
+def _illness(person: SyntheticPerson, age: float) -> float:
     """1 for a patient at the first visit, more later; 0 for a control."""
     return 1 + PATIENT_PER_YEAR * (age - person.visits[0].age) if person.patient else 0.0
 
 
-def choose_anatomy(person: Person, ventricles_ml: dict[str, float]) -> str:
+def choose_anatomy(person: SyntheticPerson, ventricles_ml: dict[str, float]) -> str:
     """Name of the anatomy a person is made from: by chance, rather one of fitting ventricles.
 
     ``ventricles_ml`` maps each anatomy to its own volume.  A member of a family chooses by what

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from data_prep.synth import codes, contrast, scanner, series, warp
 from data_prep.synth.anatomy import Anatomy
-from data_prep.synth.cohort import CONTRAST, Person, Visit, truths, wanted_ml
+from data_prep.synth.cohort import CONTRAST, SyntheticPerson, Visit, truths, wanted_ml
 from data_prep.synth.scanner import Head, Pose, View
 
 VOLUME_COLUMNS = ("ventricle_ml", "hippocampus_ml", "cortex_gm_ml", "csf_ml", "lesion_ml",
@@ -29,7 +29,7 @@ SHAPE_MM = 3.0  # by which one sd of the shape trait moves the poles of the brai
 HALF_LENGTH_MM = 85.0  # from the middle of the brain to its poles
 
 
-def visit_head(anatomy: Anatomy, person: Person, visit: Visit, seed: int) -> Head:
+def visit_head(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, seed: int) -> Head:
     """The person's head at a visit."""
     scale = np.array(person.head_scale)
     own = _own_velocity(anatomy, person, visit, seed)
@@ -48,7 +48,7 @@ def visit_head(anatomy: Anatomy, person: Person, visit: Visit, seed: int) -> Hea
     return Head(labels, warp.compose(focal, own, scale, anatomy.centre), anatomy.centre)
 
 
-def _own_velocity(anatomy: Anatomy, person: Person, visit: Visit, seed: int) -> np.ndarray:
+def _own_velocity(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, seed: int) -> np.ndarray:
     """The personal smooth velocity [3, a, b, c], which visits share."""
     rng = np.random.default_rng([seed, 3, person.index])
     shape = anatomy.shaper.full_shape
@@ -72,7 +72,7 @@ def _bend(anatomy: Anatomy) -> np.ndarray:
 
 # ---- files ---------------------------------------------------------------------------------------
 
-def file_names(person: Person, visit: Visit) -> dict[str, str]:
+def file_names(person: SyntheticPerson, visit: Visit) -> dict[str, str]:
     """Path below the data set of each image of a visit, by modality, and of its label map."""
     folder = f"sub-{person.label}/ses-{visit.session}"
     stem = f"sub-{person.label}_ses-{visit.session}"
@@ -82,7 +82,7 @@ def file_names(person: Person, visit: Visit) -> dict[str, str]:
     return names
 
 
-def make_visit(anatomy: Anatomy, person: Person, visit: Visit, seed: int,
+def make_visit(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, seed: int,
                spacing_mm: float) -> tuple[dict[str, bytes], dict[str, float]]:
     """All files of a visit (path below the data set: bytes), and what is true of it.
 
@@ -126,13 +126,13 @@ def measure(labels: np.ndarray, voxel_mm3: float) -> dict[str, float]:
             for name, n in zip(VOLUME_COLUMNS, sums, strict=True)}
 
 
-def _voxel_mm(modality: str, person: Person, spacing_mm: float) -> np.ndarray:
+def _voxel_mm(modality: str, person: SyntheticPerson, spacing_mm: float) -> np.ndarray:
     if modality in series.VOXEL_MM:
         return np.full(3, max(series.VOXEL_MM[modality], spacing_mm))
     return spacing_mm * np.array([1, 1, 1 if modality == "T1w" else person.site.slices])
 
 
-def _anatomical(view: View, rng: np.random.Generator, person: Person, modality: str,
+def _anatomical(view: View, rng: np.random.Generator, person: SyntheticPerson, modality: str,
                 truth: dict[str, float]) -> tuple[bytes, dict[str, object]]:
     site, voxel_mm = person.site, view.grid.voxel_mm
     table = contrast.signal_table(modality, site, rng)
@@ -149,7 +149,7 @@ def _anatomical(view: View, rng: np.random.Generator, person: Person, modality: 
         "MRAcquisitionType": "2D" if flat else "3D", "SliceThickness": round(float(voxel_mm[2]), 3)}
 
 
-def _scanner_facts(modality: str, person: Person) -> dict[str, object]:
+def _scanner_facts(modality: str, person: SyntheticPerson) -> dict[str, object]:
     if modality == "PET":
         return {"Modality": "PT", "Manufacturer": person.site.manufacturer}
     return {"Modality": "MR", "Manufacturer": person.site.manufacturer,

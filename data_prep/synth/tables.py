@@ -7,7 +7,7 @@ import io
 import json
 from typing import Any
 
-from data_prep.synth.cohort import Person
+from data_prep.synth.cohort import SyntheticPerson
 from data_prep.synth.contrast import label_names
 from neurojepa.storage import join, read_bytes
 
@@ -48,17 +48,17 @@ deformed from the same anatomy.
 """
 
 
-def sessions_path(person: Person) -> str:
+def sessions_path(person: SyntheticPerson) -> str:
     return f"sub-{person.label}/sub-{person.label}_sessions.tsv"
 
 
-def sessions(person: Person, volumes: list[dict[str, float]]) -> bytes:
+def sessions(person: SyntheticPerson, volumes: list[dict[str, float]]) -> bytes:
     """A person's visits: age, true volumes, and the truths that volumes do not hold."""
     return _tsv([{"session_id": f"ses-{visit.session}", "age": visit.age, **measured}
                  for visit, measured in zip(person.visits, volumes, strict=True)])
 
 
-def dataset_files(out: str, people: list[Person], origin: dict[str, str],
+def dataset_files(out: str, people: list[SyntheticPerson], origin: dict[str, str],
                   recipe: dict[str, Any]) -> dict[str, bytes]:
     """Files of the whole data set by path, the commit record last.
 

@@ -14,17 +14,18 @@ from data_prep.volumes.placing.align import Placement, coverage, template
 from data_prep.volumes.placing.geometry import on_grid, resample, to_itk
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.reading.volume import Volume, read_scan
-from data_prep.volumes.results import AIR, BRAIN, NOT_SCANNED, Prepared
+from data_prep.volumes.results import Prepared
 from data_prep.volumes.structural.intensity import scale
-from data_prep.volumes.structural.session import Work
-from neurojepa.feed.format import ARCHIVE_GRID
+from data_prep.volumes.structural.session import StructuralScan
+from neurojepa.feed.format import ARCHIVE_GRID, MaskCode
 
 MIN_COVERED = 0.99  # of the template's brain inside the field of view, or the scan is flagged
 SPLINE_REACH = 12  # voxels, after which a spline's coefficient knows nothing of a value
 INT16 = np.iinfo(np.int16)
 
 
-def write_scan(work: Work, to_scan: np.ndarray, placement: Placement, preset: Preset) -> Prepared:
+def write_scan(work: StructuralScan, to_scan: np.ndarray, placement: Placement,
+               preset: Preset) -> Prepared:
     """Interpolate a structural scan once; ``to_scan`` maps midpoint mm to the scan's mm.
 
     Raises
@@ -103,8 +104,9 @@ def _source_box(volume: Volume, matrix: np.ndarray, shape: tuple[int, ...]) -> s
 
 
 def mask_codes(brain: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """uint8: 0 air, 1 brain, 2 not scanned."""
-    return np.where(brain & seen, BRAIN, np.where(seen, AIR, NOT_SCANNED)).astype(np.uint8)
+    """uint8 of MaskCode, from where the brain is and what was seen; bool [x, y, z] both."""
+    outside = np.where(seen, MaskCode.AIR, MaskCode.NOT_SCANNED)
+    return np.where(brain & seen, MaskCode.BRAIN, outside).astype(np.uint8)
 
 
 def label_map(scan: Scan, matrix: np.ndarray) -> np.ndarray | None:

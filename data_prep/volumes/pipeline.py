@@ -28,7 +28,7 @@ from data_prep.volumes.preset import Preset
 from data_prep.volumes.published import prepare_published
 from data_prep.volumes.reading.volume import read_scan
 from data_prep.volumes.results import Prepared, Rejected, rejected
-from data_prep.volumes.structural.session import Numbered, Work, anchor_rank, join_session
+from data_prep.volumes.structural.session import Numbered, StructuralScan, anchor_rank, join_session
 
 __all__ = ["Prepared", "Rejected", "prepare_person"]
 
@@ -97,7 +97,7 @@ def _structural(scans: list[tuple[int, Scan]], preset: Preset, done: Results) ->
         try:
             volume = read_scan(scan.uri, scan.member)
             sessions.setdefault(scan.session, []).append(
-                (number, Work(scan, volume, volume.scan_id)))
+                (number, StructuralScan(scan, volume, volume.scan_id)))
         except ScanError as error:
             done[number] = [rejected(scan, error)]
     groups: list[list[Numbered]] = []
@@ -130,7 +130,7 @@ def _write_session(group: list[Numbered], to_anchor: np.ndarray, placement: Plac
     return Anchor(group[0][1], to_anchor, placement, label)
 
 
-def _place(anchors: list[Work], preset: Preset) -> tuple[Placement, list[np.ndarray]]:
+def _place(anchors: list[StructuralScan], preset: Preset) -> tuple[Placement, list[np.ndarray]]:
     """The person's placement, and for each anchor the matrix from midpoint mm to anchor mm."""
     first = anchors[0]
     if len(anchors) == 1:

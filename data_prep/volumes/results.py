@@ -9,8 +9,6 @@ import numpy as np
 from data_prep.qc import Figures
 from data_prep.scan import Scan, ScanError
 
-AIR, BRAIN, NOT_SCANNED = 0, 1, 2
-
 
 @dataclass
 class Prepared:
@@ -19,7 +17,7 @@ class Prepared:
     scan: Scan
     scan_id: str  # of the scan as read, see Volume.scan_id; maps of a series add "-" and their name
     image: np.ndarray  # float32 [180, 216, 180], brain in [0, 1], 0 outside
-    mask: np.ndarray  # uint8 codes: 0 air, 1 brain, 2 not scanned
+    mask: np.ndarray  # uint8 of MaskCode
     label: np.ndarray | None  # int16, where the scan came with a label map
     figures: Figures
     flags: list[str]

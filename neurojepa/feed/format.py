@@ -8,8 +8,8 @@ A feed is a directory or an object-store prefix:
     shards/*.tar         WebDataset tars: <scan_id>.image.npy.zst (+ <scan_id>.label.npy.zst)
 
 An image is one uint8 array [x, y, z] in RAS on the feed's grid: 0 is air (outside the brain),
-255 was not scanned, 1..254 is brain on a linear scale.  So one byte per voxel carries both the
-intensity and the mask.  It is stored as a plain .npy compressed with zstd.
+255 was not scanned (FeedCode), 1..254 is brain on a linear scale.  So one byte per voxel carries
+both the intensity and the mask.  It is stored as a plain .npy compressed with zstd.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,24 @@ from neurojepa.storage import (
 )
 
 FORMAT_VERSION = 1
-AIR, NOT_SCANNED = 0, 255
 # BOLD is the temporal mean of a series; the maps computed from one count as contrasts of their own.
 MODALITIES = ("T1w", "T2w", "FLAIR", "PET", "BOLD", "tSNR", "ALFF", "fALFF")
 MNI_CENTRE_MM = (0.0, -17.0, 6.0)  # centre of the MNI152 brain (RAS)
+
+
+class FeedCode(IntEnum):
+    """What a voxel of the feed is where it is not brain; brain is 1..254."""
+
+    AIR = 0
+    NOT_SCANNED = 255
+
+
+class MaskCode(IntEnum):
+    """What a voxel of a mask is, in the archive and on the way to it."""
+
+    AIR = 0
+    BRAIN = 1
+    NOT_SCANNED = 2
 
 
 @dataclass(frozen=True)
@@ -152,9 +167,15 @@ def decode_array(data: bytes, shape: tuple[int, ...], name: str,
 
 
 def quantise(volume: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Intensities in [0, 1] and mask codes (0 air, 1 brain, 2 not scanned) to the stored uint8."""
+    """Intensities in [0, 1] and a mask of MaskCode to the stored uint8."""
     brain = np.clip(np.rint(volume * 253.0), 0, 253).astype(np.uint8) + 1
-    return np.where(mask == 1, brain, np.where(mask == 2, NOT_SCANNED, AIR)).astype(np.uint8)
+    outside = np.where(mask == MaskCode.NOT_SCANNED, FeedCode.NOT_SCANNED, FeedCode.AIR)
+    return np.where(mask == MaskCode.BRAIN, brain, outside).astype(np.uint8)
+
+
+def is_brain(codes: np.ndarray) -> np.ndarray:
+    """bool: which voxels of a feed's image are brain."""
+    return (codes != FeedCode.AIR) & (codes != FeedCode.NOT_SCANNED)
 
 
 # ---- feed ----------------------------------------------------------------------------------------

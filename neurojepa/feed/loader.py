@@ -40,7 +40,7 @@ class DamagedSample(DataError):
 class Batch:
     """One micro-batch of a rank.  B scans on a grid of X, Y, Z voxels."""
 
-    voxels: torch.Tensor  # uint8 [B, X, Y, Z]: 0 air, 255 not scanned, 1..254 brain
+    voxels: torch.Tensor  # uint8 [B, X, Y, Z]: FeedCode where not brain, 1..254 brain
     modality: torch.Tensor  # int64 [B], index into MODALITIES
     position: torch.Tensor  # int64 [B], the key of all randomness of the sample
     weight: torch.Tensor  # float32 [B], 0 for a fill-up repeat

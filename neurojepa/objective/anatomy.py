@@ -29,7 +29,7 @@ from torch import Tensor
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
-from neurojepa.feed.format import AIR, NOT_SCANNED, Grid
+from neurojepa.feed.format import FeedCode, Grid
 
 PARCELS = 24  # of a hemisphere: about seven 18 mm patches each
 TISSUES = ("fluid", "grey", "white")
@@ -204,7 +204,7 @@ def tissue_shares(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int) ->
     """
     prior_KnP, chosen_p = _priors_on(codes_BNP.device, grid, patch)
     codes_BNP = codes_BNP[..., chosen_p]
-    brain_BNP = (codes_BNP != AIR) & (codes_BNP != NOT_SCANNED)
+    brain_BNP = (codes_BNP != FeedCode.AIR) & (codes_BNP != FeedCode.NOT_SCANNED)
     value_BNP = codes_BNP.float()
     prior = [(prior_nP[keep_BN] * brain_BNP).float() for prior_nP in prior_KnP]
     belongs = prior  # 0..255, summing to about 255 in the brain
@@ -216,7 +216,7 @@ def tissue_shares(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int) ->
     tissue_BNK = torch.stack([part.sum(-1) for part in belongs], -1)
     brain_BN1 = brain_BNP.sum(-1, keepdim=True)
     tissue_BNK = brain_BN1 * tissue_BNK / tissue_BNK.sum(-1, keepdim=True).clamp(min=1)
-    scanned_BN1 = (codes_BNP != NOT_SCANNED).sum(-1, keepdim=True)
+    scanned_BN1 = (codes_BNP != FeedCode.NOT_SCANNED).sum(-1, keepdim=True)
     return torch.cat([scanned_BN1 - brain_BN1, tissue_BNK], -1) / scanned_BN1.clamp(min=1)
 
 

@@ -17,7 +17,7 @@ import webdataset as wds
 
 from data_prep import pack as packing
 from data_prep.archive import IMAGE_SCALE, commit_tables, open_archive, read_volume, slot
-from data_prep.pack import pack, pack_shard, resample
+from data_prep.pack import coarsen, pack, pack_shard
 from data_prep.prepare import driver
 from data_prep.report.report import report
 from data_prep.verify import verify
@@ -67,7 +67,7 @@ def feed(archive: str, tmp_path: Path) -> Path:
 def test_a_constant_brain_stays_constant_to_its_edge(grid: Grid):
     mask = np.zeros(ARCHIVE_GRID.shape, np.uint8)
     mask[31:150, 41:170, 35:140] = 1
-    image, codes, label = resample(np.where(mask == 1, 0.7, 0.0), mask, None, grid)
+    image, codes, label = coarsen(np.where(mask == 1, 0.7, 0.0), mask, None, grid)
     assert label is None and image.shape == codes.shape == grid.shape
     assert np.allclose(image[codes == 1], 0.7, atol=1e-6)
     volume = (codes == 1).sum() * grid.spacing_mm**3
@@ -83,7 +83,7 @@ def test_places_are_kept_on_each_axis(grid: Grid):
             line = grid.affine[axis, 3] + grid.spacing_mm * np.arange(grid.shape[axis])
             return np.broadcast_to(np.expand_dims(line, [a for a in range(3) if a != axis]),
                                    grid.shape)
-        image, _, label = resample(ramp(ARCHIVE_GRID), mask,
+        image, _, label = coarsen(ramp(ARCHIVE_GRID), mask,
                                    np.rint(ramp(ARCHIVE_GRID)).astype(np.int16), grid)
         # two voxels of which one counts half: their centre is a twelfth of a voxel off
         assert np.abs(image - ramp(grid)).max() < (1e-3 if grid == THREE else 0.09)
@@ -95,7 +95,7 @@ def test_codes_go_by_majority_and_3mm_is_a_block_mean():
     rng = np.random.default_rng(0)
     mask = rng.integers(0, 3, ARCHIVE_GRID.shape).astype(np.uint8)
     image = rng.random(ARCHIVE_GRID.shape, dtype=np.float32)
-    mean, codes, _ = resample(image, mask, None, THREE)
+    mean, codes, _ = coarsen(image, mask, None, THREE)
     inside = tuple(slice(9, -9) for _ in range(3))  # 162 of 180 mm, and 198 of 216
 
     def blocks(volume: np.ndarray) -> np.ndarray:
@@ -119,7 +119,7 @@ def test_samples_are_those_of_the_archive(archive: str, feed: Path):
     reader = SampleReader(opened)
     for number, row in enumerate(rows):
         arrays = read_volume(archive, slot(row["participant"], row["scan_id"]))
-        image, mask, label = resample(arrays["image"] * np.float32(IMAGE_SCALE), arrays["mask"],
+        image, mask, label = coarsen(arrays["image"] * np.float32(IMAGE_SCALE), arrays["mask"],
                                       arrays.get("label"), THREE)
         codes = reader.image(number)
         assert (codes == quantise(image, mask)).all()

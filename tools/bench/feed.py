@@ -101,11 +101,11 @@ def _pack(folder: Path, count: int) -> dict[str, Any]:
 
 def _codecs() -> None:
     """The training type and compression: bytes and CPU time of the alternatives."""
-    from data_prep.pack import resample
+    from data_prep.pack import coarsen
     from neurojepa.feed.format import quantise
 
     image, mask = next(brains(1, seed=1))
-    image, mask, _ = resample(image, mask, None, TRAINING_GRIDS["1.5mm"])
+    image, mask, _ = coarsen(image, mask, None, TRAINING_GRIDS["1.5mm"])
     arrays = {"uint8, mask inside": quantise(image, mask), "float16": image.astype(np.float16),
               "int16": np.rint(image * 32767).astype(np.int16), "float32": image}
     table = []

@@ -36,6 +36,7 @@ from data_prep.volumes.reading.volume import Volume, read_scan
 from data_prep.volumes.structural import session
 from data_prep.volumes.structural.brain import _deepbet as load_network
 from data_prep.volumes.structural.brain import brain_mask, carried
+from neurojepa.feed.format import MaskCode
 from tools.bench.common import clock, machine, print_table
 
 Seconds = defaultdict[str, float]  # by step
@@ -181,7 +182,8 @@ def _truth_dice(head: Scan, result: Prepared) -> float:
     inside = Volume("truth", ((labels.data > 0) & (labels.data < 256)).astype(np.float32),
                     labels.affine)
     matrix = np.array(json.loads(str(result.figures["archive_to_scan"])))
-    return dice(output.to_archive(inside.data > 0, inside.affine, matrix), result.mask == 1)
+    return dice(output.to_archive(inside.data > 0, inside.affine, matrix),
+                result.mask == MaskCode.BRAIN)
 
 
 def _scan(path: Path, modality: str, session_name: str = "1") -> Scan:

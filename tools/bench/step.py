@@ -180,16 +180,23 @@ def _feed(folder: str, shape: tuple[int, int, int]) -> str:
     """A feed of a few brains on a grid of this shape."""
     import pyarrow as pa
 
-    from data_prep.pack import placed_table, resample, write_tar
-    from neurojepa.feed.format import LABELS_SCHEMA, Grid, commit_feed, encode_array, quantise
+    from data_prep.pack import coarsen, placed_table, write_tar
+    from neurojepa.feed.format import (
+        LABELS_SCHEMA,
+        Grid,
+        MaskCode,
+        commit_feed,
+        encode_array,
+        quantise,
+    )
     from neurojepa.storage import join, write_bytes
 
     grid, uri, samples = Grid("bench", shape, 1.75), str(Path(folder) / "feed"), []
     for number, (image, mask) in enumerate(brains(8)):
-        image, mask, _ = resample(image, mask, None, grid)
+        image, mask, _ = coarsen(image, mask, None, grid)
         row = {"scan_id": f"{number:024x}", "participant": f"p{number}", "family": f"p{number}",
                "session": "1", "cohort": "bench", "modality": "T1w", "site": "a",
-               "split": "train", "num_foreground": int((mask == 1).sum())}
+               "split": "train", "num_foreground": int((mask == MaskCode.BRAIN).sum())}
         samples.append((row, encode_array(quantise(image, mask)), None))
     data, rows = write_tar(samples)
     write_bytes(join(uri, "shards/0.tar"), data)

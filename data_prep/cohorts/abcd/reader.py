@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from data_prep.cohorts.abcd.files import Delivered, Tree, first_image, inside
-from data_prep.cohorts.abcd.tables import People, participant_of, session_of
+from data_prep.cohorts.abcd.tables import AbcdTables, participant_of, session_of
 from data_prep.cohorts.bids.derived import Companions, Taken, cleaned_series
 from data_prep.cohorts.bids.names import (
     MODALITIES,
@@ -49,11 +49,11 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
     """
     table = yaml.safe_load(Path(__file__).with_name("abcd.yaml").read_text())
     reader, tree = Reader(source, cohort), Tree(source, table)
-    people = People(table, source.notes)
+    people = AbcdTables(table, source.notes)
     for uri in [*source.tables, *tree.tables]:
         people.add(uri)
     for participant in sorted(tree.spellings):
-        person = _Person(reader, table, participant)
+        person = _PersonFiles(reader, table, participant)
         for pipeline, folder in tree.folders.pop(participant, []):
             person.add_folder(pipeline, folder, people)
         packages = tree.packages.pop(participant, [])
@@ -65,7 +65,7 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
 
 
 @dataclass
-class _Person:
+class _PersonFiles:
     """The files of one participant, sorted out."""
 
     reader: Reader
@@ -83,7 +83,7 @@ class _Person:
 
     # ---- files
 
-    def add_folder(self, pipeline: str, folder: str, people: People) -> None:
+    def add_folder(self, pipeline: str, folder: str, people: AbcdTables) -> None:
         """Sort the files of the participant's folder in rawdata, or below derivatives/X."""
         files = list(self.source.walk(folder))
         sidecars = {found.path.removesuffix(".json"): found for found in files
@@ -117,7 +117,7 @@ class _Person:
             entities["ses"] = session_of(entities["ses"], self.table)
         return replace(name, entities=entities)
 
-    def _add_table(self, found: Found, people: People) -> None:
+    def _add_table(self, found: Found, people: AbcdTables) -> None:
         rows = self.source.opened(found, lambda one: [
             {name: value for name, value in row.items() if name != "acq_time"}
             for row in parse_table(self.source.read(one), one.uri)])
@@ -196,7 +196,7 @@ class _Person:
 
     # ---- scans
 
-    def findings(self, people: People) -> Findings:
+    def findings(self, people: AbcdTables) -> Findings:
         """The participant's scans, each once, with what the tables tell."""
         notes, participant = self.notes, self.participant
         chosen = self._chosen()
@@ -274,7 +274,7 @@ class _Person:
                 self.notes["not taken: DICOM of another form of the scan"] += others
         return chosen
 
-    def _scan(self, one: Delivered, people: People, age: float | None, sex: str | None) -> Scan:
+    def _scan(self, one: Delivered, people: AbcdTables, age: float | None, sex: str | None) -> Scan:
         taken, participant = one.taken, self.participant
         if not taken.reason and people.excluded(participant, taken.session, taken.modality,
                                                 one.task):

@@ -33,7 +33,7 @@ def session_of(text: str, table: dict[str, Any]) -> str:
     return table["sessions"].get(plain, text.removeprefix("ses-"))
 
 
-class People:
+class AbcdTables:
     """Facts of all participants, gathered from the tables that were added."""
 
     def __init__(self, table: dict[str, Any], notes: Counter[str]) -> None:

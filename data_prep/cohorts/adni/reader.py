@@ -21,7 +21,7 @@ from datetime import date
 from typing import Any
 
 from data_prep.cohorts.adni.images import Image, Place, survey, unpacked, zipped
-from data_prep.cohorts.adni.tables import PTID, RULES, Listed, Person, Tables, parse_day
+from data_prep.cohorts.adni.tables import PTID, RULES, AdniPerson, AdniTables, Listed, parse_day
 from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.scan import Scan
 
@@ -36,7 +36,7 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
     """
     place = Place()
     survey(source, "", place)
-    tables = Tables(source.notes)
+    tables = AdniTables(source.notes)
     for uri in [*place.tables, *source.tables]:
         tables.add(uri)
     tables.check()
@@ -72,11 +72,11 @@ class _Candidate:
 class _Participant:
     """One reading of a participant's images."""
 
-    def __init__(self, ptid: str, cohort: str, tables: Tables, source: Source) -> None:
+    def __init__(self, ptid: str, cohort: str, tables: AdniTables, source: Source) -> None:
         self.ptid, self.cohort, self.tables = ptid, cohort, tables
         self.source, self.notes = source, source.notes
         match = PTID.fullmatch(ptid)
-        self.person = tables.people.get(str(int(match[1])) if match else "", Person())
+        self.person = tables.people.get(str(int(match[1])) if match else "", AdniPerson())
         self.seen: set[str] = set()
         self.numbers: defaultdict[str, list[str]] = defaultdict(list)  # of images, by series
 

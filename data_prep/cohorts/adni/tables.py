@@ -53,7 +53,7 @@ class Visit:
 
 
 @dataclass
-class Person:
+class AdniPerson:
     """One participant over all tables."""
 
     visits: dict[str, Visit] = field(default_factory=dict)  # by code: bl, m06, ...
@@ -106,14 +106,14 @@ class Person:
         return "pMCI" if steady else None
 
 
-class Tables:
+class AdniTables:
     """All tables of a source, by image number and by the number of a person (RID)."""
 
     def __init__(self, notes: Counter[str]) -> None:
         self.notes = notes
         self.images: defaultdict[str, Listed] = defaultdict(Listed)
         self.collected: set[str] = set()  # images of a download's own list
-        self.people: defaultdict[str, Person] = defaultdict(Person)
+        self.people: defaultdict[str, AdniPerson] = defaultdict(AdniPerson)
         self._of_series: defaultdict[str, list[str]] = defaultdict(list)
         self._failed: set[str] = set()  # I and an image number, or S and a series number
         self._graded: dict[str, float] = {}

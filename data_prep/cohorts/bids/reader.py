@@ -41,7 +41,7 @@ from data_prep.cohorts.bids.names import (
     parse_name,
 )
 from data_prep.cohorts.bids.scan import Reader
-from data_prep.cohorts.bids.tables import Tables
+from data_prep.cohorts.bids.tables import BidsTables
 from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.tables import Cells, parse_table
 
@@ -99,7 +99,7 @@ class _Dataset(Reader):
         super().__init__(source, cohort)
         by_name = {found.name: found for found in files}
         phenotypes = source.listing("phenotype")[0] if "phenotype" in folders else []
-        self.tables = Tables(source, by_name.get("participants.tsv"), [
+        self.tables = BidsTables(source, by_name.get("participants.tsv"), [
             *(found.uri for found in phenotypes if found.name.endswith(".tsv")), *source.tables])
         self.sidecars = {"": _sidecars(files)}  # of the tops of the dataset and its derivatives
         self.derivatives: dict[str, list[str]] = defaultdict(list)  # folders of each person

@@ -31,7 +31,7 @@ class Description:
     labels: dict[str, str]
 
 
-class Table:
+class _PersonTable:
     """Rows by participant and session ("" where a row holds for all sessions)."""
 
     def __init__(self, uri: str, data: bytes, notes: Counter[str], needed: bool = True) -> None:
@@ -79,25 +79,25 @@ def _contradict(first: Cells, other: Cells) -> None:
             first[column] = "contradictory"
 
 
-class Tables:
+class BidsTables:
     """All tables of a dataset, asked person by person."""
 
     def __init__(self, source: Source, participants: Found | None,
                  phenotypes: list[str]) -> None:
         self._notes = source.notes
-        self._people = Table(participants.uri, read_bytes(participants.uri), source.notes
+        self._people = _PersonTable(participants.uri, read_bytes(participants.uri), source.notes
                              ) if participants else None
-        self._phenotypes = [Table(uri, read_bytes(uri), source.notes, needed=False)
+        self._phenotypes = [_PersonTable(uri, read_bytes(uri), source.notes, needed=False)
                             for uri in phenotypes]
 
-    def person(self, participant: str, sessions: dict[str, Cells]) -> Person:
+    def person(self, participant: str, sessions: dict[str, Cells]) -> BidsPerson:
         """What is known of a participant; ``sessions`` are the rows of their sessions.tsv."""
         rows = self._people.rows(participant, self._notes) if self._people else {}
         if not rows:
             self._notes["people without a row in participants.tsv"] += 1
         measured = [(table.name.split(".")[0], table.rows(participant, self._notes))
                     for table in self._phenotypes]
-        return Person(rows, sessions, measured, self._notes)
+        return BidsPerson(rows, sessions, measured, self._notes)
 
     def finish(self) -> None:
         """Count the rows that nobody asked for."""
@@ -106,7 +106,7 @@ class Tables:
                 self._notes[f"{table.name} rows without a scan that is taken"] += len(table.unused)
 
 
-class Person:
+class BidsPerson:
     """The rows of one participant, from participants.tsv, sessions.tsv and phenotype tables."""
 
     def __init__(self, rows: dict[str, Cells], sessions: dict[str, Cells],

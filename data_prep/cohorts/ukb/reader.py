@@ -26,7 +26,7 @@ import yaml
 
 from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.cohorts.ukb.packages import Package, listing, packaged, sorted_out, survey
-from data_prep.cohorts.ukb.tables import People
+from data_prep.cohorts.ukb.tables import UkbTables
 from data_prep.scan import Scan
 
 _AHEAD = 32  # people whose packages are opened at once on an object store
@@ -66,7 +66,7 @@ class _Reader:
     def __init__(self, source: Source, cohort: str, table: dict[str, Any]) -> None:
         self.source, self.cohort, self.table = source, cohort, table
         self.notes = source.notes
-        self.people = People(table, self.notes)
+        self.people = UkbTables(table, self.notes)
         # fields whose packages are opened
         self.served = {*table["packages"], *table["companions"],
                        *(product.get("dicom") for products in table["packages"].values()

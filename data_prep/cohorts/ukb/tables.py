@@ -20,7 +20,7 @@ _ICD10 = re.compile(r"\b[A-Z]\d[0-9A-Z][0-9A-Z.]*")
 Key = tuple[str, str]  # name of columns in the yaml, instance ("" where the field has none)
 
 
-class People:
+class UkbTables:
     """Facts of all people that have them, gathered from the tables that were added."""
 
     def __init__(self, table: dict[str, Any], notes: Counter[str]) -> None:

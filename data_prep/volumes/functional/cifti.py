@@ -31,14 +31,13 @@ from data_prep.volumes.functional.grayordinates import (
     read_surfaces,
 )
 from data_prep.volumes.functional.temporal import displacement_figures, normalise, temporal_maps
-from data_prep.volumes.output import to_archive
+from data_prep.volumes.output import mask_codes, to_archive
 from data_prep.volumes.placing.align import template
 from data_prep.volumes.placing.geometry import on_grid, to_itk
 from data_prep.volumes.reading.decode import CIFTI_INTENTS, MAX_UNPACKED_BYTES, fetch, inflate
 from data_prep.volumes.reading.sniff import Kind, sniff
 from data_prep.volumes.reading.timing import choose_time
 from data_prep.volumes.reading.volume import MAX_SERIES_VOXELS, Volume, content_id
-from data_prep.volumes.results import AIR, BRAIN, NOT_SCANNED
 from neurojepa.feed.format import ARCHIVE_GRID
 
 DENSE = ("dtseries", "dscalar", "dlabel")
@@ -245,8 +244,8 @@ def archive_maps(found: Cifti, modality: str) -> tuple[dict[str, np.ndarray], np
     affine = next(iter(maps.values())).affine
     target, still = template(2), np.eye(4)
     brain = to_archive(found.covered, affine, still)
-    mask = np.where(brain, BRAIN, np.where(to_archive(target.mask, target.affine, still),
-                                           NOT_SCANNED, AIR)).astype(np.uint8)
+    head = to_archive(target.mask, target.affine, still)  # brain that has no grayordinates
+    mask = mask_codes(brain, brain | ~head)
     # Voxels without a value must not dim their neighbours: they carry no weight.
     weight = on_grid(to_itk(found.covered.astype(np.float32), affine), still, ARCHIVE_GRID,
                      sitk.sitkLinear)

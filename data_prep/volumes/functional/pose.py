@@ -23,7 +23,7 @@ from data_prep.volumes.placing.within import check_session_shift, register_rigid
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.reading.volume import Volume, read_scan
 from data_prep.volumes.structural.brain import carried, check_mask, silhouettes
-from data_prep.volumes.structural.session import Work, carried_from
+from data_prep.volumes.structural.session import StructuralScan, carried_from
 
 # Of the anchor's mask with what is bright in PET or EPI: uptake leaves out ventricles and
 # infarcts, EPI the frontal sinuses, and both show some scalp.  A wrong pose has less than 0.6.
@@ -34,7 +34,7 @@ MIN_SILHOUETTE_DICE = 0.7
 class Anchor:
     """A session's anchor that was placed, with what other images of the person need of it."""
 
-    work: Work
+    work: StructuralScan
     from_midpoint: np.ndarray  # [4, 4], midpoint mm to anchor mm
     placement: Placement
     label: np.ndarray | None  # the session's label map on ARCHIVE_GRID

@@ -34,7 +34,8 @@ from data_prep.volumes.output import (
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.reading.decode import fetch
 from data_prep.volumes.reading.volume import Series, Volume, read_series
-from data_prep.volumes.results import BRAIN, Prepared, Rejected, rejected
+from data_prep.volumes.results import Prepared, Rejected, rejected
+from neurojepa.feed.format import MaskCode
 
 MAX_CLIPPED = 0.01  # of the brain above the tracer's range, or the scan is flagged
 
@@ -149,7 +150,7 @@ def _cifti(scan: Scan) -> list[Prepared]:
     figures = found.figures | fault | {
         "placement": "delivered", "mask_source": "grayordinates",
         "archive_to_scan": json.dumps(np.eye(4).tolist()),
-        "brain_ml_archive": float((mask == BRAIN).sum() / 1000)}
+        "brain_ml_archive": float((mask == MaskCode.BRAIN).sum() / 1000)}
     label = None
     if scan.label_uri:  # a dlabel of the same grayordinates
         codes = read_cifti(*split_member(scan.label_uri), scan.surface_uri)

@@ -30,7 +30,7 @@ MAX_SHARED_STRETCH = 1e-3  # between two of the cohort's matrices that are one a
 
 
 @dataclass
-class Work:
+class StructuralScan:
     """A scan on its way."""
 
     scan: Scan
@@ -56,7 +56,7 @@ class Work:
         return centre_of(self.brain, self.volume.affine)
 
 
-Numbered = tuple[int, Work]  # with the scan's place in the caller's list
+Numbered = tuple[int, StructuralScan]  # with the scan's place in the caller's list
 
 
 def anchor_rank(item: Numbered) -> tuple[bool, float, float, str]:
@@ -85,7 +85,7 @@ def join_session(ranked: list[Numbered], preset: Preset) -> tuple[list[Numbered]
     return kept, lost
 
 
-def _mask(work: Work, preset: Preset) -> None:
+def _mask(work: StructuralScan, preset: Preset) -> None:
     work.mask, work.mask_source = brain_mask(work.volume, preset, work.scan.mask_uri)
     work.figures = native_figures(work.scan, work.volume, work.mask)
     if preset.bias_field:
@@ -102,14 +102,14 @@ def native_figures(scan: Scan, volume: Volume, brain: np.ndarray) -> Figures:
 
 # ---- the cohort's own transform ------------------------------------------------------------------
 
-def _read_transform(work: Work, uri: str) -> None:
+def _read_transform(work: StructuralScan, uri: str) -> None:
     try:
         work.template_to_scan = template_to_scan(uri, work.volume)
     except ScanError as error:
         work.transform_fault = error.code
 
 
-def _adopt_transform(anchor: Work, preset: Preset) -> None:
+def _adopt_transform(anchor: StructuralScan, preset: Preset) -> None:
     """Place the anchor by the cohort's transform if that passes the gate; drop it if not."""
     if anchor.template_to_scan is None:
         return
@@ -121,7 +121,7 @@ def _adopt_transform(anchor: Work, preset: Preset) -> None:
         anchor.template_to_scan, anchor.transform_fault = None, found
 
 
-def _shared_transform(work: Work, anchor: Work) -> np.ndarray | None:
+def _shared_transform(work: StructuralScan, anchor: StructuralScan) -> np.ndarray | None:
     """Anchor mm to this scan's mm, where the cohort moved both by one rigid chain.
 
     Affines found scan by scan disagree by 1 to 2 mm inside a session; only such as differ by a
@@ -136,7 +136,7 @@ def _shared_transform(work: Work, anchor: Work) -> np.ndarray | None:
 
 # ---- to the anchor -------------------------------------------------------------------------------
 
-def _join(work: Work, anchor: Work, preset: Preset) -> None:
+def _join(work: StructuralScan, anchor: StructuralScan, preset: Preset) -> None:
     """Bring a scan to its session's anchor, and give it a mask."""
     if not preset.share_mask or work.scan.mask_uri:
         _mask(work, preset)
@@ -157,7 +157,7 @@ def _join(work: Work, anchor: Work, preset: Preset) -> None:
                         f"{MIN_SESSION_DICE})")
 
 
-def carried_from(anchor: Work, to_anchor: np.ndarray, volume: Volume
+def carried_from(anchor: StructuralScan, to_anchor: np.ndarray, volume: Volume
                  ) -> tuple[np.ndarray, np.ndarray]:
     """The anchor's brain mask and its field of view on a volume's grid, bool [x, y, z] both."""
     inverse = np.linalg.inv(to_anchor)

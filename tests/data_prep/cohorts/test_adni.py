@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cohorts.adni.reader import plain, read_cohort
-from data_prep.cohorts.adni.tables import Person, Visit, parse_day
+from data_prep.cohorts.adni.tables import AdniPerson, Visit, parse_day
 from data_prep.cohorts.source import Findings, Source
 from data_prep.scan import Scan
 from neurojepa.errors import DataError
@@ -383,7 +383,7 @@ def test_content_that_is_not_downloaded(tmp_path: Path):
 ])
 def test_stable_and_progressive_impairment(course: str, expected: str | None):
     words = course.split()
-    person = Person({code: Visit(diagnoses={dx})
+    person = AdniPerson({code: Visit(diagnoses={dx})
                      for code, dx in zip(words[::2], words[1::2], strict=True)})
     assert person.progression("bl") == expected
 

@@ -166,11 +166,11 @@ def test_a_kill_while_a_slot_is_written_leaves_no_trace(calls, tmp_path: Path, m
     written: list[str] = []
     scans = [Scan(**row) for row in read_manifest(manifest)[0].to_pylist()
              if row["participant"] == "p1"]
-    work = person.Work(str(tmp_path / "b"), scans, "p1-0.json", [], QUICK, person.Limits(),
+    task = person.PersonTask(str(tmp_path / "b"), scans, "p1-0.json", [], QUICK, person.Limits(),
                      fake_prepare)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(archive, "write_bytes", cut_short)
-        person._prepare_and_write(work, scans, [])
+        person._prepare_and_write(task, scans, [])
     (tmp_path / "b" / "results").mkdir(exist_ok=True)
     (tmp_path / "b" / "results" / "p2-0.json.0badcafe.tmp").write_bytes(b"[")
     prepare(manifest, tmp_path / "b")

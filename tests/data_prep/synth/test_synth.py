@@ -223,7 +223,7 @@ def test_every_storage_keeps_world_positions():
 
 # ---- anatomy -------------------------------------------------------------------------------------
 
-def at_age(someone: cohort.Person, age: float, patient: bool) -> cohort.Person:
+def at_age(someone: cohort.SyntheticPerson, age: float, patient: bool) -> cohort.SyntheticPerson:
     return replace(someone, patient=patient, visits=(cohort.Visit("1", age, ("T1w",)),))
 
 
@@ -403,7 +403,7 @@ def test_drawn_truth_follows_the_stated_effects():
 
 # ---- truth in the signal -------------------------------------------------------------------------
 
-def scanned(one: anatomy.Anatomy, someone: cohort.Person, modality: str,
+def scanned(one: anatomy.Anatomy, someone: cohort.SyntheticPerson, modality: str,
             ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """A scan of 2 mm, the true labels on its voxels, and the truth."""
     visit = cohort.Visit("1", someone.visits[0].age, tuple({"T1w": 0, modality: 0}))
@@ -416,7 +416,7 @@ def scanned(one: anatomy.Anatomy, someone: cohort.Person, modality: str,
         np.asarray(labels.dataobj), to_labels[:3, :3], to_labels[:3, 3], scan.shape, order=0), truth
 
 
-def viewed(one: anatomy.Anatomy, someone: cohort.Person, voxel_mm: float) -> scanner.View:
+def viewed(one: anatomy.Anatomy, someone: cohort.SyntheticPerson, voxel_mm: float) -> scanner.View:
     """A head about to be scanned."""
     return scanner.draw_view(np.random.default_rng(0),
                              person.visit_head(one, someone, someone.visits[0], 0),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neurojepa.config import MaskConfig
-from neurojepa.feed.format import NOT_SCANNED
+from neurojepa.feed.format import FeedCode
 from neurojepa.objective.masks import FOREGROUND_SHARE, draw_masks
 from neurojepa.objective.views import INTENSITY_MEAN, INTENSITY_STD, Views, make_views
 from tests.helpers.batches import GRID, make_batch, make_config, part
@@ -133,7 +133,7 @@ def test_each_augmentation_changes_tokens_within_its_bound(part_name: str):
 
 def test_unscanned_patches_come_last_and_are_invalid():
     batch = make_batch(2)
-    batch.voxels[0, :, :, :12] = NOT_SCANNED  # half of the first scan
+    batch.voxels[0, :, :, :12] = FeedCode.NOT_SCANNED  # half of the first scan
     views = make_views(batch, make_config(None), GRID, 0)
     assert views.valid_BN[0].sum() == NUM_PATCHES // 2 and views.valid_BN[1].all()
     assert not views.tokens_BNP[0][~views.valid_BN[0]].any()
