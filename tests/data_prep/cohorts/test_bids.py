@@ -433,8 +433,28 @@ def test_another_indexer_finds_the_same_images(tree: Path):
     assert images - {"sub-9_T1w.nii.gz"} == ours - {"ses-a_sub-007_run-1_T1w.nii.gz"}
 
 
-def test_real_tree(shared_data: Path):
-    read = Read(shared_data / "bids-ms")
+@pytest.fixture(params=["made", "real"])
+def visits(request, tmp_path: Path) -> Path:
+    """A longitudinal dataset whose masks lie in a space common to the visits."""
+    if request.param == "real":
+        return request.getfixturevalue("shared_data") / "bids-ms"
+    taken = {"ms01": {"1": "T1w FLAIR", "2": "T1w FLAIR"}, "ms03": {"2": "T1w T2w FLAIR"},
+             "ms04": {"1": "T1w"}, "ms20": {"2": "T1w FLAIR"}}
+    days = {"ms01": ["0", "203"], "ms03": ["671"], "ms04": ["0"], "ms20": ["454"]}
+    files = {"dataset_description.json": DESCRIPTION, "participants.tsv":
+             "participant_id\tage\tsex\n" + "".join(f"sub-{who}\t40\tF\n" for who in taken)}
+    for who, visited in taken.items():
+        files |= {f"sub-{who}/ses-{visit}/anat/sub-{who}_ses-{visit}_{suffix}.nii.gz": "x"
+                  for visit, suffixes in visited.items() for suffix in suffixes.split()}
+        files[f"sub-{who}/sub-{who}_sessions.tsv"] = "session_id\tdays_since_first\n" + "".join(
+            f"ses-{visit}\t{day}\n" for visit, day in zip(visited, days[who], strict=True))
+        files |= {f"derivatives/lesionchange/sub-{who}/sub-{who}_space-common_{end}.nii.gz": "x"
+                  for end in ("desc-brain_mask", "label-lesionchange_mask")}
+    return write(tmp_path / "visits", files)
+
+
+def test_masks_in_a_common_space_are_left_and_days_are_labels(visits: Path):
+    read = Read(visits)
     assert len(read.scans) == 10 and {one.participant for one in read.found} == {
         "ms01", "ms03", "ms04", "ms20"}
     # their masks lie in space-common

@@ -231,15 +231,14 @@ def test_a_neck_is_cropped_and_the_world_stays():
     np.testing.assert_array_equal(inside, head.data > 50)
 
 
-# ---- real scans ----------------------------------------------------------------------------------
+# ---- awkward and real scans ----------------------------------------------------------------------
 
-def test_awkward_files_end_as_volumes_or_with_a_reason(shared_data):
-    folder = shared_data / "awkward"
+def test_awkward_files_end_as_volumes_or_with_a_reason(awkward):
     names = ["ok_reference.nii.gz", "odd_huge_fov_off_centre.nii.gz",
              "bad_nan_background_one_inf.nii.gz", "bad_html_error_page.nii.gz"]
     found = {}
     for name in names:
-        item = prepare_person([scan(str(folder / name))], QUICK)[0]
+        item = prepare_person([scan(str(awkward / name))], QUICK)[0]
         found[name] = item
         if isinstance(item, Prepared):
             check_contract(item)

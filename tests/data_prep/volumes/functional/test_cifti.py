@@ -313,28 +313,65 @@ def test_a_volume_and_a_header_that_claims_too_much_are_refused(tmp_path, axis):
     assert code(str(tmp_path / "huge.dtseries.nii")) == "too_large"
 
 
-# ---- real files ----------------------------------------------------------------------------------
+# ---- files as studies deliver them ---------------------------------------------------------------
 
-def conte(shared_data: Path, name: str) -> str:
-    return str(shared_data / f"cifti/Conte69.{name}.nii")
+@pytest.fixture(params=["made", "real"])
+def unusable(request, tmp_path, axis) -> dict[str, str]:
+    """Files by why they are refused: parcels, surfaces alone (three kinds), and all ones."""
+    if request.param == "real":
+        folder = request.getfixturevalue("shared_data") / "cifti"
+        conte = f"{folder}/Conte69.MyelinAndCorrThickness.32k_fs_LR"
+        return {f"{conte}.ptseries.nii": "cifti_kind", f"{conte}.dscalar.nii": "no_voxels",
+                f"{conte}.dtseries.nii": "no_voxels",
+                f"{folder}/Conte69.parcellations_VGD11b.32k_fs_LR.dlabel.nii": "no_voxels",
+                f"{folder}/ones.dscalar.nii": "constant"}
+    cortex = axis[axis.surface_mask]
+    parcels = ParcelsAxis.from_brain_models([("left", cortex[:50]), ("right", cortex[-50:])])
+    two, maps = SeriesAxis(0, 1, 2), ScalarAxis(["myelin", "thickness"])
+    labels = LabelAxis(["areas"], {1: ("V1", (1, 0, 0, 1)), 2: ("V2", (0, 1, 0, 1))})
+    rows = np.random.default_rng(0).random((2, len(cortex)), np.float32)
+    made = {"p.ptseries": (two, parcels, rows[:, :2], "cifti_kind"),
+            "s.dscalar": (maps, cortex, rows, "no_voxels"),
+            "s.dtseries": (two, cortex, rows, "no_voxels"),
+            "l.dlabel": (labels, cortex, 1 + (rows[:1] > 0.5), "no_voxels"),
+            "ones.dscalar": (maps, axis, np.ones((2, len(axis)), np.float32), "constant")}
+    for name, (along, across, data, _) in made.items():
+        nib.save(nib.Cifti2Image(data.astype(np.float32), (along, across)),
+                 tmp_path / f"{name}.nii")
+    return {f"{tmp_path}/{name}.nii": reason for name, (*_, reason) in made.items()}
 
 
-def test_real_files(shared_data, tmp_path):
-    assert code(conte(shared_data, "MyelinAndCorrThickness.32k_fs_LR.ptseries")) == "cifti_kind"
-    for name in ("MyelinAndCorrThickness.32k_fs_LR.dscalar",
-                 "MyelinAndCorrThickness.32k_fs_LR.dtseries",
-                 "parcellations_VGD11b.32k_fs_LR.dlabel"):
-        assert code(conte(shared_data, name)) == "no_voxels"
-    assert code(str(shared_data / "cifti/ones.dscalar.nii")) == "constant"
+def test_files_without_a_series_in_voxels_are_refused_by_kind(unusable):
+    assert {uri: code(uri) for uri in unusable} == unusable
 
 
-def test_a_series_on_the_axis_of_hcp_abcd_and_ukb(shared_data, tmp_path):
-    axis = nib.load(shared_data / "cifti/ones.dscalar.nii").header.get_axis(1)
-    data = np.random.default_rng(0).normal(100, 2, (60, len(axis))).astype(np.float32)
-    found: Cifti = read_cifti(dtseries(tmp_path / "a.dtseries.nii", axis, data, step=1.2),
+# as CIFTI calls them; with the two sides of the cortex they are HCP's 21 structures
+SUBCORTICAL = ("ACCUMBENS", "AMYGDALA", "CAUDATE", "CEREBELLUM", "DIENCEPHALON_VENTRAL",
+               "HIPPOCAMPUS", "PALLIDUM", "PUTAMEN", "THALAMUS")
+
+
+@pytest.fixture(params=["made", "real"])
+def layout(request, axis) -> BrainModelAxis:
+    """The structures of HCP, ABCD and UK Biobank: both cortices and 19 of voxels."""
+    if request.param == "real":
+        path = request.getfixturevalue("shared_data") / "cifti/ones.dscalar.nii"
+        return nib.load(path).header.get_axis(1)
+    names = ["BRAIN_STEM", *(f"{name}_{side}" for name in SUBCORTICAL
+                             for side in ("LEFT", "RIGHT"))]
+    whole = axis[axis.surface_mask]
+    for number, name in enumerate(names):
+        mask = np.zeros(GRID_SHAPE, bool)
+        mask[20:50, 30 + 3 * number:32 + 3 * number, 30:40] = True
+        whole += BrainModelAxis.from_mask(mask, name=name, affine=GRID_AFFINE)
+    return whole
+
+
+def test_a_series_on_the_axis_of_hcp_abcd_and_ukb(layout, tmp_path):
+    data = np.random.default_rng(0).normal(100, 2, (60, len(layout))).astype(np.float32)
+    found: Cifti = read_cifti(dtseries(tmp_path / "a.dtseries.nii", layout, data, step=1.2),
                               processing="fix")
-    assert found.covered.sum() == 31_870 and found.parcels.shape == (21, 60)
+    assert found.covered.sum() == layout.volume_mask.sum() and found.parcels.shape == (21, 60)
     assert found.maps["tSNR"].data[found.covered].mean() == pytest.approx(51, rel=0.03)
-    amygdala = data[:, axis.name == "CIFTI_STRUCTURE_AMYGDALA_LEFT"].mean(1)
+    amygdala = data[:, layout.name == "CIFTI_STRUCTURE_AMYGDALA_LEFT"].mean(1)
     np.testing.assert_allclose(found.parcels[found.names.index("AMYGDALA_LEFT")], amygdala,
                                rtol=1e-5)

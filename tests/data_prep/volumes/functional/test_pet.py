@@ -87,9 +87,19 @@ def test_a_frame_counts_when_half_of_it_is_inside_the_window():
     assert value == pytest.approx(2) and figures["pet_window_min"] == "45-75"
 
 
-def test_frames_of_a_real_sidecar(shared_data):
-    path = next((shared_data / "pet/bids-pet002-sidecars").rglob("*_pet.json"))
-    sidecar = json.loads(path.read_text())
+@pytest.fixture(params=["made", "real"])
+def sidecar(request) -> dict[str, object]:
+    """A dynamic scan of 90 minutes in 36 frames, whose last six take 10 minutes each."""
+    if request.param == "real":
+        folder = request.getfixturevalue("shared_data") / "pet/bids-pet002-sidecars"
+        return json.loads(next(folder.rglob("*_pet.json")).read_text())
+    durations = 12 * [10] + 6 * [40] + 8 * [60] + 4 * [240] + 6 * [600]
+    return {"Units": "Bq/mL", "TracerName": "DASB", "TimeZero": "10:33:47", "ScanStart": 0,
+            "InjectionStart": 0, "FrameDuration": durations,
+            "FrameTimesStart": [sum(durations[:number]) for number in range(36)]}
+
+
+def test_frames_of_a_whole_sidecar(sidecar):
     value, figures, flags = late(series([float(t) for t in range(36)]), sidecar,
                                  tracer=sidecar["TracerName"])
     assert value == pytest.approx(34)  # 60 to 90 minutes: the last three, 10 minutes each

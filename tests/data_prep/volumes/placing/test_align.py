@@ -150,13 +150,15 @@ def test_what_is_no_brain_fails_to_register(tmp_path):
 
 @pytest.mark.parametrize(("index", "visit", "anatomy"), [
     (6, 0, "synthseg_training_seg_13"), (13, 1, "synthseg_training_seg_15"),
-    (25, 0, "synthseg_training_seg_20")])
-def test_thick_t2w_slices_stay_with_their_t1w(shared_data, tmp_path, index: int, visit: int,
+    (25, 0, "synthseg_training_seg_20"), (6, 0, "template-0")])
+def test_thick_t2w_slices_stay_with_their_t1w(request, tmp_path, index: int, visit: int,
                                               anatomy: str):
     """Heads on which a mask-limited metric ran 25 mm away, or ends a little below its start."""
     person = replace(draw_person(0, index), site=SITES[1])
     seen = replace(person.visits[visit], modalities=("T1w", "T2w"))
-    files, _ = make_visit(load_anatomy(anatomy, shared_data / "labels"), person, seen, 0, 2.0)
+    real = not anatomy.startswith("template")
+    folder = request.getfixturevalue("shared_data") / "labels" if real else None
+    files, _ = make_visit(load_anatomy(anatomy, folder), person, seen, 0, 2.0)
     names = file_names(person, seen)
     scans = {}
     for modality in ("T1w", "T2w"):

@@ -16,7 +16,8 @@ from data_prep.scan import ScanError
 from data_prep.volumes.reading.volume import Volume, read_scan, read_series
 from neurojepa.errors import DataError
 from neurojepa.storage import write_bytes
-from tests.helpers.synthetic_head import ellipsoid, save
+from tests.helpers.dicom import slice_of
+from tests.helpers.synthetic_head import ellipsoid, moved, save
 
 AXES = ["".join(codes) for order in itertools.permutations(("RL", "AP", "SI"))
         for codes in itertools.product(*order)]
@@ -47,53 +48,52 @@ def refused(uri: str | Path, **more) -> str:
 
 # ---- the awkward files ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", OK)
-def test_ok_files_equal_the_reference_in_world_coordinates(shared_data, name):
-    reference = read_scan(str(shared_data / "awkward/ok_reference.nii.gz"))
-    volume = read_scan(str(shared_data / "awkward" / name))
-    np.testing.assert_allclose(volume.affine, reference.affine, atol=1e-4)
-    if "slope" not in name:
-        np.testing.assert_array_equal(volume.data, reference.data)
-        return
-    # Its values are the reference's in another unit, rounded to steps of its slope.
-    assert volume.data.min() == pytest.approx(-18 * 0.0125 - 17.5)
-    line = np.polyfit(reference.data.ravel(), volume.data.ravel(), 1)
-    np.testing.assert_allclose(np.polyval(line, reference.data), volume.data, atol=0.0125)
+def test_ok_files_equal_the_reference_in_world_coordinates(awkward):
+    reference = read_scan(str(awkward / "ok_reference.nii.gz"))
+    for name in OK:
+        volume = read_scan(str(awkward / name))
+        np.testing.assert_allclose(volume.affine, reference.affine, atol=1e-4, err_msg=name)
+        if "slope" not in name:
+            np.testing.assert_array_equal(volume.data, reference.data, err_msg=name)
+            continue
+        # Its values are the reference's in another unit, rounded to steps of its slope.
+        assert volume.data.min() == pytest.approx(-18 * 0.0125 - 17.5)
+        line = np.polyfit(reference.data.ravel(), volume.data.ravel(), 1)
+        np.testing.assert_allclose(np.polyval(line, reference.data), volume.data, atol=0.0125)
 
 
-def test_oblique_file_is_the_reference_turned(shared_data):
-    reference = read_scan(str(shared_data / "awkward/ok_reference.nii.gz"))
-    volume = read_scan(str(shared_data / "awkward/ok_oblique_20deg.nii.gz"))
+def test_oblique_file_is_the_reference_turned(awkward):
+    reference = read_scan(str(awkward / "ok_reference.nii.gz"))
+    volume = read_scan(str(awkward / "ok_oblique_20deg.nii.gz"))
     motion = volume.affine @ np.linalg.inv(reference.affine)
     np.testing.assert_allclose(motion[:3, :3] @ motion[:3, :3].T, np.eye(3), atol=1e-5)
     assert 15 < np.degrees(np.arccos((np.trace(motion[:3, :3]) - 1) / 2)) < 30
     assert volume.data.std() == pytest.approx(reference.data.std(), rel=0.1)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_files_are_refused_with_file_and_code(shared_data, name):
-    assert refused(shared_data / "awkward" / name) == REFUSED[name]
+def test_bad_files_are_refused_with_file_and_code(awkward):
+    assert {name: refused(awkward / name) for name in REFUSED} == REFUSED
 
 
-def test_odd_files_carry_their_flag(shared_data):
-    folder = shared_data / "awkward"
-    assert "sform_qform_disagree" in read_scan(f"{folder}/odd_sform_qform_disagree.nii.gz").flags
-    assert "huge_field_of_view" in read_scan(f"{folder}/odd_huge_fov_off_centre.nii.gz").flags
-    volume = read_scan(f"{folder}/bad_nan_background_one_inf.nii.gz")
+def test_odd_files_carry_their_flag(awkward):
+    assert "sform_qform_disagree" in read_scan(
+        str(awkward / "odd_sform_qform_disagree.nii.gz")).flags
+    assert "huge_field_of_view" in read_scan(str(awkward / "odd_huge_fov_off_centre.nii.gz")).flags
+    volume = read_scan(str(awkward / "bad_nan_background_one_inf.nii.gz"))
     assert "non_finite_cleaned" in volume.flags
     assert np.isfinite(volume.data).all() and volume.invalid is not None
     assert (volume.data[volume.invalid] == 0).all() and volume.data.max() > 0
 
 
-def test_every_awkward_file_has_an_answer_here(shared_data):
+def test_every_awkward_file_has_an_answer_here(awkward):
     here = {*OK, *REFUSED, "ok_reference.nii.gz", "ok_oblique_20deg.nii.gz",
             "odd_huge_fov_off_centre.nii.gz", "bad_nan_background_one_inf.nii.gz"}
-    assert {path.name for path in (shared_data / "awkward").iterdir()} == here
+    assert {path.name for path in awkward.iterdir()} == here
 
 
-def test_duplicates_share_their_scan_id_and_others_do_not(shared_data):
+def test_duplicates_share_their_scan_id_and_others_do_not(awkward):
     def scan_id(name: str) -> str:
-        return read_scan(str(shared_data / "awkward" / name)).scan_id
+        return read_scan(str(awkward / name)).scan_id
 
     reference = scan_id("ok_reference.nii.gz")
     assert scan_id("odd_duplicate_of_reference.nii.gz") == reference
@@ -383,17 +383,46 @@ def test_series_are_refused_where_a_volume_is_expected_and_when_too_long(tmp_pat
     assert caught.value.code == "too_large"
 
 
-def test_real_series_keep_their_volumes_and_time(shared_data):
-    path = shared_data / "studyforrest/sub-01_task-localizer_bold.nii.gz"
-    series = read_series(str(path), facts={"RepetitionTime": 2.0})
-    stored = nib.as_closest_canonical(nib.load(path))
+@pytest.fixture(params=["made", "real"])
+def bold_file(request, tmp_path) -> Path:
+    """A BOLD file of ten volumes, 1.79 s apart, stored LAS and oblique."""
+    if request.param == "real":
+        return (request.getfixturevalue("shared_data")
+                / "studyforrest/sub-01_task-localizer_bold.nii.gz")
+    affine, _ = moved(np.array([[-3.0, 0, 0, 30], [0, 3, 0, -40], [0, 0, 3.3, -20],
+                                [0, 0, 0, 1]]), 13, (2, -5, 3))
+    data = np.random.default_rng(0).integers(0, 3000, (24, 28, 20, 10)).astype(np.int16)
+    image = nib.Nifti1Image(data, affine)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.set_zooms((*image.header.get_zooms()[:3], 1.79))
+    nib.save(image, tmp_path / "bold.nii.gz")
+    return tmp_path / "bold.nii.gz"
+
+
+def test_series_keep_their_volumes_and_time(bold_file):
+    series = read_series(str(bold_file), facts={"RepetitionTime": 2.0})
+    stored = nib.as_closest_canonical(nib.load(bold_file))
     assert series.data.shape == stored.shape and series.flags == ["tr_disagrees"]
     np.testing.assert_allclose(series.data[..., 7], stored.dataobj[..., 7])
     np.testing.assert_allclose(series.affine, stored.affine)
 
 
-def test_a_folder_of_dicom_files_is_a_series_with_its_facts(shared_data):
-    folder = str(shared_data / "dicom/bold_2vols/")
-    series = read_series(folder if folder.endswith("/") else f"{folder}/")
-    assert series.data.shape == (80, 80, 35, 2)
-    assert series.tr_s == pytest.approx(series.facts["RepetitionTime"])
+@pytest.fixture(params=["made", "real"])
+def bold_slices(request, tmp_path) -> tuple[str, tuple[int, ...]]:
+    """A folder of DICOM slices of two volumes, and the shape of their series."""
+    if request.param == "real":
+        return f"{request.getfixturevalue('shared_data')}/dicom/bold_2vols/", (80, 80, 35, 2)
+    for number in range(40):
+        pixels = np.full((24, 22), 100 + number, np.int16)
+        slice_of(4.0 * (number % 20), number, AcquisitionNumber=1 + number // 20,
+                 TemporalPositionIdentifier=1 + number // 20, RepetitionTime=2000.0,
+                 Rows=24, Columns=22, PixelSpacing=[4.0, 4.0],
+                 PixelData=pixels.tobytes()).save_as(tmp_path / f"{number}.dcm")
+    return f"{tmp_path}/", (22, 24, 20, 2)
+
+
+def test_a_folder_of_dicom_files_is_a_series_with_its_facts(bold_slices):
+    folder, shape = bold_slices
+    series = read_series(folder)
+    assert series.data.shape == shape
+    assert series.tr_s == pytest.approx(series.facts["RepetitionTime"]) == pytest.approx(2)
