@@ -151,8 +151,8 @@ def _card(record: dict, tensors: dict[str, torch.Tensor]) -> str:
   {tuple(grid['centre_mm'])} mm, axes x y z in RAS
 - trained for {record['step']} steps of {config['train']['global_batch']} scans; feed
   {record['feed']}; {method}
-- use: `neurojepa.weights.load(DIR)`, then `neurojepa.downstream.embed.embed`; an embedding is the
-  mean of the target encoder's tokens
+- use: `neurojepa.weights.load(DIR)`, then `neurojepa.downstream.embed.embed`; an embedding says
+  how the target encoder's tokens differ from those of the feed's split train at the same places
 - not a medical device; check on your own scanners and people before drawing conclusions
 """
 

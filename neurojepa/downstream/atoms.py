@@ -30,7 +30,7 @@ from neurojepa.feed.format import MODALITIES, Feed, Grid
 from neurojepa.model.moe import MoE
 from neurojepa.model.sparse import SparseCode, sparse_code
 from neurojepa.objective.losses import take
-from neurojepa.objective.views import make_views, patch_centres_mm
+from neurojepa.objective.views import make_views, patch_centres_mm, patch_numbers
 
 STRONGEST = 5  # scans told for each feature
 RARE = 0.1  # of the most often seen patch's tokens; places seen less are left out of maps
@@ -170,14 +170,6 @@ def _listening(code: SparseCode | None,
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def patch_numbers(coords_BN3: Tensor, grid: Grid, patch: int) -> Tensor:
-    """int64 [B, N]: the patch of the grid at coordinates from the grid's centre, mm."""
-    counts = torch.tensor([length // patch for length in grid.shape], device=coords_BN3.device)
-    edge_mm = patch * grid.spacing_mm
-    index = (coords_BN3 / edge_mm + counts / 2).floor().long()
-    return (index[..., 0] * counts[1] + index[..., 1]) * counts[2] + index[..., 2]
 
 
 # ---- figures -------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Frozen embeddings of a feed's scans: the mean of the target encoder's tokens, one row a scan."""
+"""Frozen embeddings of a feed's scans, one row a scan: the target encoder's tokens, pooled.
+
+pooling.py says how.  A CNN has no tokens; its pooled features are taken as they are.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ import pyarrow as pa
 import torch
 
 from neurojepa.config import AugmentConfig, RootConfig
+from neurojepa.downstream.pooling import Places, Tokens
 from neurojepa.errors import DataError
 from neurojepa.feed.format import MODALITIES, Feed
 from neurojepa.feed.labels import scan_labels
 from neurojepa.feed.loader import Batch, SampleReader
 from neurojepa.model.averaged import Averaged
-from neurojepa.objective.views import make_views
+from neurojepa.objective.views import Views, make_views, patch_centres_mm, patch_numbers
+
+MAX_REFERENCE = 256  # scans of a modality that say what a place is like
 
 
 @dataclass(frozen=True)
@@ -66,23 +72,81 @@ def select_rows(feed: Feed, modality: str | None, cohort: str | None,
 
 @torch.no_grad()
 def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
-          batch_size: int = 8) -> Embeddings:
+          batch_size: int = 8, places: Places | None = None) -> Embeddings:
     """Embed scans of a feed without augmentation or masks.
 
     Parameters
     ----------
     rows : [n] row numbers of ``feed.index``
+    places : what to compare tokens with; None: those of ``reference_rows``
+
+    Raises
+    ------
+    DataError
+        Split train of the feed has no scan of a modality that is to be embedded.
     """
+    if config.objective.method == "cnn":
+        pooled = [model.embed(views)
+                  for views in views_of(model, config, feed, rows, batch_size)]
+    else:
+        places = places or fit_places(model, config, feed, reference_rows(feed, rows), batch_size)
+        pooled = [places.pool(each)
+                  for each in tokens_of(model, config, feed, rows, batch_size)]
+    return describe(feed, rows, torch.cat(pooled).cpu().numpy())
+
+
+def describe(feed: Feed, rows: np.ndarray, values: np.ndarray) -> Embeddings:
+    """Embeddings of the feed's ``rows``, whose ``values`` [n, D] are known."""
+    column = {name: np.array(feed.index[name].to_pylist())[rows]
+              for name in ("scan_id", "participant", "family", "session", "modality", "split")}
+    return Embeddings(values=values, **column)
+
+
+def reference_rows(feed: Feed, rows: np.ndarray) -> np.ndarray:
+    """Scans to compare those of ``rows`` with: of split train and of their modalities, at most
+    ``MAX_REFERENCE`` of each, spread over the feed.
+
+    Raises
+    ------
+    DataError
+        One of the modalities has no scan in split train.
+    """
+    modality, split = (np.array(feed.index[name].to_pylist()) for name in ("modality", "split"))
+    chosen = []
+    for wanted in np.unique(modality[rows]):
+        found = np.flatnonzero((modality == wanted) & (split == "train"))
+        if not len(found):
+            raise DataError(f"{feed.uri}: no {wanted} scan in split train, which embeddings of "
+                            f"{wanted} are compared with; embed other modalities, or index and "
+                            "pack such scans together with those of the training")
+        chosen.append(found[::-(-len(found) // MAX_REFERENCE)])
+    return np.concatenate(chosen)
+
+
+@torch.no_grad()
+def fit_places(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
+               batch_size: int = 8) -> Places:
+    """What tokens are at each place in the scans of ``rows``, as ``reference_rows`` has them."""
+    num_patches = len(patch_centres_mm(feed.grid, config.model.patch_voxels))
+    return Places.fit(tokens_of(model, config, feed, rows, batch_size), num_patches)
+
+
+def tokens_of(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
+              batch_size: int = 8) -> Iterator[Tokens]:
+    """The target encoder's tokens of scans, batch by batch, without augmentation."""
+    for views in views_of(model, config, feed, rows, batch_size):
+        patch_BN = patch_numbers(views.coords_BN3, feed.grid, config.model.patch_voxels)
+        yield Tokens(model.latents(views), patch_BN, views.foreground_BN, views.modality_B)
+
+
+def views_of(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
+             batch_size: int = 8) -> Iterator[Views]:
+    """Views of scans in order, without augmentation, on the model's device."""
     device = next(model.parameters()).device
     model.eval()
     config = without_augmentation(config)
-    values = []
     for batch in batches(feed, rows, batch_size):
-        views = make_views(batch.to(device), config, feed.grid, config.train.seed)
-        values.append(model.embed(views).cpu().numpy())
-    column = {name: np.array(feed.index[name].to_pylist())[rows]
-              for name in ("scan_id", "participant", "family", "session", "modality", "split")}
-    return Embeddings(values=np.concatenate(values), **column)
+        yield make_views(batch.to(device), config, feed.grid, config.train.seed)
 
 
 def without_augmentation(config: RootConfig) -> RootConfig:

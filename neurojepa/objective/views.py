@@ -175,6 +175,14 @@ def patch_centres_mm(grid: Grid, patch: int, device: torch.device | None = None)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
 
 
+def patch_numbers(coords_BN3: Tensor, grid: Grid, patch: int) -> Tensor:
+    """int64 [B, N]: the patch of the grid at coordinates from the grid's centre, mm."""
+    counts = torch.tensor([length // patch for length in grid.shape], device=coords_BN3.device)
+    edge_mm = patch * grid.spacing_mm
+    index = (coords_BN3 / edge_mm + counts / 2).floor().long()
+    return (index[..., 0] * counts[1] + index[..., 1]) * counts[2] + index[..., 2]
+
+
 def _choose_tokens(brain_Bn: Tensor, scanned_Bn: Tensor, budget: int | None, seed: int,
                    position_B: Tensor) -> Tensor:
     """int64 [B, N]: the patches with most brain, ties by a keyed draw, unscanned ones last."""

@@ -1,9 +1,12 @@
 """A cheap look during training at what the embeddings hold: probes.jsonl.
 
 Every ``train.probe_every`` steps the target encoder embeds the same scans, one each of up to 64
-people of split ``train`` and of ``val``; the ranks share the work.  A ridge on the former predicts
-age, sex and diagnosis of the latter, where the feed has these labels.  Nothing of the training
-changes, so a run is bit-equal with and without.
+people of split ``train`` and of ``val``; the ranks share the work.  Tokens are compared with those
+of the former (downstream/pooling.py), and a ridge on the former predicts age, sex and diagnosis of
+the latter, where the feed has these labels.  Beside the scores stand ``participation``, in how many
+directions people differ, and which share of the variance of tokens is that between ``place``s of
+the brain and between places of each modality.  Nothing of the training changes, so a run is
+bit-equal with and without.
 """
 
 from __future__ import annotations
@@ -16,8 +19,14 @@ import numpy as np
 from torch import nn
 
 from neurojepa.config import RootConfig
-from neurojepa.downstream.embed import embed
-from neurojepa.downstream.stats import auroc, mean_absolute_error, r_squared
+from neurojepa.downstream.embed import embed, fit_places
+from neurojepa.downstream.pooling import Places
+from neurojepa.downstream.stats import (
+    auroc,
+    mean_absolute_error,
+    participation_ratio,
+    r_squared,
+)
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import Feed
 from neurojepa.feed.labels import as_numbers, scan_labels
@@ -44,8 +53,10 @@ class OnlineProbe:
     def __init__(self, config: RootConfig, feed: Feed, world: World) -> None:
         self.config, self.feed, self.world = config, feed, world
         column = {name: np.array(feed.index[name].to_pylist())
-                  for name in ("participant", "session", "split")}
-        self.rows = np.concatenate([_choose(feed, config, split) for split in ("train", "val")])
+                  for name in ("participant", "session", "split", "modality")}
+        taught, tested = (_choose(feed, config, split) for split in ("train", "val"))
+        comparable = np.isin(column["modality"][tested], column["modality"][taught])
+        self.rows = np.concatenate([taught, tested[comparable]])
         self.train = column["split"][self.rows] == "train"
         table = feed.labels()
         self.truth: dict[str, np.ndarray] = {}
@@ -67,11 +78,15 @@ class OnlineProbe:
     def run(self, model: nn.Module, step: int, metrics: Metrics) -> None:
         """Probe after ``step``; collective."""
         began = time.perf_counter()
-        values = self._embed(model)
+        values, places = self._embed(model)
         if self.world.rank:
             return
         scores = {f"{target}/{name}": value for target, truth in self.truth.items()
                   for name, value in _score(values, truth, self.train).items()}
+        scores["participation"] = participation_ratio(values)
+        if places is not None:
+            total, place, modality = places.variance()
+            scores |= {"place": place / total, "place_and_modality": modality / total}
         scores["seconds"] = time.perf_counter() - began
         metrics.patience(lambda: self._write({"step": step, **scores}))
         metrics.event("probe", step, **scores)
@@ -81,17 +96,21 @@ class OnlineProbe:
         kept = [old for old in read_rows(uri) if old["step"] < row["step"]]  # or rolled back
         write_rows(uri, [*kept, row])
 
-    def _embed(self, model: nn.Module) -> np.ndarray:
-        """[n, D] embeddings of all scans, on every rank."""
-        size = self.world.size
+    def _embed(self, model: nn.Module) -> tuple[np.ndarray, Places | None]:
+        """[n, D] embeddings of all scans, on every rank, and what their tokens were compared with.
+        """
+        size, batch = self.world.size, self.config.train.micro_batch
         each = -(-len(self.rows) // size)  # alike on all ranks: a sharded forward is collective
         mine = np.resize(self.rows, each * size)[self.world.rank::size]
         assert isinstance(model, Averaged)
         was_training = model.training
-        values = embed(model, self.config, self.feed, mine, self.config.train.micro_batch).values
+        places = None
+        if self.config.objective.method != "cnn":  # which has no tokens
+            places = fit_places(model, self.config, self.feed, self.rows[self.train], batch)
+        values = embed(model, self.config, self.feed, mine, batch, places).values
         model.train(was_training)
         shares = np.stack(self.world.gather(values), 1)  # [each, rank, D]
-        return shares.reshape(each * size, -1)[:len(self.rows)]
+        return shares.reshape(each * size, -1)[:len(self.rows)], places
 
 
 def _choose(feed: Feed, config: RootConfig, split: str) -> np.ndarray:

@@ -12,12 +12,12 @@ from neurojepa.config import dump_config
 from neurojepa.downstream.stats import mean_absolute_error
 from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import TRAINING_GRIDS, open_feed
-from neurojepa.objective.views import make_views
+from neurojepa.objective.views import make_views, patch_numbers
 from neurojepa.train.stopping import REQUEUE
 from tests.helpers.batches import make_batch
 from tests.helpers.feeds import GRID, tiny_config, write_feed
 from tools.bench import quality
-from tools.bench._quality_run import overlap, patch_numbers, stored
+from tools.bench._quality_run import overlap, stored
 from tools.bench._quality_table import value_of
 
 
@@ -73,7 +73,7 @@ def test_tissue_volumes_add_up_to_the_mask(tmp_path: Path) -> None:
 def test_no_two_runs_share_a_folder_and_every_method_is_tuned_alike(plan: quality.Plan,
                                                                    tmp_path: Path) -> None:
     chosen = dict.fromkeys(plan.methods, plan.rates[0])
-    jobs = list(quality._remaining(plan, tmp_path, chosen))
+    jobs = list(quality.remaining(plan, tmp_path, chosen))
     assert len({job.folder for job in jobs}) == len(jobs)
     tuned = [quality.job(plan, tmp_path, method, rate).folder.name
              for method in plan.methods for rate in plan.rates]
@@ -92,7 +92,7 @@ def test_a_run_that_is_stopped_leaves_no_scores(tmp_path: Path) -> None:
     run = config.run.model_copy(update={"time_limit_min": 1e-6})
     recipe = dump_config(config.model_copy(update={"run": run}))
     (tmp_path / "recipe.yaml").write_text(recipe)
-    (tmp_path / "run.json").write_text('{"scrambled": false}')
+    (tmp_path / "run.json").write_text('{"scrambled": false, "head_alone": false}')
     with pytest.raises(NeurojepaError, match=f"status {REQUEUE}"):
         quality.command(tmp_path / "log.txt", "tools.bench._quality_run", str(tmp_path))
     assert not (tmp_path / "scores.npz").exists() and not (tmp_path / "weights").exists()

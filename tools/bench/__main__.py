@@ -28,14 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="smaller, for a first look")
     parser.add_argument("--official", type=Path, metavar="DIR")
-    parser.add_argument("--work", metavar="DIR", help="quality: where runs are kept (default: "
-                        "build/bench-quality)")
+    parser.add_argument("--work", metavar="DIR", help="quality, readout: where runs are kept "
+                        "(default: build/bench-NAME)")
     arguments = parser.parse_args(argv)
     official = arguments.official
     if official is not None and not (official / "src/neurojepa").is_dir():
         raise ConfigError(f"--official {official}: holds no src/neurojepa; name a checkout of the "
                           "official repository")
-    if arguments.work and arguments.name != "quality":
+    if arguments.work and arguments.name not in ("quality", "readout"):
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
     module = importlib.import_module(f"tools.bench.{arguments.name}")
     options = {"work": arguments.work} if arguments.work else {}

@@ -2,8 +2,9 @@
 
     python -m tools.bench._quality_run FOLDER
 
-FOLDER holds recipe.yaml and run.json ({"scrambled": bool}); it gets scores.npz, written last.  What
-is stored are predictions, so that the table can resample people without the model.
+FOLDER holds recipe.yaml and run.json ({"scrambled": bool, "head_alone": bool}); it gets scores.npz,
+written last.  What is stored are predictions, so that the table can resample people without the
+model.
 """
 
 from __future__ import annotations
@@ -24,16 +25,24 @@ from data_prep.synth import codes
 from neurojepa.baselines.cnn import CNN, Labels
 from neurojepa.config import RootConfig, load_config
 from neurojepa.downstream import embed as embedding
-from neurojepa.downstream.atoms import patch_numbers
 from neurojepa.downstream.embed import Embeddings, select_rows
 from neurojepa.downstream.probe import probe
 from neurojepa.errors import DataError, run_command
 from neurojepa.feed.format import Feed, Grid, open_feed
 from neurojepa.feed.loader import SampleReader
 from neurojepa.model.averaged import Averaged
-from neurojepa.objective.views import Views, make_views, patch_centres_mm, patchify
+from neurojepa.model.jepa import SparseJEPA
+from neurojepa.model.sparse import Coded
+from neurojepa.objective.views import (
+    Views,
+    make_views,
+    patch_centres_mm,
+    patch_numbers,
+    patchify,
+)
 from neurojepa.storage import read_rows, write_bytes
 from neurojepa.weights import export, load, untrained
+from tools.bench._quality_readout import read_out
 
 LABELS = {"age": "age", "diagnosis": "diagnosis", "sex": "sex", "lesions": "lesion_ml"}
 CROSSED = ("T2w", "FLAIR")  # tested by what was learnt on T1w
@@ -46,8 +55,11 @@ Arrays = dict[str, np.ndarray]
 
 def main(folder: Path) -> None:
     config = load_config(folder / "recipe.yaml")
-    if json.loads((folder / "run.json").read_text())["scrambled"]:
+    changes = json.loads((folder / "run.json").read_text())
+    if changes["scrambled"]:
         scramble(open_feed(config.data.feed).grid, config.model.patch_voxels)
+    if changes["head_alone"]:
+        silence_prediction()
     model = trained(config, folder)
     spent = folder / "train_cpu_s"
     train_s = float(spent.read_text()) if spent.exists() else 0.0
@@ -55,9 +67,8 @@ def main(folder: Path) -> None:
     if isinstance(model, CNN):
         scores = predicted_by(model, config, feed)
     else:
-        rows = np.concatenate([select_rows(feed, modality, None)
-                               for modality in ("T1w", *CROSSED)])
-        scores = probed(embedding.embed(model, config, feed, rows), feed)
+        scores = read_out(model, config, feed, ("T1w", *CROSSED),
+                          lambda embeddings, prefix: probed(embeddings, feed, prefix))
         scores |= segmented(model, config, feed)
     finish(folder, scores | {"train_cpu_s": np.array(train_s)})
 
@@ -106,6 +117,22 @@ def scramble(grid: Grid, patch: int) -> None:
     loop.make_views = embedding.make_views = scrambled  # type: ignore[assignment]
 
 
+def silence_prediction() -> None:
+    """Take the prediction out of the JEPA's loss: the tissue head and the spread are left.
+
+    The control for what latent prediction adds to the head.  The forward stays whole, so a step
+    costs what it costs with prediction.
+    """
+    whole = SparseJEPA._predict
+
+    def silenced(self: SparseJEPA, views: Views) -> tuple[Coded, torch.Tensor, torch.Tensor]:
+        coded, z_VTD, y_VCD = whole(self, views)
+        silent = coded._replace(error=0 * coded.error, penalty=0 * coded.penalty)
+        return silent, z_VTD, y_VCD
+
+    SparseJEPA._predict = silenced  # type: ignore[method-assign]
+
+
 # ---- predictions ---------------------------------------------------------------------------------
 
 def targets(embeddings: Embeddings, feed: Feed) -> Arrays:
@@ -117,8 +144,11 @@ def targets(embeddings: Embeddings, feed: Feed) -> Arrays:
     return found
 
 
-def probed(embeddings: Embeddings, feed: Feed) -> Arrays:
-    """Predictions of every target from T1w on T1w, and of age and sex across modalities."""
+def probed(embeddings: Embeddings, feed: Feed, prefix: str = "") -> Arrays:
+    """Predictions of every target from T1w on T1w, and of age and sex across modalities.
+
+    Their names begin with ``prefix``.
+    """
     scores: Arrays = {}
     labels = targets(embeddings, feed)
     ways = [(name, name, "T1w", "test") for name in labels]
@@ -129,12 +159,12 @@ def probed(embeddings: Embeddings, feed: Feed) -> Arrays:
         try:
             result = probe(embeddings, name, labels[name], split, "T1w", modality)
         except DataError as error:
-            print(f"{way}: left out: {error}", flush=True)
+            print(f"{prefix}{way}: left out: {error}", flush=True)
             continue
         tested = ((labels[name] != "") & (embeddings.split == split)
                   & (embeddings.modality == modality))
-        scores |= stored(way, result.truth, result.predicted, embeddings.participant[tested],
-                         embeddings.family[tested])
+        scores |= stored(prefix + way, result.truth, result.predicted,
+                         embeddings.participant[tested], embeddings.family[tested])
     return scores
 
 

@@ -14,6 +14,7 @@ from tools.bench.common import print_table
 Metric = Callable[[np.ndarray, np.ndarray], float]
 Arrays = dict[str, np.ndarray]
 Row = dict[str, Score | None]
+PLAIN = "plain mean: "  # before the names of what the plain mean over tokens gave
 
 
 def _mean_overlap(_: np.ndarray, dice: np.ndarray) -> float:
@@ -63,10 +64,43 @@ def value_of(way: str, metric: Metric, runs: list[Arrays],
                  first[f"{way}/groups"])
 
 
-def row_of(runs: list[Arrays], against: list[Arrays] | None = None) -> Row:
-    """All columns, as ``value_of``."""
-    return {title: value_of(way, metric, runs, against)
+def row_of(runs: list[Arrays], against: list[Arrays] | None = None, prefix: str = "") -> Row:
+    """All columns, as ``value_of``, of predictions whose names begin with ``prefix``."""
+    return {title: value_of(prefix + way, metric, runs, against)
             for title, (way, metric) in COLUMNS.items()}
+
+
+def both_poolings(found: dict[str, list[Arrays]]) -> dict[str, Row]:
+    """The rows of methods, each with one below it for the plain mean over tokens where it has one.
+    """
+    rows: dict[str, Row] = {}
+    for name, runs in found.items():
+        rows[name] = row_of(runs)
+        plain_row = row_of(runs, prefix=PLAIN)
+        if any(plain_row.values()):
+            rows[f"{name}, plain mean"] = plain_row
+    return rows
+
+
+FIGURES = {  # title: what runs store, see _quality_readout.py
+    "first component": "first component", "r with head size": "size",
+    "the same, test": "size (test)", "participation": "participation",
+    "of tokens": "participation of tokens", "place": "place",
+    "place, modality": "place and modality", "scan": "scan",
+}
+
+
+def figures_of(found: dict[str, list[Arrays]]) -> dict[str, dict[str, float | None]]:
+    """How people and tokens differ under both poolings, by method, means over seeds."""
+    rows: dict[str, dict[str, float | None]] = {}
+    for name, runs in found.items():
+        for suffix, prefix in (("", ""), (", plain mean", PLAIN)):
+            row = {title: float(np.mean([run[prefix + key] for run in runs]))
+                   if all(prefix + key in run for run in runs) else None
+                   for title, key in FIGURES.items()}
+            if any(value is not None for value in row.values()):
+                rows[name + suffix] = row
+    return rows
 
 
 def show(rows: dict[str, Row]) -> None:

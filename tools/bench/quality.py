@@ -13,8 +13,10 @@ Frozen before the first table:
   dense      the plain JEPA: no sparse code, no spread of the latents, no tissue head
   tuning     sparse and dense JEPA, MAEs and CNN: three learning rates each at seed 0, chosen by the
              age error on val; the CNN's is chosen for age and kept for its other labels
-  probes     on the frozen mean token: ridge, logistic; fitted on T1w scans of train, tested on
-             those of test, or on its T2w and FLAIR (age, sex); segmentation: _quality_run.py
+  probes     on frozen embeddings (neurojepa/downstream/pooling.py): ridge, logistic; fitted on T1w
+             scans of train, tested on those of test, or on its T2w and FLAIR (age, sex);
+             segmentation: _quality_run.py
+  control    the same on the plain mean over tokens, which measures head size: _quality_readout.py
   intervals  95 %, anatomies drawn first, then people in each; of the mean over seeds
 
 CNN: a network per label, scored by its own head.  Ridge (automatic): volumes of the brain mask and
@@ -49,8 +51,17 @@ from neurojepa.downstream.stats import mean_absolute_error
 from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import Feed, open_feed
 from neurojepa.feed.loader import SampleReader
-from tools.bench._quality_table import Arrays, plain, row_of, scores_of, show
-from tools.bench.common import machine
+from tools.bench._quality_table import (
+    FIGURES,
+    Arrays,
+    both_poolings,
+    figures_of,
+    plain,
+    row_of,
+    scores_of,
+    show,
+)
+from tools.bench.common import machine, print_table
 
 ROOT = Path(__file__).resolve().parents[2]
 COHORT_SEED = 1
@@ -60,6 +71,7 @@ TRUE_VOLUMES = ("brain_ml", "ventricle_ml", "hippocampus_ml", "cortex_gm_ml", "c
 CNN_LABELS = {"age": "age", "diagnosis": "diagnosis", "sex": "sex", "lesions": "lesion_ml"}
 METHODS: dict[str, dict[str, Any]] = {
     "sparse JEPA": {},
+    "tissue head alone": {},
     "dense JEPA": {"objective.sparse.code": "identity", "objective.spread": 0.0,
                    "objective.tissue_weight": 0.0},
     "MAE": {"objective.method": "mae"},
@@ -127,6 +139,7 @@ class Job:
     rate: float = 1e-3
     seed: int = 0
     scrambled: bool = False
+    head_alone: bool = False
     untrained: bool = False
 
 
@@ -138,16 +151,22 @@ def run(quick: bool, official: str | None, work: str | None = None) -> dict[str,
 
 def measure(plan: Plan, work: Path) -> dict[str, Any]:
     """The table of a plan, below ``work``."""
-    print(machine())
-    claim(plan, work)
-    feed = open_feed(make_feed(plan, work))
-    ridges(feed, work)
+    feed = prepared(plan, work)
     todo = [Job(work / "runs" / "random-0", untrained=True)]
     todo += [job(plan, work, method, rate=rate) for method in plan.methods for rate in plan.rates]
     Runs(plan, feed.uri).make(todo)
     chosen = {method: choose_rate(plan, work, method) for method in plan.methods}
-    Runs(plan, feed.uri).make(list(_remaining(plan, work, chosen)))
+    Runs(plan, feed.uri).make(list(remaining(plan, work, chosen)))
     return tables(plan, work, chosen)
+
+
+def prepared(plan: Plan, work: Path) -> Feed:
+    """The plan's feed below ``work``, and the scores of what needs no training."""
+    print(machine())
+    claim(plan, work)
+    feed = open_feed(make_feed(plan, work))
+    ridges(feed, work)
+    return feed
 
 
 def claim(plan: Plan, work: Path) -> None:
@@ -177,7 +196,8 @@ def job(plan: Plan, work: Path, method: str, rate: float, seed: int = 0,
     name = method.replace(" ", "-").lower()
     if method == "CNN":
         overrides["objective.label"], name = CNN_LABELS[label], f"{name}-{label}"
-    return Job(work / "runs" / f"{name}-lr{rate:g}-{seed}", overrides, rate, seed)
+    return Job(work / "runs" / f"{name}-lr{rate:g}-{seed}", overrides, rate, seed,
+               head_alone=method == "tissue head alone")
 
 
 def ablation(work: Path, name: str, chosen: dict[str, float]) -> Job:
@@ -188,7 +208,7 @@ def ablation(work: Path, name: str, chosen: dict[str, float]) -> Job:
                untrained=name.startswith("random init"))
 
 
-def _remaining(plan: Plan, work: Path, chosen: dict[str, float]) -> Iterator[Job]:
+def remaining(plan: Plan, work: Path, chosen: dict[str, float]) -> Iterator[Job]:
     """Everything but the tuning, the main table first."""
     for seed in plan.seeds:
         yield Job(work / "runs" / f"random-{seed}", seed=seed, untrained=True)
@@ -235,7 +255,8 @@ class Runs:
                 node = node.setdefault(parent, {})
             node[leaf] = value
         (folder / "recipe.yaml").write_text(dump_config(validate(tree, str(folder))))
-        (folder / "run.json").write_text(json.dumps({"scrambled": each.scrambled}))
+        (folder / "run.json").write_text(json.dumps({
+            "scrambled": each.scrambled, "head_alone": each.head_alone}))
         if each.untrained:
             (folder / "untrained").touch()
         command(folder / "log.txt", "tools.bench._quality_run", str(folder))
@@ -342,21 +363,25 @@ def tables(plan: Plan, work: Path, chosen: dict[str, float]) -> dict[str, Any]:
     atlas = main["random init"][0]
     main["atlas"] = [{key.replace("atlas", way): value for key, value in atlas.items()
                       for way in ("segmentation", "placed") if key.startswith("atlas")}]
-    table = {name: row_of(found) for name, found in main.items()}
+    table, figures = both_poolings(main), figures_of(main)
     differences = {f"sparse JEPA - {other}": row_of(main["sparse JEPA"], main[other])
                    for other in ("random init", "MAE", "MAE with tissue head", "dense JEPA")
                    if other in main}
-    first = {"sparse JEPA (this seed)": row_of(main["sparse JEPA"][:1])}
-    ablations = first | {name: row_of([scores_of(ablation(work, name, chosen).folder)])
-                         for name in plan.ablations}
+    ablations = {name: row_of([scores_of(ablation(work, name, chosen).folder)])
+                 for name in plan.ablations}
+    if ablations:
+        ablations = {"sparse JEPA (this seed)": row_of(main["sparse JEPA"][:1])} | ablations
     for title, rows in ((f"{len(plan.seeds)} seeds", table), ("differences", differences),
                         ("ablations, 1 seed", ablations)):
-        print(f"\n{title}")
-        show(rows)
+        if rows:
+            print(f"\n{title}")
+            show(rows)
+    print("\nwhat embeddings and tokens differ by")
+    print_table(("", *FIGURES), [(name, *row.values()) for name, row in figures.items()])
     seconds = {name: float(np.nanmean([run["train_cpu_s"] for run in found]))
                for name, found in main.items() if "train_cpu_s" in found[0]}
     print("\nCPU seconds of a training: "
           + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     return {"table": plain(table), "differences": plain(differences),
-            "ablations": plain(ablations), "learning_rates": chosen, "train_cpu_s": seconds,
-            "plan": asdict(plan)}
+            "ablations": plain(ablations), "figures": figures, "learning_rates": chosen,
+            "train_cpu_s": seconds, "plan": asdict(plan)}

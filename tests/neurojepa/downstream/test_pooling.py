@@ -1,0 +1,133 @@
+"""Pooling: hand-worked fits, what may teach them, and that head size does not move an embedding."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from neurojepa.downstream import embed as embedding
+from neurojepa.downstream.pooling import Places, Tokens
+from neurojepa.downstream.stats import participation_ratio
+from neurojepa.errors import DataError
+from neurojepa.feed.format import MODALITIES, open_feed
+from neurojepa.objective.views import make_views, patch_numbers
+from neurojepa.weights import untrained
+from tests.helpers.batches import GRID, make_config
+from tests.helpers.feeds import tiny_config, write_feed
+
+T1W, T2W = MODALITIES.index("T1w"), MODALITIES.index("T2w")
+
+
+def tokens(values: list[list[float]], shares: list[list[float]], modality: int = T1W) -> Tokens:
+    """Scans of tokens of one number at patches 0, 1, ..."""
+    z_BND = torch.tensor(values)[..., None]
+    B, N = z_BND.shape[:2]
+    return Tokens(z_BND, torch.arange(N).expand(B, N), torch.tensor(shares),
+                  torch.full((B,), modality))
+
+
+def test_a_scan_is_the_weighted_mean_of_what_its_tokens_differ_by() -> None:
+    places = Places.fit([tokens([[1.0, 10.0], [3.0, 30.0]], [[1.0, 0.5], [1.0, 0.5]])], 2)
+    # means 2 and 20; (1 * (5 - 2) + 0.5 * (14 - 20)) / 1.5
+    pooled = places.pool(tokens([[5.0, 14.0], [2.0, 20.0]], [[1.0, 0.5], [1.0, 0.5]]))
+    assert pooled.flatten().tolist() == pytest.approx([0.0, 0.0])
+    pooled = places.pool(tokens([[5.0, 14.0]], [[0.5, 0.5]]))
+    assert pooled.item() == pytest.approx((0.5 * 3 - 0.5 * 6) / 1)
+
+
+def test_a_token_that_follows_its_share_of_brain_says_nothing() -> None:
+    shares = torch.linspace(0.1, 1, 1000)[:, None]
+    taught = Tokens((3 + 2 * shares)[..., None], torch.zeros(1000, 1, dtype=torch.int64), shares,
+                    torch.full((1000,), T1W))
+    pooled = Places.fit([taught], 1).pool(tokens([[3.4], [4.8], [5.9]], [[0.2], [0.9], [0.7]]))
+    assert pooled.flatten().tolist() == pytest.approx([0.0, 0.0, 1.5], abs=0.01)
+
+
+def test_batches_add_up_and_modalities_stay_apart() -> None:
+    one, two = (tokens([[float(v), 2.0 * v] for v in values], [[1.0, 0.4]] * 2)
+                for values in ((1, 4), (2, 7)))
+    both = Tokens(*(torch.cat([getattr(each, name) for each in (one, two)])
+                    for name in vars(one)))
+    other = tokens([[90.0, 80.0], [70.0, 60.0]], [[1.0, 0.4]] * 2, T2W)
+    together, apart = Places.fit([both], 2), Places.fit([one, other, two], 2)
+    assert torch.equal(together.pool(both), apart.pool(both))
+    assert not torch.equal(apart.pool(both), apart.pool(Tokens(
+        both.z_BND, both.patch_BN, both.share_BN, torch.full((4,), T2W))))
+    with pytest.raises(DataError, match=r"no T2w scan in split train.*T1w"):
+        together.pool(other)
+
+
+def test_air_and_places_that_were_seen_once_are_left_out() -> None:
+    places = Places.fit([tokens([[1.0, 5.0, 9.0], [3.0, 5.0, 9.0]],
+                                [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])], 3)
+    scan, moved = ([[4.0, value, value]] for value in (0.0, 100.0))
+    pooled = [places.pool(tokens(each, [[1.0, 1.0, 0.0]])) for each in (scan, moved)]
+    assert pooled[0].item() == pooled[1].item() == pytest.approx(2.0)
+    assert places.pool(tokens(scan, [[0.0, 1.0, 1.0]])).item() == 0.0  # nothing to compare with
+
+
+def test_variance_by_place_and_modality_by_hand() -> None:
+    places = Places.fit([tokens([[1.0, 3.0]], [[1.0, 1.0]]),
+                         tokens([[1.0, 7.0]], [[1.0, 1.0]], T2W)], 2)
+    # tokens 1, 3, 1, 7 around 3; places 1 and 5
+    assert places.variance() == pytest.approx((24.0, 16.0, 24.0))
+
+
+def test_only_train_teaches(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = open_feed(write_feed(str(tmp_path / "feed")))
+    split = np.where(np.arange(24) % 3 == 2, "test", "train")
+    feed = SimpleNamespace(**{**vars(feed), "index": feed.index.set_column(
+        feed.index.schema.get_field_index("split"), "split", [split.tolist()])})
+    config = tiny_config(str(tmp_path / "feed"), tmp_path / "run")
+    model = untrained(config, feed.grid).model
+    read, tokens_of = [], embedding.tokens_of
+
+    def noted(*arguments):
+        read.append(arguments[3])
+        return tokens_of(*arguments)
+
+    monkeypatch.setattr(embedding, "tokens_of", noted)
+    rows = np.arange(24)
+    everyone = embedding.embed(model, config, feed, rows)
+    assert (split[read[0]] == "train").all() and len(read[0]) == 16
+    tested = embedding.embed(model, config, feed, rows[split == "test"])
+    assert np.allclose(everyone.values[split == "test"], tested.values, atol=1e-6)
+
+
+def first_component(values: np.ndarray) -> np.ndarray:
+    """What the first principal component is of each row."""
+    people, spectrum, _ = np.linalg.svd(values - values.mean(0), full_matrices=False)
+    return people[:, 0] * spectrum[0]
+
+
+def test_head_size_does_not_move_an_embedding() -> None:
+    """Balls of one texture in two sizes of head; a person's brightness is what is to be seen."""
+    num, config = 40, make_config(budget=None)
+    model = untrained(config, GRID).model
+    rng = np.random.default_rng(0)
+    axes = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in GRID.shape), indexing="ij"), -1)
+    size = rng.uniform(0.7, 0.95, num)
+    bright = rng.normal(0, 8, num)
+    texture = 128 + 40 * np.sin(axes @ [5.0, 3.0, 0.0]) + 40 * np.cos(4 * axes[..., 2])
+    radius = np.linalg.norm(axes, axis=-1)
+    voxels = np.where(radius < size[:, None, None, None],
+                      (texture + bright[:, None, None, None]).clip(1, 254), 0).astype(np.uint8)
+    views = make_views(SimpleNamespace(
+        voxels=torch.from_numpy(voxels), modality=torch.zeros(num, dtype=torch.int64),
+        position=torch.zeros(num, dtype=torch.int64), weight=torch.ones(num),
+        target_voxels=None, target_modality=None), embedding.without_augmentation(config), GRID, 0)
+    found = Tokens(model.latents(views), patch_numbers(views.coords_BN3, GRID, 3),
+                   views.foreground_BN, views.modality_B)
+    plain = first_component(model.embed(views).numpy())
+    pooled = first_component(Places.fit([found], 8 * 10 * 8).pool(found).numpy())
+    assert abs(np.corrcoef(plain, size)[0, 1]) > 0.8
+    assert abs(np.corrcoef(pooled, size)[0, 1]) < 0.3
+    assert abs(np.corrcoef(pooled, bright)[0, 1]) > 0.9
+
+
+def test_participation_ratio_by_hand() -> None:
+    square = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    assert participation_ratio(square) == pytest.approx(2)
+    assert participation_ratio(square * [1, 0]) == pytest.approx(1)
+    assert participation_ratio(square, np.array([1.0, 1, 0, 0])) == pytest.approx(1)
