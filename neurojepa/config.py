@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
 
 from neurojepa.errors import ConfigError
+from neurojepa.methods import METHODS
 
 
 class Config(BaseModel):
@@ -104,9 +113,16 @@ class AugmentConfig(Config):
     bias_field: float = Field(0.2, ge=0, description="largest log-amplitude of a smooth field")
 
 
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(f"no such method; one of {', '.join(METHODS)}")
+    return name
+
+
 class ObjectiveConfig(Config):
-    method: Literal["jepa", "mae", "cnn"] = Field(
-        "jepa", description="mae, cnn: the baselines, a masked autoencoder and a supervised CNN")
+    method: Annotated[str, AfterValidator(_known_method)] = Field(
+        "jepa", description=f"{', '.join(METHODS)} (methods.py): the sparse JEPA or a baseline, a "
+        "masked autoencoder and a supervised CNN")
     label: str = Field("age", description="what cnn learns: a number, or one of two names")
     masks: MaskConfig = MaskConfig()
     sparse: SparseConfig = SparseConfig()
@@ -123,10 +139,9 @@ class ObjectiveConfig(Config):
     @property
     def tissue(self) -> float:
         """The weight of the tissue head, 0 where there is none."""
-        if self.method == "cnn":
-            return 0.0
-        if self.tissue_weight is None:
-            return float(self.method == "jepa")
+        by_default = METHODS[self.method].tissue_weight
+        if by_default is None or self.tissue_weight is None:
+            return by_default or 0.0
         return self.tissue_weight
 
 
@@ -214,11 +229,13 @@ class RootConfig(Config):
     run: RunConfig
 
     @model_validator(mode="after")
-    def _jepa_only(self) -> RootConfig:
-        objective = self.objective
-        for key, value in (("data.cross_modal", self.data.cross_modal),
-                           ("objective.masks.region_share", objective.masks.region_share)):
-            if value and objective.method != "jepa":
+    def _method_has_use(self) -> RootConfig:
+        objective, method = self.objective, METHODS[self.objective.method]
+        for key, value, used in (
+                ("data.cross_modal", self.data.cross_modal, method.latents),
+                ("objective.masks.region_share", objective.masks.region_share,
+                 method.masks == "blocks")):
+            if value and not used:
                 raise ValueError(f"{key} {value}: objective.method {objective.method} has no use "
                                  f"for it; set {key}=0")
         if objective.regions and not objective.masks.region_share:
@@ -229,9 +246,10 @@ class RootConfig(Config):
     @model_validator(mode="after")
     def _budget_splits(self) -> RootConfig:
         budget = self.model.token_budget
-        if budget is not None and self.objective.method == "cnn":
-            raise ValueError(f"model.token_budget {budget}: objective.method cnn sees whole "
-                             "volumes; set model.token_budget=null")
+        if budget is not None and METHODS[self.objective.method].whole_volumes:
+            raise ValueError(f"model.token_budget {budget}: objective.method "
+                             f"{self.objective.method} sees whole volumes; set "
+                             "model.token_budget=null")
         if budget is not None:
             target = round(budget * self.objective.masks.target_share)
             if not 0 < target < budget:
@@ -303,9 +321,10 @@ def _explain(error: Any) -> str:
         return f"unknown key {dotted!r}; {hint}"
     if error["type"] == "missing":
         return f"{dotted} is required; set it in the file or as {dotted}=VALUE"
+    message = str(error["msg"]).removeprefix("Value error, ")
     if not dotted:
-        return str(error["msg"]).removeprefix("Value error, ")
-    return f"{dotted} = {error['input']!r}: {error['msg']}"
+        return message
+    return f"{dotted} = {error['input']!r}: {message}"
 
 
 def _known_keys(location: list[str]) -> list[str]:

@@ -19,8 +19,9 @@ from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Feed, Grid, open_feed
 from neurojepa.feed.order import Order
+from neurojepa.methods import METHODS
+from neurojepa.model.build import build_model
 from neurojepa.model.flops import DEVICES, step_flops, tokens_per_volume
-from neurojepa.model.jepa import build_model
 from neurojepa.model.moe import MoE
 from neurojepa.objective.anatomy import TISSUES
 from neurojepa.objective.views import Views
@@ -77,14 +78,11 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
     Raises
     ------
     ConfigError
-        Another method than jepa, an unknown device, a share outside (0, 1], more ranks than
-        samples in a step, or a model that does not fit the feed's grid.
+        An unknown device, a share outside (0, 1], more ranks than samples in a step, or a model
+        that does not fit the feed's grid.
     """
     train = config.train
     peak = _device(device)[0]
-    if config.objective.method != "jepa":
-        raise ConfigError(f"objective.method = {config.objective.method}: the dry run knows the "
-                          "cost of jepa only")
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu}: a share of the peak lies in (0, 1]; 0.4 is usual")
     if not 1 <= gpus <= train.global_batch:
@@ -93,7 +91,7 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
     model = _model(config, feed.grid)
     weights, tokens = _weights(model), tokens_per_volume(config, feed.grid)
     targets = round(tokens * config.objective.masks.target_share)
-    flops = step_flops(config, tokens)
+    flops = step_flops(config, feed.grid)
     micro_steps = math.ceil(train.global_batch / (gpus * train.micro_batch))
     filled = train.global_batch / (gpus * train.micro_batch * micro_steps)
     rate = gpus * peak * mfu * filled / flops
@@ -105,7 +103,7 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
         weights=weights, tokens=(tokens, tokens - targets, targets), flops_per_volume=flops,
         micro_steps=micro_steps, filled=filled,
         memory=memory,
-        activations={every: activation_bytes(config, feed.grid, every) for every in modes},
+        activations={every: activation_bytes(config, feed, every) for every in modes},
         host={"start": 4.0 * (weights.trained + weights.parts["encoder"]),
               "checkpoint": state / gpus, "offloaded": offloaded[train.zero]},
         checkpoint=state + 4 * weights.buffers, volumes_per_s=rate,
@@ -121,7 +119,7 @@ def state_bytes(weights: Weights) -> float:
     return 12.0 * weights.trained + 4.0 * weights.parts["encoder"]
 
 
-def activation_bytes(config: RootConfig, grid: Grid, every: int) -> float:
+def activation_bytes(config: RootConfig, feed: Feed, every: int) -> float:
     """What autograd keeps of a micro-batch's forward, plus the block that is being recomputed.
 
     Parameters
@@ -129,13 +127,13 @@ def activation_bytes(config: RootConfig, grid: Grid, every: int) -> float:
     every : int
         As ``model.activation_checkpointing``: 0 none, k = every k-th block of the encoder.
     """
-    kept = _saved_bytes(config, grid, every)
+    kept = _saved_bytes(config, feed, every)
     if not every:
         return kept
     from neurojepa.model.sizes import SIZES
 
     recomputed = math.ceil(SIZES[config.model.size].depth / every)
-    return kept + (_saved_bytes(config, grid, 0) - kept) / recomputed
+    return kept + (_saved_bytes(config, feed, 0) - kept) / recomputed
 
 
 def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> str:
@@ -151,8 +149,9 @@ def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -
               for part, count in weights.parts.items()]
     tokens, context, targets = found.tokens
     lines += [
-        f"tokens per volume: {tokens} ({context} context, {targets} target in each of "
-        f"{len(config.objective.masks.scales)} masks)",
+        f"tokens per volume: {tokens}" + (
+            "" if METHODS[config.objective.method].whole_volumes else
+            f" ({context} context, {targets} target in each of {_num_masks(config)} mask(s))"),
         f"compute: {found.flops_per_volume / 1e9:.1f} GFLOPs a volume, "
         f"{found.flops_per_volume * train.global_batch / 1e12:.2f} TFLOPs a step of "
         f"{train.global_batch} scans",
@@ -249,13 +248,14 @@ def _offload(parts: dict[str, float], stage: int, what: str) -> float:
     return size
 
 
-def _saved_bytes(config: RootConfig, grid: Grid, every: int) -> float:
+def _saved_bytes(config: RootConfig, feed: Feed, every: int) -> float:
     """Bytes of the distinct tensors that a micro-batch's forward saves for the backward."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = config.model_copy(update={
         "model": config.model.model_copy(update={"activation_checkpointing": every})})
-    model = _model(config, grid).bfloat16()  # the type in which torch knows grouped_mm's shape
+    model = _model(config, feed.grid).bfloat16()  # the type in which torch knows grouped_mm's shape
+    labels = METHODS[config.objective.method].load().labels(feed, config)
     saved: dict[int, Any] = {}  # kept alive, lest an address is used again
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
@@ -267,7 +267,7 @@ def _saved_bytes(config: RootConfig, grid: Grid, every: int) -> float:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(_views(config, grid), 0.0)
+            model(_views(config, feed, labels), 0.0)
     width = 2 if config.train.dtype == "fp32" else 1
     return float(width * sum(storage.nbytes() for storage in saved.values()))
 
@@ -276,18 +276,29 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _views(config: RootConfig, grid: Grid) -> Views:
+def _views(config: RootConfig, feed: Feed, labels: Any) -> Views:
     """A micro-batch of the right shapes, without contents."""
-    B, N, M = config.train.micro_batch, tokens_per_volume(config, grid), \
-        len(config.objective.masks.scales)
+    B, N, M = config.train.micro_batch, tokens_per_volume(config, feed.grid), _num_masks(config)
     T = round(N * config.objective.masks.target_share)
     index = torch.int64
     tokens, share = torch.empty(B, N, config.model.patch_voxels**3), torch.empty(B, N)
     valid, modality = torch.empty(B, N, dtype=torch.bool), torch.empty(B, dtype=index)
-    return Views(
-        tokens, torch.empty(B, N, 3), share, valid, torch.empty(B, M, N - T, dtype=index),
-        torch.empty(B, M, T, dtype=index), modality, torch.empty(B), tokens, share, valid, modality,
-        torch.empty(B, N, 1 + len(TISSUES) if config.objective.tissue else 0))
+    views = Views(
+        tokens_BNP=tokens, coords_BN3=torch.empty(B, N, 3), foreground_BN=share, valid_BN=valid,
+        context_BMC=torch.empty(B, M, N - T, dtype=index),
+        target_BMT=torch.empty(B, M, T, dtype=index), modality_B=modality, weight_B=torch.empty(B),
+        target_tokens_BNP=tokens, target_foreground_BN=share, target_valid_BN=valid,
+        target_modality_B=modality,
+        tissue_BNK=torch.empty(B, N, 1 + len(TISSUES) if config.objective.tissue else 0))
+    if labels is None:
+        return views
+    scan_ids = feed.index["scan_id"].to_pylist() * B
+    return labels.attach(views, scan_ids[:B])
+
+
+def _num_masks(config: RootConfig) -> int:
+    by_scale = METHODS[config.objective.method].masks == "blocks"
+    return len(config.objective.masks.scales) if by_scale else 1
 
 
 def _total(parts: dict[str, float], activations: float, memory: int) -> str:

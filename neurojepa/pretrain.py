@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.run.launcher != "env" and "RANK" not in os.environ:
         from neurojepa.train.launch import launch
 
-        return launch(config, argv)
+        return launch(config, "neurojepa.pretrain", argv)
     from neurojepa.train.loop import train
     from neurojepa.train.world import leave_world
 

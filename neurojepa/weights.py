@@ -12,14 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from neurojepa.config import RootConfig, validate
 from neurojepa.errors import CheckpointError, DataError, run_command
 from neurojepa.feed.format import Grid, grid_from_record
+from neurojepa.methods import METHODS
 from neurojepa.model.averaged import Averaged
-from neurojepa.model.jepa import build_model
+from neurojepa.model.build import build_model
 from neurojepa.storage import join, read_bytes, sha256, write_bytes
 
 
@@ -62,7 +64,9 @@ def export(run_dir: str, out: str, step: int | None = None) -> int:
               "feed": checkpoint.manifest["feed"], "config": checkpoint.manifest["config"],
               "sha256": sha256(data)}
     write_bytes(join(out, "model.safetensors"), data)
-    write_bytes(join(out, "README.md"), _card(record, tensors).encode())
+    objective = validate(record["config"], where=run_dir).objective
+    about = METHODS[objective.method].describe(objective)
+    write_bytes(join(out, "README.md"), _card(record, about, tensors).encode())
     write_bytes(join(out, "config.json"), json.dumps(record, indent=1).encode())
     return step
 
@@ -129,20 +133,12 @@ def load(uri: str) -> Weights:
 
 def untrained(config: RootConfig, grid: Grid) -> Weights:
     """The same architecture at its random initialisation (seeded by train.seed)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
-        model = build_model(config, grid)
-    return Weights(model.eval(), config, grid, 0)
+    return Weights(build_model(config, grid).eval(), config, grid, 0)
 
 
-def _card(record: dict, tensors: dict[str, torch.Tensor]) -> str:
+def _card(record: dict[str, Any], method: str, tensors: dict[str, torch.Tensor]) -> str:
     config, grid = record["config"], record["grid"]
     encoder = sum(t.numel() for name, t in tensors.items() if name.startswith("encoder."))
-    objective = config["objective"]
-    method = {"jepa": f"prediction of latents through a {objective['sparse']['code']} code",
-              "mae": "a masked autoencoder, voxels filled in",
-              "cnn": f"a network supervised by {objective.get('label')}"}[
-                  objective.get("method", "jepa")]
     return f"""# neurojepa weights
 
 - encoder: {config['model']['size']}, {encoder:,} parameters, patch

@@ -9,6 +9,7 @@ Shape letters: B scans, N patches of the whole grid, P voxels a patch, D feature
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,6 @@ from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Feed, Grid
 from neurojepa.feed.labels import as_numbers, scan_labels
 from neurojepa.model.averaged import Averaged
-from neurojepa.model.jepa import check_shapes
 from neurojepa.objective.losses import sample_sums
 from neurojepa.objective.views import Views
 
@@ -31,7 +31,7 @@ STAGES = 4  # each halves the volume and doubles the width
 NORM_GROUPS = 4  # not batch norm: batches are small, and its running means know no EMA
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LabelledViews(Views):
     """Views with the label of each scan; its weight is 0 where that is unknown."""
 
@@ -89,12 +89,17 @@ class CNN(Averaged):
     """A residual network as ``encoder``, its moving average, and a linear head."""
 
     def __init__(self, config: RootConfig, grid: Grid) -> None:
-        check_shapes(config, grid)
+        super().__init__(config, grid)
+        width, _ = SIZES[config.model.size]
+        self.head = nn.Linear(width * 2 ** (STAGES - 1), 1)
+
+    @staticmethod
+    def make_encoder(config: RootConfig, grid: Grid) -> nn.Module:
+        """Of tokens alone: they are the whole grid's."""
         width, blocks = SIZES[config.model.size]
         patch = config.model.patch_voxels
         counts = tuple(length // patch for length in grid.shape)
-        super().__init__(ResNet(width, blocks, counts, patch))
-        self.head = nn.Linear(width * 2 ** (STAGES - 1), 1)
+        return ResNet(width, blocks, counts, patch)
 
     def forward(self, views: LabelledViews, l1: float | Tensor
                 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -104,6 +109,28 @@ class CNN(Averaged):
         error_B = loss_of(output_B, views.label_B, reduction="none")
         loss_B = views.weight_B * error_B
         return loss_B.sum(), sample_sums(views, loss_B.detach(), {"prediction": error_B})
+
+    @staticmethod
+    def flops(config: RootConfig, grid: Grid) -> tuple[float, float]:
+        """As ``Averaged.flops``: of the convolutions, all of them trained."""
+        width, blocks = SIZES[config.model.size]
+        voxels = _halved(grid.shape)
+        forward = _conv_flops(1, width, 5, voxels)
+        width_in = width
+        for stage in range(STAGES):
+            for block in range(blocks):
+                voxels = _halved(voxels) if stage and not block else voxels
+                forward += _conv_flops(width_in, width, 3, voxels)
+                forward += _conv_flops(width, width, 3, voxels)
+                if width_in != width:
+                    forward += _conv_flops(width_in, width, 1, voxels)
+                width_in = width
+            width *= 2
+        return forward, forward
+
+    @staticmethod
+    def labels(feed: Feed, config: RootConfig) -> Labels:
+        return Labels(feed, config)
 
     def predict(self, views: Views) -> Tensor:
         """float32 [B]: standardised number, or the logit of the positive class."""
@@ -151,6 +178,14 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
+
+
+def _halved(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-length // 2) for length in shape)
+
+
+def _conv_flops(width_in: int, width: int, kernel: int, voxels: tuple[int, ...]) -> float:
+    return 2.0 * width_in * width * kernel**3 * math.prod(voxels)
 
 
 def unpatchify(tokens_BNP: Tensor, counts: tuple[int, ...], patch: int) -> Tensor:

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from neurojepa.config import RootConfig
 from neurojepa.feed.format import Grid
 from neurojepa.model.averaged import Averaged
-from neurojepa.model.encoder import Encoder
-from neurojepa.model.jepa import check_shapes
+from neurojepa.model.flops import encoder_flops, predictor_flops, tokens_per_volume
 from neurojepa.model.layers import INIT_STD
 from neurojepa.model.linear import Linear
 from neurojepa.model.predictor import Predictor
 from neurojepa.model.sizes import SIZES
-from neurojepa.model.tissue import TissueHead
+from neurojepa.model.tissue import tissue_head, with_tissue
 from neurojepa.objective.losses import sample_sums, take, token_weights
 from neurojepa.objective.views import Views
 
@@ -35,16 +34,14 @@ class MAE(Averaged):
     """Encoder, its moving average, and a decoder to voxels."""
 
     def __init__(self, config: RootConfig, grid: Grid) -> None:
-        check_shapes(config, grid)
-        super().__init__(Encoder(config.model))
+        super().__init__(config, grid)
         size = SIZES[config.model.size]
         self.background_weight = config.objective.background_weight
         self.decoder = Predictor(size)
         self.voxels = Linear(size.predictor_dim, config.model.patch_voxels**3)
         nn.init.trunc_normal_(self.voxels.weight, std=INIT_STD)
         nn.init.zeros_(self.voxels.bias)
-        self.tissue_weight = config.objective.tissue
-        self.tissue = TissueHead(size.dim) if self.tissue_weight else None
+        self.tissue = tissue_head(config.objective, size.dim)
 
     def forward(self, views: Views, l1: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch and its metrics, as of ``SparseJEPA.forward``; no ``l1`` here."""
@@ -60,12 +57,20 @@ class MAE(Averaged):
         weight_BT = token_weights(_take(views.foreground_BN, hidden_BT), valid_BN[:, C:],
                                   self.background_weight)
         prediction_B = (weight_BT * error_BT).sum(-1)
-        total_B, parts = prediction_B, {"prediction": prediction_B}
-        if self.tissue is not None and views.tissue_BNK.shape[-1]:  # evaluation has no shares
-            parts["tissue"] = self.tissue.error(views, visible_BC[:, None], y_BCD)
-            total_B = total_B + self.tissue_weight * parts["tissue"]
+        total_B, told = with_tissue(self.tissue, prediction_B, views, visible_BC[:, None], y_BCD)
         loss_B = views.weight_B * total_B
-        return loss_B.sum(), sample_sums(views, loss_B.detach(), parts)
+        return loss_B.sum(), sample_sums(views, loss_B.detach(),
+                                         {"prediction": prediction_B, **told})
+
+    @staticmethod
+    def flops(config: RootConfig, grid: Grid) -> tuple[float, float]:
+        """As ``Averaged.flops``; no target encoder, so all of it is trained."""
+        tokens = tokens_per_volume(config, grid)
+        targets = round(tokens * config.objective.masks.target_share)
+        head = 2 * targets * SIZES[config.model.size].predictor_dim * config.model.patch_voxels**3
+        trained = (encoder_flops(config.model, tokens - targets)
+                   + predictor_flops(config.model, tokens, targets) + head)
+        return trained, trained
 
 
 def _take(x_BNd: Tensor, index_Bk: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from neurojepa.downstream.embed import batches, without_augmentation
 from neurojepa.downstream.regions import Regions
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import MODALITIES, Feed, Grid
+from neurojepa.methods import METHODS
 from neurojepa.model.moe import MoE
 from neurojepa.model.sparse import SparseCode, sparse_code
 from neurojepa.objective.losses import take
@@ -106,7 +107,7 @@ def observe(model: nn.Module, config: RootConfig, feed: Feed, rows: np.ndarray,
         The model has neither sparse code nor experts.
     """
     code, experts = sparse_code(model), _expert_layers(model)
-    if config.objective.method != "jepa" or not (code or experts):
+    if not METHODS[config.objective.method].latents or not (code or experts):
         raise ConfigError(f"objective.method = {config.objective.method}, objective.sparse.code = "
                           f"{config.objective.sparse.code}, model.moe = {config.model.moe}: there "
                           "are no atoms and no experts to show; train a JEPA with one of them")

@@ -6,22 +6,48 @@ The trainer keeps the copy, ``target``; embeddings come from it.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neurojepa.config import RootConfig
+from neurojepa.feed.format import Feed, Grid
+from neurojepa.model.encoder import Encoder
 from neurojepa.model.moe import MoE
 from neurojepa.objective.views import Views
 
 
-class Averaged(nn.Module):
-    """An encoder of tokens with its frozen ``target``, an exponential moving average."""
+class Averaged(nn.Module, ABC):
+    """An encoder of tokens with its frozen ``target``, an exponential moving average.
 
-    def __init__(self, encoder: nn.Module) -> None:
+    The class of a method (methods.py) adds what its loss needs.  Its ``forward(views, l1)`` returns
+    the loss of a micro-batch, a sum over samples, and sums for the metrics: see ``SparseJEPA``.
+    """
+
+    def __init__(self, config: RootConfig, grid: Grid) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.target = copy.deepcopy(encoder).requires_grad_(False)
+        self.encoder = self.make_encoder(config, grid)
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    @staticmethod
+    def make_encoder(config: RootConfig, grid: Grid) -> nn.Module:
+        """The encoder; called as ``Encoder`` is where ``latents`` and ``embed`` stay as they are.
+        """
+        return Encoder(config.model)
+
+    @staticmethod
+    @abstractmethod
+    def flops(config: RootConfig, grid: Grid) -> tuple[float, float]:
+        """FLOPs of one volume's forward, and the part of them that has a backward."""
+
+    @staticmethod
+    def labels(feed: Feed, config: RootConfig) -> Any:
+        """What attaches labels to views (as ``baselines.cnn.Labels``); None for a method without.
+        """
+        return None
 
     @torch.no_grad()
     def latents(self, views: Views) -> Tensor:

@@ -2,7 +2,8 @@
 
 A matrix product of n x m by m x k costs 2 n m k; attention over n tokens of width d costs 4 n^2 d.
 The backward costs twice the forward; the target encoder has no backward.  Norms, activations,
-rotations and the optimizer are left out, as is usual, and so is recomputation.
+rotations and the optimizer are left out, as is usual, and so is recomputation.  A method puts its
+forward together from the parts here.
 
     MFU = step_flops * volumes per second / (ranks * peak of the device in bf16)
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import math
 
-from neurojepa.config import RootConfig
+from neurojepa.config import ModelConfig, RootConfig
 from neurojepa.feed.format import Grid
+from neurojepa.methods import METHODS
 from neurojepa.model.sizes import SIZES
 
 # Dense bf16 FLOP/s by a part of the name that CUDA gives the device, from the makers' data sheets;
@@ -41,45 +43,30 @@ def tokens_per_volume(config: RootConfig, grid: Grid) -> int:
         length // config.model.patch_voxels for length in grid.shape)
 
 
-def step_flops(config: RootConfig, tokens: int) -> float:
+def step_flops(config: RootConfig, grid: Grid) -> float:
     """FLOPs of one volume's forward and backward."""
-    forward, trained = forward_flops(config, tokens)
+    forward, trained = METHODS[config.objective.method].load().flops(config, grid)
     return forward + 2 * trained
 
 
-def forward_flops(config: RootConfig, tokens: int) -> tuple[float, float]:
-    """FLOPs of one volume's forward, and the part of them that has a backward.
-
-    Of the JEPA or the masked autoencoder; a CNN's are not counted, it gets the JEPA's.
-    """
-    size, masks = SIZES[config.model.size], len(config.objective.masks.scales)
-    targets = round(tokens * config.objective.masks.target_share)
-    voxels = config.model.patch_voxels**3
+def encoder_flops(model: ModelConfig, tokens: int) -> float:
+    """FLOPs of the encoder's forward over so many tokens of a scan."""
+    size = SIZES[model.size]
     hidden = 4 * size.dim
-    if config.model.moe:  # half of the blocks: shared and routed experts, and the router
+    if model.moe:  # half of the blocks: shared and routed experts, and the router
         experts = (size.num_shared + size.top_k) * size.expert_hidden
         router = size.num_experts / 2
     else:
         experts, router = hidden, 0
+    mlp = (hidden + experts) / 2 * 2 + router
+    block = tokens * size.dim * (4 * size.dim + mlp) * 2 + 4 * tokens * tokens * size.dim
+    return size.depth * block + 2 * tokens * model.patch_voxels**3 * size.dim
 
-    def encoder(n: int) -> float:
-        mlp = (hidden + experts) / 2 * 2 + router
-        block = n * size.dim * (4 * size.dim + mlp) * 2 + 4 * n * n * size.dim
-        return size.depth * block + 2 * n * voxels * size.dim
 
-    def predictor(n: int) -> float:
-        width = size.predictor_dim
-        block = n * width * 12 * width * 2 + 4 * n * n * width
-        return size.predictor_depth * block + 2 * (n - targets) * size.dim * width
-
-    if config.objective.method == "mae":  # one mask, no target encoder, voxels as output
-        voxel_head = 2 * targets * size.predictor_dim * voxels
-        trained = encoder(tokens - targets) + predictor(tokens) + voxel_head
-        return trained, trained
-    sparse = config.objective.sparse
-    atoms = (sparse.atoms or 4 * size.dim) if sparse.code != "identity" else 0
-    decodings = 2 if sparse.code == "gated" else 1  # its second has half a backward: a trifle
-    head = 2 * targets * (size.predictor_dim * (atoms or size.dim)
-                          + decodings * atoms * size.dim)
-    trained = masks * (encoder(tokens - targets) + predictor(tokens) + head)
-    return encoder(tokens) + trained, trained
+def predictor_flops(model: ModelConfig, tokens: int, targets: int) -> float:
+    """FLOPs of the predictor's forward over ``tokens``, of which so many are targets."""
+    size = SIZES[model.size]
+    width, context = size.predictor_dim, tokens - targets
+    block = tokens * width * 12 * width * 2 + 4 * tokens * tokens * width
+    unread = context * width * 9 * width * 2 + 4 * context * tokens * width  # of the last block
+    return size.predictor_depth * block - unread + 2 * context * size.dim * width

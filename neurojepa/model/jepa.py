@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from neurojepa.config import RootConfig
-from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Grid
 from neurojepa.model.averaged import Averaged
-from neurojepa.model.encoder import Encoder
+from neurojepa.model.flops import encoder_flops, predictor_flops, tokens_per_volume
 from neurojepa.model.predictor import Predictor
 from neurojepa.model.sizes import SIZES
 from neurojepa.model.sparse import Coded, SparseCode
-from neurojepa.model.tissue import TissueHead
+from neurojepa.model.tissue import tissue_head, with_tissue
 from neurojepa.objective.losses import crowding, sample_sums, take, token_weights
 from neurojepa.objective.views import Views
 
@@ -38,15 +37,13 @@ class SparseJEPA(Averaged):
     """Encoder, its frozen target copy, predictor and sparse code."""
 
     def __init__(self, config: RootConfig, grid: Grid) -> None:
-        check_shapes(config, grid)
-        super().__init__(Encoder(config.model))
+        super().__init__(config, grid)
         size = SIZES[config.model.size]
         self.background_weight = config.objective.background_weight
         self.predictor = Predictor(size)
         self.code = SparseCode(config.objective.sparse, size.predictor_dim, size.dim)
         self.spread = config.objective.spread
-        self.tissue_weight = config.objective.tissue
-        self.tissue = TissueHead(size.dim) if self.tissue_weight else None
+        self.tissue = tissue_head(config.objective, size.dim)
 
     def forward(self, views: Views, l1: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch.
@@ -82,16 +79,29 @@ class SparseJEPA(Averaged):
                 y_VCD.reshape(B, -1, y_VCD.shape[-1]),
                 take(views.valid_BN, views.context_BMC).reshape(B, -1))
             total_B = total_B + self.spread * shown["crowding"]
-        if self.tissue is not None and views.tissue_BNK.shape[-1]:  # evaluation has no shares
-            shown["tissue"] = self.tissue.error(views, views.context_BMC, y_VCD)
-            total_B = total_B + self.tissue_weight * shown["tissue"]
+        total_B, told = with_tissue(self.tissue, total_B, views, views.context_BMC, y_VCD)
         loss_B = views.weight_B * total_B
         metrics = sample_sums(views, loss_B.detach(), {
-            **parts, **shown, "l0": per_sample(coded.num_active)})
+            **parts, **shown, **told, "l0": per_sample(coded.num_active)})
         weight_VT = (views.weight_B[:, None, None] * weight_BMT).flatten(0, 1)
         whole = {**_batch_metrics(coded, z_VTD, weight_VT), "dead_atoms": self.code.dead_share()}
         metrics |= {name: value * metrics["weight"] for name, value in whole.items()}
         return loss_B.sum(), metrics
+
+    @staticmethod
+    def flops(config: RootConfig, grid: Grid) -> tuple[float, float]:
+        """As ``Averaged.flops``; the target encoder, which sees all tokens, has no backward."""
+        size, masks, sparse = (SIZES[config.model.size], config.objective.masks,
+                               config.objective.sparse)
+        tokens = tokens_per_volume(config, grid)
+        targets = round(tokens * masks.target_share)
+        atoms = (sparse.atoms or 4 * size.dim) if sparse.code != "identity" else 0
+        decodings = 2 if sparse.code == "gated" else 1  # its second has half a backward: a trifle
+        head = 2 * targets * (size.predictor_dim * (atoms or size.dim)
+                              + decodings * atoms * size.dim)
+        trained = len(masks.scales) * (encoder_flops(config.model, tokens - targets)
+                                       + predictor_flops(config.model, tokens, targets) + head)
+        return encoder_flops(config.model, tokens) + trained, trained
 
     def _predict(self, views: Views) -> tuple[Coded, Tensor, Tensor]:
         """Predictions for all masks, target latents [V, T, D], latents of the context [V, C, D]."""
@@ -108,45 +118,6 @@ class SparseJEPA(Averaged):
         predicted = self.predictor(y_VCD, coords_VN3, valid_VN, modality_V)
         z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
         return self.code(predicted, z_VTD, valid_VN[:, C:]), z_VTD, y_VCD
-
-
-def build_model(config: RootConfig, grid: Grid) -> Averaged:
-    """The model of ``objective.method``; its initial weights are a function of the config alone.
-
-    Raises
-    ------
-    ConfigError
-        The patch does not divide the grid, or the budget exceeds its tokens.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
-        if config.objective.method == "mae":
-            from neurojepa.baselines.mae import MAE
-
-            return MAE(config, grid)
-        if config.objective.method == "cnn":
-            from neurojepa.baselines.cnn import CNN
-
-            return CNN(config, grid)
-        return SparseJEPA(config, grid)
-
-
-def check_shapes(config: RootConfig, grid: Grid) -> None:
-    """Refuse a patch or a token budget that cannot work on the grid."""
-    patch, budget = config.model.patch_voxels, config.model.token_budget
-    for axis, length in zip("xyz", grid.shape, strict=True):
-        if length % patch:
-            raise ConfigError(
-                f"model.patch_voxels = {patch} does not divide axis {axis} of grid {grid.name!r} "
-                f"{grid.shape}: {length} = {length // patch} x {patch} + {length % patch}; choose "
-                "a common divisor of its axes")
-    counts = [length // patch for length in grid.shape]
-    tokens = counts[0] * counts[1] * counts[2]
-    if budget is not None and budget > tokens:
-        raise ConfigError(
-            f"model.token_budget = {budget} exceeds the {tokens} tokens of grid {grid.name!r} "
-            f"({' x '.join(map(str, counts))} patches of {patch} voxels); set at most {tokens}, "
-            "or null for all")
 
 
 @torch.no_grad()

@@ -17,13 +17,14 @@ and T target tokens.  Voxel axes are x y z in RAS.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from neurojepa.config import AugmentConfig, RootConfig
 from neurojepa.feed.format import FeedCode, Grid
+from neurojepa.methods import METHODS
 from neurojepa.objective import random
 from neurojepa.objective.anatomy import regions_on, tissue_shares
 from neurojepa.objective.masks import draw_masks, draw_uniform_masks
@@ -57,7 +58,7 @@ class _Scans(NamedTuple):
     shows_brain_B: Tensor
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Views:
     """A micro-batch as the model takes it."""
 
@@ -76,7 +77,17 @@ class Views:
     target_modality_B: Tensor  # another than modality_B where it is another scan
     tissue_BNK: Tensor  # float32, shares of air, fluid, grey, white; K = 0 without the head on them
 
-    def of_targets(self) -> Views:
+    def without_fill_up(self) -> Self:
+        """The same views, of which no token of a sample that weighs 0 is valid.
+
+        What repeats a scan to fill up a batch counts neither as load of the experts nor as use of
+        atoms.
+        """
+        counts_B1 = self.weight_B[:, None] > 0
+        return replace(self, valid_BN=self.valid_BN & counts_B1,
+                       target_valid_BN=self.target_valid_BN & counts_B1)
+
+    def of_targets(self) -> Self:
         """The scans that the targets come from as if they were the samples."""
         return replace(self, tokens_BNP=self.target_tokens_BNP, valid_BN=self.target_valid_BN,
                        foreground_BN=self.target_foreground_BN, modality_B=self.target_modality_B)
@@ -99,7 +110,7 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> 
                       config, grid, seed)
         target = target._replace(valid_BN=target.valid_BN & own.valid_BN)
     masks, device = config.objective.masks, keep_BN.device
-    if config.objective.method == "jepa":
+    if METHODS[config.objective.method].masks == "blocks":
         regions = (regions_on(device, grid, patch, config.objective.regions)
                    if masks.region_share else None)
         context_BMC, target_BMT = draw_masks(keep_BN, patch_counts(grid, patch), own.foreground_BN,
@@ -107,11 +118,14 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> 
     else:
         context_BMC, target_BMT = draw_uniform_masks(keep_BN.shape[1], masks.target_share, seed,
                                                      position_B)
-    return Views(own.tokens_BNP, patch_centres_mm(grid, patch, device)[keep_BN],
-                 own.foreground_BN, own.valid_BN, context_BMC, target_BMT, batch.modality,
-                 batch.weight * own.shows_brain_B * target.shows_brain_B, target.tokens_BNP,
-                 target.foreground_BN, target.valid_BN, target_modality_B,
-                 _tissue(batch.voxels, keep_BN, config, grid))
+    return Views(
+        tokens_BNP=own.tokens_BNP, coords_BN3=patch_centres_mm(grid, patch, device)[keep_BN],
+        foreground_BN=own.foreground_BN, valid_BN=own.valid_BN,
+        context_BMC=context_BMC, target_BMT=target_BMT, modality_B=batch.modality,
+        weight_B=batch.weight * own.shows_brain_B * target.shows_brain_B,
+        target_tokens_BNP=target.tokens_BNP, target_foreground_BN=target.foreground_BN,
+        target_valid_BN=target.valid_BN, target_modality_B=target_modality_B,
+        tissue_BNK=_tissue(batch.voxels, keep_BN, config, grid))
 
 
 def _cut(voxels: Tensor, counted: tuple[Tensor, Tensor], keep_BN: Tensor, key_B: Tensor,

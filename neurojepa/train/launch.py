@@ -12,6 +12,7 @@ launcher that is killed takes its ranks along, so the next start finds the run d
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import signal
 import subprocess
@@ -33,15 +34,17 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def launch(config: RootConfig, argv: list[str]) -> int:
+def launch(config: RootConfig, module: str, argv: list[str]) -> int:
     """Run ``run.ranks`` ranks of the training to their end.
 
     Parameters
     ----------
     config
         The resolved configuration; ``run.launcher`` and ``run.ranks`` are read.
+    module
+        The entry point, whose ``main(argv)`` returns a status.
     argv
-        Arguments of the entry point, handed to every rank unchanged.
+        Its arguments, handed to every rank unchanged.
 
     Returns
     -------
@@ -54,9 +57,9 @@ def launch(config: RootConfig, argv: list[str]) -> int:
         Ray is not reachable, has no room for the ranks, or lost one.
     """
     if config.run.launcher == "local":
-        return _local(config.run.ranks, [sys.executable, "-u", "-m", "neurojepa.pretrain", *argv])
+        return _local(config.run.ranks, [sys.executable, "-u", "-m", module, *argv])
     if config.run.launcher == "ray":
-        return _ray(config.run.ranks, argv)
+        return _ray(config.run.ranks, module, argv)
     raise ConfigError(f"run.launcher={config.run.launcher}: starts no ranks; use local or ray")
 
 
@@ -138,18 +141,17 @@ class _Rank:
 
         return ray.util.get_node_ip_address(), free_port()
 
-    def train(self, environment: dict[str, str], argv: list[str]) -> tuple[int, str]:
+    def train(self, environment: dict[str, str], module: str,
+              argv: list[str]) -> tuple[int, str]:
         """Run the entry point; its status, and the message of an error a user can act on."""
         os.environ.update(environment)
-        from neurojepa.pretrain import main
-
         try:
-            return main(argv) or 0, ""
+            return importlib.import_module(module).main(argv) or 0, ""
         except NeurojepaError as error:
             return 2, str(error)
 
 
-def _ray(num_ranks: int, argv: list[str]) -> int:
+def _ray(num_ranks: int, module: str, argv: list[str]) -> int:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -172,14 +174,14 @@ def _ray(num_ranks: int, argv: list[str]) -> int:
             actor = ray.remote(num_cpus=1, num_gpus=int(cuda), max_restarts=0)(_Rank)
             actors = [actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=index)).remote() for index in range(num_ranks)]
-            return _train_actors(ray, actors, argv)
+            return _train_actors(ray, actors, module, argv)
         finally:
             remove_placement_group(group)  # ends the actors that are left, too
     finally:
         ray.shutdown()
 
 
-def _train_actors(ray: Any, actors: list[Any], argv: list[str]) -> int:
+def _train_actors(ray: Any, actors: list[Any], module: str, argv: list[str]) -> int:
     """Train in all actors; the first one that fails ends the others."""
     rank = 0
     try:
@@ -187,7 +189,7 @@ def _train_actors(ray: Any, actors: list[Any], argv: list[str]) -> int:
         # LOCAL_RANK 0: Ray shows each actor only its own device
         common = {"WORLD_SIZE": str(len(actors)), "LOCAL_RANK": "0", "MASTER_ADDR": host,
                   "MASTER_PORT": str(port)}
-        running = {actor.train.remote({**common, "RANK": str(rank)}, argv): rank
+        running = {actor.train.remote({**common, "RANK": str(rank)}, module, argv): rank
                    for rank, actor in enumerate(actors)}
         pending = list(running)
         while pending:

@@ -12,18 +12,18 @@ dropped, the run goes back to its last checkpoint and steps over the samples sin
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 
-from neurojepa.baselines.cnn import Labels
 from neurojepa.config import RootConfig, dump_config
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import open_feed
-from neurojepa.feed.loader import Loader
+from neurojepa.feed.loader import Batch, Loader
 from neurojepa.feed.order import Window, first_position
-from neurojepa.model.jepa import build_model
+from neurojepa.methods import METHODS
+from neurojepa.model.build import build_model
 from neurojepa.model.moe import expert_balance, moe_layers, update_router_bias
 from neurojepa.model.sparse import sparse_code
 from neurojepa.objective.anatomy import check_anatomy
@@ -32,6 +32,7 @@ from neurojepa.storage import Patience, join, write_bytes
 from neurojepa.train import checkpoint
 from neurojepa.train.engine import Engine
 from neurojepa.train.health import Damage, Health, collapsed, diverged
+from neurojepa.train.hooks import Hook, Progress
 from neurojepa.train.metrics import Heartbeat, Metrics
 from neurojepa.train.probe import OnlineProbe
 from neurojepa.train.resume import check_fits, check_same_run
@@ -65,6 +66,18 @@ def train(config: RootConfig) -> int:
         run.close()
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What every rank does after a step, in this order; the same on all of them."""
+
+    commit: bool  # take the checkpoint that is on its way one stage further
+    checkpoint: bool  # begin one of this step
+    wait: bool  # until it is committed
+    report: bool  # say what any rank met in feed and store
+    flush: bool  # write the rows and look at them
+    stop: bool  # leave before the last step
+
+
 class Run:
     """One rank's share of a run: what is built once, and the loop over steps.
 
@@ -91,9 +104,9 @@ class Run:
         self.loader = Loader(self.feed, config, world.rank, world.size, first_step=0)
         self.fingerprints = {"feed": self.feed.fingerprint, "regions": regions,
                              "order": self.loader.order.fingerprint}
-        self.labels = Labels(self.feed, config) if config.objective.method == "cnn" else None
-        self.probe = OnlineProbe(config, self.feed, world) if config.train.probe_every else None
-        found, model = self._latest(), build_model(config, self.feed.grid)
+        self.labels = METHODS[config.objective.method].load().labels(self.feed, config)
+        probes = [OnlineProbe(config, self.feed, world)] if config.train.probe_every else []
+        (found, changes), model = self._latest(), build_model(config, self.feed.grid)
         if found:
             check_fits(found, model)
         self.engine = Engine(model, config, world, self.loader.micro_steps)
@@ -101,80 +114,75 @@ class Run:
         self.code = sparse_code(self.engine.module)
         self.health = Health(config.train.health, found.manifest["health"] if found else None)
         self.damage = Damage(config.data.max_damaged_share)
-        self._take_up(found, found.manifest["skipped_windows"] if found else ())
-        self._started_at = self.step
+        self.step = self._started_at = found.step if found else 0
+        self.windows: list[Window] = []
+        self.began = (time.perf_counter(), self.step)
+        self._batches: Iterator[Batch] = iter(())
+        self._take_up(found, found.manifest["skipped_windows"] if found else (), changes)
         self.saver = Saver(config.run.dir, self.engine, world, config.train.keep_last,
                            config.train.milestone_every, self.patience)
+        self._saving_since = self._stalled_s = 0.0
         self.metrics = Metrics(config, self.feed.grid, world, self.step, self.patience)
-        self.heartbeat = Heartbeat(config.run.dir, world.rank, self.patience)
+        self.hooks: list[Hook] = [
+            Heartbeat(config.run.dir, world.rank, self.patience), *probes, Progress()]
         if world.rank == 0:
             write_bytes(join(config.run.dir, "config.yaml"), dump_config(config).encode())
         write_environment(config, world, self.fingerprints)
         self.metrics.event("resume" if found else "start", self.step, world=world.size,
                            zero=config.train.zero, dtype=config.train.dtype)
-        if self._changes:
-            self.metrics.event("accepted", self.step, changes=self._changes)
-
-    def _latest(self) -> checkpoint.Checkpoint | None:
-        """The checkpoint to continue from; ``_changes`` are those of the recipe since."""
-        self._changes: list[str] = []
-        step = checkpoint.latest_step(self.config.run.dir)
-        if step is None:
-            return None
-        found = checkpoint.open_checkpoint(self.config.run.dir, step)
-        self._changes = check_same_run(found, self.config, self.fingerprints)
-        return found
-
-    def _take_up(self, found: checkpoint.Checkpoint | None, windows: Sequence[Window]) -> None:
-        """Stand where a checkpoint (or a new run) does; ``windows`` of samples are passed over."""
-        self.step = found.step if found else 0
-        self.windows = [(start, shift) for start, shift in windows]
-        if found:
-            self.engine.load(lambda *what: self.patience(lambda: found.read(*what)),
-                             self.patience(found.buffers), found.manifest["adam_step"])
-        if self._changes:  # the new recipe's losses are no spikes of the old one's
-            self.engine.guard.forget()
-        self.loader.seek(self.step, self.windows)
-        self._batches = iter(self.loader)
-        self._began = (time.perf_counter(), self.step)
+        if changes:
+            self.metrics.event("accepted", self.step, changes=changes)
 
     def to_end(self) -> int:
         """Train until the last step or a request to stop."""
-        config = self.config.train
-        self._say(f"step {self.step}/{config.steps}: {self.loader.order.num_samples} scans, "
-                  f"{self.world.size} rank(s), {self.loader.micro_steps} micro-step(s) a step")
-        while self.step < config.steps:
-            applied = self._train_step()
-            self.heartbeat.beat(self.step)
+        steps = self.config.train.steps
+        self.say(f"step {self.step}/{steps}: {self.loader.order.num_samples} scans, "
+                 f"{self.world.size} rank(s), {self.loader.micro_steps} micro-step(s) a step")
+        while self.step < steps:
+            applied = self._train_step()  # collective, as is all below but what says otherwise
+            for hook in self.hooks:
+                hook.after_attempt(self)  # this rank alone
             if self.health.must_go_back(self.step, applied):
                 self._go_back()
                 continue
-            if self.probe and self.step % config.probe_every == 0:
-                self.probe.run(self.engine.module, self.step, self.metrics)
-            stop, writing, reports = self.world.any(
-                bool(self.stop.reason), self.saver.writing,
-                self.loader.has_reports or bool(self.patience.retries))
-            last = self.step == config.steps
-            if self.saver.pending and not writing:
-                self._committed(self.saver.advance())
-            # a state in trouble is no place to go back to
-            if stop or last or (self.step % config.checkpoint_every == 0 and applied):
-                self._checkpoint()
-            if stop or last:
-                self._committed(self.saver.finish())
-            if reports or stop or last:
-                self._report_data()
-            if last or self.step % config.log_every == 0:
-                self._flush()
-                self._progress()
-            if stop and not last:
-                reason = self.stop.reason or "signal"  # maybe of another rank
-                self.metrics.event("stop", self.step, reason=reason)
-                self._say(f"stopped at step {self.step} by a {reason}; run again to continue")
-                self.world.gather(None)  # leave together
-                return REQUEUE
+            for hook in self.hooks:
+                hook.after_step(self)
+            decision = self._agree(applied)
+            self._carry_out(decision)
+            if decision.stop:
+                return self._stopped()
         self._finish()
         return 0
+
+    def _agree(self, applied: bool) -> Decision:
+        """What to do after a step; one message among the ranks."""
+        train = self.config.train
+        stop, writing, reports = self.world.any(
+            bool(self.stop.reason), self.saver.writing,
+            self.loader.has_reports or bool(self.patience.retries))
+        last = self.step == train.steps
+        leaving = stop or last
+        return Decision(
+            commit=self.saver.pending and not writing,
+            # a state in trouble is no place to go back to
+            checkpoint=leaving or (self.step % train.checkpoint_every == 0 and applied),
+            wait=leaving, report=reports or leaving,
+            flush=last or self.step % train.log_every == 0, stop=stop and not last)
+
+    def _carry_out(self, decision: Decision) -> None:
+        """Do what was agreed, in the order of its fields."""
+        if decision.commit:
+            self._committed(self.saver.advance())
+        if decision.checkpoint:
+            self._checkpoint()
+        if decision.wait:
+            self._committed(self.saver.finish())
+        if decision.report:
+            self._report_data()
+        if decision.flush:
+            self._flush()
+            for hook in self.hooks:
+                hook.after_flush(self)  # this rank alone
 
     def _train_step(self) -> bool:
         """One step; returns whether it was applied or, on all ranks, dropped."""
@@ -188,10 +196,7 @@ class Run:
             views = make_views(batch, config, self.feed.grid, config.train.seed)
             if self.labels:
                 views = self.labels.attach(views, batch.scan_ids)
-            # fill-up repeats must count neither as load of the experts nor as use of atoms
-            for valid_BN in (views.valid_BN, views.target_valid_BN):
-                valid_BN &= views.weight_B[:, None] > 0
-            loss, sums = self.engine.forward(views, rates.l1)
+            loss, sums = self.engine.forward(views.without_fill_up(), rates.l1)
             self.engine.backward(loss * scale)
             applied = self.engine.step(rates.lr)
             self.metrics.add(loss, sums)
@@ -214,7 +219,7 @@ class Run:
     def _go_back(self) -> None:
         """Take up the last checkpoint and step over the samples since; all ranks together."""
         self._committed(self.saver.finish())
-        found, config = self.patience(self._latest), self.config.train
+        (found, changes), config = self.patience(self._latest), self.config.train
         why = self.health.go_back(found.manifest["health"] if found else None)
         if why or not found:
             self.metrics.event("diverged", self.step, reason=why)
@@ -222,10 +227,32 @@ class Run:
         begin = first_position(found.step, config.global_batch, self.windows)
         end = first_position(self.step, config.global_batch, self.windows)
         self.metrics.event("rollback", self.step, to=found.step, positions=[begin, end])
-        self._say(f"step {self.step}: too many steps were dropped; back to step {found.step}, "
+        self.say(f"step {self.step}: too many steps were dropped; back to step {found.step}, "
                   f"stepping over the samples at positions {begin} to {end - 1}")
         self.metrics.rewind(found.step)
-        self._take_up(found, [*self.windows, (found.step, self.step - found.step)])
+        self._take_up(found, [*self.windows, (found.step, self.step - found.step)], changes)
+
+    def _latest(self) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+        """The checkpoint to continue from, and the changes of the recipe since."""
+        step = checkpoint.latest_step(self.config.run.dir)
+        if step is None:
+            return None, []
+        found = checkpoint.open_checkpoint(self.config.run.dir, step)
+        return found, check_same_run(found, self.config, self.fingerprints)
+
+    def _take_up(self, found: checkpoint.Checkpoint | None, windows: Sequence[Window],
+                 changes: list[str]) -> None:
+        """Stand where a checkpoint (or a new run) does; ``windows`` of samples are passed over."""
+        self.step = found.step if found else 0
+        self.windows = [(start, shift) for start, shift in windows]
+        if found:
+            self.engine.load(lambda *what: self.patience(lambda: found.read(*what)),
+                             self.patience(found.buffers), found.manifest["adam_step"])
+        if changes:  # the new recipe's losses are no spikes of the old one's
+            self.engine.guard.forget()
+        self.loader.seek(self.step, self.windows)
+        self._batches = iter(self.loader)
+        self.began = (time.perf_counter(), self.step)
 
     def _report_data(self) -> None:
         """Log what all ranks met in feed and store; collective."""
@@ -255,14 +282,21 @@ class Run:
         self._committed(self.saver.finish())
         self.saver.start(self.step, record)
         self._stalled_s = time.perf_counter() - began
-        self._began_saving = began
+        self._saving_since = began
 
     def _committed(self, step: int | None) -> None:
         if step is not None:
-            seconds = time.perf_counter() - self._began_saving
+            seconds = time.perf_counter() - self._saving_since
             self.stop.checkpoint_s = seconds
             self.health.progressed()
             self.metrics.event("checkpoint", step, stalled_s=self._stalled_s, seconds=seconds)
+
+    def _stopped(self) -> int:
+        reason = self.stop.reason or "signal"  # maybe of another rank
+        self.metrics.event("stop", self.step, reason=reason)
+        self.say(f"stopped at step {self.step} by a {reason}; run again to continue")
+        self.world.gather(None)  # leave together
+        return REQUEUE
 
     def _finish(self) -> None:
         if self.world.rank == 0:
@@ -270,19 +304,11 @@ class Run:
                 self.config.run.dir, self.step).state_sha256())
             self.metrics.event("finish", self.step, state_sha256=state,
                                skipped=self.health.skipped)
-            self._say(f"finished at step {self.step}; state {state[:16]}")
+            self.say(f"finished at step {self.step}; state {state[:16]}")
         self.world.gather(None)  # leave together
 
-    def _progress(self) -> None:
-        row, (time_began, step_began) = self.metrics.last_row, self._began
-        elapsed = time.perf_counter() - time_began
-        left = elapsed / (self.step - step_began) * (self.config.train.steps - self.step)
-        self._say(f"step {self.step}/{self.config.train.steps}  loss {row['loss']:.5f}  "
-                  f"grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-                  f"{row['volumes_per_s']:.1f} volumes/s  data wait {row['data_wait']:.0%}  "
-                  f"ETA {int(left) // 60}:{int(left) % 60:02d}")
-
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
         if self.world.rank == 0:
             print(text, flush=True)
 
@@ -292,6 +318,7 @@ class Run:
         self.patience.close()
         self.loader.close()
         self.saver.close()
-        self.heartbeat.close()
+        for hook in self.hooks:
+            hook.close()
         self.metrics.close()
         self.engine.close()

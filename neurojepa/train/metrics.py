@@ -16,7 +16,7 @@ import resource
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,8 +32,12 @@ from neurojepa.storage import (
     local_path,
     write_bytes,
 )
+from neurojepa.train.hooks import Hook
 from neurojepa.train.telemetry import Trackers, check_trackers
 from neurojepa.train.world import World
+
+if TYPE_CHECKING:
+    from neurojepa.train.loop import Run
 
 HEARTBEAT_PUT_S = 5.0  # shortest time between heartbeats to an object store
 ROWS_PUT_S = 60.0  # and between rows of metrics that nothing hurries
@@ -168,8 +172,8 @@ class _Work:
         self._tokens = tokens_per_volume(config, grid)
         peak = peak_flops(torch.cuda.get_device_name(world.device)) if self._cuda else None
         self._share = None  # of all devices' peak that one volume per second takes
-        if peak and config.objective.method == "jepa":
-            self._share = step_flops(config, self._tokens) / (peak * world.size)
+        if peak:
+            self._share = step_flops(config, grid) / (peak * world.size)
 
     def rates(self, volumes_per_s: float) -> dict[str, Any]:
         peak = (torch.cuda.max_memory_allocated() if self._cuda
@@ -179,7 +183,7 @@ class _Work:
                 "memory_mib": peak / 2**20}
 
 
-class Heartbeat:
+class Heartbeat(Hook):
     """heartbeat/rank-R.json: this rank's latest step; whoever watches sees a hang.
 
     Object stores are spared more than one write in a few seconds, made by a thread.
@@ -193,6 +197,9 @@ class Heartbeat:
         self._patience = patience
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
         self._putting: Future[None] | None = None
+
+    def after_attempt(self, run: Run) -> None:
+        self.beat(run.step)
 
     def beat(self, step: int) -> None:
         """Rewrite the file.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -32,8 +32,12 @@ from neurojepa.feed.format import Feed
 from neurojepa.feed.labels import as_numbers, scan_labels
 from neurojepa.model.averaged import Averaged
 from neurojepa.storage import join, read_rows, write_rows
+from neurojepa.train.hooks import Hook
 from neurojepa.train.metrics import Metrics
 from neurojepa.train.world import World
+
+if TYPE_CHECKING:
+    from neurojepa.train.loop import Run
 
 TARGETS = ("age", "sex", "diagnosis")
 MAX_PEOPLE = 64  # of a split
@@ -41,7 +45,7 @@ LEAST_PEOPLE = 4
 PENALTIES = 10.0 ** np.arange(-1, 6)
 
 
-class OnlineProbe:
+class OnlineProbe(Hook):
     """The scans and labels of a run's probes.
 
     Raises
@@ -74,6 +78,10 @@ class OnlineProbe:
             raise ConfigError(f"train.probe_every = {config.train.probe_every}: fewer than "
                               f"{LEAST_PEOPLE} people of split train or val have a label that "
                               f"varies among {', '.join(TARGETS)}; set it to 0")
+
+    def after_step(self, run: Run) -> None:
+        if run.step % self.config.train.probe_every == 0:
+            self.run(run.engine.module, run.step, run.metrics)
 
     def run(self, model: nn.Module, step: int, metrics: Metrics) -> None:
         """Probe after ``step``; collective."""

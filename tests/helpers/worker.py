@@ -151,18 +151,18 @@ def _poisoned(loop: Any, config: RootConfig, fault: tuple[int | list[int], int])
 
 def _spiking(loop: Any, config: RootConfig, fault: tuple[list[int], int, float]) -> Any:
     (steps, rank, factor), forward = fault, loop.Engine.forward
+    at = [0]  # the step of the views made last
 
     def scaled(self: Any, views: Any, l1: Any) -> Any:
         loss, sums = forward(self, views, l1)
-        hit = views.step in steps and os.environ["RANK"] == str(rank)
+        hit = at[0] in steps and os.environ["RANK"] == str(rank)
         return loss * (factor if hit else 1.0), sums
 
     make_views = loop.make_views
 
     def views(batch: Any, *arguments: Any) -> Any:
-        made = make_views(batch, *arguments)
-        made.step = int(batch.position[0]) // config.train.global_batch
-        return made
+        at[0] = int(batch.position[0]) // config.train.global_batch
+        return make_views(batch, *arguments)
 
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch.object(loop.Engine, "forward", scaled))

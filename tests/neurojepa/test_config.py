@@ -62,7 +62,7 @@ def test_every_recipe_validates_and_its_model_builds(path: Path) -> None:
     import torch
 
     from neurojepa.feed.format import TRAINING_GRIDS
-    from neurojepa.model.jepa import build_model
+    from neurojepa.model.build import build_model
 
     config = load_config(path, ["data.feed=f", "run.dir=r"])
     grid = TRAINING_GRIDS[{"demo.yaml": "3mm", "paper.yaml": "paper"}.get(path.name, "1.5mm")]

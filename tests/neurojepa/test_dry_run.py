@@ -6,18 +6,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from neurojepa.config import RootConfig, dump_config
+from neurojepa.config import RootConfig, dump_config, validate
 from neurojepa.dry_run import Plan, activation_bytes, plan, state_bytes
 from neurojepa.errors import ConfigError
-from neurojepa.feed.format import open_feed
+from neurojepa.feed.format import LABELS_SCHEMA, commit_feed, open_feed
 from neurojepa.feed.loader import Loader
-from neurojepa.model.flops import forward_flops, peak_flops, tokens_per_volume
-from neurojepa.model.jepa import build_model
+from neurojepa.methods import METHODS
+from neurojepa.model.build import build_model
+from neurojepa.model.flops import peak_flops
 from neurojepa.objective.views import make_views
 from neurojepa.pretrain import main
 from neurojepa.train.checkpoint import open_checkpoint
@@ -27,7 +29,12 @@ from tests.helpers.feeds import GRID, tiny_config, write_feed
 
 @pytest.fixture(scope="module")
 def feed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_feed(str(tmp_path_factory.mktemp("dry") / "feed"))
+    uri = write_feed(str(tmp_path_factory.mktemp("dry") / "feed"))
+    index = open_feed(uri).index
+    labels = [{"participant": row["participant"], "session": "", "name": "size",
+               "value": str(row["num_foreground"])} for row in index.to_pylist()]
+    commit_feed(uri, GRID, index, pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
+    return uri
 
 
 def plan_of(config: RootConfig, gpus: int = 1) -> Plan:
@@ -63,28 +70,39 @@ def test_what_is_offloaded_moves_to_the_host(feed: str, tmp_path: Path) -> None:
         assert found.memory[2]["weights"] == plain.memory[2]["weights"]
 
 
-def test_flops_are_those_that_torch_counts(feed: str, tmp_path: Path) -> None:
-    config = tiny_config(feed, tmp_path)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"moe": False})})
+def of_method(config: RootConfig, method: str, **model: Any) -> RootConfig:
+    tree = config.model_dump(mode="json")
+    tree["objective"] |= {"method": method, "label": "size"}
+    tree["model"] |= model
+    if METHODS[method].whole_volumes:
+        tree["model"]["token_budget"] = None
+    return validate(tree, "tests")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_are_those_that_torch_counts(feed: str, tmp_path: Path, method: str) -> None:
+    config = of_method(tiny_config(feed, tmp_path), method, moe=False)
     model = build_model(config, GRID)
+    labels = METHODS[method].load().labels(open_feed(feed), config)
     batch = next(iter(Loader(open_feed(feed), config, 0, 1, 0)))
     views = make_views(batch, config, GRID, 0)
+    views = labels.attach(views, batch.scan_ids) if labels else views
     with (FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad(),
           torch.backends.mkldnn.flags(enabled=False)):  # whose products torch does not count
         model(views, 0.0)
-    forward, trained = forward_flops(config, tokens_per_volume(config, GRID))
-    assert trained < forward
+    forward, trained = METHODS[method].load().flops(config, GRID)
+    assert trained < forward if METHODS[method].latents else trained == forward
     # the covariance of the targets is left out
     assert counter.get_total_flops() / len(batch.scan_ids) == pytest.approx(forward, rel=0.02)
 
 
 def test_activations_shrink_with_checkpointing_and_grow_with_the_batch(
         feed: str, tmp_path: Path) -> None:
-    config = tiny_config(feed, tmp_path)
-    none, all_blocks, second = (activation_bytes(config, GRID, every) for every in (0, 1, 2))
+    config, opened = tiny_config(feed, tmp_path), open_feed(feed)
+    none, all_blocks, second = (activation_bytes(config, opened, every) for every in (0, 1, 2))
     assert all_blocks < second < none
     double = tiny_config(feed, tmp_path, micro_batch=4)
-    assert 1.8 * none < activation_bytes(double, GRID, 0) <= 2 * none
+    assert 1.8 * none < activation_bytes(double, opened, 0) <= 2 * none
 
 
 def test_memory_by_stage(feed: str, tmp_path: Path) -> None:
@@ -124,12 +142,15 @@ def test_what_cannot_be_planned(feed: str, tmp_path: Path, gpus: int, device: st
         plan(tiny_config(feed, tmp_path), open_feed(feed), gpus, device, mfu)
 
 
-def test_only_our_own_method_is_planned(feed: str, tmp_path: Path) -> None:
-    config = tiny_config(feed, tmp_path)
-    other = config.model_copy(update={
-        "objective": config.objective.model_copy(update={"method": "mae"})})
-    with pytest.raises(ConfigError, match="knows the cost of jepa only"):
-        plan_of(other)
+def test_every_method_is_planned(feed: str, tmp_path: Path) -> None:
+    plans = {method: plan_of(of_method(tiny_config(feed, tmp_path), method)) for method in METHODS}
+    for method, found in plans.items():
+        parts = build_model(of_method(tiny_config(feed, tmp_path), method), GRID)
+        assert found.weights.trained == sum(p.numel() for p in parts.parameters()
+                                            if p.requires_grad)
+        assert found.activations[0] > 0 and found.flops_per_volume > 0
+    assert plans["mae"].flops_per_volume < plans["jepa"].flops_per_volume
+    assert plans["mae"].activations[0] < plans["jepa"].activations[0]  # one mask for two
 
 
 def test_peaks_by_the_name_of_the_device() -> None:

@@ -24,9 +24,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from neurojepa.feed.format import Grid
 from neurojepa.model.flops import step_flops
 from tools.bench.common import brains, machine, print_table
 
+GRID_MM = 1.75
 BATCH = {"small": 2, "base": 2, "large": 1}
 
 
@@ -173,7 +175,8 @@ def _ours(kind: str, size: str) -> dict[str, Any]:
             shape.grid[0] * shape.grid[1] * shape.grid[2] // shape.patch**3)
         run.close()
         leave_world()
-    return found | {"tokens": tokens, "flops": step_flops(config, tokens)}
+    return found | {"tokens": tokens,
+                    "flops": step_flops(config, Grid("bench", shape.grid, GRID_MM))}
 
 
 def _feed(folder: str, shape: tuple[int, int, int]) -> str:
@@ -183,7 +186,6 @@ def _feed(folder: str, shape: tuple[int, int, int]) -> str:
     from data_prep.pack import coarsen, placed_table, write_tar
     from neurojepa.feed.format import (
         LABELS_SCHEMA,
-        Grid,
         MaskCode,
         commit_feed,
         encode_array,
@@ -191,7 +193,7 @@ def _feed(folder: str, shape: tuple[int, int, int]) -> str:
     )
     from neurojepa.storage import join, write_bytes
 
-    grid, uri, samples = Grid("bench", shape, 1.75), str(Path(folder) / "feed"), []
+    grid, uri, samples = Grid("bench", shape, GRID_MM), str(Path(folder) / "feed"), []
     for number, (image, mask) in enumerate(brains(8)):
         image, mask, _ = coarsen(image, mask, None, grid)
         row = {"scan_id": f"{number:024x}", "participant": f"p{number}", "family": f"p{number}",

@@ -19,7 +19,7 @@ from neurojepa.downstream.atoms import Tally, observe, patch_places_mm, summary
 from neurojepa.downstream.regions import load_regions, lobe_names, lobes
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Feed, open_feed
-from neurojepa.model.jepa import build_model
+from neurojepa.model.build import build_model
 from neurojepa.weights import Weights, load
 from tests.helpers.feeds import GRID, tiny_config, write_feed
 from tests.helpers.worker import job, run_ranks

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from neurojepa.baselines.cnn import Labels, unpatchify
+from neurojepa.baselines.mae import MAE
 from neurojepa.config import RootConfig, dump_config, validate
 from neurojepa.downstream.embed import embed, select_rows
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import LABELS_SCHEMA, Feed, commit_feed, open_feed
-from neurojepa.model.flops import forward_flops
-from neurojepa.model.jepa import build_model
+from neurojepa.model.build import build_model
+from neurojepa.model.jepa import SparseJEPA
 from neurojepa.objective.masks import draw_uniform_masks
 from neurojepa.objective.views import make_views, patchify
 from neurojepa.storage import Patience, read_rows, write_bytes
@@ -235,6 +236,7 @@ def test_recipes_of_baselines_are_stored(root: Path) -> None:
 
 
 def test_the_mae_is_counted_as_what_it_computes(root: Path) -> None:
-    jepa, mae = (forward_flops(config_of("feed", root, method), 32) for method in ("jepa", "mae"))
+    jepa, mae = (method.flops(config_of("feed", root, name), GRID)
+                 for name, method in (("jepa", SparseJEPA), ("mae", MAE)))
     assert mae[0] == mae[1]  # all of it is trained
     assert 0 < mae[1] < jepa[1] < jepa[0]

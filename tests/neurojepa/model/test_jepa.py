@@ -10,7 +10,8 @@ import torch
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import TRAINING_GRIDS
-from neurojepa.model.jepa import SparseJEPA, build_model, check_shapes
+from neurojepa.model.build import build_model, check_shapes
+from neurojepa.model.jepa import SparseJEPA
 from neurojepa.model.moe import moe_layers, update_router_bias
 from neurojepa.model.sizes import SIZES
 from neurojepa.objective.losses import crowding
@@ -201,7 +202,7 @@ def test_embedding_is_the_mean_over_valid_tokens(config: RootConfig, views: View
 
 PROGRAM = """
 import hashlib, torch
-from neurojepa.model.jepa import build_model
+from neurojepa.model.build import build_model
 from neurojepa.objective.views import make_views
 from tests.helpers.batches import GRID, make_batch, make_config
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from neurojepa.config import MaskConfig
 from neurojepa.downstream.embed import without_augmentation
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import TRAINING_GRIDS, Grid
-from neurojepa.model.jepa import build_model
+from neurojepa.model.build import build_model
 from neurojepa.objective import anatomy
 from neurojepa.objective.anatomy import patch_regions, tissue_shares
 from neurojepa.objective.masks import draw_masks

@@ -16,7 +16,7 @@ from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import MODALITIES, Feed, open_feed
 from neurojepa.feed.loader import Batch, SampleReader
 from neurojepa.feed.order import Order
-from neurojepa.model.jepa import build_model
+from neurojepa.model.build import build_model
 from neurojepa.objective.views import Views, make_views
 from neurojepa.storage import read_rows
 from tests.helpers.batches import GRID, make_batch, make_config

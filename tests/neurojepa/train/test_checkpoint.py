@@ -14,7 +14,7 @@ import torch
 from neurojepa import weights
 from neurojepa.config import RootConfig
 from neurojepa.errors import CheckpointError, ConfigError
-from neurojepa.model.jepa import build_model
+from neurojepa.model.build import build_model
 from neurojepa.storage import Patience, append_rows, read_rows, sha256
 from neurojepa.train import checkpoint, saver
 from neurojepa.train.engine import Fragment

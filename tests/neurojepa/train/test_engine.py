@@ -16,7 +16,7 @@ import torch
 from neurojepa.config import RootConfig
 from neurojepa.feed.format import open_feed
 from neurojepa.feed.loader import Loader
-from neurojepa.model.jepa import build_model
+from neurojepa.model.build import build_model
 from neurojepa.model.moe import moe_layers, update_router_bias
 from neurojepa.objective.views import make_views
 from neurojepa.storage import read_rows

@@ -59,12 +59,13 @@ def test_mfu_is_the_share_of_all_devices(tmp_path: Path, monkeypatch: pytest.Mon
     config = tiny_config("feed", tmp_path)
     work = metrics._Work(config, GRID, World(1, 4, torch.device("cuda"), None))
     rates = work.rates(1e6)
-    assert rates["mfu"] == pytest.approx(1e6 * step_flops(config, 32) / (4 * 989e12))
+    assert rates["mfu"] == pytest.approx(1e6 * step_flops(config, GRID) / (4 * 989e12))
     assert rates["memory_mib"] == 3
-    dense = config.model_copy(update={
+    filled = config.model_copy(update={
         "objective": config.objective.model_copy(update={"method": "mae"})})
-    assert metrics._Work(dense, GRID, World(0, 1, torch.device("cuda"), None)).rates(
-        1.0)["mfu"] is None
+    alone = metrics._Work(filled, GRID, World(0, 1, torch.device("cuda"), None))
+    assert alone.rates(1e6)["mfu"] == pytest.approx(1e6 * step_flops(filled, GRID) / 989e12)
+    assert 0 < step_flops(filled, GRID) < step_flops(config, GRID)
 
 
 def test_a_resumed_run_drops_what_it_will_do_again(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_no_room_says_what_is_free(ray_cluster, recipe: Path) -> None:
     script = ("import neurojepa.train.launch as launch\n"
               "from neurojepa.errors import run_command\n"
               "launch.READY_S = 2\n"
-              "run_command(lambda: launch._ray(5, []))\n")
+              "run_command(lambda: launch._ray(5, 'neurojepa.pretrain', []))\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
                           env={**ray_cluster, "RAY_ADDRESS": ray_cluster["gcs"]}, timeout=90)
     assert done.returncode == 2
