@@ -96,5 +96,10 @@ def _watch(options: argparse.Namespace) -> int:
         time.sleep(options.every)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from neurojepa.errors import ClusterError, ConfigError
+from neurojepa.recipes import read_recipe
 from neurojepa.storage import join, list_names, local_path, read_if_there
 
 TRAIN_EVENTS = ("start", "resume", "checkpoint", "skip", "stop", "finish")
@@ -105,7 +106,7 @@ def run_of_arguments(arguments: list[str]) -> tuple[RunDir, dict[str, Any]]:
     Raises
     ------
     ConfigError
-        No --config, an unreadable file, or no run.dir in it.
+        No --config, no such recipe, or no run.dir in it.
     """
     path = None
     overrides = []
@@ -119,14 +120,7 @@ def run_of_arguments(arguments: list[str]) -> tuple[RunDir, dict[str, Any]]:
             overrides.append(item)
     if not path:
         raise ConfigError("no --config after --; for example: supervise -- --config C.yaml")
-    try:
-        with open(path) as file:
-            tree = yaml.safe_load(file)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    flat = {f"{section}.{key}": value for section, branch in (tree or {}).items()
+    flat = {f"{section}.{key}": value for section, branch in read_recipe(path).items()
             if isinstance(branch, dict) for key, value in branch.items()}
     for item in overrides:
         key, _, text = item.partition("=")

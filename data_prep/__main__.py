@@ -196,5 +196,10 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -24,6 +24,7 @@ from pydantic import (
 
 from neurojepa.errors import ConfigError
 from neurojepa.methods import METHODS
+from neurojepa.recipes import read_recipe
 
 
 class Config(BaseModel):
@@ -266,16 +267,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RootCon
     Raises
     ------
     ConfigError
-        The file is missing or not YAML, a key is unknown, a value does not fit.
+        There is no such recipe, or it is not YAML, a key is unknown, a value does not fit.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of data/model/objective/optim/train/run")
+    tree = read_recipe(path)
     for item in overrides or []:
         _override(tree, item)
     return validate(tree, where=str(path))

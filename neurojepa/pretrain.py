@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m neurojepa.pretrain", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="recipe (YAML)")
+    parser.add_argument("--config", required=True, help="recipe: a YAML file, or the name of one "
+                        "that comes with the package, for example demo")
     parser.add_argument("--local_rank", help="given by the deepspeed launcher; not used")
     parser.add_argument("--dry-run", action="store_true",
                         help="print model size, compute, memory, time and exit; reads no voxels")
@@ -74,8 +75,13 @@ def already_finished(config: RootConfig) -> bool:
         rows[-1]["step"] == config.train.steps
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script, and ``python -m neurojepa.pretrain``."""
     # Half a million objects stay from import to exit: to look for cycles among them takes seconds.
     gc.disable()
     atexit.register(gc.freeze)
     run_command(main, teardown=False)
+
+
+if __name__ == "__main__":
+    command()

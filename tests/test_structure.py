@@ -19,8 +19,8 @@ from tests.helpers import ROOT
 ARROWS = {
     "neurojepa": (),
     "data_prep": ("neurojepa.storage", "neurojepa.errors", "neurojepa.feed.format",
-                  "neurojepa.__version__"),
-    "cluster": ("neurojepa.storage", "neurojepa.errors", "neurojepa.ports"),
+                  "neurojepa.report", "neurojepa.__version__"),
+    "cluster": ("neurojepa.storage", "neurojepa.errors", "neurojepa.ports", "neurojepa.recipes"),
 }
 OWN = ("neurojepa", "data_prep", "cluster", "tools", "tests")
 
