@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -33,13 +33,25 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class _Free:
+    """Marks a key; see ``Free``."""
+
+
+T = TypeVar("T")
+# A key that may differ when a run continues (train/resume.py): it changes neither which samples a
+# step sees nor its maths.  On a section it stands for all keys in it.
+Free = Annotated[T, _Free()]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+# Keys that older versions had, with the value under which they did nothing: what is stored with it
+# still opens.
+RETIRED = {"model.registers": 0, "model.layer_scale": 0}
 
 
 class DataConfig(Config):
     """Which samples, and how they reach the rank."""
 
-    feed: str = Field(description="URI of a packed feed (directory or s3://...)")
+    feed: Free[str] = Field(description="URI of a packed feed (directory or s3://...)")
     split: Literal["train", "val", "test"] = "train"
     modalities: list[str] | None = Field(None, description="keep only these; null keeps all")
     weights: dict[str, float] = Field(
@@ -51,15 +63,15 @@ class DataConfig(Config):
                            "~ (number of its scans) ** balance: 1 by counts, 0 all alike")
     cross_modal: Share = Field(0.0, description="share of positions, of those whose session has "
                                "other modalities, that predict one of these from their own scan")
-    prefetch_batches: int = Field(2, ge=1, description="micro-batches read ahead")
-    read_threads: int = Field(8, ge=1, description="range reads in flight per rank")
+    prefetch_batches: Free[int] = Field(2, ge=1, description="micro-batches read ahead")
+    read_threads: Free[int] = Field(8, ge=1, description="range reads in flight per rank")
     # ranks that wait for one another give up after ten minutes (train/world.py)
-    retry_s: float = Field(60, ge=0, le=480, description="how long a store that fails is asked "
-                           "again, for reading and for writing, before training stops")
-    replace_damaged: bool = Field(False, description="a damaged sample is replaced by the next of "
-                                  "its group instead of stopping the run")
-    max_damaged_share: float = Field(0.001, ge=0, le=1, description="of the samples read; three "
-                                     "are always borne")
+    retry_s: Free[float] = Field(60, ge=0, le=480, description="how long a store that fails is "
+                                 "asked again, for reading and writing, before training stops")
+    replace_damaged: Free[bool] = Field(False, description="a damaged sample is replaced by the "
+                                        "next of its group instead of stopping the run")
+    max_damaged_share: Free[float] = Field(0.001, ge=0, le=1, description="of the samples read; "
+                                           "three are always borne")
 
 
 class ModelConfig(Config):
@@ -71,10 +83,7 @@ class ModelConfig(Config):
                                      "null keeps every token of the grid")
     moe: bool = True
     head_gate: bool = Field(False, description="sigmoid gate per attention head")
-    layer_scale: float = Field(0, ge=0, description="where the learned scale of each branch "
-                               "begins; 0 for none")
-    registers: int = Field(0, ge=0, description="learned tokens beside the patches")
-    activation_checkpointing: int = Field(0, ge=0, description="0 none, k = every k-th block")
+    activation_checkpointing: Free[int] = Field(0, ge=0, description="0 none, k = every k-th block")
 
 
 class MaskConfig(Config):
@@ -153,8 +162,9 @@ class OptimConfig(Config):
         "cosine", description="of lr after the warm-up; under constant a later end changes no "
         "earlier step")
     warmup_steps: int = Field(100, ge=0)
-    cooldown_steps: int = Field(0, ge=0, description="last steps of the run, in which lr falls "
-                                "linearly to min_lr")
+    # free although it is of the maths: it is decided late (train/schedule.py)
+    cooldown_steps: Free[int] = Field(0, ge=0, description="last steps of the run, in which lr "
+                                      "falls linearly to min_lr")
     weight_decay: float = Field(0.04, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: float = Field(1.0, gt=0)
@@ -178,21 +188,21 @@ class HealthConfig(Config):
 class TrainConfig(Config):
     steps: int = Field(ge=1)
     global_batch: int = Field(8, ge=1, description="scans per step, the same at any world size")
-    micro_batch: int = Field(4, ge=1, description="scans per rank and micro-step")
+    micro_batch: Free[int] = Field(4, ge=1, description="scans per rank and micro-step")
     seed: int = 0
-    zero: Literal[1, 2, 3] = 1
-    offload: Literal["none", "optimizer", "all"] = Field(
+    zero: Free[Literal[1, 2, 3]] = 1
+    offload: Free[Literal["none", "optimizer", "all"]] = Field(
         "none", description="to host memory: masters, moments and target average; all, under zero "
         "3: the weights too")
     dtype: Literal["fp32", "bf16"] = "bf16"
-    checkpoint_every: int = Field(50, ge=1)
-    keep_last: int = Field(2, ge=1, description="committed checkpoints to keep")
-    milestone_every: int = Field(0, ge=0, description="steps between checkpoints that are kept for "
-                                 "good and exported to weights/step-N; 0 for none")
-    log_every: int = Field(10, ge=1, description="steps between reads of device metrics")
-    probe_every: int = Field(0, ge=0, description="steps between probes of age, sex and diagnosis "
-                             "on embeddings of people in train and val; 0 for none")
-    health: HealthConfig = HealthConfig()
+    checkpoint_every: Free[int] = Field(50, ge=1)
+    keep_last: Free[int] = Field(2, ge=1, description="committed checkpoints to keep")
+    milestone_every: Free[int] = Field(0, ge=0, description="steps between checkpoints that are "
+                                       "kept for good and exported to weights/step-N; 0 for none")
+    log_every: Free[int] = Field(10, ge=1, description="steps between reads of device metrics")
+    probe_every: Free[int] = Field(0, ge=0, description="steps between probes of age, sex and "
+                                   "diagnosis on embeddings of people in train and val; 0 for none")
+    health: Free[HealthConfig] = HealthConfig()
 
     @model_validator(mode="after")
     def _offload_fits(self) -> TrainConfig:
@@ -227,7 +237,7 @@ class RootConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
-    run: RunConfig
+    run: Free[RunConfig]
 
     @model_validator(mode="after")
     def _method_has_use(self) -> RootConfig:
@@ -276,9 +286,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RootCon
 
 
 def validate(tree: dict[str, Any], where: str) -> RootConfig:
-    """Build the typed tree from plain data; ``where`` names its source in errors."""
+    """Build the typed tree from plain data; ``where`` names its source in errors.
+
+    Raises
+    ------
+    ConfigError
+        Names every key that is unknown, missing or retired, and every value that does not fit.
+    """
     try:
-        return RootConfig.model_validate(tree)
+        return RootConfig.model_validate(_without_retired(tree, where))
     except ValidationError as error:
         raise ConfigError(f"{where}: " + "; ".join(map(_explain, error.errors()))) from error
 
@@ -286,6 +302,33 @@ def validate(tree: dict[str, Any], where: str) -> RootConfig:
 def dump_config(config: RootConfig) -> str:
     """The resolved tree as YAML, as stored in the run directory."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def free_keys(section: type[Config] | None = None, prefix: str = "",
+              whole: bool = False) -> set[str]:
+    """Dotted names of the keys marked ``Free``, those of a marked section one by one."""
+    found: set[str] = set()
+    for name, field in (section or RootConfig).model_fields.items():
+        free = whole or any(isinstance(mark, _Free) for mark in field.metadata)
+        below = field.annotation
+        if isinstance(below, type) and issubclass(below, Config):
+            found |= free_keys(below, f"{prefix}{name}.", free)
+        elif free:
+            found.add(prefix + name)
+    return found
+
+
+def _without_retired(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    for dotted, idle in RETIRED.items():
+        name, key = dotted.split(".")
+        section = tree.get(name)
+        if isinstance(section, dict) and key in section:
+            if section[key] != idle:
+                raise ConfigError(f"{where}: {dotted} = {section[key]!r}: this version has no such "
+                                  f"key and builds only what {idle} stood for; use the version "
+                                  "that it was made with")
+            tree = {**tree, name: {k: value for k, value in section.items() if k != key}}
+    return tree
 
 
 def _override(tree: dict[str, Any], item: str) -> None:

@@ -8,12 +8,11 @@ mixture of experts.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neurojepa.config import ModelConfig
-from neurojepa.model.layers import INIT_STD, Block, init_weights, residual_outputs
+from neurojepa.model.layers import Block, init_weights, residual_outputs
 from neurojepa.model.linear import Linear
 from neurojepa.model.moe import MoE
 from neurojepa.model.rope import rotation
@@ -21,11 +20,7 @@ from neurojepa.model.sizes import SIZES
 
 
 class Encoder(nn.Module):
-    """Linear patch embedding, blocks, final norm.
-
-    ``model.registers`` learned tokens (Darcet et al. 2024) stand at the grid's centre; attention
-    may keep there what belongs to no patch.  They are not among the latents.
-    """
+    """Linear patch embedding, blocks, final norm."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -34,12 +29,8 @@ class Encoder(nn.Module):
         self.checkpoint_every = model.activation_checkpointing
         self.patch = Linear(model.patch_voxels**3, size.dim)
         self.blocks = nn.ModuleList(
-            Block(size.dim, size.heads, model.head_gate, size if model.moe and i % 2 else None,
-                  model.layer_scale)
+            Block(size.dim, size.heads, model.head_gate, size if model.moe and i % 2 else None)
             for i in range(size.depth))
-        self.registers: nn.Parameter | None = None
-        if model.registers:
-            self.registers = nn.Parameter(INIT_STD * torch.randn(model.registers, size.dim))
         self.norm = nn.LayerNorm(size.dim)
         init_weights(self, size.dim, residual_outputs(self.blocks))
 
@@ -57,12 +48,6 @@ class Encoder(nn.Module):
         [B, N, D] in the dtype of the parameters
         """
         x_BND = self.patch(tokens_BNP.to(self.patch.weight.dtype))
-        N = x_BND.shape[1]
-        if self.registers is not None:
-            extra = (0, len(self.registers))
-            x_BND = torch.cat([x_BND, self.registers.expand(len(x_BND), -1, -1)], 1)
-            coords_BN3 = F.pad(coords_BN3, (0, 0, *extra))
-            valid_BN = F.pad(valid_BN, extra, value=True)
         turn_B1Np = rotation(coords_BN3, self.head_dim)
         for i, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.checkpoint_every and i % self.checkpoint_every == 0:
@@ -73,7 +58,7 @@ class Encoder(nn.Module):
             if load_E is not None and torch.is_grad_enabled():
                 # out here and not in the layer: a recomputed block would count its tokens twice
                 _moe_of(block).load += load_E
-        return self.norm(x_BND[:, :N])
+        return self.norm(x_BND)
 
 
 def _moe_of(block: nn.Module) -> MoE:

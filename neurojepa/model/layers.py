@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,18 +56,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block; ``experts`` makes its MLP a mixture of experts of that shape.
-
-    ``layer_scale`` > 0 multiplies what each branch adds by a learned vector that begins there
-    (Touvron et al. 2021).
-    """
+    """Pre-norm block; ``experts`` makes its MLP a mixture of experts of that shape."""
 
     def __init__(self, dim: int, heads: int, head_gate: bool = False,
-                 experts: Size | None = None, layer_scale: float = 0.0) -> None:
+                 experts: Size | None = None) -> None:
         super().__init__()
-        self.scale1, self.scale2 = (
-            nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
-            for _ in range(2))
         self.norm1 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads, head_gate)
         self.norm2 = nn.LayerNorm(dim)
@@ -85,17 +77,13 @@ class Block(nn.Module):
         [B, N - first, D] and, of an MoE block, how many of them were routed to each expert
         """
         y_BTD = self.attention(self.norm1(x_BND), turn_B1Np, readable(valid_BN), first)
-        x_BTD, load_E = x_BND[:, first:] + _scaled(y_BTD, self.scale1), None
+        x_BTD, load_E = x_BND[:, first:] + y_BTD, None
         y_BTD = self.norm2(x_BTD)
         if isinstance(self.mlp, MoE):
             y_BTD, load_E = self.mlp(y_BTD, valid_BN[:, first:])
         else:
             y_BTD = self.mlp(y_BTD)
-        return x_BTD + _scaled(y_BTD, self.scale2), load_E
-
-
-def _scaled(y_BTD: Tensor, scale: Tensor | None) -> Tensor:
-    return y_BTD if scale is None else y_BTD * scale
+        return x_BTD + y_BTD, load_E
 
 
 def readable(valid_BN: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Whether a run directory's checkpoint may be continued with a given config.
 
 A checkpoint carries the config it was trained with and fingerprints of its inputs.  What
-changes the model, the recipe or the samples of a step is refused, with both values, unless
+changes the model, the recipe or the samples of a step (all keys that config.py does not mark
+``Free``) is refused, with both values, unless
 ``run.accept_changes`` is set: then the run goes on from its step under the new recipe.  A model
 whose parameters are others is refused in any case.
 """
@@ -13,18 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from neurojepa.config import RootConfig, validate
+from neurojepa.config import RootConfig, free_keys, validate
 from neurojepa.errors import ConfigError
 from neurojepa.train.checkpoint import Checkpoint, latest_step, open_checkpoint
 from neurojepa.train.engine import TARGET
 
-# What may differ when a run continues: none of it changes which samples a step sees or its maths,
-# but for the cooldown, which is decided late.
-FREE = ("data.feed", "data.prefetch_batches", "data.read_threads", "data.retry_s",
-        "data.replace_damaged", "data.max_damaged_share", "model.activation_checkpointing",
-        "train.health.", "train.zero", "train.offload", "train.micro_batch",
-        "train.checkpoint_every", "train.keep_last", "train.milestone_every", "train.log_every",
-        "train.probe_every", "optim.cooldown_steps", "run.")
 SHOWN = 5  # parameters that an error names
 
 
@@ -64,8 +58,9 @@ def check_same_run(checkpoint: Checkpoint, config: RootConfig,
     if new["train.steps"] < checkpoint.step:
         raise ConfigError(f"train.steps = {new['train.steps']}: run.dir {checkpoint.run_dir} is at "
                           f"step {checkpoint.step} already; raise it or choose another run.dir")
-    differing = [f"{key}: checkpoint {old[key]!r}, now {new[key]!r}" for key in sorted(new)
-                 if old[key] != new[key] and not key.startswith(FREE) and key != "train.steps"]
+    compared = new.keys() - free_keys() - {"train.steps"}
+    differing = [f"{key}: checkpoint {old[key]!r}, now {new[key]!r}" for key in sorted(compared)
+                 if old[key] != new[key]]
     if new["train.steps"] < old["train.steps"]:
         differing.append(f"train.steps: checkpoint {old['train.steps']}, now "
                          f"{new['train.steps']} (it may only grow)")

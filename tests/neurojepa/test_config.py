@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from neurojepa.config import dump_config, load_config, validate
+from neurojepa.config import RETIRED, dump_config, free_keys, load_config, validate
 from neurojepa.errors import ConfigError
 
 MINIMAL = "data: {feed: f}\ntrain: {steps: 3}\nrun: {dir: r}\n"
@@ -44,6 +44,28 @@ def test_a_bad_override_is_refused_by_name(recipe: Path, override: str, words: l
         load_config(recipe, [override])
     for word in words:
         assert word in str(caught.value)
+
+
+def test_keys_that_may_change_are_marked_where_they_stand() -> None:
+    expected = {
+        "data.feed", "data.prefetch_batches", "data.read_threads", "data.retry_s",
+        "data.replace_damaged", "data.max_damaged_share", "model.activation_checkpointing",
+        "train.health.spike_deviations", "train.health.max_skips", "train.health.max_rollbacks",
+        "train.health.min_target_std", "train.health.min_effective_rank", "train.zero",
+        "train.offload", "train.micro_batch", "train.checkpoint_every", "train.keep_last",
+        "train.milestone_every", "train.log_every", "train.probe_every", "optim.cooldown_steps",
+        "run.dir", "run.launcher", "run.ranks", "run.accept_changes", "run.deterministic",
+        "run.trackers", "run.time_limit_min"}
+    assert free_keys() == expected
+
+
+def test_a_key_that_is_gone_still_opens_with_the_value_that_did_nothing(recipe: Path) -> None:
+    assert RETIRED == {"model.registers": 0, "model.layer_scale": 0}
+    recipe.write_text(MINIMAL + "model: {size: tiny, registers: 0, layer_scale: 0.0}\n")
+    assert load_config(recipe).model.size == "tiny"
+    recipe.write_text(MINIMAL + "model: {registers: 4}\n")
+    with pytest.raises(ConfigError, match=r"model\.registers = 4: .*use the version"):
+        load_config(recipe)
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:

@@ -84,8 +84,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # of the sparse JEPA where nothing els
     "spread 0.01": {"objective.spread": 0.01},
     "gated code": {"objective.sparse.code": "gated"},
     "no experts": {"model.moe": False},
-    "4 registers": {"model.registers": 4},
-    "layer scale": {"model.layer_scale": 0.1},
     "gate per head": {"model.head_gate": True},
     "lambda 0": {"objective.sparse.l1": 0.0},
     "lambda 1e-2": {"objective.sparse.l1": 1e-2},

@@ -92,8 +92,7 @@ def test_crowding_is_of_each_scan_alone_and_none_where_latents_fill_their_space(
 
 
 @pytest.mark.parametrize("changes", [{}, {"head_gate": True, "activation_checkpointing": 2},
-                                     {"moe": False}, {"registers": 4, "layer_scale": 0.1}],
-                         ids=["moe", "gate+recompute", "dense-mlp", "registers+layer-scale"])
+                                     {"moe": False}], ids=["moe", "gate+recompute", "dense-mlp"])
 def test_every_trained_parameter_gets_a_gradient(changes: dict, views: Views):
     model = build_model(make_config(96, model={
         "size": "tiny", "patch_voxels": 3, "token_budget": 96, **changes}), GRID)
