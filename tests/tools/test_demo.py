@@ -12,6 +12,7 @@ import pytest
 
 from neurojepa.storage import read_rows
 from tests.helpers import ROOT
+from tests.helpers.browser import look
 from tests.helpers.synthetic_head import brain, save
 
 PARTICIPANTS = "15"  # fewest for which every split has people of both diagnoses
@@ -70,39 +71,16 @@ def test_a_second_run_reuses_what_the_first_made(demo) -> None:
     assert json.loads((out / "summary.json").read_text())["bit_equal"] is True
 
 
+@pytest.mark.browser
 @pytest.mark.timeout(600)
 def test_the_report_shows_in_a_browser(demo, tmp_path: Path) -> None:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium; tools/test.sh installs it when run as root")
-    page = demo[0] / "report.html"
-    done = subprocess.run(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-         "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000",
-         "--dump-dom", _with_probe(page, tmp_path).as_uri()],
-        capture_output=True, text=True, timeout=120)
-    facts = json.loads(done.stdout.split("@facts@")[1].split("@end@")[0])
+    facts = look(demo[0] / "report.html", tmp_path,
+                 "facts.text = document.querySelector('main').innerText;")
     assert facts["images"] >= 4 and facts["broken"] == 0
     assert facts["overflow"] <= 0  # nothing runs out of a narrow window
     assert "bit-equal" in facts["text"]
     assert "truncated" in facts["text"]  # why a scan is quarantined
     assert facts["requests"] == 0  # the page needs no network
-
-
-def _with_probe(page: Path, folder: Path) -> Path:
-    """The page with a script that writes what the browser made of it into the document."""
-    script = """<script>addEventListener('load', () => {
-      const images = [...document.images];
-      const facts = {images: images.length, broken: images.filter(i => !i.naturalWidth).length,
-        overflow: document.documentElement.scrollWidth - innerWidth,
-        requests: performance.getEntriesByType('resource').filter(
-          r => !r.name.startsWith('data:')).length,
-        text: document.querySelector('main').innerText};
-      document.title = '@facts@' + JSON.stringify(facts) + '@end@'; });</script>"""
-    copy = folder / "page.html"
-    copy.write_text(page.read_text().replace("</body>", script + "</body>"))
-    return copy
 
 
 def test_a_missing_scans_folder_is_one_clear_line(tmp_path: Path) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from data_prep.volumes.preview import preview
 from data_prep.volumes.reading.volume import Volume
 from neurojepa.errors import DataError
 from neurojepa.feed.format import ARCHIVE_GRID, LABELS_SCHEMA
+from tests.helpers.browser import look
 from tests.helpers.fakes import volume
 from tests.helpers.texts import without_hashes
 
@@ -155,29 +153,12 @@ def test_charts_survive_what_archives_hold() -> None:
     assert "<rect" in ages({"train": [50.0], "test": [50.0, 71.0]})
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_shows_it_without_overflow(page: Path, tmp_path: Path, width: int) -> None:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium; tools/test.sh installs it when run as root")
-    script = """<script>addEventListener('load', () => {
-      const images = [...document.images];
-      const small = [...document.querySelectorAll('p, td, th, figcaption, .tile span')].filter(
-        e => parseFloat(getComputedStyle(e).fontSize) < 12).length;
-      document.title = '@facts@' + JSON.stringify({images: images.length, small, width: innerWidth,
-        broken: images.filter(i => !i.naturalWidth).length,
-        overflow: document.documentElement.scrollWidth - innerWidth,
-        requests: performance.getEntriesByType('resource').filter(
-          r => !r.name.startsWith('data:')).length}) + '@end@'; });</script>"""
-    copy = tmp_path / "page.html"
-    copy.write_text(page.read_text().replace("</body>", script + "</body>"))
-    done = subprocess.run(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-         "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", f"--user-data-dir={tmp_path}", f"--window-size={width},900",
-         "--virtual-time-budget=5000", "--dump-dom", copy.as_uri()],
-        capture_output=True, text=True, timeout=120)
-    facts = json.loads(done.stdout.split("@facts@")[1].split("@end@")[0])
+    facts = look(page, tmp_path, """
+      facts.small = [...document.querySelectorAll('p, td, th, figcaption, .tile span')].filter(
+        e => parseFloat(getComputedStyle(e).fontSize) < 12).length;""", width)
     assert facts["width"] <= max(width, 500) and facts["overflow"] <= 0
     assert facts["images"] == 5 + 2 + 1 and facts["broken"] == 0
     assert facts["requests"] == 0 and facts["small"] == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Feed, open_feed
 from neurojepa.model.build import build_model
 from neurojepa.weights import Weights, load
+from tests.helpers.browser import look
 from tests.helpers.feeds import GRID, tiny_config, write_feed
 from tests.helpers.worker import job, run_ranks
 
@@ -210,34 +209,21 @@ def test_results_of_every_atom_and_expert(shown: Path, feed: Feed) -> None:
             assert None in shares or sum(shares) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.browser
 def test_the_page_shows_in_a_browser(shown: Path, tmp_path: Path) -> None:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium; tools/test.sh installs it when run as root")
-    script = """<script>addEventListener('load', () => setTimeout(() => {
+    facts = look(shown / "report.html", tmp_path, """
       const cards = () => [...document.querySelectorAll('.group')[0].querySelectorAll('.card')];
       const titles = () => cards().map(card => card.querySelector('h3').textContent);
-      const facts = {first: titles(), drawn: [...document.querySelectorAll('canvas')].filter(
-        c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v)).length,
-        canvases: document.querySelectorAll('canvas').length};
+      facts.first = titles();
+      facts.drawn = [...document.querySelectorAll('canvas')].filter(
+        c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v)).length;
+      facts.canvases = document.querySelectorAll('canvas').length;
       const [order, search] = document.querySelectorAll('.group select, .group input');
       order.value = 1; order.onchange(); facts.byShare = titles();
       order.value = 4; order.onchange(); facts.bySelectivity = titles();
       search.value = '7'; search.oninput(); facts.found = titles();
       search.value = ''; search.oninput();
-      document.querySelector('.group button').onclick(); facts.more = titles().length;
-      facts.overflow = document.documentElement.scrollWidth - innerWidth;
-      facts.requests = performance.getEntriesByType('resource').filter(
-        r => !r.name.startsWith('data:')).length;
-      document.title = '@facts@' + JSON.stringify(facts) + '@end@'; }, 500));</script>"""
-    copy = tmp_path / "page.html"
-    copy.write_text((shown / "report.html").read_text().replace("</body>", script + "</body>"))
-    done = subprocess.run(
-        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000", "--dump-dom",
-         copy.as_uri()], capture_output=True, text=True, timeout=120)
-    facts = json.loads(done.stdout.split("@facts@")[1].split("@end@")[0])
+      document.querySelector('.group button').onclick(); facts.more = titles().length;""")
     record = json.loads((shown / "results.json").read_text())
     rows = sorted(record["atoms"]["rows"], key=lambda row: -row["share"])
     assert facts["byShare"][0] == f"atom {rows[0]['number']}" and len(facts["first"]) == 12
