@@ -6,22 +6,31 @@ import os
 import subprocess
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SCANS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with most slow seconds come first, so that none keeps one core busy at the end."""
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("slow"):
+            seconds[item.path] += mark.args[0]
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real scans: $NEUROJEPA_SCANS, or ../shared/data beside the checkout."""
-    path = Path(os.environ.get("NEUROJEPA_SCANS", ROOT.parent / "shared" / "data"))
-    if not (path / "README.md").exists():
-        pytest.skip(f"no real scans at {path}; set NEUROJEPA_SCANS to a folder that has them")
-    return path
+    if not (SCANS / "README.md").exists():
+        pytest.skip(f"no real scans at {SCANS}; set NEUROJEPA_SCANS to a folder that has them")
+    return SCANS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from neurojepa.storage import read_rows
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SCANS
 from tests.helpers.browser import look
 from tests.helpers.synthetic_head import brain, save
 
@@ -31,8 +31,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     root = tmp_path_factory.mktemp("demo")
     scans = root / "scans"
     scans.mkdir()
-    real = Path(os.environ.get("NEUROJEPA_SCANS", ROOT.parent / "shared" / "data"))
-    good = real / "ixi" / "IXI012_T1w.nii.gz"
+    good = SCANS / "ixi" / "IXI012_T1w.nii.gz"
     if not good.exists():
         good = Path(save(root / "made_T1w.nii.gz", *brain()))
     shutil.copy(good, scans)
