@@ -4,4 +4,4 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
-SCANS = Path(os.environ.get("NEUROJEPA_SCANS", ROOT.parent / "shared" / "data"))  # real ones, if any
+SCANS = Path(os.environ.get("NEUROJEPA_SCANS", ROOT.parent / "shared" / "data"))  # if any
