@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seconds: Counter[Path] = Counter()
     for item in items:
         if mark := item.get_closest_marker("slow"):
-            seconds[item.path] += mark.args[0]
+            seconds[item.path] += mark.args[0] if mark.args else 5
     items.sort(key=lambda item: -seconds[item.path])
 
 

@@ -16,7 +16,7 @@ import pytest
 import neurojepa
 from tests.helpers import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow(20), pytest.mark.timeout(900)]
 PACKAGES = ("neurojepa", "data_prep", "cluster")
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 KEY = "a public key for invented people (11)"  # 5 of 7 to train on, 2 to test on
