@@ -19,7 +19,7 @@ from tests.helpers import ROOT
 ARROWS = {
     "neurojepa": (),
     "data_prep": ("neurojepa.storage", "neurojepa.errors", "neurojepa.feed.format",
-                  "neurojepa.report", "neurojepa.__version__"),
+                  "neurojepa.report"),
     "cluster": ("neurojepa.storage", "neurojepa.errors", "neurojepa.ports", "neurojepa.recipes"),
 }
 OWN = ("neurojepa", "data_prep", "cluster", "tools", "tests")
