@@ -87,7 +87,8 @@ def pack(archive_uri: str, out: str, grid: Grid, shard_bytes: int, workers: int 
     shards = list(_plan(archive_uri, scans, out, grid, source, shard_bytes))
     _pack_shards(shards, out, workers, ray_address)
     rows = pa.concat_tables(read_table(shard.record) for shard in shards)
-    fingerprint = commit_feed(out, grid, rows, _labels_of(rows, archive.labels), source=source)
+    fingerprint = commit_feed(out, grid, rows=rows, labels=_labels_of(rows, archive.labels),
+                              source=source)
     remove_shards_except(out, {shard.name for shard in shards})
     remove(join(out, _RECORDS))
     print(f"{out}: {rows.num_rows} scans at {grid.name}, fingerprint {fingerprint}")

@@ -32,7 +32,7 @@ LOADER_MS, LOADER_VOXELS = 3.0, 108 * 132 * 108
 GIB = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """Numbers of parameters and buffers; ``active`` are those that one token uses."""
 
@@ -45,7 +45,7 @@ class Weights:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Estimates for a run on ``gpus`` devices.  Sizes in bytes, times in seconds."""
 
@@ -97,7 +97,7 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
     rate = gpus * peak * mfu * filled / flops
     state = state_bytes(weights)
     modes = sorted({0, 1, config.model.activation_checkpointing})
-    memory = {stage: _memory(weights, stage, gpus, train.dtype) for stage in (1, 2, 3)}
+    memory = {stage: _memory(weights, stage, ranks=gpus, dtype=train.dtype) for stage in (1, 2, 3)}
     offloaded = {stage: _offload(parts, stage, train.offload) for stage, parts in memory.items()}
     return Plan(
         weights=weights, tokens=(tokens, tokens - targets, targets), flops_per_volume=flops,
@@ -217,14 +217,14 @@ def _weights(model: nn.Module) -> Weights:
     active = {**parts, "encoder": round(parts["encoder"] - idle)}
     buffers = sum(tensor.numel() for name, tensor in model.named_buffers()
                   if not name.startswith("target."))
-    return Weights(parts, active, buffers)
+    return Weights(parts=parts, active=active, buffers=buffers)
 
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _memory(weights: Weights, stage: int, ranks: int, dtype: str) -> dict[str, float]:
+def _memory(weights: Weights, stage: int, *, ranks: int, dtype: str) -> dict[str, float]:
     """Bytes per rank of what does not depend on the batch."""
     width = 2.0 if dtype == "bf16" else 4.0
     trained = float(weights.trained)

@@ -9,7 +9,7 @@ the loss of a micro-batch, its ``flops`` and, where it learns from some, its ``l
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class Method:
     """A line of the table."""
 
     model: str  # "module:Class"
+    _: KW_ONLY
     about: str  # for the model card; {objective.x} is filled in from the config
     masks: Literal["blocks", "uniform"] = "uniform"  # of the scales and regions, or one a scan
     latents: bool = False  # it predicts latents: they may be of another scan (data.cross_modal)
@@ -40,10 +41,10 @@ class Method:
 
 METHODS = {
     "jepa": Method("neurojepa.model.jepa:SparseJEPA",
-                   "prediction of latents through a {objective.sparse.code} code",
+                   about="prediction of latents through a {objective.sparse.code} code",
                    masks="blocks", latents=True, tissue_weight=1.0),
-    "mae": Method("neurojepa.baselines.mae:MAE", "a masked autoencoder, voxels filled in",
-                  tissue_weight=0.0),
-    "cnn": Method("neurojepa.baselines.cnn:CNN", "a network supervised by {objective.label}",
-                  whole_volumes=True),
+    "mae": Method("neurojepa.baselines.mae:MAE",
+                  about="a masked autoencoder, voxels filled in", tissue_weight=0.0),
+    "cnn": Method("neurojepa.baselines.cnn:CNN",
+                  about="a network supervised by {objective.label}", whole_volumes=True),
 }

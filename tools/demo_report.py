@@ -160,9 +160,9 @@ def _tokens(out: Path, feed: Feed) -> str:
     reader = SampleReader(feed)
     stored = feed.index["modality"].to_pylist()
     rows = [stored.index(name) for name in MODALITIES if name in stored]
-    batch = Batch(torch.from_numpy(np.stack([reader.image(row) for row in rows])),
-                  torch.tensor([MODALITIES.index(stored[row]) for row in rows]),
-                  torch.tensor(rows), torch.ones(len(rows)), [])
+    batch = Batch(voxels=torch.from_numpy(np.stack([reader.image(row) for row in rows])),
+                  modality=torch.tensor([MODALITIES.index(stored[row]) for row in rows]),
+                  position=torch.tensor(rows), weight=torch.ones(len(rows)), scan_ids=[])
     views = make_views(batch, config, feed.grid, config.train.seed)
     masks = views.context_BMC.shape[1]
     plot, axes = _pyplot().subplots(len(rows), masks + 1, squeeze=False, layout="constrained",

@@ -172,11 +172,11 @@ def _from_feed(uri: str, people: set[str], lists: list[WithdrawalList]) -> tuple
     labels = labels.filter(pc.invert(pc.is_in(labels["participant"], pa.array(
         sorted(people), pa.string()))))
     if len(gone):  # from here on no reader finds them
-        commit_feed(uri, feed.grid, rows, labels, source=source_of(uri))
+        commit_feed(uri, feed.grid, rows=rows, labels=labels, source=source_of(uri))
     shards = {shard for event in unfinished(read_events(uri)) for shard in event["shards"]}
     if shards:
         rows = _rewritten(feed, rows, shards)
-        commit_feed(uri, feed.grid, rows, labels, source=source_of(uri))
+        commit_feed(uri, feed.grid, rows=rows, labels=labels, source=source_of(uri))
     remove_shards_except(uri, set(pc.unique(rows["shard"]).to_pylist()))
     return len(gone), append_event(uri, {"event": "purged", "scans": len(gone)})
 

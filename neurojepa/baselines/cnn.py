@@ -57,7 +57,8 @@ class Labels:
         name = config.objective.label
         column = {key: feed.index[key].to_pylist()
                   for key in ("participant", "session", "split", "scan_id")}
-        text = scan_labels(feed.labels(), name, column["participant"], column["session"])
+        text = scan_labels(feed.labels(), name, people=column["participant"],
+                           sessions=column["session"])
         known = text != ""
         taught = known & (np.array(column["split"]) == config.data.split)
         self.names: tuple[str, str] | None = None
@@ -99,7 +100,7 @@ class CNN(Averaged):
         width, blocks = SIZES[config.model.size]
         patch = config.model.patch_voxels
         counts = tuple(length // patch for length in grid.shape)
-        return ResNet(width, blocks, counts, patch)
+        return ResNet(width, blocks=blocks, counts=counts, patch=patch)
 
     def forward(self, views: LabelledViews, l1: float | Tensor
                 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -115,15 +116,15 @@ class CNN(Averaged):
         """As ``Averaged.flops``: of the convolutions, all of them trained."""
         width, blocks = SIZES[config.model.size]
         voxels = _halved(grid.shape)
-        forward = _conv_flops(1, width, 5, voxels)
+        forward = _conv_flops(1, width, kernel=5, voxels=voxels)
         width_in = width
         for stage in range(STAGES):
             for block in range(blocks):
                 voxels = _halved(voxels) if stage and not block else voxels
-                forward += _conv_flops(width_in, width, 3, voxels)
-                forward += _conv_flops(width, width, 3, voxels)
+                forward += _conv_flops(width_in, width, kernel=3, voxels=voxels)
+                forward += _conv_flops(width, width, kernel=3, voxels=voxels)
                 if width_in != width:
-                    forward += _conv_flops(width_in, width, 1, voxels)
+                    forward += _conv_flops(width_in, width, kernel=1, voxels=voxels)
                 width_in = width
             width *= 2
         return forward, forward
@@ -145,7 +146,7 @@ class CNN(Averaged):
 class ResNet(nn.Module):
     """Tokens of the whole grid, as a volume, through residual stages to pooled features."""
 
-    def __init__(self, width: int, blocks: int, counts: tuple[int, ...], patch: int) -> None:
+    def __init__(self, width: int, *, blocks: int, counts: tuple[int, ...], patch: int) -> None:
         super().__init__()
         self.counts, self.patch = counts, patch
         self.stem = nn.Conv3d(1, width, 5, stride=2, padding=2, bias=False)
@@ -166,7 +167,7 @@ class ResNet(nn.Module):
 class Residual(nn.Module):
     """Two 3 x 3 x 3 convolutions beside a shortcut."""
 
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
+    def __init__(self, width_in: int, width: int, *, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(width_in, width, 3, stride, padding=1, bias=False)
         self.norm1 = nn.GroupNorm(NORM_GROUPS, width)
@@ -184,7 +185,7 @@ def _halved(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-length // 2) for length in shape)
 
 
-def _conv_flops(width_in: int, width: int, kernel: int, voxels: tuple[int, ...]) -> float:
+def _conv_flops(width_in: int, width: int, *, kernel: int, voxels: tuple[int, ...]) -> float:
     return 2.0 * width_in * width * kernel**3 * math.prod(voxels)
 
 

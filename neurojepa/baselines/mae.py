@@ -57,7 +57,8 @@ class MAE(Averaged):
         weight_BT = token_weights(_take(views.foreground_BN, hidden_BT), valid_BN[:, C:],
                                   self.background_weight)
         prediction_B = (weight_BT * error_BT).sum(-1)
-        total_B, told = with_tissue(self.tissue, prediction_B, views, visible_BC[:, None], y_BCD)
+        total_B, told = with_tissue(self.tissue, prediction_B, views,
+                                    index_BMC=visible_BC[:, None], latent_VCD=y_BCD)
         loss_B = views.weight_B * total_B
         return loss_B.sum(), sample_sums(views, loss_B.detach(),
                                          {"prediction": prediction_B, **told})
@@ -69,7 +70,7 @@ class MAE(Averaged):
         targets = round(tokens * config.objective.masks.target_share)
         head = 2 * targets * SIZES[config.model.size].predictor_dim * config.model.patch_voxels**3
         trained = (encoder_flops(config.model, tokens - targets)
-                   + predictor_flops(config.model, tokens, targets) + head)
+                   + predictor_flops(config.model, tokens=tokens, targets=targets) + head)
         return trained, trained
 
 

@@ -45,7 +45,8 @@ class Embeddings:
         DataError
             No one has a label of this name.
         """
-        return scan_labels(table, name, self.participant.tolist(), self.session.tolist())
+        return scan_labels(table, name, people=self.participant.tolist(),
+                           sessions=self.session.tolist())
 
 
 def select_rows(feed: Feed, modality: str | None, cohort: str | None,

@@ -51,7 +51,7 @@ def load_regions(grid: Grid, patch: int, atlas: str | None = None) -> Regions:
     """
     points = grid_mm(grid)
     origin, inside, *_ = template()
-    brain = values_at(inside, origin, points) > 0
+    brain = values_at(inside, origin=origin, where=points) > 0
     if atlas is None:
         codes, names = np.where(brain, lobes(points), 0), lobe_names()
         source = "lobes by MNI coordinates, approximate"

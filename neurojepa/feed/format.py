@@ -220,7 +220,7 @@ def open_feed(uri: str) -> Feed:
                 record["index_sha256"][:16])
 
 
-def commit_feed(uri: str, grid: Grid, rows: pa.Table, labels: pa.Table,
+def commit_feed(uri: str, grid: Grid, *, rows: pa.Table, labels: pa.Table,
                 source: str | None = None) -> str:
     """Write index, labels and, last, the commit record; returns the fingerprint.
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from neurojepa.errors import DataError
 
 
-def scan_labels(table: pa.Table, name: str, people: Sequence[str],
+def scan_labels(table: pa.Table, name: str, *, people: Sequence[str],
                 sessions: Sequence[str]) -> np.ndarray:
     """The label ``name`` of each scan.
 

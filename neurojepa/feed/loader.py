@@ -36,7 +36,7 @@ class DamagedSample(DataError):
     """Stored bytes that are wrong, not merely out of reach."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Batch:
     """One micro-batch of a rank.  B scans on a grid of X, Y, Z voxels."""
 
@@ -130,7 +130,7 @@ class Loader:
     ``micro_steps`` micro-batches make one step; ``wait_s`` is the time the trainer has waited.
     """
 
-    def __init__(self, feed: Feed, config: RootConfig, rank: int, world: int,
+    def __init__(self, feed: Feed, config: RootConfig, *, rank: int, world: int,
                  first_step: int, windows: Iterable[Window] = ()) -> None:
         train = config.train
         self.order = Order(feed.index, config.data, train.seed)

@@ -63,7 +63,7 @@ def encoder_flops(model: ModelConfig, tokens: int) -> float:
     return size.depth * block + 2 * tokens * model.patch_voxels**3 * size.dim
 
 
-def predictor_flops(model: ModelConfig, tokens: int, targets: int) -> float:
+def predictor_flops(model: ModelConfig, *, tokens: int, targets: int) -> float:
     """FLOPs of the predictor's forward over ``tokens``, of which so many are targets."""
     size = SIZES[model.size]
     width, context = size.predictor_dim, tokens - targets

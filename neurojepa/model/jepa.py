@@ -41,7 +41,8 @@ class SparseJEPA(Averaged):
         size = SIZES[config.model.size]
         self.background_weight = config.objective.background_weight
         self.predictor = Predictor(size)
-        self.code = SparseCode(config.objective.sparse, size.predictor_dim, size.dim)
+        self.code = SparseCode(config.objective.sparse, predictor_dim=size.predictor_dim,
+                               dim=size.dim)
         self.spread = config.objective.spread
         self.tissue = tissue_head(config.objective, size.dim)
 
@@ -79,7 +80,8 @@ class SparseJEPA(Averaged):
                 y_VCD.reshape(B, -1, y_VCD.shape[-1]),
                 take(views.valid_BN, views.context_BMC).reshape(B, -1))
             total_B = total_B + self.spread * shown["crowding"]
-        total_B, told = with_tissue(self.tissue, total_B, views, views.context_BMC, y_VCD)
+        total_B, told = with_tissue(self.tissue, total_B, views, index_BMC=views.context_BMC,
+                                    latent_VCD=y_VCD)
         loss_B = views.weight_B * total_B
         metrics = sample_sums(views, loss_B.detach(), {
             **parts, **shown, **told, "l0": per_sample(coded.num_active)})
@@ -99,8 +101,9 @@ class SparseJEPA(Averaged):
         decodings = 2 if sparse.code == "gated" else 1  # its second has half a backward: a trifle
         head = 2 * targets * (size.predictor_dim * (atoms or size.dim)
                               + decodings * atoms * size.dim)
+        predictor = predictor_flops(config.model, tokens=tokens, targets=targets)
         trained = len(masks.scales) * (encoder_flops(config.model, tokens - targets)
-                                       + predictor_flops(config.model, tokens, targets) + head)
+                                       + predictor + head)
         return encoder_flops(config.model, tokens) + trained, trained
 
     def _predict(self, views: Views) -> tuple[Coded, Tensor, Tensor]:

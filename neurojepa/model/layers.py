@@ -65,7 +65,7 @@ class Block(nn.Module):
         self.attention = Attention(dim, heads, head_gate)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp: nn.Module = MLP(dim, 4 * dim) if experts is None else MoE(
-            dim, experts.num_experts, experts.top_k, experts.expert_hidden,
+            dim, num_experts=experts.num_experts, top_k=experts.top_k, hidden=experts.expert_hidden,
             shared=MLP(dim, experts.num_shared * experts.expert_hidden))
 
     def forward(self, x_BND: Tensor, turn_B1Np: Tensor, valid_BN: Tensor,

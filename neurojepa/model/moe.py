@@ -34,7 +34,7 @@ class MoE(nn.Module):
     bias: Tensor
     load: Tensor
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, hidden: int,
+    def __init__(self, dim: int, *, num_experts: int, top_k: int, hidden: int,
                  shared: nn.Module) -> None:
         super().__init__()
         self.top_k = top_k

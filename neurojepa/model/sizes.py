@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Size:
     """Shape of encoder and predictor; ``top_k`` of ``num_experts`` are active for each token."""
 
@@ -26,10 +26,19 @@ class Size:
 
 
 SIZES = {
-    #             dim depth heads  predictor     E  k  shared hidden
-    "tiny": Size(96, 4, 3, 64, 2, 2, 4, 2, 1, 128),
-    "small": Size(384, 12, 6, 192, 6, 6, 8, 2, 1, 512),
-    "base": Size(768, 12, 12, 384, 12, 12, 16, 6, 2, 384),
-    "large": Size(1024, 24, 16, 512, 12, 16, 32, 6, 2, 512),
-    "huge": Size(1280, 32, 16, 640, 12, 20, 64, 6, 2, 640),
+    "tiny": Size(
+        dim=96, depth=4, heads=3, predictor_dim=64, predictor_depth=2, predictor_heads=2,
+        num_experts=4, top_k=2, num_shared=1, expert_hidden=128),
+    "small": Size(
+        dim=384, depth=12, heads=6, predictor_dim=192, predictor_depth=6, predictor_heads=6,
+        num_experts=8, top_k=2, num_shared=1, expert_hidden=512),
+    "base": Size(
+        dim=768, depth=12, heads=12, predictor_dim=384, predictor_depth=12, predictor_heads=12,
+        num_experts=16, top_k=6, num_shared=2, expert_hidden=384),
+    "large": Size(
+        dim=1024, depth=24, heads=16, predictor_dim=512, predictor_depth=12, predictor_heads=16,
+        num_experts=32, top_k=6, num_shared=2, expert_hidden=512),
+    "huge": Size(
+        dim=1280, depth=32, heads=16, predictor_dim=640, predictor_depth=12, predictor_heads=20,
+        num_experts=64, top_k=6, num_shared=2, expert_hidden=640),
 }

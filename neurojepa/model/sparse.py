@@ -74,7 +74,7 @@ class SparseCode(nn.Module):
     usage: Tensor
     active: Tensor
 
-    def __init__(self, sparse: SparseConfig, predictor_dim: int, dim: int) -> None:
+    def __init__(self, sparse: SparseConfig, *, predictor_dim: int, dim: int) -> None:
         super().__init__()
         self.dense_loss, self.revive = sparse.dense_loss, sparse.revive
         self.is_sparse, self.is_gated = sparse.code != "identity", sparse.code == "gated"
@@ -107,7 +107,8 @@ class SparseCode(nn.Module):
             code = self.encode(predicted).float()
             error = (code - target).abs() if self.dense_loss == "l1" else (code - target).square()
             none = torch.zeros_like(error[..., 0])
-            return Coded(code, error.mean(-1), none, none + code.shape[-1], None)
+            return Coded(predicted=code, error=error.mean(-1), penalty=none,
+                         num_active=none + code.shape[-1], gate_error=None)
         h, gate = self.activations(predicted)
         active = h.detach() > 0
         if torch.is_grad_enabled():
@@ -116,8 +117,9 @@ class SparseCode(nn.Module):
         if self.is_gated:
             z_gate = self.decoder(gate, frozen=True).float()
             gate_error = (z_gate - target).square().mean(-1)
-        return Coded(z_hat, (z_hat - target).square().mean(-1), gate.float().sum(-1),
-                     active.sum(-1).float(), gate_error)
+        return Coded(predicted=z_hat, error=(z_hat - target).square().mean(-1),
+                     penalty=gate.float().sum(-1), num_active=active.sum(-1).float(),
+                     gate_error=gate_error)
 
     def activations(self, predicted: Tensor) -> tuple[Tensor, Tensor]:
         """Code h and what the penalty falls on, both [..., A]; the same but for a gated code."""

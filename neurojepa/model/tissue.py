@@ -25,7 +25,7 @@ class TissueHead(Linear):
         nn.init.trunc_normal_(self.weight, std=INIT_STD)
         nn.init.zeros_(self.bias)
 
-    def error(self, views: Views, index_BMC: Tensor, latent_VCD: Tensor) -> Tensor:
+    def error(self, views: Views, *, index_BMC: Tensor, latent_VCD: Tensor) -> Tensor:
         """float32 [B]: divergence of what tokens tell from the shares in their patches.
 
         Parameters
@@ -45,7 +45,7 @@ def tissue_head(objective: ObjectiveConfig, dim: int) -> TissueHead | None:
     return TissueHead(dim, objective.tissue) if objective.tissue else None
 
 
-def with_tissue(head: TissueHead | None, loss_B: Tensor, views: Views, index_BMC: Tensor,
+def with_tissue(head: TissueHead | None, loss_B: Tensor, views: Views, *, index_BMC: Tensor,
                 latent_VCD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss with what the head adds to it, and the head's error [B] for the metrics.
 
@@ -53,5 +53,5 @@ def with_tissue(head: TissueHead | None, loss_B: Tensor, views: Views, index_BMC
     """
     if head is None or not views.tissue_BNK.shape[-1]:
         return loss_B, {}
-    error_B = head.error(views, index_BMC, latent_VCD)
+    error_B = head.error(views, index_BMC=index_BMC, latent_VCD=latent_VCD)
     return loss_B + head.weighs * error_B, {"tissue": error_B}

@@ -130,7 +130,7 @@ def _parcels(grid: Grid) -> np.ndarray:
     points = np.argwhere(coarse) * _STRIDE_MM + origin
     centres = _k_means(points[points[:, 0] >= 0], PARCELS)
     where = grid_mm(grid)
-    brain = values_at(grey + white, origin, where) > 0.5
+    brain = values_at(grey + white, origin=origin, where=where) > 0.5
     points = where[brain] * np.where(where[brain] < 0, [-1, 1, 1], 1)  # x mirrored
     labels = np.zeros(grid.shape, np.int64)
     labels[brain] = _nearest(points, centres) + 1
@@ -186,7 +186,7 @@ def read_atlas(path: str, grid: Grid, named: str) -> np.ndarray:
         raise ConfigError(f"{named}: its affine cannot be inverted")
     to_voxel = np.linalg.inv(affine)
     voxel = grid_mm(grid) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
-    return values_at(values.astype(np.int64), np.zeros(3), voxel)
+    return values_at(values.astype(np.int64), origin=np.zeros(3), where=voxel)
 
 
 # ---- tissue --------------------------------------------------------------------------------------
@@ -241,8 +241,8 @@ def _priors_on(device: torch.device, grid: Grid, patch: int) -> tuple[Tensor, Te
     origin, brain, grey, white = template()
     fluid = (brain - grey - white).clip(0)
     where, sigma = grid_mm(grid), PRIOR_SIGMA_MM / grid.spacing_mm
-    prior = np.stack([gaussian_filter(values_at(part, origin, where), sigma) + PRIOR_FLOOR
-                      for part in (fluid, grey, white)])
+    prior = np.stack([gaussian_filter(values_at(part, origin=origin, where=where), sigma)
+                      for part in (fluid, grey, white)]) + PRIOR_FLOOR
     prior /= prior.sum(0)
     codes = np.rint(255 * prior).astype(np.uint8)
     at = np.arange(patch) % max(1, round(_SAMPLED_MM / grid.spacing_mm)) == 0
@@ -274,7 +274,7 @@ def by_patch(volume: np.ndarray, patch: int) -> np.ndarray:
     return split.reshape(x * y * z, -1)
 
 
-def values_at(volume: np.ndarray, origin: np.ndarray, where: np.ndarray) -> np.ndarray:
+def values_at(volume: np.ndarray, *, origin: np.ndarray, where: np.ndarray) -> np.ndarray:
     """Values of the nearest voxels (voxel 0 lies at ``origin``), 0 outside; [..., 3] -> [...]."""
     index = np.rint(where - origin).astype(int)
     inside = ((index >= 0) & (index < volume.shape)).all(-1)

@@ -36,7 +36,7 @@ _UNIT = 128  # lengths per token: up to 127 tokens fit into int16, the fastest f
 _BLOCKS, _UNIFORM, _REGIONS = 16, 17, 18  # random streams, apart from those of the views
 
 
-def draw_masks(keep_BN: Tensor, counts: tuple[int, int, int], foreground_BN: Tensor,
+def draw_masks(keep_BN: Tensor, counts: tuple[int, int, int], *, foreground_BN: Tensor,
                valid_BN: Tensor, masks: MaskConfig, seed: int, position_B: Tensor,
                regions: tuple[Tensor, int] | None = None) -> tuple[Tensor, Tensor]:
     """Draw one context/target split per scale.
@@ -81,7 +81,7 @@ def draw_masks(keep_BN: Tensor, counts: tuple[int, int, int], foreground_BN: Ten
     return context_BMC, target_BMT
 
 
-def draw_uniform_masks(num_tokens: int, target_share: float, seed: int,
+def draw_uniform_masks(num_tokens: int, target_share: float, *, seed: int,
                        position_B: Tensor) -> tuple[Tensor, Tensor]:
     """One split per scan in which every token is as likely a target: context and target as above.
 

@@ -3,7 +3,7 @@
 A sample's augmentation and masks must not depend on the batch, rank, device or moment that it is
 drawn in.  So nothing is drawn from a generator: each number is a hash of its key, by the finaliser
 of SplitMix64 (Steele, Lea & Flood 2014) in wrapping int64 arithmetic, which every device does
-alike.  Integers, ``uniform`` and ``normal`` are bit-equal on CPU and GPU.
+alike.  ``bits``, ``uniform`` and ``normal`` are bit-equal on CPU and GPU.
 """
 
 from __future__ import annotations
@@ -58,12 +58,6 @@ def normal(seed: int, position_B: Tensor, stream: int, counter: int | Tensor) ->
     sums = (drawn & even_bytes).add_((drawn >> 8).bitwise_and_(even_bytes))  # of two, four a word
     sums += sums >> 16  # of four, in the lower halves of two int32; what is above them is cut off
     return ((sums.view(torch.int32) & 0xFFFF) - 2 * 0xFF).float().mul_(_BYTES_STD**-1)
-
-
-def integers(seed: int, position_B: Tensor, stream: int, counter: int | Tensor,
-             bound: int | Tensor) -> Tensor:
-    """int64 in [0, bound); ``bound`` (< 2^31) broadcasts against the result."""
-    return (_shift_right(bits(seed, position_B, stream, counter), 33) * bound) >> 31
 
 
 def _signed(value: int) -> int:

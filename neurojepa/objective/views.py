@@ -113,11 +113,12 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> 
     if METHODS[config.objective.method].masks == "blocks":
         regions = (regions_on(device, grid, patch, config.objective.regions)
                    if masks.region_share else None)
-        context_BMC, target_BMT = draw_masks(keep_BN, patch_counts(grid, patch), own.foreground_BN,
-                                             own.valid_BN, masks, seed, position_B, regions)
+        context_BMC, target_BMT = draw_masks(
+            keep_BN, patch_counts(grid, patch), foreground_BN=own.foreground_BN,
+            valid_BN=own.valid_BN, masks=masks, seed=seed, position_B=position_B, regions=regions)
     else:
-        context_BMC, target_BMT = draw_uniform_masks(keep_BN.shape[1], masks.target_share, seed,
-                                                     position_B)
+        context_BMC, target_BMT = draw_uniform_masks(keep_BN.shape[1], masks.target_share,
+                                                     seed=seed, position_B=position_B)
     return Views(
         tokens_BNP=own.tokens_BNP, coords_BN3=patch_centres_mm(grid, patch, device)[keep_BN],
         foreground_BN=own.foreground_BN, valid_BN=own.valid_BN,
@@ -135,8 +136,10 @@ def _cut(voxels: Tensor, counted: tuple[Tensor, Tensor], keep_BN: Tensor, key_B:
     rows_B1 = torch.arange(len(keep_BN), device=keep_BN.device)[:, None]
     tokens_BNP = _tokens(patchify(voxels, patch)[rows_B1, keep_BN], keep_BN, grid, patch,
                          config.objective.augment, seed, key_B)
-    return _Scans(tokens_BNP, brain_Bn[rows_B1, keep_BN].float() / patch**3,
-                  scanned_Bn[rows_B1, keep_BN], (brain_Bn.sum(-1) > 0).float())
+    return _Scans(tokens_BNP=tokens_BNP,
+                  foreground_BN=brain_Bn[rows_B1, keep_BN].float() / patch**3,
+                  valid_BN=scanned_Bn[rows_B1, keep_BN],
+                  shows_brain_B=(brain_Bn.sum(-1) > 0).float())
 
 
 def _tissue(voxels: Tensor, keep_BN: Tensor, config: RootConfig, grid: Grid) -> Tensor:

@@ -113,8 +113,9 @@ class Checkpoint:
         shapes = {name: tuple(shape) for name, shape, *_ in self.manifest["fragments"]}
         if key == "ema":
             shapes = {name: shape for name, shape in shapes.items() if name.startswith(SOURCE)}
-        return {name: self.read(Fragment(name, shape, 0, math.prod(shape), 0, 0), key).view(shape)
-                for name, shape in shapes.items()}
+        whole = [Fragment(name=name, shape=shape, start=0, length=math.prod(shape), flat=0,
+                          offset=0) for name, shape in shapes.items()]
+        return {part.name: self.read(part, key).view(part.shape) for part in whole}
 
     def buffers(self) -> dict[str, Tensor]:
         """Router bias and other persistent buffers by name."""

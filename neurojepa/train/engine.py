@@ -36,7 +36,7 @@ REDUCED_AT_ONCE = 20_000_000  # elements; DeepSpeed's default takes 2 GB anew in
 OFFLOADED = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fragment:
     """Elements [start, start + length) of a parameter, and where this rank keeps them."""
 
@@ -74,7 +74,8 @@ class Engine:
         with bounded_groups(), _nothing_compiled():
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer,
-                config=deepspeed_config(config, world.size, micro_steps))[0]
+                config=deepspeed_config(config, world_size=world.size,
+                                        micro_steps=micro_steps))[0]
         self._zero: Any = self._engine.optimizer
         self._micro_steps = micro_steps
         self._stage3 = config.train.zero == 3
@@ -194,8 +195,9 @@ class Engine:
                 mapping = param._hp_mapping
                 if mapping is not None:
                     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield Fragment(self._names[id(param)], tuple(param.shape), here.start,
-                                   here.numel, i, there.start)
+                    yield Fragment(
+                        name=self._names[id(param)], shape=tuple(param.shape), start=here.start,
+                        length=here.numel, flat=i, offset=there.start)
 
     def _fragments_3(self) -> Iterator[Fragment]:
         for i, group in enumerate(self._groups):
@@ -204,8 +206,8 @@ class Engine:
                 start = size * self.world.rank
                 length = min(param.ds_numel - start, size)  # the rest is uninitialised padding
                 if length > 0:
-                    yield Fragment(self._names[id(param)], tuple(param.ds_shape), start, length,
-                                   i, offset)
+                    yield Fragment(name=self._names[id(param)], shape=tuple(param.ds_shape),
+                                   start=start, length=length, flat=i, offset=offset)
 
     def tensors(self, fragment: Fragment) -> dict[str, Tensor]:
         """Views of a fragment's state: master, exp_avg, exp_avg_sq and, for the encoder, ema."""
@@ -296,7 +298,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             for (_, decays), params in groups.items()]
 
 
-def deepspeed_config(config: RootConfig, world_size: int, micro_steps: int) -> dict[str, Any]:
+def deepspeed_config(config: RootConfig, *, world_size: int,
+                     micro_steps: int) -> dict[str, Any]:
     """DeepSpeed's settings; those not obvious were pinned because another value goes wrong."""
     train = config.train
     # ZeRO-1 with bf16 and fp32 accumulation silently becomes another optimizer class, whose state

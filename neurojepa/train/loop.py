@@ -101,7 +101,7 @@ class Run:
         self.feed = open_feed(config.data.feed)
         self.patience = Patience(config.data.retry_s)
         regions = check_anatomy(config, self.feed.grid)
-        self.loader = Loader(self.feed, config, world.rank, world.size, first_step=0)
+        self.loader = Loader(self.feed, config, rank=world.rank, world=world.size, first_step=0)
         self.fingerprints = {"feed": self.feed.fingerprint, "regions": regions,
                              "order": self.loader.order.fingerprint}
         self.labels = METHODS[config.objective.method].load().labels(self.feed, config)
@@ -119,8 +119,8 @@ class Run:
         self.began = (time.perf_counter(), self.step)
         self._batches: Iterator[Batch] = iter(())
         self._take_up(found, found.manifest["skipped_windows"] if found else (), changes)
-        self.saver = Saver(config.run.dir, self.engine, world, config.train.keep_last,
-                           config.train.milestone_every, self.patience)
+        self.saver = Saver(config.run.dir, self.engine, world, keep_last=config.train.keep_last,
+                           milestone_every=config.train.milestone_every, patience=self.patience)
         self._saving_since = self._stalled_s = 0.0
         self.metrics = Metrics(config, self.feed.grid, world, self.step, self.patience)
         self.hooks: list[Hook] = [

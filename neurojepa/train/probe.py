@@ -66,8 +66,9 @@ class OnlineProbe(Hook):
         self.truth: dict[str, np.ndarray] = {}
         for target in TARGETS:
             try:
-                labels = scan_labels(table, target, column["participant"][self.rows].tolist(),
-                                     column["session"][self.rows].tolist())
+                labels = scan_labels(table, target,
+                                     people=column["participant"][self.rows].tolist(),
+                                     sessions=column["session"][self.rows].tolist())
             except DataError:  # no one has it
                 continue
             truth = _as_truth(labels)

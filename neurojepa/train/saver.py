@@ -77,7 +77,7 @@ class Saver:
         With a store that fails.
     """
 
-    def __init__(self, run_dir: str, engine: Engine, world: World, keep_last: int,
+    def __init__(self, run_dir: str, engine: Engine, world: World, *, keep_last: int,
                  milestone_every: int, patience: Patience) -> None:
         self.run_dir, self.engine, self.world = run_dir, engine, world
         self._patience = patience

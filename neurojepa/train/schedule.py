@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from neurojepa.config import OptimConfig, RootConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rates:
     """The scheduled values of one step."""
 
@@ -25,11 +25,11 @@ def rates_at(step: int, config: RootConfig) -> Rates:
     """The rates of step ``step`` (counted from 0)."""
     sparse = config.objective.sparse
     warm = min(1.0, (step + 1) / sparse.l1_warmup_steps) if sparse.l1_warmup_steps else 1.0
-    return Rates(learning_rate(step, config.train.steps, config.optim), sparse.l1 * warm,
-                 config.optim.ema)
+    return Rates(lr=learning_rate(step, steps=config.train.steps, optim=config.optim),
+                 l1=sparse.l1 * warm, ema=config.optim.ema)
 
 
-def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
+def learning_rate(step: int, *, steps: int, optim: OptimConfig) -> float:
     """Linear warm-up to ``lr``, half a cosine down to ``min_lr`` or none, and a linear cooldown.
 
     The cooldown is decided late: a run of constant rate that is extended, or given a cooldown,

@@ -26,7 +26,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a peer that is silent this long is lost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class World:
     """This process among the ranks of the run."""
 
@@ -86,7 +86,7 @@ def start_world(deterministic: bool = False) -> World:
                                    verbose=False, timeout=COLLECTIVE_TIMEOUT)
         control = dist.new_group(backend="gloo")
     dist.barrier(group=control)  # nobody ends by an error while another one still joins
-    return World(dist.get_rank(), dist.get_world_size(), device, control)
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, control=control)
 
 
 def keep_memory() -> None:

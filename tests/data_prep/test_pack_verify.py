@@ -253,8 +253,8 @@ def test_verify_finds_a_person_or_family_in_two_splits(feed: Path, capsys):
     opened = open_feed(str(feed))
     rows = opened.index.to_pylist()
     rows[0]["split"] = "test"  # p1's other visit stays in train
-    commit_feed(str(feed), THREE, opened.index.from_pylist(rows, opened.index.schema),
-                opened.labels())
+    commit_feed(str(feed), THREE, rows=opened.index.from_pylist(rows, opened.index.schema),
+                labels=opened.labels())
     said = wrong(feed, capsys)
     assert "participant p1 is in the splits test, train" in said
     assert "family p1 is in the splits test, train" in said

@@ -60,8 +60,8 @@ def write_feed(uri: str, num_samples: int = 24, seed: int = 0,
                     "offset": buffer.tell() - -(-len(data) // 512) * 512,
                     "sha256": sha256(data), "num_foreground": int(((codes > 0)).sum())})
         write_bytes(join(uri, path), buffer.getvalue())
-    commit_feed(uri, GRID, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
-                LABELS_SCHEMA.empty_table())
+    commit_feed(uri, GRID, rows=pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
+                labels=LABELS_SCHEMA.empty_table())
     return uri
 
 
@@ -88,7 +88,8 @@ def feed_config(feed: str, run_dir: str | Path = "unused", steps: int = 8,
 
 def read_batches(config: RootConfig, rank: int = 0, world: int = 1, first: int = 0) -> list[Batch]:
     """All batches of one rank, read to the end."""
-    loader = Loader(open_feed(config.data.feed), config, rank, world, first)
+    loader = Loader(open_feed(config.data.feed), config, rank=rank, world=world,
+                    first_step=first)
     try:
         return list(loader)
     finally:

@@ -218,7 +218,8 @@ def _resave(config: RootConfig, folder: str) -> None:
 
     run = Run(config, start_world())
     old = checkpoint.open_checkpoint(config.run.dir, run.step).manifest
-    saver = Saver(folder, run.engine, run.world, 1, 0, run.patience)
+    saver = Saver(folder, run.engine, run.world, keep_last=1, milestone_every=0,
+                  patience=run.patience)
     saver.start(run.step, {key: old[key] for key in ("config", "feed", "order", "regions", "health",
                                                    "skipped_windows")})
     saver.finish()

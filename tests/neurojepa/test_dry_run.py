@@ -33,7 +33,8 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> str:
     index = open_feed(uri).index
     labels = [{"participant": row["participant"], "session": "", "name": "size",
                "value": str(row["num_foreground"])} for row in index.to_pylist()]
-    commit_feed(uri, GRID, index, pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
+    commit_feed(uri, GRID, rows=index,
+                labels=pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
     return uri
 
 
@@ -84,7 +85,7 @@ def test_flops_are_those_that_torch_counts(feed: str, tmp_path: Path, method: st
     config = of_method(tiny_config(feed, tmp_path), method, moe=False)
     model = build_model(config, GRID)
     labels = METHODS[method].load().labels(open_feed(feed), config)
-    batch = next(iter(Loader(open_feed(feed), config, 0, 1, 0)))
+    batch = next(iter(Loader(open_feed(feed), config, rank=0, world=1, first_step=0)))
     views = make_views(batch, config, GRID, 0)
     views = labels.attach(views, batch.scan_ids) if labels else views
     with (FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad(),

@@ -21,7 +21,7 @@ from neurojepa.storage import read_rows
 from neurojepa.weights import export, load
 from tests.helpers.feeds import GRID, tiny_config, write_feed
 
-TOY = Method("tests.neurojepa.test_methods:Toy", "a toy of width {objective.sparse.atoms}")
+TOY = Method("tests.neurojepa.test_methods:Toy", about="a toy of width {objective.sparse.atoms}")
 
 
 class Toy(Averaged):

@@ -70,8 +70,9 @@ def _ours(voxels: Tensor) -> Parts:
         return until_done
 
     return (timed(lambda: count_brain(voxels, PATCH)),
-            timed(lambda: draw_masks(keep_Bn, counts, brain_Bn / PATCH**3, scanned_Bn, config, 0,
-                                     position_B)))
+            timed(lambda: draw_masks(keep_Bn, counts, foreground_BN=brain_Bn / PATCH**3,
+                                     valid_BN=scanned_Bn, masks=config, seed=0,
+                                     position_B=position_B)))
 
 
 def _official(checkout: str, heads: Tensor) -> Parts:

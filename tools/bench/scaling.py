@@ -133,7 +133,7 @@ def _loader(feed: str, threads: int, count: int) -> dict[str, float]:
     from neurojepa.feed.loader import Loader
 
     loader = Loader(open_feed(feed), _config(feed, str(Path(feed).parent / "run"), 1, 2, threads),
-                    0, 1, 0)
+                    rank=0, world=1, first_step=0)
     batches = iter(loader)
     next(batches)
     wall, cpu = time.perf_counter(), time.process_time()

@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,7 @@ def _ours(kind: str, size: str) -> dict[str, Any]:
     if size == "small-official":  # the small shape that the official step is timed at
         name = "small"
         sizes.SIZES["small"] = sizes.Size(
-            shape.dim, shape.depth, shape.heads, shape.predictor_dim, shape.predictor_depth,
-            shape.predictor_heads, shape.num_experts, shape.top_k, shape.num_shared,
-            shape.expert_hidden)
+            **{field.name: getattr(shape, field.name) for field in fields(sizes.Size)})
     parity = kind != "budget"
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
         feed = _feed(folder, shape.grid)
@@ -202,8 +201,8 @@ def _feed(folder: str, shape: tuple[int, int, int]) -> str:
         samples.append((row, encode_array(quantise(image, mask)), None))
     data, rows = write_tar(samples)
     write_bytes(join(uri, "shards/0.tar"), data)
-    commit_feed(uri, grid, placed_table(rows, "shards/0.tar"),
-                pa.Table.from_pylist([], schema=LABELS_SCHEMA))
+    commit_feed(uri, grid, rows=placed_table(rows, "shards/0.tar"),
+                labels=pa.Table.from_pylist([], schema=LABELS_SCHEMA))
     return uri
 
 

@@ -50,8 +50,8 @@ def relabel(source: Path, target: Path) -> None:
              "value": "large" if row["num_foreground"] > middle else "small"}]
     for path in {row["shard"] for row in rows}:
         write_bytes(str(target / path), (source / path).read_bytes())
-    commit_feed(str(target), GRID, feed.index.from_pylist(rows, feed.index.schema),
-                pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
+    commit_feed(str(target), GRID, rows=feed.index.from_pylist(rows, feed.index.schema),
+                labels=pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
 
 
 def test_an_export_holds_the_trained_values_and_loads_strictly(trained: Path) -> None:

@@ -50,8 +50,8 @@ def write_feed(root: Path, count: int = 11) -> str:
                          "cohort": "toy", "shard": "shards/toy-000000.tar", "offset": offset,
                          "length": len(data), "sha256": sha256(data)})
     write_bytes(f"{root}/shards/toy-000000.tar", buffer.getvalue())
-    commit_feed(str(root), GRID, pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
-                LABELS_SCHEMA.empty_table())
+    commit_feed(str(root), GRID, rows=pa.Table.from_pylist(rows, schema=INDEX_SCHEMA),
+                labels=LABELS_SCHEMA.empty_table())
     return str(root)
 
 
@@ -210,7 +210,7 @@ def read_all(config: RootConfig, uri: str, world: int, first: int = 0) -> list[d
     steps: list[dict[int, str]] = [{} for _ in range(first, config.train.steps)]
     feed = open_feed(uri)
     for rank in range(world):
-        loader = Loader(feed, config, rank, world, first)
+        loader = Loader(feed, config, rank=rank, world=world, first_step=first)
         for number, batch in enumerate(loader):
             assert isinstance(batch, Batch) and batch.voxels.shape == (2, *GRID.shape)
             for n, scan_id in enumerate(batch.scan_ids):

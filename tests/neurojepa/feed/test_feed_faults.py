@@ -68,7 +68,7 @@ def test_a_store_that_dies_and_comes_back_costs_only_time(
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("faults")
         config = feed_config(upload(local, "s3://faults/feed"), retry_s=90)
-        loader = Loader(open_feed(config.data.feed), config, 0, 1, 0)
+        loader = Loader(open_feed(config.data.feed), config, rank=0, world=1, first_step=0)
         stream = iter(loader)
         seen = [next(stream)]
         servers.close()  # SIGKILL
@@ -93,7 +93,7 @@ def test_what_a_proxy_spoils_is_read_again(local: Path, s3: Any, proxy: Proxy,
     proxy.target = s3.endpoint
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     proxy.faults.extend(["reset", "truncate", "corrupt", "delay"])
-    loader = Loader(feed, config, 0, 1, 0)
+    loader = Loader(feed, config, rank=0, world=1, first_step=0)
     assert same(list(loader), read_batches(feed_config(str(local))))
     loader.close()
     assert len(proxy.faults) <= 1  # a connection that was only corrupt or slow is used again
@@ -106,7 +106,7 @@ def test_a_store_that_stays_away_ends_in_one_clear_error(
     config = feed_config(upload(local, f"{s3.uri}/away"), retry_s=1)
     feed = open_feed(config.data.feed)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)  # it resets every connection
-    loader = Loader(feed, config, 0, 1, 0)
+    loader = Loader(feed, config, rank=0, world=1, first_step=0)
     with pytest.raises(DataError, match=r"shards/0000.*cannot be read.*check the store"):
         next(iter(loader))
     assert loader.has_reports
@@ -118,7 +118,7 @@ def test_closing_ends_reads_that_wait(local: Path, s3: Any, proxy: Proxy,
     config = feed_config(upload(local, f"{s3.uri}/closing"), retry_s=480)
     feed = open_feed(config.data.feed)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)  # it resets every connection
-    loader = Loader(feed, config, 0, 1, 0)
+    loader = Loader(feed, config, rank=0, world=1, first_step=0)
     read = loader._pool.submit(loader.reader.image, 0)
     while not loader.has_reports:
         time.sleep(0.01)

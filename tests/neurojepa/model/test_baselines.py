@@ -78,8 +78,8 @@ def label(source: Path, target: Path) -> None:
                     "value": value} for name, value in values.items()]
     for path in {row["shard"] for row in rows}:
         write_bytes(str(target / path), (source / path).read_bytes())
-    commit_feed(str(target), GRID, feed.index.from_pylist(rows, feed.index.schema),
-                pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
+    commit_feed(str(target), GRID, rows=feed.index.from_pylist(rows, feed.index.schema),
+                labels=pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -129,7 +129,7 @@ def test_ranks_probe_together_what_one_would_alone(root: Path, tmp_path: Path) -
     export(str(root / "probe2"), str(tmp_path / "weights"))
     model = load(str(tmp_path / "weights")).model
     config = config_of(str(root / "feed"), tmp_path / "run", "jepa", probe_every=2)
-    world = Alone(0, 1, torch.device("cpu"), None)
+    world = Alone(rank=0, size=1, device=torch.device("cpu"), control=None)
     metrics = MagicMock(patience=Patience(0))
     probe = OnlineProbe(config, open_feed(config.data.feed), world)
     for step in (2, 6, 4):  # back from 6: its row is gone
@@ -144,7 +144,7 @@ def test_ranks_probe_together_what_one_would_alone(root: Path, tmp_path: Path) -
 
 
 def test_a_probe_without_labels_or_people_is_refused(root: Path, tmp_path: Path) -> None:
-    world = World(0, 1, torch.device("cpu"), None)
+    world = World(rank=0, size=1, device=torch.device("cpu"), control=None)
     feed = open_feed(str(root / "raw"))  # no labels, no split val
     with pytest.raises(ConfigError, match=r"train.probe_every = 5.*set it to 0"):
         OnlineProbe(config_of(feed.uri, tmp_path, "jepa", probe_every=5), feed, world)
@@ -206,15 +206,16 @@ def test_the_cnn_sees_the_volume_that_was_cut(root: Path) -> None:
 
 def test_uniform_masks_are_exact_keyed_and_uniform() -> None:
     position = torch.arange(400)
-    context, target = draw_uniform_masks(40, 0.75, 1, position)
+    context, target = draw_uniform_masks(40, 0.75, seed=1, position_B=position)
     assert context.shape == (400, 1, 10) and target.shape == (400, 1, 30)
     assert torch.equal(torch.cat([context, target], -1).sort(-1).values[:, 0],
                        torch.arange(40).expand(400, 40))
     share = (target[:, 0, :, None] == torch.arange(40)).sum((0, 1)) / 400
     assert (share - 0.75).abs().max() < 0.1
-    again = draw_uniform_masks(40, 0.75, 1, position[7:9])
+    again = draw_uniform_masks(40, 0.75, seed=1, position_B=position[7:9])
     assert torch.equal(again[0], context[7:9])
-    assert not torch.equal(draw_uniform_masks(40, 0.75, 2, position)[0], context)
+    other = draw_uniform_masks(40, 0.75, seed=2, position_B=position)
+    assert not torch.equal(other[0], context)
 
 
 def test_the_mae_hides_what_it_predicts(root: Path) -> None:

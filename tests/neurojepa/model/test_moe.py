@@ -22,7 +22,7 @@ from neurojepa.model.moe import (
 
 def make_moe(dtype: torch.dtype = torch.float64, experts: int = 5, top_k: int = 2) -> MoE:
     torch.manual_seed(0)
-    layer = MoE(16, experts, top_k, 24, shared=MLP(16, 24))
+    layer = MoE(16, num_experts=experts, top_k=top_k, hidden=24, shared=MLP(16, 24))
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
     return layer.to(dtype)

@@ -117,8 +117,9 @@ def draw(share: float, num: int = 40, background: int = 0) -> tuple[torch.Tensor
     foreground, valid = torch.ones(num, n), torch.ones(num, n, dtype=torch.bool)
     foreground[:, :background] = 0
     context, target = draw_masks(
-        keep, patch_counts(BRAIN, PATCH), foreground, valid, MaskConfig(region_share=share), 0,
-        torch.arange(num), (region, int(region.max()) + 1))
+        keep, patch_counts(BRAIN, PATCH), foreground_BN=foreground, valid_BN=valid,
+        masks=MaskConfig(region_share=share), seed=0, position_B=torch.arange(num),
+        regions=(region, int(region.max()) + 1))
     assert target.shape == (num, 3, round(0.75 * n)) and context.shape[2] + target.shape[2] == n
     return torch.zeros(num, 3, n, dtype=torch.bool).scatter_(2, target, True), region
 
@@ -180,7 +181,7 @@ def brain_of(contrast: str, atrophy: bool) -> tuple[torch.Tensor, np.ndarray]:
     """
     origin, brain, grey, white = anatomy.template()
     where = anatomy.grid_mm(BRAIN)
-    parts = [anatomy.values_at(each, origin, where) for each in (brain, grey, white)]
+    parts = [anatomy.values_at(each, origin=origin, where=where) for each in (brain, grey, white)]
     tissue = np.stack([parts[0] - parts[1] - parts[2], parts[1], parts[2]]).argmax(0)
     tissue[parts[0] < 0.5] = -1
     if atrophy:

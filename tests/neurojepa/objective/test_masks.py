@@ -57,7 +57,8 @@ def test_larger_scales_give_larger_holes():
     every = torch.arange(NUM_PATCHES).expand(64, -1)
     foreground, valid = torch.ones(64, NUM_PATCHES), torch.ones(64, NUM_PATCHES, dtype=torch.bool)
     masks = MaskConfig(scales=[(40, 0.01, 0.05), (1, 0.9, 1.0)], target_share=0.4)
-    context, target = draw_masks(every, (8, 10, 8), foreground, valid, masks, 0, torch.arange(64))
+    context, target = draw_masks(every, (8, 10, 8), foreground_BN=foreground, valid_BN=valid,
+                                 masks=masks, seed=0, position_B=torch.arange(64))
     rows = torch.arange(64)[:, None]
     nearest = [torch.cdist(coords[rows, target[:, m]], coords[rows, context[:, m]]).amin(-1).mean()
                for m in range(2)]

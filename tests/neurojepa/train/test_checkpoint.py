@@ -76,12 +76,12 @@ def test_reading_by_range_joins_what_ranks_wrote(run: Path) -> None:
     found = checkpoint.open_checkpoint(str(run), 6)
     name, whole = max(found.parameters("master").items(), key=lambda item: item[1].numel())
     flat = whole.flatten()
-    part = found.read(Fragment(name, tuple(whole.shape), 5, 11, 0, 0), "master")
+    part = found.read(fragment(name, tuple(whole.shape), start=5, length=11), "master")
     assert part.equal(flat[5:16])
     with pytest.raises(CheckpointError, match="another model"):
-        found.read(Fragment(name, (), len(flat) - 2, 3, 0, 0), "master")
+        found.read(fragment(name, (), start=len(flat) - 2, length=3), "master")
     with pytest.raises(CheckpointError, match="0 of 1 values of nothing"):
-        found.read(Fragment("nothing", (1,), 0, 1, 0, 0), "master")
+        found.read(fragment("nothing", (1,), start=0, length=1), "master")
 
 
 def test_the_state_hash_sees_a_single_bit_and_no_file_layout(run: Path) -> None:
@@ -220,6 +220,10 @@ def test_changes_are_listed_where_they_are_accepted(finished: tuple[RootConfig, 
         model = build_model(accepting(**{section: values}), GRID)
         with pytest.raises(ConfigError, match=f"another model.*{message}"):
             check_fits(found, model)
+
+
+def fragment(name: str, shape: tuple[int, ...], *, start: int, length: int) -> Fragment:
+    return Fragment(name=name, shape=shape, start=start, length=length, flat=0, offset=0)
 
 
 def fingerprints(found: checkpoint.Checkpoint) -> dict[str, str]:

@@ -17,7 +17,7 @@ from neurojepa.train.world import World
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.worker import job, run_ranks
 
-ALONE = World(0, 1, torch.device("cpu"), None)
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), control=None)
 
 
 # ---- the guard -----------------------------------------------------------------------------------

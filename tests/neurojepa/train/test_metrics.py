@@ -23,7 +23,7 @@ from neurojepa.train.telemetry import write_environment
 from neurojepa.train.world import World
 from tests.helpers.feeds import GRID, tiny_config
 
-ALONE = World(0, 1, torch.device("cpu"), None)
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), control=None)
 
 
 def with_run(config: RootConfig, **run: Any) -> RootConfig:
@@ -57,13 +57,15 @@ def test_mfu_is_the_share_of_all_devices(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 20)
     config = tiny_config("feed", tmp_path)
-    work = metrics._Work(config, GRID, World(1, 4, torch.device("cuda"), None))
+    work = metrics._Work(config, GRID, World(
+        rank=1, size=4, device=torch.device("cuda"), control=None))
     rates = work.rates(1e6)
     assert rates["mfu"] == pytest.approx(1e6 * step_flops(config, GRID) / (4 * 989e12))
     assert rates["memory_mib"] == 3
     filled = config.model_copy(update={
         "objective": config.objective.model_copy(update={"method": "mae"})})
-    alone = metrics._Work(filled, GRID, World(0, 1, torch.device("cuda"), None))
+    alone = metrics._Work(filled, GRID, World(
+        rank=0, size=1, device=torch.device("cuda"), control=None))
     assert alone.rates(1e6)["mfu"] == pytest.approx(1e6 * step_flops(filled, GRID) / 989e12)
     assert 0 < step_flops(filled, GRID) < step_flops(config, GRID)
 

@@ -14,7 +14,7 @@ from tests.helpers.feeds import tiny_config
 
 def rates(steps: int, **optim: object) -> list[float]:
     config = OptimConfig.model_validate({"lr": 1.0, "min_lr": 0.1, "warmup_steps": 4, **optim})
-    return [learning_rate(step, steps, config) for step in range(steps)]
+    return [learning_rate(step, steps=steps, optim=config) for step in range(steps)]
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
