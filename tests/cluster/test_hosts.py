@@ -18,6 +18,8 @@ from tests.helpers import ROOT
 from tests.helpers.hosts import Hosts, skip_without_tools, two_hosts
 from tests.helpers.launches import check_finished, losses, reference
 
+pytestmark = [pytest.mark.slow(20), pytest.mark.cluster]
+
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:

@@ -145,6 +145,7 @@ def test_a_start_that_refuses_its_input_is_not_repeated(tmp_path: Path) -> None:
     assert names(run_dir) == ["started", "exit", "give_up"]
 
 
+@pytest.mark.slow(10)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_found_ended_and_restarted(toy, rank: int) -> None:
     supervisor, run_dir = toy("toy.step_s=0.3", steps=10, hang_s=6.0)
@@ -204,6 +205,8 @@ def test_asked_to_stop_it_lets_the_ranks_stop_and_passes_their_status(toy) -> No
     assert read_status(run_dir)["state"] == "stopped"
 
 
+@pytest.mark.slow(15)
+@pytest.mark.cluster
 def test_deepspeed_rank_killed_by_pid_is_restarted_and_nothing_survives(tmp_path: Path) -> None:
     config = tmp_path / "toy.yaml"
     run_dir = RunDir(str(tmp_path / "run"))

@@ -132,6 +132,7 @@ def test_samples_are_those_of_the_archive(archive: str, feed: Path):
         row["participant"] for row in rows}
 
 
+@pytest.mark.slow(10)
 def test_a_killed_pack_goes_on_and_any_number_of_workers_makes_the_same_bytes(
         archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -169,6 +170,7 @@ def test_shards_are_small_and_of_one_cohort(archive: str, tmp_path: Path):
     assert verify(str(tmp_path)) == 0
 
 
+@pytest.mark.slow(6)
 def test_packing_again_only_when_the_archive_changed(archive: str, feed: Path, capsys):
     before = {path: (path.stat().st_mtime_ns, path.read_bytes())
               for path in feed.rglob("*") if path.is_file()}
@@ -318,6 +320,8 @@ def test_report_counts_and_shows_without_names(archive: str, tmp_path: Path):
 
 # ---- the whole way -------------------------------------------------------------------------------
 
+@pytest.mark.slow(40)
+@pytest.mark.cluster
 def test_the_commands_on_a_synthetic_cohort(run_cli, tmp_path: Path, s3):
     """synth, index, prepare, pack and verify, with the real preparation; the feed lies on S3."""
     key = tmp_path / "key"

@@ -42,6 +42,7 @@ def plan_of(config: RootConfig, gpus: int = 1) -> Plan:
     return plan(config, open_feed(config.data.feed), gpus, "h100", 0.4)
 
 
+@pytest.mark.slow(7)
 def test_sizes_of_a_real_run(feed: str, tmp_path: Path, run_cli: Any) -> None:
     config = tiny_config(feed, tmp_path / "run", steps=2, checkpoint_every=2)
     recipe = tmp_path / "recipe.yaml"
@@ -118,6 +119,7 @@ def test_memory_by_stage(feed: str, tmp_path: Path) -> None:
     assert found.micro_steps == 1 and found.filled == 1
 
 
+@pytest.mark.slow(5)
 def test_the_command_reads_no_voxels(feed: str, tmp_path: Path,
                                      capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(feed, tmp_path / "feed")

@@ -24,6 +24,7 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_feed(str(tmp_path_factory.mktemp("pretrain") / "feed"))
 
 
+@pytest.mark.slow(24)
 def test_a_stopped_run_continues_as_if_nothing_had_happened(feed: str, tmp_path: Path) -> None:
     config = tiny_config(feed, tmp_path / "run", steps=40, checkpoint_every=100, log_every=50)
     path = write_config(config, tmp_path)
@@ -55,6 +56,7 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(feed: str, tmp_path:
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow(13)
 def test_finished_refused_and_extended(feed: str, tmp_path: Path,
                                        capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(feed, tmp_path / "run", steps=3)
@@ -75,6 +77,7 @@ def test_finished_refused_and_extended(feed: str, tmp_path: Path,
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow(7)
 def test_a_run_goes_on_under_a_changed_recipe_if_that_is_accepted(feed: str,
                                                                   tmp_path: Path) -> None:
     config = tiny_config(feed, tmp_path / "run", steps=4)
@@ -132,6 +135,7 @@ def test_more_ranks_than_scans_in_a_step(feed: str, tmp_path: Path) -> None:
         assert "train.global_batch = 1: this run has 2 ranks" in process.stdout
 
 
+@pytest.mark.slow(5)
 def test_a_checkpoint_that_cannot_be_written_ends_all_ranks(feed: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("a file where a folder belongs")
@@ -142,6 +146,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_ranks(feed: str, tmp_path:
     assert not (tmp_path / "run" / "latest").exists()
 
 
+@pytest.mark.slow(5)
 def test_a_run_that_only_skips_is_stopped(feed: str, tmp_path: Path) -> None:
     config = tiny_config(feed, tmp_path / "run", steps=60)
     process = start_pretrain("--config", write_config(config, tmp_path), "optim.lr=1.0e+30",
@@ -154,6 +159,7 @@ def test_a_run_that_only_skips_is_stopped(feed: str, tmp_path: Path) -> None:
     assert events[-1]["reason"] == "before the first checkpoint"  # none was made of a broken state
 
 
+@pytest.mark.slow(10)
 def test_feed_and_run_directory_in_an_object_store(s3: Any, tmp_path: Path) -> None:
     config = tiny_config(write_feed(f"{s3.uri}/feed"), f"{s3.uri}/runs/a", steps=3)
     path = write_config(config, tmp_path)

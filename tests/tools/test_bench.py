@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import ROOT
 
 
@@ -15,6 +17,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
                           capture_output=True, timeout=200)
 
 
+@pytest.mark.slow(10)
 def test_masks_are_measured_and_the_last_line_is_json() -> None:
     done = bench("masks", "--quick")
     assert done.returncode == 0, done.stderr[-2000:]

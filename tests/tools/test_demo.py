@@ -41,6 +41,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     return root / "out", scans, done.stdout
 
 
+@pytest.mark.slow(200)
+@pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_the_killed_run_is_bit_equal_and_the_summary_says_what_happened(demo) -> None:
     out, scans, printed = demo
@@ -59,6 +61,8 @@ def test_the_killed_run_is_bit_equal_and_the_summary_says_what_happened(demo) ->
     assert [row["loss"] for row in losses[0]] == [row["loss"] for row in losses[1]]
 
 
+@pytest.mark.slow(40)
+@pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_a_second_run_reuses_what_the_first_made(demo) -> None:
     out, scans, _ = demo
@@ -70,6 +74,8 @@ def test_a_second_run_reuses_what_the_first_made(demo) -> None:
     assert json.loads((out / "summary.json").read_text())["bit_equal"] is True
 
 
+@pytest.mark.slow(5)
+@pytest.mark.cluster
 @pytest.mark.browser
 @pytest.mark.timeout(600)
 def test_the_report_shows_in_a_browser(demo, tmp_path: Path) -> None:

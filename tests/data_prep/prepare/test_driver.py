@@ -204,6 +204,7 @@ def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(calls, tmp_path: Pat
         subprocess.run(["umount", out], check=True)
 
 
+@pytest.mark.slow(14)
 def test_archive_on_s3(calls, tmp_path: Path, s3):
     manifest, out = make_manifest(tmp_path, TWO | {"p3/1/T1w": "three"}), f"{s3.uri}/archive"
     person._child().end()  # one from before the server knows no address of it

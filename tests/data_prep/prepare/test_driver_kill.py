@@ -22,6 +22,8 @@ from tests.helpers.fakes import QUICK, fake_prepare, make_manifest, run_here
 from tests.helpers.ray_nodes import RAY, Cluster, cluster, wait_until
 from tests.helpers.trees import tree_bytes
 
+pytestmark = [pytest.mark.slow(12), pytest.mark.cluster]
+
 PEOPLE = 8
 
 

@@ -39,6 +39,7 @@ def prepare(calls, tmp_path: Path) -> Callable[..., dict[str, str | None]]:
     return run
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("text, reason, message", [
     ("segv", "worker_crashed", "the process died of SIGSEGV"),
     ("hang", "worker_timeout", "not done after 8 s"),
@@ -68,6 +69,7 @@ def test_quarantined_people_are_tried_again_when_told_to(prepare, calls, tmp_pat
     assert calls == ["p1", "p2", "p1"] and verify(str(tmp_path / "a")) == 0
 
 
+@pytest.mark.slow(16)
 def test_scans_that_die_only_together_are_all_given_up(prepare):
     reasons = prepare({"p1/1/T1w": "one", "p1/2/T1w": "crowd", "p2/1/T1w": "two"},
                       IMPATIENT)

@@ -124,6 +124,7 @@ def test_labels_lie_on_the_t1w(tree: Path):
         assert white > 1.1 * grey > 1.2 * fluid
 
 
+@pytest.mark.slow(9)
 def test_same_seed_same_bytes_whatever_the_workers(tree: Path, tmp_path: Path):
     synthesise(str(tmp_path / "again"), PEOPLE, SEED, SPACING_MM, workers=1)
     first, second = contents(tree), contents(tmp_path / "again")
@@ -516,10 +517,12 @@ def brain_mask_dice(one: anatomy.Anatomy) -> float:
     return 2 * np.count_nonzero(found & inside) / (found.sum() + inside.sum())
 
 
+@pytest.mark.slow(4)
 def test_brain_mask_network_finds_the_brain_of_a_template_head(head: anatomy.Anatomy):
     assert brain_mask_dice(head) > 0.93
 
 
+@pytest.mark.slow(10)
 def test_real_anatomies(shared_data: Path, tmp_path: Path):
     for number in ("05", "13"):
         name = f"synthseg_training_seg_{number}.nii.gz"

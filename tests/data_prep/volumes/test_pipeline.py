@@ -233,6 +233,7 @@ def test_a_neck_is_cropped_and_the_world_stays():
 
 # ---- awkward and real scans ----------------------------------------------------------------------
 
+@pytest.mark.slow(8)
 def test_awkward_files_end_as_volumes_or_with_a_reason(awkward):
     names = ["ok_reference.nii.gz", "odd_huge_fov_off_centre.nii.gz",
              "bad_nan_background_one_inf.nii.gz", "bad_html_error_page.nii.gz"]
@@ -259,6 +260,7 @@ REAL = [
 ]
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("files", REAL, ids=lambda files: files[0][0].split("/")[-1])
 def test_real_scans_come_out_upright_and_centred(shared_data, files):
     start = time.process_time()
@@ -278,6 +280,7 @@ def test_real_scans_come_out_upright_and_centred(shared_data, files):
         assert dice(item.mask == 1, reference) > 0.85  # size differs, place does not
 
 
+@pytest.mark.slow(8)
 def test_scans_of_a_session_coincide_in_the_archive(shared_data):
     """The FLAIR's own mask, which the registration never saw, falls on the T1w's."""
     folder = shared_data / "bids-ms/sub-ms20/ses-2/anat"
@@ -287,6 +290,7 @@ def test_scans_of_a_session_coincide_in_the_archive(shared_data):
     assert items[1].figures["mask_dice_session"] > 0.95
 
 
+@pytest.mark.slow(20)
 def test_the_default_preset_on_a_stripped_brain(shared_data):
     path = str(shared_data / "colin27/ch2bet.nii.gz")
     item = whole(prepare_person([scan(path, label_uri=str(

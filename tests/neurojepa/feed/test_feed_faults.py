@@ -54,6 +54,7 @@ def same(ours: list[Batch], theirs: list[Batch]) -> bool:
 
 # ---- the store -----------------------------------------------------------------------------------
 
+@pytest.mark.slow(8)
 def test_a_store_that_dies_and_comes_back_costs_only_time(
         local: Path, tmp_path: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
@@ -169,6 +170,7 @@ def test_windows_move_the_positions_of_later_steps() -> None:
     assert first_position(4, 10, [(4, 6), (4, 3)]) == 130
 
 
+@pytest.mark.slow(19)
 def test_damage_in_runs_is_logged_once_and_bounded(local: Path, tmp_path: Path) -> None:
     uri = damage(local, tmp_path / "two", [3, 8])
     many = damage(local, tmp_path / "many", [1, 4, 7, 10, 13])

@@ -31,6 +31,8 @@ from tests.helpers.batches import make_batch
 from tests.helpers.feeds import GRID, tiny_config, write_feed
 from tests.helpers.worker import job, run_ranks
 
+pytestmark = pytest.mark.slow(3)
+
 MIDDLE, END = 12, 24
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {}, "cnn": {"model": {"size": "tiny", "patch_voxels": 6, "token_budget": None}}}

@@ -54,6 +54,7 @@ def test_loss_decreases_and_targets_stay(objective: dict, views: Views):
                for p, q in zip(model.target.parameters(), before, strict=True))
 
 
+@pytest.mark.slow(5)
 def test_spread_keeps_the_targets_from_collapsing(views: Views):
     ranks = {}
     for spread in (0.0, 0.05):
@@ -218,6 +219,7 @@ print(repr(float(loss.detach())), digest.hexdigest())
 """
 
 
+@pytest.mark.slow(9)
 def test_bit_equal_across_processes(run_cli):
     outputs = []
     for _ in range(2):

@@ -238,6 +238,7 @@ def test_a_batch_moves_whole() -> None:
 
 # ---- training ------------------------------------------------------------------------------------
 
+@pytest.mark.slow(8)
 def test_a_run_with_pairs_and_priors_continues_bit_equal(local: Path, tmp_path: Path) -> None:
     def config(name: str) -> RootConfig:
         tree = feed_config(str(local), tmp_path / name, cross_modal=0.5).model_dump()

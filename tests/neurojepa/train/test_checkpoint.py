@@ -120,6 +120,7 @@ def test_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> None:
     assert all(read[name].equal(tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow(6)
 def test_strangers_of_a_killed_attempt_are_removed_and_milestones_stay(
         finished: tuple[RootConfig, Path], tmp_path: Path) -> None:
     config, _ = finished

@@ -26,6 +26,8 @@ from neurojepa.train.schedule import rates_at
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.worker import deaden, job, run_ranks
 
+pytestmark = pytest.mark.slow(8)
+
 VARIANTS = {f"{dtype}-zero{zero}": {"dtype": dtype, "zero": zero}
             for dtype, zero in (("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3))}
 OFFLOADED = {f"{dtype}-zero{zero}-{what}": {"dtype": dtype, "zero": zero, "offload": what}

@@ -162,6 +162,7 @@ def success(processes: list[Any]) -> str:
     return processes[0].stdout
 
 
+@pytest.mark.slow(33)
 def test_a_spike_on_one_rank_is_dropped_on_all_and_shifts_nothing(folder: Path) -> None:
     train = {"steps": 38, "checkpoint_every": 50, "log_every": 1}
     jobs = [job(config_of(folder, "calm", **train), folder)]
@@ -203,6 +204,7 @@ def rolled(folder: Path) -> tuple[Path, str]:
     return folder, success(run_ranks(jobs, folder))
 
 
+@pytest.mark.slow(18)
 def test_many_drops_roll_back_and_step_over_the_window(rolled: tuple[Path, str]) -> None:
     folder, _ = rolled
     first, second = events(folder, "straight", "rollback")
@@ -213,6 +215,7 @@ def test_many_drops_roll_back_and_step_over_the_window(rolled: tuple[Path, str])
     assert [row["step"] for row in rows] == list(range(1, 19))
 
 
+@pytest.mark.slow(5)
 def test_a_kill_inside_a_rollback_leaves_no_trace(rolled: tuple[Path, str]) -> None:
     folder, _ = rolled
     for run in (f"killed{number}" for number in range(len(DEATHS))):
@@ -223,6 +226,7 @@ def test_a_kill_inside_a_rollback_leaves_no_trace(rolled: tuple[Path, str]) -> N
                 == final(folder, "straight").manifest["skipped_windows"])
 
 
+@pytest.mark.slow(14)
 def test_sigkill_inside_a_rollback_leaves_no_trace(rolled: tuple[Path, str]) -> None:
     folder, _ = rolled
     config = config_of(folder, "sigkilled", steps=18, health={"max_skips": 3})
@@ -235,6 +239,7 @@ def test_sigkill_inside_a_rollback_leaves_no_trace(rolled: tuple[Path, str]) -> 
             == final(folder, "straight").state_sha256())
 
 
+@pytest.mark.slow(5)
 def test_rollbacks_to_one_checkpoint_end_at_some_point(rolled: tuple[Path, str]) -> None:
     folder, output = rolled
     assert len(events(folder, "hopeless", "rollback")) == 3
@@ -244,6 +249,7 @@ def test_rollbacks_to_one_checkpoint_end_at_some_point(rolled: tuple[Path, str])
     assert "lower optim.lr" in output
 
 
+@pytest.mark.slow(5)
 def test_collapsed_targets_stop_the_run(rolled: tuple[Path, str]) -> None:
     folder, output = rolled
     (event,) = events(folder, "collapsing", "collapse")

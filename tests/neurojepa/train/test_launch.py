@@ -25,6 +25,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return reference(tmp_path_factory.getbasetemp())
 
 
+@pytest.mark.slow(20)
 def test_two_local_ranks_train_as_one_does(recipe: Path, run_cli) -> None:
     alone, local = recipe.parent / "alone", recipe.parent / "local"
     done = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe), f"run.dir={alone}")
@@ -36,6 +37,7 @@ def test_two_local_ranks_train_as_one_does(recipe: Path, run_cli) -> None:
     assert again.returncode == 0 and "already finished" in again.stdout
 
 
+@pytest.mark.slow(8)
 def test_sigterm_commits_everywhere_and_exits_75(recipe: Path) -> None:
     run_dir = RunDir(str(recipe.parent / "stopped"))
     process = subprocess.Popen(
@@ -58,6 +60,7 @@ def test_sigterm_commits_everywhere_and_exits_75(recipe: Path) -> None:
         assert not Path(f"/proc/{beat.pid}").exists()
 
 
+@pytest.mark.slow(6)
 def test_a_failing_rank_ends_the_others(tmp_path: Path) -> None:
     """Rank 1 fails, rank 0 would sleep for minutes and ignores SIGTERM."""
     script = ("import os, signal, sys, time, pathlib\n"

@@ -14,6 +14,8 @@ from tests.helpers import ROOT
 from tests.helpers.launches import check_finished, losses, reference
 from tests.helpers.ray_nodes import RAY, cluster
 
+pytestmark = [pytest.mark.slow(15), pytest.mark.cluster]
+
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[dict[str, str]]:

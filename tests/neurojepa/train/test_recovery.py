@@ -12,12 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from neurojepa.config import dump_config
 from neurojepa.ports import free_port
 from neurojepa.storage import read_rows
 from neurojepa.train.checkpoint import committed_steps, open_checkpoint
 from tests.helpers import ROOT
 from tests.helpers.feeds import tiny_config, write_feed
+
+pytestmark = [pytest.mark.slow(60), pytest.mark.cluster]
 
 STEPS = 14
 

@@ -50,6 +50,7 @@ def config_of(tmp_path: Path, run_dir: str, retry_s: float) -> RootConfig:
     return validate({**tree, "data": {**tree["data"], "retry_s": retry_s}}, "test")
 
 
+@pytest.mark.slow(50)
 def test_an_outage_costs_time_and_one_without_end_costs_no_checkpoint(
         tmp_path: Path, proxy: Proxy) -> None:
     uri, patient = "s3://runs/a", Patience(60)  # the server needs a while after its start

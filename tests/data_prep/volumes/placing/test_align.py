@@ -109,6 +109,7 @@ def test_a_head_without_t1w_is_placed_by_its_silhouette(tmp_path):
 
 # ---- promises ------------------------------------------------------------------------------------
 
+@pytest.mark.slow(5)
 def test_physical_scale_is_kept(tmp_path):
     data, affine = brain()
     sizes = {}
@@ -136,6 +137,7 @@ def test_the_marker_stays_on_the_right(tmp_path, axes):
     np.testing.assert_allclose(where[:3], (34, -20, 20), atol=3)
 
 
+@pytest.mark.slow(6)
 def test_what_is_no_brain_fails_to_register(tmp_path):
     shape, affine = (100, 100, 100), np.diag([2.0, 2.0, 2.0, 1.0])
     data = np.zeros(shape, np.float32)
@@ -148,6 +150,7 @@ def test_what_is_no_brain_fails_to_register(tmp_path):
 
 # ---- scans of one session ------------------------------------------------------------------------
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize(("index", "visit", "anatomy"), [
     (6, 0, "synthseg_training_seg_13"), (13, 1, "synthseg_training_seg_15"),
     (25, 0, "synthseg_training_seg_20"), (6, 0, "template-0")])
