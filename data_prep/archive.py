@@ -1,7 +1,7 @@
 """The archive: prepared volumes on the 1 mm grid, on local disks or an object store.
 
     archive.json            format, grid, counts, hashes; written last
-    scans.parquet           one row per indexed scan: Scan, scan_id, status, reason, figures, ...
+    scans.parquet           one row per indexed scan (rows.py)
     labels.parquet          participant, session, name, value
     review.parquet          pairs of scans that a person should look at: near-duplicates
     audit.jsonl             withdrawals so far (withdrawal/audit.py)
@@ -33,10 +33,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.scan import SCAN_SCHEMA
+from data_prep.rows import ArchiveRow, archive_rows
 from data_prep.tables import read_table, write_table
 from neurojepa.errors import DataError
-from neurojepa.feed.format import ARCHIVE_GRID, LABELS_SCHEMA
+from neurojepa.feed.format import ARCHIVE_GRID
 from neurojepa.storage import (
     exists,
     is_local,
@@ -52,12 +52,6 @@ from neurojepa.storage import (
 ARCHIVE_FORMAT = 2
 IMAGE_SCALE = 1.0 / 32767
 _CHUNK = (60, 72, 60)  # 27 of them in a shard: a crop reads a part
-ROW_FIELDS = ("scan_id", "status", "reason", "message", "voxels_sha256", "provenance")
-WITHDRAWN = "withdrawn"  # the reason of a row whose person has left; prepare skips the person
-WITHDRAWN_CONTENT = {
-    "status": "rejected", "reason": "withdrawn_content", "voxels_sha256": None,
-    "message": "same voxels and affine as a scan of a person who withdrew"}
-Row = dict[str, Any]
 ARRAYS = {"image": np.int16, "mask": np.uint8, "label": np.int16, "parcels": np.float32}
 TABLES = ("scans", "labels", "review")
 _THREADS = 16  # requests to a store in flight
@@ -74,9 +68,9 @@ class Archive:
     fingerprint: str
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ArchiveRow]:
         """``scans`` as dicts: about 6 kB each, so for large cohorts take columns instead."""
-        return self.scans.to_pylist()
+        return list(archive_rows(self.scans))
 
 
 def check_reachable(uri: str, tries: int = 3) -> None:
@@ -136,29 +130,6 @@ def archive_table(uri: str, name: str, columns: list[str] | None = None) -> pa.T
     if not exists(join(uri, f"{name}.parquet")):
         return None
     return read_table(join(uri, f"{name}.parquet"), columns)
-
-
-def scan_table(rows: list[Row]) -> pa.Table:
-    """Rows in Arrow: Scan's columns, ROW_FIELDS, and every other name that occurs: figures.
-
-    A figure is a number, or a text where one of the rows has a text.
-    """
-    fixed = [*SCAN_SCHEMA, *(pa.field(name, pa.string()) for name in ROW_FIELDS
-                             if name not in SCAN_SCHEMA.names)]
-    figures = sorted({name for row in rows for name in row} - {field.name for field in fixed})
-    text = {name for name in figures if any(isinstance(row.get(name), str) for row in rows)}
-    if text:
-        rows = [row | {name: str(row[name]) for name in text if row.get(name) is not None}
-                for row in rows]
-    return pa.Table.from_pylist(rows, schema=pa.schema(
-        fixed + [pa.field(name, pa.string() if name in text else pa.float64())
-                 for name in figures]))
-
-
-def commit_archive(uri: str, rows: list[Row], labels: list[Row]) -> None:
-    """``commit_tables`` of rows and labels as dicts, with nothing to review."""
-    commit_tables(uri, scan_table(rows), pa.Table.from_pylist(labels, schema=LABELS_SCHEMA),
-                  pa.table({}))
 
 
 def commit_tables(uri: str, scans: pa.Table, labels: pa.Table, review: pa.Table) -> None:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.archive import IMAGE_SCALE, check_reachable, open_archive, read_volume, slot
+from data_prep.rows import usable
 from data_prep.tables import read_table
 from neurojepa.errors import DataError
 from neurojepa.feed.format import (
@@ -47,7 +48,7 @@ from neurojepa.storage import (
     write_bytes,
 )
 
-Row = dict[str, Any]
+IndexRow = dict[str, Any]  # of INDEX_SCHEMA, or as much of it as is known
 _COPIED = ("scan_id", "participant", "family", "session", "cohort", "modality", "site", "split")
 _READ_THREADS = 4
 _MEASURED = 4  # scans whose size fixes how many go into a shard
@@ -81,7 +82,7 @@ def pack(archive_uri: str, out: str, grid: Grid, shard_bytes: int, workers: int 
         print(f"{out}: already packed from this archive")
         return
     scans = archive.scans.select([*_COPIED, "status"])
-    scans = scans.filter(pc.not_equal(scans["status"], "rejected")).sort_by("cohort")
+    scans = scans.filter(usable(scans)).sort_by("cohort")
     if not scans.num_rows:
         raise DataError(f"{archive_uri}: no accepted or flagged scan to pack")
     shards = list(_plan(archive_uri, scans, out, grid, source, shard_bytes))
@@ -154,7 +155,7 @@ def pack_shard(shard: Shard) -> int:
     return 0
 
 
-def placed_table(rows: list[Row], shard: str) -> pa.Table:
+def placed_table(rows: list[IndexRow], shard: str) -> pa.Table:
     """Rows of ``write_tar`` as rows of the index."""
     return pa.Table.from_pylist([row | {"shard": shard} for row in rows], schema=INDEX_SCHEMA)
 
@@ -219,10 +220,10 @@ def _nearest(axis: int, grid: Grid) -> np.ndarray:
     return np.floor((edges[1:] + edges[:-1]) / 2).astype(int)
 
 
-def _encoded(archive: str, rows: list[Row],
-             grid: Grid) -> Iterator[tuple[Row, bytes, bytes | None]]:
+def _encoded(archive: str, rows: list[IndexRow],
+             grid: Grid) -> Iterator[tuple[IndexRow, bytes, bytes | None]]:
     """Index row, image bytes and label bytes of each scan, in order, a few read ahead."""
-    def encode(row: Row) -> tuple[Row, bytes, bytes | None]:
+    def encode(row: IndexRow) -> tuple[IndexRow, bytes, bytes | None]:
         arrays = read_volume(archive, slot(row["participant"], row["scan_id"]))
         image, mask, label = coarsen(arrays["image"] * np.float32(IMAGE_SCALE), arrays["mask"],
                                      arrays.get("label"), grid)
@@ -236,7 +237,7 @@ def _encoded(archive: str, rows: list[Row],
             yield from pool.map(encode, rows[first:first + 4 * _READ_THREADS])
 
 
-def write_tar(samples: list[tuple[Row, bytes, bytes | None]]) -> tuple[bytes, list[Row]]:
+def write_tar(samples: list[tuple[IndexRow, bytes, bytes | None]]) -> tuple[bytes, list[IndexRow]]:
     """A tar of samples, and their rows with offset, length and hash of the bytes inside it."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:

@@ -14,13 +14,12 @@ from __future__ import annotations
 import tarfile
 import time
 from collections.abc import Iterator
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.archive import (
-    WITHDRAWN,
     check_reachable,
     list_slots,
     open_archive,
@@ -28,6 +27,8 @@ from data_prep.archive import (
     slot,
     voxel_hash,
 )
+from data_prep.pack import IndexRow
+from data_prep.rows import WITHDRAWN, ArchiveRow, Status, archive_rows, usable
 from data_prep.splits import check as check_splits
 from data_prep.tables import dicts
 from data_prep.withdrawal.audit import audit_problems, read_events, unfinished, withdrawn_people
@@ -35,7 +36,6 @@ from neurojepa.errors import DataError
 from neurojepa.feed.format import Feed, MaskCode, decode_array, is_brain, open_feed
 from neurojepa.storage import exists, join, list_names, open_store, sha256, store_errors, walk
 
-Row = dict[str, Any]
 _SHOWN = 20
 _REPORT_EVERY_S = 5.0
 
@@ -125,7 +125,8 @@ def _feed_problems(feed: Feed) -> Iterator[str]:
         yield from _shard_problems(feed, shard, own, progress)
 
 
-def _shard_problems(feed: Feed, shard: str, rows: list[Row], progress: _Progress) -> Iterator[str]:
+def _shard_problems(feed: Feed, shard: str, rows: list[IndexRow],
+                    progress: _Progress) -> Iterator[str]:
     uri = join(feed.uri, shard)
     if len(cohorts := {row["cohort"] for row in rows}) > 1:
         yield f"{uri}: holds the cohorts {', '.join(sorted(cohorts))}; a shard must be of one"
@@ -154,7 +155,7 @@ def _shard_problems(feed: Feed, shard: str, rows: list[Row], progress: _Progress
 
 
 def _member_problems(feed: Feed, tar: tarfile.TarFile, member: tarfile.TarInfo, where: str,
-                     row: Row, kind: str, prefix: str) -> Iterator[str]:
+                     row: IndexRow, kind: str, prefix: str) -> Iterator[str]:
     offset, length = row[prefix + "offset"], row[prefix + "length"]
     if (member.offset_data, member.size) != (offset, length):
         yield f"{where}: at {member.offset_data}+{member.size}, the index says {offset}+{length}"
@@ -180,14 +181,14 @@ def _archive_problems(uri: str) -> Iterator[str]:
     scans = archive.scans
     tombs = pc.fill_null(pc.equal(scans["reason"], WITHDRAWN), False)
     yield from _people_problems(uri, scans.filter(pc.invert(tombs)), archive.labels)
-    usable = scans.filter(pc.not_equal(scans["status"], "rejected")).select(
-        ["participant", "scan_id", "status", "voxels_sha256"])
-    yield from _repeated(usable["scan_id"])
+    used = usable(scans)
+    kept = scans.filter(used).select(["participant", "scan_id", "status", "voxels_sha256"])
+    yield from _repeated(kept["scan_id"])
     slots = list_slots(uri)
-    progress = _Progress(usable.num_rows)
-    for row in dicts(usable):
-        path = slot(row["participant"], row["scan_id"])
-        if row["status"] not in ("accepted", "flagged"):
+    progress = _Progress(kept.num_rows)
+    for row in archive_rows(kept):
+        path = slot(row["participant"], str(row["scan_id"]))
+        if row["status"] not in (Status.ACCEPTED, Status.FLAGGED):
             yield f"{path}: status {row['status']} is unknown"
         if path in slots:
             yield from _volume_problems(uri, path, row)
@@ -197,12 +198,12 @@ def _archive_problems(uri: str) -> Iterator[str]:
         progress.step()
     for path in sorted(slots):
         yield f"{path}: voxels without an accepted row"
-    for row in dicts(scans.filter(pc.equal(scans["status"], "rejected"))
-                      .select(["participant", "modality", "reason"])):
+    rejected = scans.filter(np.invert(used)).select(["participant", "modality", "reason"])
+    for row in archive_rows(rejected):
         if not row["reason"]:
             yield f"{row['participant']}: a {row['modality']} is rejected without a reason"
     yield from _record_problems(uri)
-    yield from _review_problems(archive.review, usable)
+    yield from _review_problems(archive.review, kept)
 
 
 def _record_problems(uri: str) -> Iterator[str]:
@@ -213,21 +214,21 @@ def _record_problems(uri: str) -> Iterator[str]:
                    "again")
 
 
-def _review_problems(review: pa.Table, usable: pa.Table) -> Iterator[str]:
+def _review_problems(review: pa.Table, kept: pa.Table) -> Iterator[str]:
     for side in ("scan_id_a", "scan_id_b"):
         if side in review.column_names:
-            known = pc.is_in(review[side], usable["scan_id"].combine_chunks())
+            known = pc.is_in(review[side], kept["scan_id"].combine_chunks())
             for scan_id in pc.unique(review[side].filter(pc.invert(known))).to_pylist():
                 yield f"review.parquet: scan {scan_id} is no usable row; run prepare again"
 
 
-def _volume_problems(uri: str, path: str, row: Row) -> Iterator[str]:
+def _volume_problems(uri: str, path: str, row: ArchiveRow) -> Iterator[str]:
     try:
         arrays = read_volume(uri, path)
     except DataError as error:
         yield str(error)
         return
-    if voxel_hash(arrays) != row["voxels_sha256"]:
+    if voxel_hash(arrays) != row.get("voxels_sha256"):
         yield f"{path}: voxels differ from their hash in scans.parquet"
     image, mask = arrays["image"], arrays["mask"]
     if mask.max() > max(MaskCode):

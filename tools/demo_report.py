@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.archive import IMAGE_SCALE, open_archive, read_volume, slot
+from data_prep.rows import ArchiveRow, Status
 from neurojepa.config import RootConfig, load_config
 from neurojepa.errors import ClusterError
 from neurojepa.feed.format import (
@@ -20,14 +21,25 @@ from neurojepa.feed.format import (
     Feed,
     FeedCode,
     Grid,
+    MaskCode,
     is_brain,
     open_feed,
 )
 from neurojepa.feed.loader import Batch, SampleReader
-from neurojepa.report import figure, page, paragraph, section, table, tiles
+from neurojepa.report import (
+    BLUE,
+    GREY,
+    ORANGE,
+    WINE,
+    Tone,
+    figure,
+    page,
+    paragraph,
+    section,
+    table,
+    tiles,
+)
 from neurojepa.storage import read_rows
-
-BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aab8"
 
 
 def write_report(out: Path, archive_uri: str, feed_uri: str,
@@ -77,7 +89,7 @@ def compare_runs(undisturbed: Path, disturbed: Path) -> str | None:
     return None
 
 
-def _headlines(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+def _headlines(summary: dict[str, Any], rows: list[ArchiveRow]) -> list[tuple[str, str, Tone]]:
     scans = summary["scans"]
     equal = summary["bit_equal"]
     return [
@@ -111,9 +123,9 @@ def _training(out: Path, summary: dict[str, Any]) -> str:
               alpha=0.6, label="undisturbed")
     left.plot([r["step"] for r in again], [r["loss"] for r in again], color=BLUE, linewidth=1.6,
               label="killed and continued")
-    left.axvline(summary["killed_at_step"], color="#c53030", linestyle="--", linewidth=1,
+    left.axvline(summary["killed_at_step"], color=WINE, linestyle="--", linewidth=1,
                  label="rank 1 killed")
-    left.axvline(summary["resumed_from_step"], color="#2f855a", linestyle=":", linewidth=1.4,
+    left.axvline(summary["resumed_from_step"], color=ORANGE, linestyle=":", linewidth=1.4,
                  label="restarted from here")
     left.set(xlabel="step", ylabel="loss", title="Loss of every step")
     left.legend(frameon=False, fontsize=8)
@@ -183,7 +195,7 @@ def _tokens(out: Path, feed: Feed) -> str:
                 axis.contour(contour.T, levels=[0.5], colors=[ORANGE], linewidths=0.9)
             else:
                 axis.set_title(f"mask {m}", fontsize=9)
-                for indices, color in ((views.context_BMC, "#38a169"), (views.target_BMT, BLUE)):
+                for indices, color in ((views.context_BMC, ORANGE), (views.target_BMT, BLUE)):
                     _shade(axis, coords[indices[b, m - 1].numpy()], config, feed.grid, z, color)
     return section("What the model sees", figure(
         plot, "Axial slices. Green tokens are context, blue ones are predicted, the rest is not "
@@ -204,9 +216,9 @@ def _shade(axis: Any, coords_mm: np.ndarray, config: RootConfig, grid: Grid, z: 
                                      edgecolor="white", linewidth=0.4))
 
 
-def _scans(archive_uri: str, rows: list[dict[str, Any]]) -> str:
+def _scans(archive_uri: str, rows: list[ArchiveRow]) -> str:
     """Every real scan, and the first synthetic ones, in three planes through the MNI centre."""
-    usable = [row for row in rows if row["status"] != "rejected"]
+    usable = [row for row in rows if row["status"] != Status.REJECTED]
     real = [row for row in usable if row["cohort"] != "synthetic"]
     made = [row for row in usable if row["cohort"] == "synthetic"][:4]
     parts = []
@@ -219,7 +231,7 @@ def _scans(archive_uri: str, rows: list[dict[str, Any]]) -> str:
     return section("Scans in MNI152 space, at true size", *parts)
 
 
-def _montage(archive_uri: str, rows: list[dict[str, Any]], columns: int = 3) -> Any:
+def _montage(archive_uri: str, rows: list[ArchiveRow], columns: int = 3) -> Any:
     lines = -(-len(rows) // columns)
     x, y, _ = ARCHIVE_GRID.shape
     plot, axes = _pyplot().subplots(lines, 3 * columns, squeeze=False, layout="constrained",
@@ -230,7 +242,7 @@ def _montage(archive_uri: str, rows: list[dict[str, Any]], columns: int = 3) -> 
     for number, row in enumerate(rows):
         line, first = divmod(number, columns)
         arrays = read_volume(archive_uri, slot(row["participant"], row["scan_id"]))
-        images, masks = _planes(arrays["image"]), _planes(arrays["mask"] == 1)
+        images, masks = _planes(arrays["image"]), _planes(arrays["mask"] == MaskCode.BRAIN)
         for k, (image, mask) in enumerate(zip(images, masks, strict=True)):
             axis = axes[line][3 * first + k]
             axis.imshow(image.T * IMAGE_SCALE, cmap="gray", origin="lower", vmin=0, vmax=1)
@@ -247,7 +259,7 @@ def _planes(volume: np.ndarray) -> list[np.ndarray]:
     return [volume[x], volume[:, y], volume[:, :, z]]
 
 
-def _quarantine(rows: list[dict[str, Any]]) -> str:
+def _quarantine(rows: list[ArchiveRow]) -> str:
     counts: dict[tuple[str, str, str, str], int] = {}
     for row in rows:
         key = (row["cohort"], row["modality"], row["status"], row["reason"] or "")

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +41,7 @@ from data_prep.archive import (
     slot,
 )
 from data_prep.pool import Task, run_tasks
-from data_prep.prepare.merge import merge, scan_rows, usable
+from data_prep.prepare.merge import merge, scan_rows
 from data_prep.prepare.person import (
     DIED,
     Limits,
@@ -49,6 +49,14 @@ from data_prep.prepare.person import (
     PrepareOne,
     record_name,
     run_person_task,
+)
+from data_prep.rows import (
+    ArchiveRow,
+    Outcome,
+    Status,
+    archive_rows,
+    rejected_outcome,
+    usable,
 )
 from data_prep.scan import Scan, read_manifest
 from data_prep.splits import check as check_splits
@@ -60,7 +68,6 @@ from neurojepa.storage import join, list_names, remove
 if TYPE_CHECKING:
     from data_prep.volumes.preset import Preset
 
-Row = dict[str, Any]
 _PEOPLE_AT_ONCE = 2000  # whose records are in memory
 _DEFAULT_LIMITS = Limits()
 
@@ -205,7 +212,7 @@ def _person_of(record: str) -> str:
     return record.rpartition("-")[0]
 
 
-def _results(out: str, people: ScansByPerson, names: Iterable[str]) -> dict[str, list[Row]]:
+def _results(out: str, people: ScansByPerson, names: Iterable[str]) -> dict[str, list[Outcome]]:
     """What the records of people say."""
     uris = {name: join(out, "results", people.records[name]) for name in names}
     results = {}
@@ -236,27 +243,25 @@ def _merge(out: str, people: ScansByPerson, lost: dict[str, str]) -> pa.Table:
     return merge(old, (_new_rows(out, people, chunk, lost) for chunk in people.chunks()))
 
 
-def _new_rows(out: str, people: ScansByPerson, names: list[str], lost: dict[str, str]) -> list[Row]:
+def _new_rows(out: str, people: ScansByPerson, names: list[str],
+              lost: dict[str, str]) -> list[ArchiveRow]:
     results = _results(out, people, (name for name in names
                                      if name in people.records and name not in lost))
-    rows = []
+    rows: list[ArchiveRow] = []
     for name in names:
-        found = defaultdict(list)
+        found: defaultdict[tuple[str, str | None], list[Outcome]] = defaultdict(list)
         for row in results.get(name, []):
             found[row["uri"], row["member"]].append(row)
         for scan in people.scans(name):
             if scan.reason is not None:
-                own = [_unread(scan.reason, "ruled out by the cohort's own tables or layout")]
+                own = [rejected_outcome(scan, scan.reason,
+                                        "ruled out by the cohort's own tables or layout")]
             elif name in lost:
-                own = [_unread("worker_lost", lost[name])]
+                own = [rejected_outcome(scan, "worker_lost", lost[name])]
             else:
                 own = found[scan.uri, scan.member]
             rows += scan_rows(scan, own)
     return rows
-
-
-def _unread(reason: str, message: str) -> Row:
-    return {"status": "rejected", "reason": reason, "message": message, "figures": {}}
 
 
 def _without_voxels(table: pa.Table, slots: set[str]) -> set[str]:
@@ -281,8 +286,8 @@ def _commit(out: str, table: pa.Table, labels: pa.Table, people: ScansByPerson) 
         labels = pa.concat_tables([others, labels])
     commit_tables(out, table, labels, _review(out, table))
     counts = Counter(table["status"].to_pylist())
-    print(f"{out}: {counts['accepted']} accepted, {counts['flagged']} flagged, "
-          f"{counts['rejected']} rejected of {len(table)} scans")
+    print(f"{out}: {', '.join(f'{counts[status]} {status}' for status in Status)} of "
+          f"{len(table)} scans")
     reasons = table["reason"].filter(np.invert(usable(table))).to_pylist()
     for reason, count in Counter(reason.split(":")[0] for reason in reasons).most_common():
         print(f"  rejected {count} x {reason}")
@@ -300,11 +305,11 @@ def _review(out: str, table: pa.Table) -> pa.Table:
         return found
     if "fingerprint" not in table.column_names:
         return SCHEMA.empty_table()
-    return review_table(dicts(table.select([*names, "fingerprint"]).filter(usable(table))))
+    return review_table(archive_rows(table.select([*names, "fingerprint"]).filter(usable(table))))
 
 
 def _checked(out: str, table: pa.Table, counts: Counter[str]) -> Counter[str]:
-    if not counts["accepted"] + counts["flagged"]:
+    if not counts[Status.ACCEPTED] + counts[Status.FLAGGED]:
         example = next(iter(table["message"].to_pylist()), "the manifest is empty")
         raise DataError(f"{out}: none of {len(table)} scans is usable; the first one: {example}")
     return counts

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import base64
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from scipy import ndimage
 
+from data_prep.rows import ArchiveRow, Status
 from neurojepa.errors import DataError
 from neurojepa.feed.format import ARCHIVE_GRID, MaskCode
 
@@ -97,27 +97,27 @@ def fingerprint(image: np.ndarray, mask: np.ndarray) -> str | None:
     return base64.b64encode(codes[_ellipsoid()].tobytes()).decode()
 
 
-def near_pairs(rows: Iterable[Mapping[str, Any]]) -> list[NearPair]:
+def near_pairs(rows: Iterable[ArchiveRow]) -> list[NearPair]:
     """Pairs of scans of one modality with similar fingerprints, the most similar first.
 
-    Rejected rows and rows without a ``fingerprint`` are left out.  Of a scan with more than
+    Rejected rows and rows without a fingerprint are left out.  Of a scan with more than
     MAX_PARTNERS partners after it the closest are listed: each scan of such a cluster is in a pair.
     """
-    groups: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    groups: defaultdict[str, list[ArchiveRow]] = defaultdict(list)
     for row in rows:
-        if row["status"] != "rejected" and row.get("fingerprint"):
+        if row["status"] != Status.REJECTED and row["figures"].get("fingerprint"):
             groups[row["modality"]].append(row)
     pairs = [_pair(group[i], group[j], similarity)
              for group in groups.values() for i, j, similarity in _similar(group)]
     return sorted(pairs, key=lambda pair: (-pair.similarity, pair.scan_id_a, pair.scan_id_b))
 
 
-def review_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+def review_table(rows: Iterable[ArchiveRow]) -> pa.Table:
     """``near_pairs`` as the archive's review.parquet."""
     return pa.Table.from_pylist([asdict(pair) for pair in near_pairs(rows)], schema=SCHEMA)
 
 
-def _similar(group: list[Mapping[str, Any]]) -> Iterator[tuple[int, int, float]]:
+def _similar(group: list[ArchiveRow]) -> Iterator[tuple[int, int, float]]:
     """Pairs (i, j), i < j, of a group and their correlation, by blocks of one matrix product."""
     prints = np.stack([_decoded(row) for row in group])
     centred = len(group) >= MIN_CENTRED
@@ -135,10 +135,11 @@ def _similar(group: list[Mapping[str, Any]]) -> Iterator[tuple[int, int, float]]
                 yield start + place, start + other, round(float(others[other]), 4)
 
 
-def _decoded(row: Mapping[str, Any]) -> np.ndarray:
+def _decoded(row: ArchiveRow) -> np.ndarray:
     """A row's fingerprint as float32 with mean 0 and norm 1."""
+    text = str(row["figures"]["fingerprint"])
     try:
-        codes = np.frombuffer(base64.b64decode(row["fingerprint"], validate=True), np.int8)
+        codes = np.frombuffer(base64.b64decode(text, validate=True), np.int8)
     except ValueError:
         codes = np.empty(0, np.int8)
     if codes.size != int(_ellipsoid().sum()):
@@ -157,9 +158,9 @@ def _ellipsoid() -> np.ndarray:
     return sum((g / r) ** 2 for g, r in zip(grid, RADII_MM, strict=True)) < 1  # type: ignore[return-value]
 
 
-def _pair(a: Mapping[str, Any], b: Mapping[str, Any], similarity: float) -> NearPair:
+def _pair(a: ArchiveRow, b: ArchiveRow, similarity: float) -> NearPair:
     relation = ("same_person" if a["participant"] == b["participant"]
                 else "same_family" if a["family"] == b["family"] else "different_people")
-    sides = {f"{name}_{side}": row[name] for side, row in (("a", a), ("b", b))
-             for name in ("cohort", "participant", "session", "scan_id")}
-    return NearPair(relation, similarity, a["modality"], **sides)
+    return NearPair(relation, similarity, a["modality"],
+                    a["cohort"], a["participant"], a["session"], str(a["scan_id"]),
+                    b["cohort"], b["participant"], b["session"], str(b["scan_id"]))

@@ -7,27 +7,36 @@ the first row, and rows far from their cohort are flagged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.archive import WITHDRAWN, WITHDRAWN_CONTENT, scan_table, slot
+from data_prep.archive import slot
+from data_prep.rows import (
+    FIXED_SCHEMA,
+    WITHDRAWN,
+    WITHDRAWN_CONTENT,
+    ArchiveRow,
+    Outcome,
+    Status,
+    duplicate_of,
+    scan_table,
+    usable,
+)
 from data_prep.scan import Scan
 
-Row = dict[str, Any]
 _ORDER = ("cohort", "participant", "session", "uri", "member", "modality")
 
 
-def scan_rows(scan: Scan, results: list[Row]) -> list[Row]:
-    """The archive's rows of one scan: what the manifest says now, and each of its results."""
-    return [vars(scan) | {name: value for name, value in row.items() if name != "figures"}
-            | row["figures"] for row in results]
+def scan_rows(scan: Scan, outcomes: list[Outcome]) -> list[ArchiveRow]:
+    """The archive's rows of one scan: what the manifest says now, and each of its outcomes."""
+    return [cast(ArchiveRow, vars(scan) | outcome) for outcome in outcomes]
 
 
-def merge(kept: pa.Table | None, chunks: Iterable[list[Row]]) -> pa.Table:
+def merge(kept: pa.Table | None, chunks: Iterable[list[ArchiveRow]]) -> pa.Table:
     """One ordered table of rows that stay and new ones: duplicates rejected, outliers flagged."""
     tables = [] if kept is None else [kept]
     tables += [scan_table(rows) for rows in chunks]
@@ -39,13 +48,12 @@ def merge(kept: pa.Table | None, chunks: Iterable[list[Row]]) -> pa.Table:
 def _concatenated(tables: list[pa.Table]) -> pa.Table:
     """All rows under the union of their columns; a figure that is text anywhere is text."""
     fields: dict[str, pa.Field] = {}
-    for table in tables or [scan_table([])]:
+    for table in tables:
         for field in table.schema:
             if field.name not in fields or pa.types.is_string(field.type):
                 fields[field.name] = field
-    fixed = scan_table([]).schema.names
-    schema = pa.schema([fields[name] for name in
-                        [*fixed, *sorted(fields.keys() - set(fixed))]])
+    figures = sorted(fields.keys() - set(FIXED_SCHEMA.names))
+    schema = pa.schema([*FIXED_SCHEMA, *(fields[name] for name in figures)])
     return pa.concat_tables([_with_schema(table, schema) for table in tables]
                             or [schema.empty_table()])
 
@@ -61,11 +69,6 @@ def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
             columns.append(pa.array([None if value is None else str(value)
                                      for value in table[field.name].to_pylist()], field.type))
     return pa.table(columns, schema=schema)
-
-
-def usable(table: pa.Table) -> np.ndarray:
-    """[rows] bool: accepted or flagged."""
-    return pc.not_equal(table["status"], "rejected").to_numpy()
 
 
 def _without_duplicates(table: pa.Table) -> pa.Table:
@@ -89,7 +92,7 @@ def _without_duplicates(table: pa.Table) -> pa.Table:
         for row, original in zip(rows[later], first[names[later]], strict=True)})
 
 
-def _marked(table: pa.Table, marks: dict[int, Row]) -> pa.Table:
+def _marked(table: pa.Table, marks: Mapping[int, Mapping[str, Any]]) -> pa.Table:
     """The table with some columns of some rows replaced."""
     for name in {name for mark in marks.values() for name in mark}:
         values = table[name].to_pylist()
@@ -110,28 +113,25 @@ def _with_outliers(table: pa.Table) -> pa.Table:
         flags[number] = []
     for numbers in _groups(table):
         for figure in sorted(rules().figures.keys() & set(table.column_names)):
-            for number, found in _outliers(table, numbers, figure).items():
-                flags.setdefault(number, []).extend(found)
-    marks: dict[int, Row] = {}
+            for number in _outliers(table, numbers, figure).tolist():
+                flags.setdefault(number, []).append(OUTLIER + figure)
+    marks: dict[int, dict[str, str | None]] = {}
     for number, found in flags.items():
         reason = (table["reason"][number].as_py() or "").split(";")
         own = [flag for flag in reason if flag and not flag.startswith(OUTLIER)] + found
         marks[number] = {"reason": ";".join(own) or None,
-                         "status": "flagged" if own else "accepted"}
+                         "status": Status.FLAGGED if own else Status.ACCEPTED}
     return _marked(table, marks)
 
 
-def _outliers(table: pa.Table, numbers: np.ndarray, figure: str) -> dict[int, list[str]]:
-    """Row number -> flags of one figure, among rows of one cohort and modality."""
-    from data_prep.qc import outlier_flags
+def _outliers(table: pa.Table, numbers: np.ndarray, figure: str) -> np.ndarray:
+    """Numbers of the rows that are far from the others in one figure; [rows] int."""
+    from data_prep.qc import outliers
 
-    values = table[figure].take(numbers).to_pylist()
-    # a row's number stands for its name: all that the judge needs is small
-    found = outlier_flags({"uri": number, "member": None, "modality": "", "cohort": "",
-                           "status": "accepted", figure: value}
-                          for number, value in zip(numbers.tolist(), values, strict=True)
-                          if value is not None)
-    return {int(key[0]): names for key, names in found.items()}
+    values = table[figure].take(numbers)
+    measured = values.is_valid().to_numpy()
+    far = outliers(np.array(values.drop_null().to_pylist(), np.float64), figure)
+    return numbers[measured][far]
 
 
 def _groups(table: pa.Table) -> list[np.ndarray]:
@@ -140,10 +140,3 @@ def _groups(table: pa.Table) -> list[np.ndarray]:
     codes = names.combine_chunks().dictionary_encode().indices.to_numpy()
     rows = np.flatnonzero(usable(table))
     return [rows[codes[rows] == code] for code in np.unique(codes[rows])]
-
-
-def duplicate_of(place: str) -> Row:
-    """What a row says whose content is already in the slot ``place``."""
-    return {"status": "rejected", "reason": f"duplicate_of:{place}", "voxels_sha256": None,
-            "message": f"same voxels and affine as {place}; if two ids are one person, tie them "
-                       "by split_group in participants.tsv"}

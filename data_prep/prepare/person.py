@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.archive import slot, write_volume
 from data_prep.prepare.child import Child, Death
 from data_prep.prepare.duplicates import fingerprint
-from data_prep.prepare.merge import duplicate_of
+from data_prep.rows import Outcome, Status, duplicate_of, rejected_outcome
 from data_prep.scan import Scan, ScanError, split_member
 from neurojepa.errors import DataError
 from neurojepa.storage import join, open_store, remove, write_bytes
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from data_prep.volumes.preset import Preset
 
 PrepareOne = Callable[[list[Scan], "Preset"], "Sequence[Prepared | Rejected]"]
-Row = dict[str, Any]
 DIED = ("worker_crashed", "worker_timeout", "worker_memory", "worker_failed")
 _INPUTS = ("uri", "member", "size_bytes", "modified", "mask_uri", "label_uri", "modality",
            "session", "tracer", "processing", "transform_uri", "confounds_uri", "surface_uri",
@@ -84,12 +83,12 @@ def run_person_task(task: PersonTask) -> int:
     names = {id(scan) for scan, _ in given_up}
     if left := [scan for scan in scans if id(scan) not in names] if names else []:
         end = _watched(task, len(left), _prepare_and_write, task, left,
-                       [_death_row(task, *each) for each in given_up])
+                       [_death(task, *each) for each in given_up])
         if not isinstance(end, Death):
             return len(given_up)
     # alone each would do, together they do not; or there is only one
     given_up += [(scan, end) for scan in scans if id(scan) not in names]
-    _commit_record(task, [_death_row(task, *each) for each in given_up])
+    _commit_record(task, [_death(task, *each) for each in given_up])
     return len(given_up)
 
 
@@ -109,16 +108,15 @@ def _watched(task: PersonTask, num_scans: int, function: Callable[..., Any],
     return end
 
 
-def _death_row(task: PersonTask, scan: Scan, death: Death) -> Row:
-    return _base_row(scan, task.preset, None) | {
-        "scan_id": None, "status": "rejected", "reason": death.reason,
-        "message": nameless(death.message, task.scans)}
+def _death(task: PersonTask, scan: Scan, death: Death) -> Outcome:
+    return rejected_outcome(scan, death.reason, nameless(death.message, task.scans),
+                            _provenance(task.preset, None))
 
 
-def _commit_record(task: PersonTask, rows: list[Row]) -> None:
+def _commit_record(task: PersonTask, outcomes: list[Outcome]) -> None:
     _remove_stale(task)
     write_bytes(join(task.out, "results", task.record),
-                json.dumps(rows, allow_nan=False).encode())
+                json.dumps(outcomes, allow_nan=False).encode())
 
 
 def _remove_stale(task: PersonTask) -> None:
@@ -149,45 +147,52 @@ def _prepared(task: PersonTask, scans: list[Scan]) -> Sequence[Prepared | Reject
     return results
 
 
-def _prepare_and_write(task: PersonTask, scans: list[Scan], rows: list[Row]) -> None:
-    """Prepare scans of a person, write the voxels, then the record: these rows and given ones."""
-    from data_prep.volumes.pipeline import Rejected
+def _prepare_and_write(task: PersonTask, scans: list[Scan], given_up: list[Outcome]) -> None:
+    """Prepare scans of a person, write the voxels, then the record, with those given up before."""
+    from data_prep.volumes.pipeline import Prepared
     from data_prep.volumes.preview import preview_of
 
     results = _prepared(task, scans)
     _remove_stale(task)
-    inputs = {(scan.uri, scan.member): input_sha256(scan) for scan in scans}
-    seen: set[str] = set()
+    provenance = {(scan.uri, scan.member): _provenance(task.preset, input_sha256(scan))
+                  for scan in scans}
+    outcomes, seen = list(given_up), set[str]()
     for result in results:
         scan = result.scan
-        row = _base_row(scan, task.preset, inputs[scan.uri, scan.member])
-        rows.append(row)
-        if isinstance(result, Rejected):
-            row |= {"scan_id": None, "status": "rejected", "reason": result.reason,
-                    "message": nameless(result.message, task.scans)}
-            if not scan.reason and (picture := preview_of(scan)):
-                row["figures"]["preview"] = picture
+        made_by = provenance[scan.uri, scan.member]
+        if isinstance(result, Prepared):
+            outcomes.append(_write(task, result, made_by, seen))
             continue
-        place = slot(scan.participant, result.scan_id)
-        row |= {"scan_id": result.scan_id, "status": "flagged" if result.flags else "accepted",
-                "reason": ";".join(result.flags) or None, "message": None,
-                "figures": {name: _plain(value) for name, value in result.figures.items()}}
-        if result.scan_id in seen:
-            row |= duplicate_of(place)
-            continue
-        seen.add(result.scan_id)
-        row["figures"]["fingerprint"] = fingerprint(result.image, result.mask)
-        row["voxels_sha256"] = write_volume(task.out, place, result.image, result.mask,
-                                            result.label, getattr(result, "parcels", None))
-    _commit_record(task, rows)
+        outcomes.append(rejected_outcome(scan, result.reason,
+                                         nameless(result.message, task.scans), made_by))
+        if not scan.reason and (picture := preview_of(scan)):
+            outcomes[-1]["figures"]["preview"] = picture
+    _commit_record(task, outcomes)
 
 
-def _base_row(scan: Scan, preset: Preset, digest: str | None) -> Row:
-    """A row's keys and provenance; the Scan's other columns come from the manifest."""
-    return {"uri": scan.uri, "member": scan.member, "modality": scan.modality, "figures": {},
-            "provenance": json.dumps({
-                "software": f"neurojepa {_version()}", "parameters": asdict(preset),
-                "input_sha256": digest}, sort_keys=True)}
+def _write(task: PersonTask, result: Prepared, provenance: str, seen: set[str]) -> Outcome:
+    """Write the voxels of a scan, unless they are among those ``seen`` of this person."""
+    scan = result.scan
+    place = slot(scan.participant, result.scan_id)
+    outcome: Outcome = {
+        "uri": scan.uri, "member": scan.member, "modality": scan.modality,
+        "figures": {name: _plain(value) for name, value in result.figures.items()},
+        "provenance": provenance, "scan_id": result.scan_id,
+        "status": Status.FLAGGED if result.flags else Status.ACCEPTED,
+        "reason": ";".join(result.flags) or None, "message": None}
+    if result.scan_id in seen:
+        return {**outcome, **duplicate_of(place)}
+    seen.add(result.scan_id)
+    outcome["figures"]["fingerprint"] = fingerprint(result.image, result.mask)
+    outcome["voxels_sha256"] = write_volume(task.out, place, result.image, result.mask,
+                                            result.label, result.parcels)
+    return outcome
+
+
+def _provenance(preset: Preset, digest: str | None) -> str:
+    """How a volume came to be, as JSON; ``digest`` is that of its input."""
+    return json.dumps({"software": f"neurojepa {_version()}", "parameters": asdict(preset),
+                       "input_sha256": digest}, sort_keys=True)
 
 
 def _plain(value: Any) -> float | str | None:

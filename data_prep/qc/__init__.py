@@ -6,6 +6,6 @@ Thresholds live in ``qc.yaml``.
 
 from data_prep.qc.describe import describe
 from data_prep.qc.figures import FIGURES, Figures, quality
-from data_prep.qc.judge import flags, outlier_flags, rejection
+from data_prep.qc.judge import flags, outliers, rejection
 
-__all__ = ["FIGURES", "Figures", "describe", "flags", "outlier_flags", "quality", "rejection"]
+__all__ = ["FIGURES", "Figures", "describe", "flags", "outliers", "quality", "rejection"]

@@ -12,10 +12,10 @@ import numpy as np
 
 from data_prep.qc.air import Surroundings, surroundings
 from data_prep.qc.tissue import Tissue, draw, neighbours, split
+from data_prep.rows import Figures
 from data_prep.scan import ScanError
 from data_prep.volumes.reading.volume import Volume
 
-Figures = dict[str, float | str | None]
 Measured = Mapping[str, float | str]  # a text is the reason why there is no number
 
 STRUCTURAL = ("T1w", "T2w", "FLAIR")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -119,48 +118,33 @@ def rejection(figures: Mapping[str, Any], modality: str) -> tuple[str, str] | No
     return None
 
 
-def outlier_flags(rows: Iterable[Mapping[str, Any]]) -> dict[RowKey, list[str]]:
-    """``outlier:<figure>`` for scans far from the others of their cohort and modality.
+def outliers(values: np.ndarray, figure: str) -> np.ndarray:
+    """Which scans are far from the others of their cohort and modality in a figure; flag OUTLIER.
 
     Far is ``robust_z`` standard deviations, estimated from the median absolute deviation (Iglewicz
-    and Hoaglin 1993), on the figure's worse side.  Rejected rows neither count nor are flagged.
-    The flags depend on figures only, so they may be recomputed whenever rows are added.
+    and Hoaglin 1993), on the figure's worse side.  It depends on the values only, so it may be
+    asked again whenever scans are added.
 
     Parameters
     ----------
-    rows : rows of the archive
+    values : [n] of the scans that can be used and have the figure
 
     Returns
     -------
-    dict
-        (uri, member, modality) -> flags, for rows that have any
+    bool [n]
     """
-    groups: defaultdict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row["status"] != "rejected":
-            groups[row["cohort"], row["modality"]].append(row)
-    found: defaultdict[RowKey, list[str]] = defaultdict(list)
-    for group in groups.values():
-        for name, info in rules().figures.items():
-            for row in _far(group, name, info):
-                found[row["uri"], row["member"], row["modality"]].append(OUTLIER + name)
-    return dict(found)
-
-
-def _far(group: list[Mapping[str, Any]], name: str, info: FigureInfo) -> list[Mapping[str, Any]]:
-    measured = [row for row in group if row.get(name) is not None]
-    if info.worse == "none" or len(measured) < rules().min_scans:
-        return []
-    values = np.array([row[name] for row in measured], np.float64)
+    info = rules().figures[figure]
+    if info.worse == "none" or len(values) < rules().min_scans:
+        return np.zeros(len(values), bool)
     distance = values - np.median(values)
     spread = 1.4826 * float(np.median(np.abs(distance)))
     if spread == 0:  # more than half of the scans agree exactly: no scale to judge by
-        return []
+        return np.zeros(len(values), bool)
     side = {"low": -distance, "high": distance, "both": np.abs(distance)}[info.worse]
     far = side > rules().robust_z * spread
     if info.harmless is not None:
         far &= values > info.harmless
-    return [measured[i] for i in np.flatnonzero(far)]
+    return far
 
 
 def _below(value: Any, limit: float | None) -> bool:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
-from data_prep.report.page import COLOURS
+from data_prep.rows import Status
 from neurojepa.feed.format import MaskCode
+from neurojepa.report import BLUE, ORANGE, WINE
 
+COLOURS = {Status.ACCEPTED: BLUE, Status.FLAGGED: ORANGE, Status.REJECTED: WINE}
 OUTLINE = (86, 180, 233)  # sky blue of Okabe and Ito
 UNSEEN = (38, 52, 84)  # dark blue: what was not scanned
 MAX_DOTS = 200  # of a row of a distribution
@@ -110,7 +112,7 @@ def _row(line: Line, y: float, height: float, x: Callable[[float], float],
              "</text>"]
     for places, dash in ((line.flag_at, " stroke-dasharray='4 3'"), (line.reject_at, "")):
         parts += [f"<line x1='{x(at):.1f}' x2='{x(at):.1f}' y1='{y + 16:.1f}' y2='{y + height:.1f}'"
-                  f" stroke='{COLOURS['rejected']}' stroke-width='1.5'{dash}/>" for at in places]
+                  f" stroke='{WINE}' stroke-width='1.5'{dash}/>" for at in places]
     q1, median, q3 = np.percentile(line.values, (25, 50, 75))
     parts.append(f"<rect x='{x(q1):.1f}' y='{middle - 6:.1f}' width='{max(x(q3) - x(q1), 1):.1f}' "
                  "height='12' rx='3' fill='#d5e3ee'/>")
@@ -121,10 +123,10 @@ def _row(line: Line, y: float, height: float, x: Callable[[float], float],
         at, drop = x(float(line.values[index])), (place * 7 % 9 - 4) * 0.9
         if line.flagged[index]:
             parts.append(f"<path d='M{at:.1f} {middle + drop - 4:.1f}l4 4-4 4-4-4z' "
-                         f"fill='{COLOURS['flagged']}' stroke='#8a5f00' stroke-width='.6'/>")
+                         f"fill='{COLOURS[Status.FLAGGED]}' stroke='#8a5f00' stroke-width='.6'/>")
         else:
             parts.append(f"<circle cx='{at:.1f}' cy='{middle + drop:.1f}' r='2.4' "
-                         f"fill='{COLOURS['accepted']}' fill-opacity='.65'/>")
+                         f"fill='{COLOURS[Status.ACCEPTED]}' fill-opacity='.65'/>")
     parts.append(f"<line x1='{x(median):.1f}' x2='{x(median):.1f}' y1='{middle - 8:.1f}' "
                  f"y2='{middle + 8:.1f}' stroke='#1b2430' stroke-width='1.6'/>")
     return "".join(parts)
@@ -150,7 +152,7 @@ def ages(by_split: Mapping[str, Sequence[float]]) -> str:
             tall = (row - 10) * count / max(int(counts.max()), 1)
             parts.append(f"<rect x='{left + step * place + 1:.1f}' y='{base - tall:.1f}' "
                          f"width='{step - 2:.1f}' height='{tall:.1f}' "
-                         f"fill='{COLOURS['accepted']}'/>")
+                         f"fill='{COLOURS[Status.ACCEPTED]}'/>")
     every = max(1, len(edges) // 10)
     parts += [f"<text x='{left + step * place:.1f}' y='{bottom + 16:g}' text-anchor='middle'>{edge}"
               "</text>" for place, edge in enumerate(edges.tolist()) if place % every == 0]

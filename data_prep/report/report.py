@@ -15,12 +15,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.archive import Archive, Row, check_reachable, open_archive, read_volume, slot
+from data_prep.archive import Archive, check_reachable, open_archive, read_volume, slot
 from data_prep.prepare.duplicates import NearPair
 from data_prep.qc.judge import OUTLIER, FigureInfo, rules
-from data_prep.report.figures import Line, ages, distribution, slices
-from data_prep.report.page import (
-    COLOURS,
+from data_prep.report.figures import COLOURS, Line, ages, distribution, slices
+from data_prep.rows import ArchiveRow, Status, archive_rows
+from neurojepa.report import (
+    Tone,
     grid,
     heading,
     key,
@@ -34,7 +35,6 @@ from data_prep.report.page import (
 )
 from neurojepa.storage import write_bytes
 
-STATUSES = ("accepted", "flagged", "rejected")
 PROCESSING = {"placement": "place in MNI152", "mask_source": "brain mask", "processing":
               "processing before delivery", "cohort_transform_fault":
               "why the cohort's transform was not used", "pet_reference": "reference of PET",
@@ -42,6 +42,8 @@ PROCESSING = {"placement": "place in MNI152", "mask_source": "brain mask", "proc
               "contrast_agent": "contrast agent"}
 _COLUMNS = ("cohort", "participant", "family", "modality", "site", "split", "sex", "age_at_scan",
             "status", "reason", "scan_id", "preview", *PROCESSING)
+TONES: dict[Status, Tone] = {Status.ACCEPTED: "good", Status.FLAGGED: "doubtful",
+                             Status.REJECTED: "bad"}
 SHOWN = 12  # pictures of a kind
 PAIRS_SHOWN = 6
 LINES = 8  # cohorts and modalities in one distribution
@@ -67,30 +69,30 @@ def report(archive_uri: str, out: str) -> None:
     people = len({row["participant"] for row in rows})
     pairs = [NearPair(**row) for row in archive.review.to_pylist()]
     lead = (f"{len(rows):,} scans of {people:,} people: "
-            + ", ".join(f"{counts[status]:,} {status}" for status in STATUSES))
+            + ", ".join(f"{counts[status]:,} {status}" for status in Status))
     write_bytes(out, page("Archive quality", lead, [
         tiles([(f"{people:,}", "people", ""), (f"{len(rows):,}", "scans", ""),
-               *((f"{counts[status]:,}", status, status) for status in STATUSES),
+               *((f"{counts[status]:,}", str(status), TONES[status]) for status in Status),
                (f"{len(pairs):,}", "near-duplicate pairs", "")]),
         _contents(rows), _reasons(rows), _splits(rows), _coverage(rows), _processing(rows),
         _figures(rows),
-        *(_mosaic(archive_uri, rows, status) for status in ("accepted", "flagged")),
+        *(_mosaic(archive_uri, rows, status) for status in (Status.ACCEPTED, Status.FLAGGED)),
         _rejected(rows), _duplicates(archive_uri, rows, pairs)]).encode())
     print(f"{out}: {lead}")
 
 
-def _rows(archive: Archive) -> list[Row]:
+def _rows(archive: Archive) -> list[ArchiveRow]:
     """The columns that the page needs, and none that names a source."""
     figures = [name + end for name in rules().figures for end in ("", "_reason")]
-    return archive.scans.select([name for name in (*_COLUMNS, *figures)
-                                 if name in archive.scans.column_names]).to_pylist()
+    return list(archive_rows(archive.scans.select([
+        name for name in (*_COLUMNS, *figures) if name in archive.scans.column_names])))
 
 
 # ---- counts --------------------------------------------------------------------------------------
 
-def _contents(rows: list[Row]) -> str:
-    kinds: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
-    sites: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+def _contents(rows: list[ArchiveRow]) -> str:
+    kinds: defaultdict[tuple[str, str], list[ArchiveRow]] = defaultdict(list)
+    sites: defaultdict[tuple[str, str], list[ArchiveRow]] = defaultdict(list)
     for row in rows:
         kinds[row["cohort"], row["modality"]].append(row)
         if row["site"]:
@@ -106,30 +108,30 @@ def _contents(rows: list[Row]) -> str:
         paragraph(f"The site of {unknown:,} scans is not known.") if unknown else "")
 
 
-def _status_table(names: tuple[str, str], groups: Sequence[tuple[tuple[str, str], list[Row]]]
+def _status_table(names: tuple[str, str], groups: Sequence[tuple[tuple[str, str], list[ArchiveRow]]]
                   ) -> str:
     largest = max((len(group) for _, group in groups), default=1)
     body = []
     for name, group in groups:
         counts = Counter(row["status"] for row in group)
         body.append((*name, len({row["participant"] for row in group}),
-                     *(counts[status] for status in STATUSES),
-                     stack([(counts[status], COLOURS[status]) for status in STATUSES], largest)))
-    return table((*names, "people", *STATUSES, ""), body)
+                     *(counts[status] for status in Status),
+                     stack([(counts[status], COLOURS[status]) for status in Status], largest)))
+    return table((*names, "people", *Status, ""), body)
 
 
-def _codes(row: Row) -> list[str]:
+def _codes(row: ArchiveRow) -> list[str]:
     """The reasons of a row without details: paths and ids may be among them."""
     return [part if part.startswith(OUTLIER) else part.split(":")[0]
             for part in (row["reason"] or "").split(";") if part]
 
 
-def _reasons(rows: list[Row]) -> str:
+def _reasons(rows: list[ArchiveRow]) -> str:
     counts = Counter((row["status"], code) for row in rows for code in _codes(row))
     largest = max(counts.values(), default=1)
     body = [(status, _plain(code), _why(code), count, stack([(count, COLOURS[status])], largest))
             for (status, code), count in sorted(counts.items(), key=lambda item: (
-                -STATUSES.index(item[0][0]), -item[1], item[0][1]))]
+                -list(Status).index(item[0][0]), -item[1], item[0][1]))]
     return section("Why scans were flagged or rejected",
                    paragraph("A scan may have several flags. Rejected scans are not in the feed."),
                    table(("status", "reason", "meaning", "scans", ""), body))
@@ -154,14 +156,14 @@ def _why(code: str) -> str:
                  for figure, limit in limits.items() if figure.removeprefix("qc_") == name), "")
 
 
-def _splits(rows: list[Row]) -> str:
-    usable = [row for row in rows if row["status"] != "rejected"]
+def _splits(rows: list[ArchiveRow]) -> str:
+    usable = [row for row in rows if row["status"] != Status.REJECTED]
     splits = sorted({row["split"] for row in usable},
                     key=lambda name: (["train", "val", "test", name].index(name), name))
     body, known = [], {}
     for split in splits:
         mine = [row for row in usable if row["split"] == split]
-        first: dict[str, Row] = {}
+        first: dict[str, ArchiveRow] = {}
         for row in sorted(mine, key=lambda row: row["age_at_scan"] or np.inf):
             first.setdefault(row["participant"], row)
         sexes = Counter(row["sex"] for row in first.values())
@@ -185,16 +187,16 @@ def _ages(years: list[float], unknown: int) -> str:
     return ", ".join([*parts, *[f"{unknown:,} unknown"] * bool(unknown)])
 
 
-def _coverage(rows: list[Row]) -> str:
+def _coverage(rows: list[ArchiveRow]) -> str:
     has: defaultdict[str, set[str]] = defaultdict(set)
     for row in rows:
-        if row["status"] != "rejected":
+        if row["status"] != Status.REJECTED:
             has[row["participant"]].add(row["modality"])
     modalities = sorted({name for names in has.values() for name in names})
     combinations = Counter(frozenset(names) for names in has.values()).most_common(20)
     dot = {True: "●", False: "·"}
     body = [(*(dot[name in names] for name in modalities), count,
-             stack([(count, COLOURS["accepted"])], combinations[0][1]))
+             stack([(count, COLOURS[Status.ACCEPTED])], combinations[0][1]))
             for names, count in combinations]
     return section("Which modalities people have",
                    paragraph("Over all sessions; the most frequent combinations."),
@@ -203,18 +205,21 @@ def _coverage(rows: list[Row]) -> str:
 
 # ---- figures and pictures ------------------------------------------------------------------------
 
-def _processing(rows: list[Row]) -> str:
+def _processing(rows: list[ArchiveRow]) -> str:
     """How the usable scans came to be as they are, by modality."""
-    counts = Counter((title, str(row[name]), row["modality"])
-                     for name, title in PROCESSING.items() for row in rows
-                     if row["status"] != "rejected" and row.get(name) is not None)
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for row in rows:
+        told = {**row["figures"], "processing": row["processing"]}
+        counts.update((title, str(told[name]), row["modality"])
+                      for name, title in PROCESSING.items()
+                      if row["status"] != Status.REJECTED and told.get(name) is not None)
     return section("Preparation", table(
         ("what", "", "modality", "scans"),
         [(*what, count) for what, count in sorted(counts.items())])) if counts else ""
 
 
-def _figures(rows: list[Row]) -> str:
-    usable = [row for row in rows if row["status"] != "rejected"]
+def _figures(rows: list[ArchiveRow]) -> str:
+    usable = [row for row in rows if row["status"] != Status.REJECTED]
     drawn = [figure for name, info in rules().figures.items()
              if (figure := _distribution(usable, name, info))]
     return section(
@@ -225,10 +230,10 @@ def _figures(rows: list[Row]) -> str:
         grid(drawn), _unmeasured(usable))
 
 
-def _distribution(rows: list[Row], name: str, info: FigureInfo) -> str:
-    groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+def _distribution(rows: list[ArchiveRow], name: str, info: FigureInfo) -> str:
+    groups: defaultdict[tuple[str, str], list[ArchiveRow]] = defaultdict(list)
     for row in rows:
-        if row.get(name) is not None:
+        if row["figures"].get(name) is not None:
             groups[row["cohort"], row["modality"]].append(row)
     largest = sorted(groups, key=lambda group: (-len(groups[group]), group))[:LINES]
     lines = []
@@ -239,31 +244,31 @@ def _distribution(rows: list[Row], name: str, info: FigureInfo) -> str:
                  ) if limit else ((), ())
         flag_at, reject_at = (tuple(at for at in pair if at is not None) for pair in pairs)
         lines.append(Line(f"{cohort} · {modality}",
-                          np.array([row[name] for row in group], np.float64),
-                          np.array([row["status"] == "flagged" for row in group]),
+                          np.array([row["figures"][name] for row in group], np.float64),
+                          np.array([row["status"] == Status.FLAGGED for row in group]),
                           flag_at, reject_at))
     return distribution(info.label, info.unit, lines) if lines else ""
 
 
-def _unmeasured(rows: list[Row]) -> str:
+def _unmeasured(rows: list[ArchiveRow]) -> str:
     """How many scans lack which figures, by the reason they give."""
     missing: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
         for name in rules().figures:
-            if reason := row.get(f"{name}_reason"):
-                missing[row["scan_id"], reason].append(rules().figures[name].label)
+            if reason := row["figures"].get(f"{name}_reason"):
+                missing[str(row["scan_id"]), str(reason)].append(rules().figures[name].label)
     counts = Counter((reason, ", ".join(names)) for (_, reason), names in missing.items())
     return heading("Not measured") + table(
         ("reason", "figures", "scans"), [(*what, count) for what, count in counts.most_common()])
 
 
-def _spread(rows: list[Row], count: int) -> list[Row]:
+def _spread(rows: list[ArchiveRow], count: int) -> list[ArchiveRow]:
     """At most ``count`` rows, evenly spread over the archive, the same on every call."""
     places = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), count)).round().astype(int))
     return [rows[place] for place in places] if rows else []
 
 
-def _mosaic(uri: str, rows: list[Row], status: str) -> str:
+def _mosaic(uri: str, rows: list[ArchiveRow], status: str) -> str:
     all_of_it = [row for row in rows if row["status"] == status]
     chosen = _spread(all_of_it, SHOWN)
     if not chosen:
@@ -272,39 +277,41 @@ def _mosaic(uri: str, rows: list[Row], status: str) -> str:
                    paragraph(_SIDES), grid(_scan(uri, row) for row in chosen))
 
 
-def _scan(uri: str, row: Row, note: str = "") -> str:
-    arrays = read_volume(uri, slot(row["participant"], row["scan_id"]))
+def _scan(uri: str, row: ArchiveRow, note: str = "") -> str:
+    scan_id = str(row["scan_id"])
+    arrays = read_volume(uri, slot(row["participant"], scan_id))
     name = f"{row['cohort']} · {row['modality']}"
     notes = note or "; ".join(_plain(code) for code in _codes(row))
-    caption = (f"<b>{html.escape(name)}</b> {html.escape(row['scan_id'][:8])}"
+    caption = (f"<b>{html.escape(name)}</b> {html.escape(scan_id[:8])}"
                + (f"<br>{html.escape(notes)}" if notes else ""))
     return picture(slices(arrays["image"], arrays["mask"]), f"slices of a scan, {name}", caption)
 
 
-def _rejected(rows: list[Row]) -> str:
+def _rejected(rows: list[ArchiveRow]) -> str:
     counts = Counter((code, row["cohort"], row["modality"]) for row in rows
-                     if row["status"] == "rejected" for code in _codes(row))
+                     if row["status"] == Status.REJECTED for code in _codes(row))
     largest = max(counts.values(), default=1)
-    shown = _spread([row for row in rows if row["status"] == "rejected" and row.get("preview")],
-                    SHOWN)
+    shown = _spread([row for row in rows if row["status"] == Status.REJECTED
+                     and row["figures"].get("preview")], SHOWN)
     return section(
         f"Rejected: {sum(row['status'] == 'rejected' for row in rows):,}",
         paragraph("Voxels of rejected scans are not kept, but for a coarse picture of those that "
                   "could be read. The message of each, with the file, is in scans.parquet."),
         table(("reason", "cohort", "modality", "scans", ""),
               [(_plain(code), cohort, modality, count,
-                stack([(count, COLOURS["rejected"])], largest))
+                stack([(count, COLOURS[Status.REJECTED])], largest))
                for (code, cohort, modality), count in sorted(counts.items())]),
         heading("Some of them") if shown else "", grid(map(_preview, shown)))
 
 
-def _preview(row: Row) -> str:
+def _preview(row: ArchiveRow) -> str:
     name = f"{row['cohort']} · {row['modality']}"
     caption = f"<b>{html.escape(name)}</b><br>{html.escape('; '.join(map(_plain, _codes(row))))}"
-    return picture(base64.b64decode(row["preview"]), f"a rejected scan, {name}", caption)
+    data = base64.b64decode(str(row["figures"]["preview"]))
+    return picture(data, f"a rejected scan, {name}", caption)
 
 
-def _duplicates(uri: str, rows: list[Row], pairs: list[NearPair]) -> str:
+def _duplicates(uri: str, rows: list[ArchiveRow], pairs: list[NearPair]) -> str:
     exact = sum(code == "duplicate_of" for row in rows for code in _codes(row))
     relations = Counter(pair.relation for pair in pairs)
     by_slot = {(row["participant"], row["scan_id"]): row for row in rows}

@@ -23,14 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.archive import (
-    WITHDRAWN,
-    WITHDRAWN_CONTENT,
     check_reachable,
     commit_tables,
     open_archive,
     remove_volume,
 )
 from data_prep.pack import placed_table, remove_shards_except, source_of, write_tar
+from data_prep.rows import WITHDRAWN, WITHDRAWN_CONTENT, Status
 from data_prep.withdrawal.audit import append_event, read_events, unfinished
 from data_prep.withdrawal.lineage import checkpoints_that_saw
 from data_prep.withdrawal.lists import WithdrawalList, read_lists
@@ -137,7 +136,7 @@ def _from_archive(uri: str, people: set[str], lists: list[WithdrawalList]) -> tu
 def _tombstones(scans: pa.Table, mine: pa.ChunkedArray) -> pa.Table:
     """The table with the facts of some rows gone, and copies of their content ruled out."""
     ids = scans["scan_id"].filter(mine)
-    fixed = {"status": "rejected", "reason": WITHDRAWN}
+    fixed = {"status": Status.REJECTED.value, "reason": WITHDRAWN}
     columns = []
     for field in scans.schema:
         column = scans[field.name]

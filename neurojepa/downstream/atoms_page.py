@@ -20,7 +20,7 @@ from neurojepa.downstream.regions import Regions
 from neurojepa.feed.format import Feed
 from neurojepa.model.moe import expert_balance
 from neurojepa.objective.views import patch_counts
-from neurojepa.report import page, paragraph, section, table, tiles
+from neurojepa.report import Tone, page, paragraph, section, table, tiles
 
 LEAST_TOKENS = 20  # an atom active in fewer is no pattern yet; the page counts it only
 
@@ -112,7 +112,7 @@ def atoms_page(record: dict[str, Any], seen: Anatomy, regions: Regions, feed: Fe
 
 
 def _headline(record: dict[str, Any]) -> str:
-    items = [(f"{record['scans']:,}", "scans", "")]
+    items: list[tuple[str, str, Tone]] = [(f"{record['scans']:,}", "scans", "")]
     if atoms := record.get("atoms"):
         rows = atoms["rows"]
         items += [(f"{atoms['active']:,} of {len(rows):,}", "atoms active in these scans", ""),

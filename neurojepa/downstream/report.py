@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from neurojepa.downstream.probe import ProbeResult
-from neurojepa.report import figure, page, paragraph, section, table
+from neurojepa.report import BLUE, figure, page, paragraph, section, table
 
 Results = dict[str, list[ProbeResult]]
 
@@ -50,12 +50,12 @@ def probe_figure(results: Results) -> Any:
             if each.kind == "regression":
                 low, high = each.truth.min(), each.truth.max()
                 axis.plot([low, high], [low, high], color="#c5ccd6", zorder=0)
-                axis.scatter(each.truth, each.predicted, s=16, color="#2b6cb0", alpha=0.75)
+                axis.scatter(each.truth, each.predicted, s=16, color=BLUE, alpha=0.75)
                 axis.set(xlabel="true", ylabel="predicted")
             else:
                 assert each.classes is not None
                 jitter = np.random.default_rng(0).uniform(-0.12, 0.12, len(each.truth))
-                axis.scatter(each.truth + jitter, each.predicted, s=16, color="#2b6cb0", alpha=0.75)
+                axis.scatter(each.truth + jitter, each.predicted, s=16, color=BLUE, alpha=0.75)
                 axis.set_xticks([0, 1], each.classes)
                 axis.set(ylabel=f"probability of {each.classes[1]}", ylim=(-0.03, 1.03))
             axis.spines[["top", "right"]].set_visible(False)

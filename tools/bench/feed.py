@@ -73,8 +73,12 @@ def run(quick: bool, official: str | None) -> dict[str, Any]:
 
 def _pack(folder: Path, count: int) -> dict[str, Any]:
     """An archive of ``count`` scans, packed; and what other types and compressions would cost."""
-    from data_prep.archive import commit_archive, slot, write_volume
+    import pyarrow as pa
+
+    from data_prep.archive import commit_tables, slot, write_volume
     from data_prep.pack import pack
+    from data_prep.rows import Status, scan_table
+    from neurojepa.feed.format import LABELS_SCHEMA
 
     archive, rows = str(folder / "archive"), []
     sizes: list[tuple[str, list[bytes], Spent, Spent]] = []
@@ -86,10 +90,11 @@ def _pack(folder: Path, count: int) -> dict[str, Any]:
         writing.wall_s, writing.cpu_s = writing.wall_s + spent.wall_s, writing.cpu_s + spent.cpu_s
         rows.append({"uri": f"{number}.nii.gz", "cohort": "bench", "participant": person,
                      "family": person, "session": "1", "modality": "T1w", "split": "train",
-                     "scan_id": scan_id, "status": "accepted", "voxels_sha256": digest})
+                     "scan_id": scan_id, "status": Status.ACCEPTED, "voxels_sha256": digest,
+                     "figures": {}})
         if number < 4:
             sizes.append(("", [], Spent(), Spent()))
-    commit_archive(archive, rows, [])
+    commit_tables(archive, scan_table(rows), LABELS_SCHEMA.empty_table(), pa.table({}))
     with clock() as packing:
         pack(archive, str(folder / "feed"), TRAINING_GRIDS["1.5mm"], 256 << 20)
     _codecs()

@@ -45,7 +45,8 @@ def test_rows_figures_and_volumes(calls, tmp_path: Path):
     assert (flagged["status"], flagged["reason"]) == ("flagged", "low_dice")
     assert (bad["status"], bad["reason"], bad["scan_id"]) == ("rejected", "truncated", None)
     assert "ends after 3 bytes" in bad["message"]
-    assert flagged["qc_snr"] == 10.0 and flagged["qc_odd"] is None and bad["qc_snr"] is None
+    assert flagged["figures"]["qc_snr"] == 10.0 and flagged["figures"]["qc_odd"] is None
+    assert bad["figures"]["qc_snr"] is None
     provenance = json.loads(flagged["provenance"])
     assert provenance["parameters"]["name"] == "quick" and len(provenance["input_sha256"]) == 64
     arrays = read_volume(archive.uri, slot("p1", rows["fake_p1_1_T1w.txt"]["scan_id"]))

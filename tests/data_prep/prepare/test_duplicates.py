@@ -33,7 +33,7 @@ def row(name: str, print_: str, participant: str | None = None, **more: str) -> 
     participant = participant or name
     return {"scan_id": f"id-{name}", "participant": participant, "family": participant,
             "session": "1", "cohort": "c", "modality": "T1w", "status": "accepted",
-            "fingerprint": print_} | more
+            "figures": {"fingerprint": print_}} | more
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_visits_and_families_are_told_apart(people: list[dict], copy: str) -> No
 
 def test_only_scans_of_one_modality_that_are_in_the_archive_are_compared(
         people: list[dict], copy: str) -> None:
-    for more in ({"modality": "FLAIR"}, {"status": "rejected"}, {"fingerprint": None}):
+    for more in ({"modality": "FLAIR"}, {"status": "rejected"}, {"figures": {"fingerprint": None}}):
         assert near_pairs([*people, row("other", copy) | more]) == []
 
 

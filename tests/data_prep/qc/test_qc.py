@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from data_prep.qc import FIGURES, describe, flags, outlier_flags, quality, rejection
+from data_prep.qc import FIGURES, describe, flags, outliers, quality, rejection
 from data_prep.qc.judge import DEFAULT, load_rules
 from data_prep.volumes.reading.volume import Volume
 from neurojepa.errors import ConfigError
@@ -219,27 +219,6 @@ def test_a_wrong_key_or_value_is_named(tmp_path: Path, change, words: str) -> No
         load_rules(path)
 
 
-def rows(values: list[float | None], cohort: str = "a") -> list[dict]:
-    return [{"uri": f"{cohort}{i}", "member": None, "cohort": cohort, "modality": "T1w",
-             "status": "accepted", "qc_snr": value} for i, value in enumerate(values)]
-
-
 def test_a_harmless_value_is_no_outlier_however_alike_the_others_are() -> None:
-    rows = [{"uri": str(n), "member": None, "cohort": "c", "modality": "T1w", "status": "accepted",
-             "qc_ghost": value} for n, value in enumerate([1e-5 * n for n in range(30)]
-                                                          + [0.01, 0.05])]
-    assert outlier_flags(rows) == {("31", None, "T1w"): ["outlier:qc_ghost"]}
-
-
-def test_outliers_are_judged_within_a_cohort_on_the_worse_side() -> None:
-    usual = [20 + 0.1 * i for i in range(30)]
-    found = outlier_flags(rows([*usual, 2.0, 90.0, None]) + rows([*usual[:5], 1.0], "small"))
-    assert found == {("a30", None, "T1w"): ["outlier:qc_snr"]}
-    # what is usual in one cohort says nothing about another
-    assert outlier_flags(rows(usual) + rows([value / 10 for value in usual], "b")) == {}
-
-
-def test_rejected_rows_do_not_count_as_usual() -> None:
-    many = rows([20 + 0.1 * i for i in range(19)] + [1.0])
-    many[0]["status"] = "rejected"
-    assert outlier_flags(many) == {}  # 19 measured are too few
+    values = np.array([1e-5 * n for n in range(30)] + [0.01, 0.05])
+    assert np.flatnonzero(outliers(values, "qc_ghost")).tolist() == [31]

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.archive import commit_tables, scan_table, slot, write_volume
+from data_prep.archive import commit_tables, slot, write_volume
 from data_prep.prepare.duplicates import fingerprint, review_table
 from data_prep.report.figures import Line, ages, distribution, slices
 from data_prep.report.report import report
+from data_prep.rows import scan_table
 from data_prep.volumes.preview import preview
 from data_prep.volumes.reading.volume import Volume
 from neurojepa.errors import DataError
@@ -31,8 +32,9 @@ def row(number: int, status: str = "accepted", **more: object) -> dict:
             "modality": "FLAIR" if number // 2 % 2 else "T1w",
             "split": "val" if number % 4 // 2 else "train",
             "sex": (None, "F", "M")[number % 3], "age_at_scan": 40.0 + number, "status": status,
-            "reason": None, "message": None, "scan_id": f"{number:024x}", "qc_snr": 20.0 + number,
-            "qc_cjv": None, "qc_cjv_reason": "<odd> & reason"} | more
+            "reason": None, "message": None, "scan_id": f"{number:024x}",
+            "figures": {"qc_snr": 20.0 + number, "qc_cjv": None,
+                        "qc_cjv_reason": "<odd> & reason"}} | more
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,14 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
     for each, text in zip(rows, ("a", "b", "c", "d", "a"), strict=True):
         image, mask = volume(text)
         write_volume(uri, slot(each["participant"], each["scan_id"]), image, mask, None)
-        each["fingerprint"] = fingerprint(image, mask)
+        each["figures"]["fingerprint"] = fingerprint(image, mask)
         each["modality"] = "T1w"
     rows[2] |= {"status": "flagged", "reason": "low_snr;outlier:qc_cjv;odd_flag"}
     message = f"/data/{ORIGINAL}/x.nii.gz: ends after 3 bytes"
     rows += [row(number, "rejected", scan_id=None, message=message,
                  reason=("truncated", f"duplicate_of:{ORIGINAL}/f00", "a<b")[number % 3])
              for number in range(5, 40)]
-    rows[7]["preview"] = preview(head())
+    rows[7]["figures"]["preview"] = preview(head())
     commit_tables(uri, scan_table(rows), LABELS_SCHEMA.empty_table(), review_table(rows))
     return uri
 

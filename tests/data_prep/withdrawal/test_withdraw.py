@@ -99,7 +99,8 @@ def test_a_withdrawn_person_is_gone_for_good(cohort: Cohort, capsys):
     cohort.prepare(cohort.manifest())  # does not bring it back
     tombs = [row for row in open_archive(cohort.archive).rows if row["participant"] == LEFT]
     assert len(tombs) == 2 and all(
-        (row["status"], row["reason"], row["uri"], row["site"], row["qc_snr"], row["provenance"])
+        (row["status"], row["reason"], row["uri"], row["site"], row["figures"]["qc_snr"],
+         row["provenance"])
         == ("rejected", "withdrawn", None, None, None, None) for row in tombs)
     assert LEFT not in open_archive(cohort.archive).labels["participant"].to_pylist()
 
