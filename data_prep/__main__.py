@@ -138,8 +138,9 @@ def _synth(arguments: argparse.Namespace) -> int:
 
     if arguments.spacing_mm <= 0:
         raise ConfigError(f"--spacing-mm {arguments.spacing_mm}: must be above 0")
-    synthesise(arguments.out, arguments.participants, arguments.seed, arguments.spacing_mm,
-               arguments.workers, arguments.anatomies)
+    synthesise(arguments.out, participants=arguments.participants, seed=arguments.seed,
+               spacing_mm=arguments.spacing_mm, workers=arguments.workers,
+               anatomies=arguments.anatomies)
     return 0
 
 
@@ -147,9 +148,9 @@ def _index(arguments: argparse.Namespace) -> int:
     from data_prep.identity import load_key
     from data_prep.index import index
 
-    index(arguments.cohort, arguments.source, arguments.out, load_key(arguments.key),
-          arguments.name, arguments.table, arguments.links, arguments.beside,
-          arguments.withdrawn)
+    index(arguments.cohort, arguments.source, out=arguments.out, key=load_key(arguments.key),
+          name=arguments.name, tables=arguments.table, links=arguments.links,
+          beside=arguments.beside, withdrawn=arguments.withdrawn)
     return 0
 
 
@@ -160,8 +161,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     preset = replace(PRESETS[arguments.preset], mask_tool=arguments.mask_tool)
     limits = Limits(int(arguments.memory_gib * 2**30), 60 * arguments.minutes_per_scan)
-    prepare(arguments.manifest, arguments.out, preset, arguments.workers,
-            arguments.ray_address, limits=limits, retry_quarantined=arguments.retry_quarantined)
+    prepare(arguments.manifest, out=arguments.out, preset=preset, workers=arguments.workers,
+            ray_address=arguments.ray_address, limits=limits,
+            retry_quarantined=arguments.retry_quarantined)
     return 0
 
 
@@ -169,8 +171,9 @@ def _pack(arguments: argparse.Namespace) -> int:
     from data_prep.pack import pack
     from neurojepa.feed.format import TRAINING_GRIDS
 
-    pack(arguments.archive, arguments.out, TRAINING_GRIDS[arguments.grid],
-         arguments.shard_mib << 20, arguments.workers, arguments.ray_address)
+    pack(arguments.archive, out=arguments.out, grid=TRAINING_GRIDS[arguments.grid],
+         shard_bytes=arguments.shard_mib << 20, workers=arguments.workers,
+         ray_address=arguments.ray_address)
     return 0
 
 
@@ -184,8 +187,8 @@ def _withdraw(arguments: argparse.Namespace) -> int:
     from data_prep.identity import load_key
     from data_prep.withdrawal.withdraw import withdraw
 
-    withdraw(arguments.lists, arguments.targets, load_key(arguments.key, make=False),
-             arguments.cohort, arguments.runs)
+    withdraw(arguments.lists, targets=arguments.targets, key=load_key(arguments.key, make=False),
+             cohort=arguments.cohort, runs=arguments.runs)
     return 0
 
 

@@ -132,7 +132,7 @@ def archive_table(uri: str, name: str, columns: list[str] | None = None) -> pa.T
     return read_table(join(uri, f"{name}.parquet"), columns)
 
 
-def commit_tables(uri: str, scans: pa.Table, labels: pa.Table, review: pa.Table) -> None:
+def commit_tables(uri: str, *, scans: pa.Table, labels: pa.Table, review: pa.Table) -> None:
     """Write the tables and, last, archive.json."""
     labels = labels.sort_by([(name, "ascending") for name in ("participant", "session", "name")])
     tables = {"scans": scans, "labels": labels, "review": review}
@@ -150,7 +150,7 @@ def slot(participant: str, scan_id: str) -> str:
     return f"{participant}/{scan_id}"
 
 
-def write_volume(uri: str, path: str, image: np.ndarray, mask: np.ndarray,
+def write_volume(uri: str, path: str, *, image: np.ndarray, mask: np.ndarray,
                  label: np.ndarray | None, parcels: np.ndarray | None = None) -> str:
     """Write one scan's arrays [X, Y, Z] on the archive grid (parcels [P, T]) to its slot.
 

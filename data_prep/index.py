@@ -42,7 +42,7 @@ _ROW_GROUP = 20_000
 _IDENTITY, _STATE = ("uri", "member", "modality"), ("size_bytes", "modified")
 
 
-def index(cohort: str, source: str, out: str, key: bytes, name: str | None = None,
+def index(cohort: str, source: str, *, out: str, key: bytes, name: str | None = None,
           tables: Sequence[str] = (), links: str | None = None,
           beside: Sequence[str] = (), withdrawn: Sequence[str] = ()) -> None:
     """Index a source and write its manifest; prints what was found.
@@ -71,7 +71,7 @@ def index(cohort: str, source: str, out: str, key: bytes, name: str | None = Non
     seen_at = out.removesuffix(".parquet") + ".seen.parquet"
     earlier = _Earlier(out)
     seen = Seen()
-    walked = Source(source, Seen.load(seen_at, cohort), tables, seen)
+    walked = Source(source, remembered=Seen.load(seen_at, cohort), tables=tables, seen=seen)
     others = _Linked(name, key, links, beside)
     with tempfile.TemporaryDirectory() as folder:
         spool = f"{folder}/scans.parquet"
@@ -128,7 +128,7 @@ class _Roster:
         """Family and split by pseudonym."""
         groups = group_people([*self.names, *others.splits], self.ties + others.ties)
         had = {person: earlier[name] for person, name in self.names.items() if name in earlier}
-        settled = settle(self.key, self.cohort, groups, {**others.splits, **had})
+        settled = settle(self.key, self.cohort, groups=groups, earlier={**others.splits, **had})
         moved = sum(settled[groups[person]] != split for person, split in had.items())
         if moved:
             notes["people moved to another split: a new tie unites groups of two splits"] = moved

@@ -55,7 +55,7 @@ _MEASURED = 4  # scans whose size fixes how many go into a shard
 _RECORDS = "packing"  # folder of the records of shards, until the feed is committed
 
 
-def pack(archive_uri: str, out: str, grid: Grid, shard_bytes: int, workers: int | None = None,
+def pack(archive_uri: str, *, out: str, grid: Grid, shard_bytes: int, workers: int | None = None,
          ray_address: str | None = None) -> None:
     """Pack an archive into a feed; does nothing where the feed is already of this archive.
 
@@ -137,8 +137,8 @@ def _pack_shards(shards: list[Shard], out: str, workers: int | None,
         from data_prep.pool import Task, run_tasks
 
         tasks = (Task(shard.name, shard, shard.scans.num_rows) for shard in todo)
-        lost = run_tasks(pack_shard, tasks, sum(shard.scans.num_rows for shard in todo), workers,
-                         ray_address, verb="pack")
+        lost = run_tasks(pack_shard, tasks, num_scans=sum(shard.scans.num_rows for shard in todo),
+                         workers=workers, ray_address=ray_address, verb="pack")
         if lost:
             raise DataError("; ".join(f"{name}: {message}" for name, message in lost.items()))
         return
@@ -168,7 +168,7 @@ def _labels_of(rows: pa.Table, labels: pa.Table) -> pa.Table:
     return labels.filter(pc.is_in(key(labels), pc.unique(key(rows))))
 
 
-def coarsen(image: np.ndarray, mask: np.ndarray, label: np.ndarray | None,
+def coarsen(image: np.ndarray, *, mask: np.ndarray, label: np.ndarray | None,
             grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """A scan from the archive grid onto a coarser concentric grid.
 
@@ -225,8 +225,8 @@ def _encoded(archive: str, rows: list[IndexRow],
     """Index row, image bytes and label bytes of each scan, in order, a few read ahead."""
     def encode(row: IndexRow) -> tuple[IndexRow, bytes, bytes | None]:
         arrays = read_volume(archive, slot(row["participant"], row["scan_id"]))
-        image, mask, label = coarsen(arrays["image"] * np.float32(IMAGE_SCALE), arrays["mask"],
-                                     arrays.get("label"), grid)
+        image, mask, label = coarsen(arrays["image"] * np.float32(IMAGE_SCALE), mask=arrays["mask"],
+                                     label=arrays.get("label"), grid=grid)
         codes = quantise(image, mask)
         sample = {name: row[name] for name in _COPIED}
         sample["num_foreground"] = int(is_brain(codes).sum())

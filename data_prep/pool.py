@@ -35,7 +35,7 @@ class Task:
     num_scans: int
 
 
-def run_tasks(function: Callable[[Any], int], tasks: Iterable[Task], num_scans: int,
+def run_tasks(function: Callable[[Any], int], tasks: Iterable[Task], *, num_scans: int,
               workers: int | None, ray_address: str | None, verb: str = "prepare"
               ) -> dict[str, str]:
     """Call ``function(task.argument)`` for every task; prints progress, rate and time left.

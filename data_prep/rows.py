@@ -86,7 +86,7 @@ FIXED_SCHEMA = pa.schema([*SCAN_SCHEMA, *(pa.field(name, pa.string()) for name i
                                           if name not in SCAN_SCHEMA.names)])
 
 
-def rejected_outcome(scan: Scan, reason: str, message: str, provenance: str | None = None
+def rejected_outcome(scan: Scan, *, reason: str, message: str, provenance: str | None = None
                      ) -> Outcome:
     """A scan that cannot be used: no voxels, no figures."""
     return {"uri": scan.uri, "member": scan.member, "modality": scan.modality, "figures": {},

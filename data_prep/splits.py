@@ -59,7 +59,7 @@ def split_of(key: bytes, cohort: str, group: str) -> str:
     return next(name for name, limit in SPLIT_BELOW if number < limit)
 
 
-def settle(key: bytes, cohort: str, groups: Mapping[str, str],
+def settle(key: bytes, cohort: str, *, groups: Mapping[str, str],
            earlier: Mapping[str, str]) -> dict[str, str]:
     """The split of each group: what its people had, else by hash.
 

@@ -106,13 +106,13 @@ def _person(reader: Reader, participant: str, lines: list[Line], files: dict[str
     for _, row in lines:
         told = {name: value for name, value in row.items() if name not in _OWN and value}
         people[str(row["session_id"])] = {**told, **people.get(str(row["session_id"]), {})}
-    person = BidsPerson(people, {}, [], reader.notes)
+    person = BidsPerson(people, sessions={}, measured=[], notes=reader.notes)
     findings = Findings(participant, ties=person.ties())
     lines.sort(key=lambda line: str(line[1]["session_id"]))
     for session, own in groupby(lines, key=lambda line: str(line[1]["session_id"])):
         about = person.describe(session)
-        findings.scans += [reader.scan(_take(reader, line, files), participant, about.age,
-                                       about.sex, about.site) for line in own]
+        findings.scans += [reader.scan(_take(reader, line, files), participant, age=about.age,
+                                       sex=about.sex, site=about.site) for line in own]
         findings.labels += [(session, name, value) for name, value in about.labels.items()]
     return findings
 

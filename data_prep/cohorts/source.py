@@ -72,7 +72,7 @@ class Source:
     URIs of tables that lie elsewhere.
     """
 
-    def __init__(self, uri: str, remembered: Memory | None = None, tables: Sequence[str] = (),
+    def __init__(self, uri: str, *, remembered: Memory | None = None, tables: Sequence[str] = (),
                  seen: Memory | None = None) -> None:
         self.uri = uri
         self.tables = list(tables)

@@ -72,7 +72,7 @@ _PEOPLE_AT_ONCE = 2000  # whose records are in memory
 _DEFAULT_LIMITS = Limits()
 
 
-def prepare(manifests: Sequence[str], out: str, preset: Preset, workers: int | None = None,
+def prepare(manifests: Sequence[str], *, out: str, preset: Preset, workers: int | None = None,
             ray_address: str | None = None, prepare_one: PrepareOne | None = None,
             limits: Limits = _DEFAULT_LIMITS, retry_quarantined: bool = False) -> Counter[str]:
     """Prepare the scans of manifests into an archive; returns its number of scans by status.
@@ -182,13 +182,13 @@ class _Run:
         # people with most scans first, so that all workers end at about the same time
         tasks = (Task(name, self._task(name, known[name]), num_scans[name])
                  for name in sorted(names, key=lambda name: (-num_scans[name], name)))
-        return run_tasks(run_person_task, tasks, sum(num_scans[name] for name in names),
-                         self.workers, self.ray_address)
+        return run_tasks(run_person_task, tasks, num_scans=sum(num_scans[name] for name in names),
+                         workers=self.workers, ray_address=self.ray_address)
 
     def _task(self, name: str, stale: list[str]) -> PersonTask:
         scans = [scan for scan in self.people.scans(name) if scan.reason is None]
-        return PersonTask(self.out, scans, self.people.records[name], stale, self.preset,
-                          self.limits, self.prepare_one)
+        return PersonTask(out=self.out, scans=scans, record=self.people.records[name], stale=stale,
+                          preset=self.preset, limits=self.limits, prepare_one=self.prepare_one)
 
 
 def _read(manifests: Sequence[str], gone: set[str]) -> tuple[pa.Table, pa.Table]:
@@ -254,10 +254,10 @@ def _new_rows(out: str, people: ScansByPerson, names: list[str],
             found[row["uri"], row["member"]].append(row)
         for scan in people.scans(name):
             if scan.reason is not None:
-                own = [rejected_outcome(scan, scan.reason,
-                                        "ruled out by the cohort's own tables or layout")]
+                own = [rejected_outcome(scan, reason=scan.reason,
+                                        message="ruled out by the cohort's own tables or layout")]
             elif name in lost:
-                own = [rejected_outcome(scan, "worker_lost", lost[name])]
+                own = [rejected_outcome(scan, reason="worker_lost", message=lost[name])]
             else:
                 own = found[scan.uri, scan.member]
             rows += scan_rows(scan, own)
@@ -284,7 +284,7 @@ def _commit(out: str, table: pa.Table, labels: pa.Table, people: ScansByPerson) 
     if (old := archive_table(out, "labels")) is not None:
         others = old.filter(pc.invert(pc.is_in(old["participant"], people.names)))
         labels = pa.concat_tables([others, labels])
-    commit_tables(out, table, labels, _review(out, table))
+    commit_tables(out, scans=table, labels=labels, review=_review(out, table))
     counts = Counter(table["status"].to_pylist())
     print(f"{out}: {', '.join(f'{counts[status]} {status}' for status in Status)} of "
           f"{len(table)} scans")

@@ -44,7 +44,7 @@ class Limits:
     seconds_per_scan: float = 1800.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PersonTask:
     """What a worker needs to know about one person."""
 
@@ -109,8 +109,8 @@ def _watched(task: PersonTask, num_scans: int, function: Callable[..., Any],
 
 
 def _death(task: PersonTask, scan: Scan, death: Death) -> Outcome:
-    return rejected_outcome(scan, death.reason, nameless(death.message, task.scans),
-                            _provenance(task.preset, None))
+    return rejected_outcome(scan, reason=death.reason, message=nameless(death.message, task.scans),
+                            provenance=_provenance(task.preset, None))
 
 
 def _commit_record(task: PersonTask, outcomes: list[Outcome]) -> None:
@@ -163,8 +163,9 @@ def _prepare_and_write(task: PersonTask, scans: list[Scan], given_up: list[Outco
         if isinstance(result, Prepared):
             outcomes.append(_write(task, result, made_by, seen))
             continue
-        outcomes.append(rejected_outcome(scan, result.reason,
-                                         nameless(result.message, task.scans), made_by))
+        outcomes.append(rejected_outcome(scan, reason=result.reason,
+                                         message=nameless(result.message, task.scans),
+                                         provenance=made_by))
         if not scan.reason and (picture := preview_of(scan)):
             outcomes[-1]["figures"]["preview"] = picture
     _commit_record(task, outcomes)
@@ -184,8 +185,8 @@ def _write(task: PersonTask, result: Prepared, provenance: str, seen: set[str]) 
         return {**outcome, **duplicate_of(place)}
     seen.add(result.scan_id)
     outcome["figures"]["fingerprint"] = fingerprint(result.image, result.mask)
-    outcome["voxels_sha256"] = write_volume(task.out, place, result.image, result.mask,
-                                            result.label, result.parcels)
+    outcome["voxels_sha256"] = write_volume(task.out, place, image=result.image, mask=result.mask,
+                                            label=result.label, parcels=result.parcels)
     return outcome
 
 

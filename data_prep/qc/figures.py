@@ -26,7 +26,7 @@ _AIR = ("qc_snr", "qc_efc", "qc_fber", "qc_ghost", "qc_air_level")
 FIGURES = ("qc_mask_ml", "qc_cut_cm2", "qc_fwhm_mm", *_TISSUE, *_AIR)
 
 
-def quality(volume: Volume, mask: np.ndarray, tissue: np.ndarray | None = None,
+def quality(volume: Volume, mask: np.ndarray, *, tissue: np.ndarray | None = None,
             modality: str = "T1w") -> Figures:
     """Figures of one scan in native space.
 
@@ -81,7 +81,8 @@ def quality(volume: Volume, mask: np.ndarray, tissue: np.ndarray | None = None,
         "qc_fwhm_mm": _fwhm(data, mask, sample, values, spacing),
     }
     if modality in STRUCTURAL:
-        measured |= _tissue(split(data, sample, values, spacing, modality, tissue))
+        measured |= _tissue(split(data, sample, values=values, spacing=spacing, modality=modality,
+                                  codes=tissue))
         measured |= _air(surroundings(data, mask, spacing), float(np.median(values)))
     else:
         measured |= dict.fromkeys((*_TISSUE, *_AIR), f"not defined for {modality}")
@@ -110,8 +111,8 @@ def _fwhm(data: np.ndarray, mask: np.ndarray, sample: np.ndarray, values: np.nda
           spacing: np.ndarray) -> float | str:
     widths = []
     for axis in range(3):
-        beside, inside = neighbours(data, sample, axis, 1)
-        inside &= neighbours(mask, sample, axis, 1)[0]
+        beside, inside = neighbours(data, sample, axis=axis, step=1)
+        inside &= neighbours(mask, sample, axis=axis, step=1)[0]
         step, spread = np.var(beside[inside] - values[inside]), np.var(values)
         correlation = 1 - step / (2 * spread) if spread > 0 else 0.0
         if not 0 < correlation < 1:

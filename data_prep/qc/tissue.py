@@ -42,7 +42,7 @@ def draw(mask: np.ndarray) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(inside, SAMPLE, replace=False))
 
 
-def neighbours(data: np.ndarray, sample: np.ndarray, axis: int, step: int
+def neighbours(data: np.ndarray, sample: np.ndarray, *, axis: int, step: int
                ) -> tuple[np.ndarray, np.ndarray]:
     """Values ``step`` voxels further along an axis, and whether there is such a voxel."""
     place = sample // int(np.prod(data.shape[axis + 1:])) % data.shape[axis] + step
@@ -51,7 +51,7 @@ def neighbours(data: np.ndarray, sample: np.ndarray, axis: int, step: int
     return data.ravel()[moved], inside
 
 
-def split(data: np.ndarray, sample: np.ndarray, values: np.ndarray, spacing: np.ndarray,
+def split(data: np.ndarray, sample: np.ndarray, *, values: np.ndarray, spacing: np.ndarray,
           modality: str, codes: np.ndarray | None) -> Tissue | str:
     """Grey and white matter of the sampled voxels, or the reason why they cannot be told apart.
 
@@ -84,7 +84,7 @@ def split(data: np.ndarray, sample: np.ndarray, values: np.ndarray, spacing: np.
 def _noise(data: np.ndarray, sample: np.ndarray, spacing: np.ndarray) -> float:
     """Noise from differences with the mean of the neighbours; along finely sampled axes only."""
     axes = [axis for axis in range(3) if spacing[axis] < 1.5 * spacing.min()]
-    pairs = [neighbours(data, sample, axis, step) for axis in axes for step in (-1, 1)]
+    pairs = [neighbours(data, sample, axis=axis, step=step) for axis in axes for step in (-1, 1)]
     inside = np.all([there for _, there in pairs], axis=0)
     mean = np.mean([value for value, _ in pairs], axis=0, dtype=np.float64)
     residual = (data.ravel()[sample] - mean)[inside] * (len(pairs) / (len(pairs) + 1)) ** 0.5

@@ -37,7 +37,7 @@ PEOPLE_PER_TASK = 4
 RECIPE = "code/synth.json"
 
 
-def synthesise(out: str, participants: int, seed: int = 0, spacing_mm: float = 2.0,
+def synthesise(out: str, *, participants: int, seed: int = 0, spacing_mm: float = 2.0,
                workers: int = 2, anatomies: Path | None = None) -> None:
     """Make a synthetic cohort, or what is missing of it.
 
@@ -81,7 +81,7 @@ def synthesise(out: str, participants: int, seed: int = 0, spacing_mm: float = 2
     for num in _run(_make_people, tasks, workers):
         done += num
         print(f"synth: {done}/{len(missing)} people, {time.monotonic() - start:.0f} s", flush=True)
-    for path, data in tables.dataset_files(out, people, origin, asked).items():
+    for path, data in tables.dataset_files(out, people, origin=origin, recipe=asked).items():
         write_bytes(join(out, path), data)  # the last one is the commit record
 
 
@@ -138,7 +138,7 @@ def _make_people(out: str, people: list[SyntheticPerson], name: str, anatomies: 
     for person in people:
         volumes = []
         for visit in person.visits:
-            files, measured = make_visit(anatomy, person, visit, seed, spacing_mm)
+            files, measured = make_visit(anatomy, person, visit, seed=seed, spacing_mm=spacing_mm)
             for path, data in files.items():
                 write_bytes(join(out, path), data)
             volumes.append(measured)

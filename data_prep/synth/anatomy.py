@@ -98,7 +98,7 @@ def load_anatomy(name: str, folder: Path | None) -> Anatomy:
     # MNI152 is larger than life: 1.9 litres against a mean of about 1.45
     scale = np.exp(rng.normal(-0.085, 0.04, 3))
     still = np.zeros((3, *shape), np.float32)
-    field = warp.compose(still, velocity, scale, np.array(labels.shape) / 2)
+    field = warp.compose(still, velocity=velocity, scale=scale, centre=np.array(labels.shape) / 2)
     return Anatomy(name, _crop(warp.warp_labels(labels, field)), TEMPLATE_LEVELS)
 
 

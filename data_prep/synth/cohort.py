@@ -195,7 +195,7 @@ def _draw_visit(rng: np.random.Generator, session: str, age: float) -> Visit:
 
 # ---- what a person should look like at an age ----------------------------------------------------
 
-def wanted_ml(person: SyntheticPerson, age: float, intracranial_ml: float,
+def wanted_ml(person: SyntheticPerson, *, age: float, intracranial_ml: float,
               levels: Levels) -> Wanted:
     """Volumes that a head of ``intracranial_ml`` should have at an age."""
     years, traits = age - MEAN_AGE, person.traits

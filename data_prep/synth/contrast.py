@@ -73,7 +73,7 @@ def _scanner(name: str, column: str) -> dict[str, float]:
     return {tissue: rng.normal(0, SCANNER_SD) for tissue in TISSUES if tissue != "marker"}
 
 
-def scan_signal(clean: np.ndarray, voxel_mm: np.ndarray, rng: np.random.Generator, bias: float,
+def scan_signal(clean: np.ndarray, *, voxel_mm: np.ndarray, rng: np.random.Generator, bias: float,
                 noise: float) -> np.ndarray:
     """What the scanner delivers: texture, smooth shading (log sd ``bias``), Rician noise (sd).
 

@@ -35,7 +35,9 @@ def visit_head(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, seed: in
     own = _own_velocity(anatomy, person, visit, seed)
     # by how much the personal deformation makes each place of the anatomy larger
     density = warp.density(own) * np.float32(scale.prod())
-    wanted = wanted_ml(person, visit.age, anatomy.shaper.intracranial_ml(density), anatomy.levels)
+    wanted = wanted_ml(person, age=visit.age,
+                       intracranial_ml=anatomy.shaper.intracranial_ml(density),
+                       levels=anatomy.levels)
     focal, (csf, cortex, other_grey) = anatomy.shaper.solve(
         np.array([wanted.ventricles, wanted.hippocampi]), density)
     labels = anatomy.labels.copy()
@@ -45,7 +47,8 @@ def visit_head(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, seed: in
                             (cortex - widened - (wanted.grey - other_grey)) / voxel_ml)
     places = np.random.default_rng([seed, 5, person.index])  # of the person: visits share them
     anatomy.tissue.add_lesions(labels, round(wanted.lesions / voxel_ml), places)
-    return Head(labels, warp.compose(focal, own, scale, anatomy.centre), anatomy.centre)
+    return Head(labels, warp.compose(focal, velocity=own, scale=scale, centre=anatomy.centre),
+                anatomy.centre)
 
 
 def _own_velocity(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, seed: int) -> np.ndarray:
@@ -82,7 +85,7 @@ def file_names(person: SyntheticPerson, visit: Visit) -> dict[str, str]:
     return names
 
 
-def make_visit(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, seed: int,
+def make_visit(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, *, seed: int,
                spacing_mm: float) -> tuple[dict[str, bytes], dict[str, float]]:
     """All files of a visit (path below the data set: bytes), and what is true of it.
 
@@ -112,7 +115,7 @@ def make_visit(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, seed: in
         if modality == "T1w":
             labels = np.where(view.labels < codes.SKULL, view.labels, 0)
             volumes = measure(labels, float(np.prod(voxel_mm)))
-            files[names["labels"]] = view.stored(labels, 1.0, noisy=False)
+            files[names["labels"]] = view.stored(labels, slope=1.0, noisy=False)
     return files, volumes | truth
 
 
@@ -140,12 +143,13 @@ def _anatomical(view: View, rng: np.random.Generator, person: SyntheticPerson, m
         table[list(contrast.TISSUES["cortex"][0])] *= truth["t1w_contrast"] / CONTRAST
     clean = view.mean_signal(table)
     clean = ndimage.gaussian_filter(clean, 0.4, truncate=3)  # neighbours share some signal
-    signal = contrast.scan_signal(clean, voxel_mm, rng, site.bias, site.noise)
+    signal = contrast.scan_signal(clean, voxel_mm=voxel_mm, rng=rng, bias=site.bias,
+                                  noise=site.noise)
     dtype = (np.int16, np.uint16)[rng.integers(2)]
     signal *= rng.uniform(800, 16000) / signal.max()
     slope = float(rng.choice([1.0, round(rng.uniform(0.01, 15), 4)]))
     flat = modality != "T1w" and site.slices > 1
-    return view.stored(np.rint(signal, out=signal), slope, dtype), {
+    return view.stored(np.rint(signal, out=signal), slope=slope, dtype=dtype), {
         "MRAcquisitionType": "2D" if flat else "3D", "SliceThickness": round(float(voxel_mm[2]), 3)}
 
 

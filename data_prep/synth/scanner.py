@@ -91,8 +91,9 @@ class View:
     def _labels(self, grid: Grid) -> np.ndarray:
         back = self.pose.rotation.T
         return warp.read_labels(
-            self.head.labels, self.head.field, back @ grid.affine[:3, :3],
-            back @ (grid.affine[:3, 3] - self.pose.shift_mm) + self.head.centre, grid.shape)
+            self.head.labels, field=self.head.field, matrix=back @ grid.affine[:3, :3],
+            offset=back @ (grid.affine[:3, 3] - self.pose.shift_mm) + self.head.centre,
+            shape=grid.shape)
 
     def mean_signal(self, table: np.ndarray) -> np.ndarray:
         """float32 signal: ``table`` [1000] by label, averaged over each voxel.
@@ -107,10 +108,11 @@ class View:
                 fine = fine.reshape(shape).mean(axis + 1)
         return fine
 
-    def stored(self, volume: np.ndarray, slope: float, dtype: type = np.int16,
+    def stored(self, volume: np.ndarray, *, slope: float, dtype: type = np.int16,
                tr_s: float | None = None, noisy: bool = True) -> bytes:
         """Bytes of a file of a volume [x, y, z] or [x, y, z, t] on the grid."""
-        return store(volume, self.grid.affine, self.orientation, slope, dtype, tr_s, noisy)
+        return store(volume, affine=self.grid.affine, orientation=self.orientation, slope=slope,
+                     dtype=dtype, tr_s=tr_s, noisy=noisy)
 
 
 def draw_view(rng: np.random.Generator, head: Head, pose: Pose, voxel_mm: np.ndarray) -> View:
@@ -119,7 +121,7 @@ def draw_view(rng: np.random.Generator, head: Head, pose: Pose, voxel_mm: np.nda
     return View(head, pose, grid, np.stack([rng.permutation(3), rng.choice([-1, 1], 3)], axis=1))
 
 
-def store(volume: np.ndarray, affine: np.ndarray, orientation: np.ndarray, slope: float,
+def store(volume: np.ndarray, *, affine: np.ndarray, orientation: np.ndarray, slope: float,
           dtype: type, tr_s: float | None = None, noisy: bool = True) -> bytes:
     """Gzipped NIfTI of integers in another axis order and direction; the same bytes every time.
 

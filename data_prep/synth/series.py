@@ -57,7 +57,7 @@ def pet(view: View, rng: np.random.Generator, tracer: str,
         frames[..., frame] = np.maximum(grown + ndimage.gaussian_filter(noise, 0.6 * sd), 0)
     slope = float(frames.max()) * scale / 32000
     stored = np.rint(frames * np.float32(scale / slope))
-    image = view.stored(stored[..., 0] if num == 1 else stored, slope)
+    image = view.stored(stored[..., 0] if num == 1 else stored, slope=slope)
     return image, _pet_facts(tracer, num, seconds, dose_mbq, weight_kg)
 
 
@@ -99,7 +99,7 @@ def bold(view: View, rng: np.random.Generator, site: Site,
     frames += np.float32(site.noise / 3) * rng.random(frames.shape, dtype=np.float32)  # in air too
     frames = np.maximum(frames, 0)
     frames *= 12000 / frames.max()
-    image = view.stored(np.rint(frames, out=frames), 1.0, tr_s=TR_S)
+    image = view.stored(np.rint(frames, out=frames), slope=1.0, tr_s=TR_S)
     return image, {"TaskName": "rest", "RepetitionTime": TR_S, "EchoTime": 0.03,
                    "MRAcquisitionType": "2D",
                    "SliceThickness": round(float(view.grid.voxel_mm[2]), 3)}

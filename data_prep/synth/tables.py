@@ -58,7 +58,7 @@ def sessions(person: SyntheticPerson, volumes: list[dict[str, float]]) -> bytes:
                  for visit, measured in zip(person.visits, volumes, strict=True)])
 
 
-def dataset_files(out: str, people: list[SyntheticPerson], origin: dict[str, str],
+def dataset_files(out: str, people: list[SyntheticPerson], *, origin: dict[str, str],
                   recipe: dict[str, Any]) -> dict[str, bytes]:
     """Files of the whole data set by path, the commit record last.
 

@@ -44,7 +44,7 @@ def flow(velocity: np.ndarray) -> np.ndarray:
     return field
 
 
-def random_velocity(rng: np.random.Generator, shape: tuple[int, ...], rms_mm: float,
+def random_velocity(rng: np.random.Generator, shape: tuple[int, ...], *, rms_mm: float,
                     smooth_mm: float) -> np.ndarray:
     """A smooth random velocity on a coarse grid of ``shape``, of the given size and width."""
     noise = rng.standard_normal((3, *shape), dtype=np.float32)
@@ -53,7 +53,7 @@ def random_velocity(rng: np.random.Generator, shape: tuple[int, ...], rms_mm: fl
     return smooth * np.float32(rms_mm / np.sqrt(np.mean(smooth ** 2)))
 
 
-def compose(outer: np.ndarray, velocity: np.ndarray, scale: np.ndarray,
+def compose(outer: np.ndarray, *, velocity: np.ndarray, scale: np.ndarray,
             centre: np.ndarray) -> np.ndarray:
     """Displacement of: shrink about ``centre`` by ``scale``, flow of ``velocity``, then ``outer``.
 
@@ -112,7 +112,7 @@ def scan_nodes(shape: tuple[int, ...], voxel_mm: np.ndarray) -> tuple[int, ...]:
                  for n, v in zip(shape, voxel_mm, strict=True))
 
 
-def read_labels(labels: np.ndarray, field: np.ndarray, matrix: np.ndarray, offset: np.ndarray,
+def read_labels(labels: np.ndarray, *, field: np.ndarray, matrix: np.ndarray, offset: np.ndarray,
                 shape: tuple[int, ...]) -> np.ndarray:
     """Labels [x, y, z] on a scan's grid, read once through a coarse field by the nearest voxel.
 
@@ -136,4 +136,5 @@ def read_labels(labels: np.ndarray, field: np.ndarray, matrix: np.ndarray, offse
 
 def warp_labels(labels: np.ndarray, field: np.ndarray) -> np.ndarray:
     """Labels [x, y, z] read through a coarse field on their own grid."""
-    return read_labels(labels, field, np.eye(3), np.zeros(3), labels.shape)
+    return read_labels(labels, field=field, matrix=np.eye(3), offset=np.zeros(3),
+                       shape=labels.shape)

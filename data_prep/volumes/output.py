@@ -35,7 +35,7 @@ def write_scan(work: StructuralScan, to_scan: np.ndarray, placement: Placement,
     """
     volume, matrix = work.volume, to_scan @ placement.rigid
     brain = to_archive(work.brain, volume.affine, matrix)
-    image = interpolate(volume, matrix, brain, preset)
+    image = interpolate(volume, matrix, brain=brain, preset=preset)
     mask = mask_codes(brain, scanned(volume, matrix))
     covered = coverage(to_scan @ placement.affine, volume)
     figures = work.figures | source_figures(volume) | placement_figures(placement, matrix) | {
@@ -70,7 +70,7 @@ def scanned(volume: Volume, matrix: np.ndarray) -> np.ndarray:
     return to_archive(np.ones(volume.data.shape, np.uint8), volume.affine, matrix)
 
 
-def interpolate(volume: Volume, matrix: np.ndarray, brain: np.ndarray, preset: Preset
+def interpolate(volume: Volume, matrix: np.ndarray, *, brain: np.ndarray, preset: Preset
                 ) -> np.ndarray:
     """A volume on the archive grid, computed in the box that holds the brain, 0 elsewhere."""
     found = np.zeros(ARCHIVE_GRID.shape, np.float32)
@@ -81,8 +81,9 @@ def interpolate(volume: Volume, matrix: np.ndarray, brain: np.ndarray, preset: P
     affine = ARCHIVE_GRID.affine
     affine[:3, 3] += affine[:3, :3] @ [part.start for part in box]
     shape = tuple(part.stop - part.start for part in box)
-    image = resample(_source_box(volume, matrix @ affine, shape), matrix, shape, affine,
-                     sitk.sitkBSpline3 if preset.spline else sitk.sitkLinear)
+    image = resample(_source_box(volume, matrix @ affine, shape), matrix, shape=shape,
+                     affine=affine,
+                     interpolator=sitk.sitkBSpline3 if preset.spline else sitk.sitkLinear)
     # A spline swings below and above its data at sharp edges.
     found[box] = np.clip(image, volume.data.min(), volume.data.max())
     return found

@@ -141,18 +141,21 @@ def _place(anchors: list[StructuralScan], preset: Preset) -> tuple[Placement, li
     for other in anchors[1:]:
         start = np.eye(4)
         start[:3, 3] = other.centre - centre
-        from_first.append(register_rigid(first.volume, first.brain, other.volume, preset, start))
+        from_first.append(register_rigid(first.volume, mask=first.brain, moving=other.volume,
+                                         preset=preset, start=start))
     to_midpoint = midpoint(from_first, centre)
     matrices = [matrix @ np.linalg.inv(to_midpoint) for matrix in from_first]
     middle = to_midpoint[:3, :3] @ centre + to_midpoint[:3, 3]
-    head, mask = average([a.volume for a in anchors], [a.brain for a in anchors], matrices, middle,
-                         f"midpoint of {len(anchors)} visits with {first.volume.name}")
+    head, mask = average([a.volume for a in anchors], masks=[a.brain for a in anchors],
+                         matrices=matrices, centre=middle,
+                         name=f"midpoint of {len(anchors)} visits with {first.volume.name}")
     modalities = {anchor.scan.modality for anchor in anchors}
     modality = modalities.pop() if len(modalities) == 1 else "mixed"
     # Visits whose own transforms passed: their mean, since each favours one visit.
     given = [np.linalg.inv(matrix) @ anchor.placement.affine
              for anchor, matrix in zip(anchors, matrices, strict=True) if anchor.placement]
-    found = (place_given(np.mean(given, axis=0), head, mask, modality, preset) if given else "none")
+    found = (place_given(np.mean(given, axis=0), head=head, mask=mask, modality=modality,
+                         preset=preset) if given else "none")
     if isinstance(found, str):
         found = place(head, mask, modality, preset)
     return found, matrices

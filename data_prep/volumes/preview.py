@@ -35,7 +35,7 @@ def preview(volume: Volume) -> str:
     grid = np.diag([PREVIEW_MM, PREVIEW_MM, PREVIEW_MM, 1.0])
     centre = centre_of(bright if bright.any() else np.ones_like(bright), volume.affine)
     grid[:3, 3] = centre - PREVIEW_MM * (_SIDE - 1) / 2
-    coarse = resample(to_itk(data, volume.affine), np.eye(4), (_SIDE,) * 3, grid)
+    coarse = resample(to_itk(data, volume.affine), np.eye(4), shape=(_SIDE,) * 3, affine=grid)
     low, high = np.percentile(coarse, (1, 99.5))
     grey = (255 * np.clip((coarse - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
     panels = [grey.take(_SIDE // 2, axis).T[::-1] for axis in range(3)]

@@ -71,7 +71,7 @@ def prepare_published(scan: Scan, preset: Preset) -> Prepared:
         brain = to_archive(first, head.affine, matrix)
     else:
         brain, source = brain_mask(placed, preset)
-    placement = judge(np.eye(4), placed, brain, scan.modality)
+    placement = judge(np.eye(4), head=placed, mask=brain, modality=scan.modality)
     placement = replace(placement, affine=matrix, rigid=matrix,
                         volume_factor=float(1 / np.linalg.det(matrix[:3, :3])))
     if what := fault(placement, preset, preset.min_dice):
@@ -85,7 +85,7 @@ def prepare_published(scan: Scan, preset: Preset) -> Prepared:
     flags = [*read.flags, *placement_flags(placement, preset),
              *judged(figures, scan.modality, read.name)]
     low, high = np.percentile(np.where(brain, image, 0), PERCENTILES)
-    return Prepared(scan, read.scan_id, to_unit(image, brain, low, high),
+    return Prepared(scan, read.scan_id, to_unit(image, brain, low=low, high=high),
                     mask_codes(brain, scanned(read, matrix)), label_map(scan, matrix), figures,
                     flags)
 
@@ -106,4 +106,5 @@ def crop_neck(volume: Volume) -> tuple[Volume, np.ndarray]:
 def _native(brain: np.ndarray, matrix: np.ndarray, volume: Volume) -> np.ndarray:
     """The brain mask of the archive grid on the scan's own, for figures of quality."""
     return resample(to_itk(brain.astype(np.uint8), ARCHIVE_GRID.affine), np.linalg.inv(matrix),
-                    volume.data.shape, volume.affine, sitk.sitkNearestNeighbor).astype(bool)
+                    shape=volume.data.shape, affine=volume.affine,
+                    interpolator=sitk.sitkNearestNeighbor).astype(bool)

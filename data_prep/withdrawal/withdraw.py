@@ -41,7 +41,7 @@ Event = dict[str, Any]
 _KEPT = ("scan_id", "cohort", "participant", "family", "session", "modality", "split")
 
 
-def withdraw(lists: Sequence[str], targets: Sequence[str], key: bytes, cohort: str | None = None,
+def withdraw(lists: Sequence[str], *, targets: Sequence[str], key: bytes, cohort: str | None = None,
              runs: Sequence[str] = ()) -> None:
     """Take the people of lists out of archives and feeds; prints what was removed.
 
@@ -123,8 +123,8 @@ def _from_archive(uri: str, people: set[str], lists: list[WithdrawalList]) -> tu
         for column in ("participant_a", "participant_b"):
             if column in review.column_names:
                 review = review.filter(pc.invert(pc.is_in(review[column], names)))
-        commit_tables(uri, _tombstones(scans, mine), archive.labels.filter(
-            pc.invert(pc.is_in(archive.labels["participant"], names))), review)
+        commit_tables(uri, scans=_tombstones(scans, mine), labels=archive.labels.filter(
+            pc.invert(pc.is_in(archive.labels["participant"], names))), review=review)
     for name in list_names(join(uri, "results")):
         if name.rpartition("-")[0] in people:
             remove(join(uri, "results", name))

@@ -69,7 +69,8 @@ def test_a_linked_group_is_named_by_its_link_and_split_alike_everywhere():
 
 def test_people_keep_what_they_had_and_the_last_split_wins():
     groups = {"a": "g", "b": "g", "c": "h", "d": "new"}
-    settled = settle(KEY, "c", groups, {"a": "train", "b": "val", "c": "test", "gone": "train"})
+    settled = settle(KEY, "c", groups=groups, earlier={"a": "train", "b": "val", "c": "test",
+                                                       "gone": "train"})
     assert settled == {"g": "val", "h": "test", "new": split_of(KEY, "c", "new")}
 
 

@@ -33,7 +33,7 @@ def tree(tmp_path: Path) -> Path:
 
 def indexed(tree: Path, out: Path, **arguments: object) -> dict[str, Scan]:
     """Index a tree; its scans by their file's name up to the suffix."""
-    index("bids", str(tree), str(out), KEY, **arguments)  # type: ignore[arg-type]
+    index("bids", str(tree), out=str(out), key=KEY, **arguments)  # type: ignore[arg-type]
     scans = [Scan(**row) for row in read_manifest(str(out))[0].to_pylist()]
     return {scan.uri.rsplit("/", 1)[-1].split(".")[0]: scan for scan in scans}
 
@@ -75,11 +75,11 @@ def test_manifest_has_pseudonyms_families_and_splits(tree: Path, tmp_path: Path,
 def test_equal_sources_give_equal_bytes(tree: Path, tmp_path: Path):
     first, second = tmp_path / "1" / "m.parquet", tmp_path / "2" / "m.parquet"
     for out in (first, second):
-        index("bids", str(tree), str(out), KEY)
+        index("bids", str(tree), out=str(out), key=KEY)
     for name in ("m.parquet", "m.labels.parquet", "m.seen.parquet"):
         assert (first.parent / name).read_bytes() == (second.parent / name).read_bytes()
     before = first.read_bytes()
-    index("bids", str(tree), str(first), KEY)
+    index("bids", str(tree), out=str(first), key=KEY)
     assert first.read_bytes() == before
 
 
@@ -239,7 +239,7 @@ def test_s3_is_walked_by_pages(s3, tmp_path: Path):
 def test_a_source_without_scans_is_an_error(tmp_path: Path):
     root = write(tmp_path / "s", {"x/readme.txt": "x", "x_dseg.nii": "x"})
     with pytest.raises(DataError, match=r"s: no scan found \(1 x not taken: file without"):
-        index("bids", str(root), str(tmp_path / "m.parquet"), KEY)
+        index("bids", str(root), out=str(tmp_path / "m.parquet"), key=KEY)
     assert not list(tmp_path.glob("*.parquet"))
 
 
@@ -249,7 +249,7 @@ def test_a_source_without_scans_is_an_error(tmp_path: Path):
 def test_a_damaged_earlier_index_is_named(tree: Path, tmp_path: Path, name: str, message: str):
     write(tmp_path, {name: "not parquet"})
     with pytest.raises(DataError, match=message):
-        index("bids", str(tree), str(tmp_path / "m.parquet"), KEY)
+        index("bids", str(tree), out=str(tmp_path / "m.parquet"), key=KEY)
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path):
@@ -265,14 +265,14 @@ def test_a_manifest_of_other_people_is_not_replaced(tree: Path, tmp_path: Path):
     indexed(tree, out)
     before = out.read_bytes()
     with pytest.raises(DataError, match="none of these people, so it was made with another key"):
-        index("bids", str(tree), str(out), KEY[::-1])
+        index("bids", str(tree), out=str(out), key=KEY[::-1])
     assert out.read_bytes() == before
 
 
 def test_links_need_their_columns(tree: Path, tmp_path: Path):
     write(tmp_path, {"links.csv": "cohort,participant\ncohort,8\n"})
     with pytest.raises(DataError, match=r"links\.csv: needs the columns"):
-        index("bids", str(tree), str(tmp_path / "m.parquet"), KEY,
+        index("bids", str(tree), out=str(tmp_path / "m.parquet"), key=KEY,
               links=str(tmp_path / "links.csv"))
 
 

@@ -45,14 +45,14 @@ def test_only_pseudonyms_are_shown(tree: Path, tmp_path: Path, monkeypatch, caps
                                      for name in ("m.parquet", "a", "f", "r.html"))
     listing = tmp_path / "left.csv"
     listing.write_text(f"cohort,participant\nc,{IDS[2]}\n")
-    index("bids", str(tree), manifest, KEY, "c")
-    driver.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)
+    index("bids", str(tree), out=manifest, key=KEY, name="c")
+    driver.prepare([manifest], out=archive, preset=QUICK, workers=1, prepare_one=fake_prepare)
     rows = open_archive(archive).rows
-    pack(archive, feed, TRAINING_GRIDS["3mm"], 1 << 20)
+    pack(archive, out=feed, grid=TRAINING_GRIDS["3mm"], shard_bytes=1 << 20)
     report(archive, page)
     assert verify(archive) == verify(feed) == 0
-    withdraw([str(listing)], [archive, feed], KEY)
-    driver.prepare([manifest], archive, QUICK, 1, prepare_one=fake_prepare)
+    withdraw([str(listing)], targets=[archive, feed], key=KEY)
+    driver.prepare([manifest], out=archive, preset=QUICK, workers=1, prepare_one=fake_prepare)
     shown = capsys.readouterr().out.replace(str(tmp_path), "")
     assert {row["reason"].split(":")[0] for row in rows if row["reason"]} == {
         "truncated", "worker_failed", "duplicate_of"}
@@ -68,9 +68,10 @@ def test_errors_that_end_a_run_name_no_person(tree: Path, tmp_path: Path, monkey
     monkeypatch.setattr(driver, "run_tasks", run_here)
     for path in tree.rglob("*.nii.gz"):
         path.write_text("bad")
-    index("bids", str(tree), str(tmp_path / "m.parquet"), KEY, "c")
+    index("bids", str(tree), out=str(tmp_path / "m.parquet"), key=KEY, name="c")
     with pytest.raises(DataError, match="none of 6 scans is usable") as error:
-        driver.prepare([str(tmp_path / "m.parquet")], str(tmp_path / "a"), QUICK, 1,
+        driver.prepare([str(tmp_path / "m.parquet")], out=str(tmp_path / "a"), preset=QUICK,
+                       workers=1,
                      prepare_one=fake_prepare)
     said = str(error.value) + capsys.readouterr().out
     assert "ends after 3 bytes" in said and not [secret for secret in SECRETS if secret in said]
@@ -79,7 +80,8 @@ def test_errors_that_end_a_run_name_no_person(tree: Path, tmp_path: Path, monkey
 def test_people_on_a_list_are_not_indexed(tree: Path, tmp_path: Path, capsys):
     (tmp_path / "w1_20250131.csv").write_text(f"{IDS[2]}\nNDARINV9\n")
     out = str(tmp_path / "m.parquet")
-    index("bids", str(tree), out, KEY, "c", withdrawn=[str(tmp_path / "w1_20250131.csv")])
+    index("bids", str(tree), out=out, key=KEY, name="c",
+          withdrawn=[str(tmp_path / "w1_20250131.csv")])
     people = {row["participant"] for row in read_table(out).to_pylist()}
     assert people == {pseudonym(KEY, "c", name) for name in IDS[:2]}
     assert "noted 2 x scans of people who withdrew" in capsys.readouterr().out

@@ -50,14 +50,15 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
                 ("fake", {"p1/1/T1w": "one", "p1/2/T1w": "two", "p2/1/T2w": "flag",
                           "p3/1/T1w": "bad"}),
                 ("other", {"q1/1/T1w": "four", "q2/1/FLAIR": "five"})):
-            driver.prepare([make_manifest(root, contents, cohort, cohort)], out, QUICK, 1,
+            driver.prepare([make_manifest(root, contents, cohort, cohort)], out=out, preset=QUICK,
+                           workers=1,
                          prepare_one=fake_prepare)
     return out
 
 
 @pytest.fixture
 def feed(archive: str, tmp_path: Path) -> Path:
-    pack(archive, str(tmp_path / "f"), THREE, 256 * MIB)
+    pack(archive, out=str(tmp_path / "f"), grid=THREE, shard_bytes=256 * MIB)
     return tmp_path / "f"
 
 
@@ -67,7 +68,7 @@ def feed(archive: str, tmp_path: Path) -> Path:
 def test_a_constant_brain_stays_constant_to_its_edge(grid: Grid):
     mask = np.zeros(ARCHIVE_GRID.shape, np.uint8)
     mask[31:150, 41:170, 35:140] = 1
-    image, codes, label = coarsen(np.where(mask == 1, 0.7, 0.0), mask, None, grid)
+    image, codes, label = coarsen(np.where(mask == 1, 0.7, 0.0), mask=mask, label=None, grid=grid)
     assert label is None and image.shape == codes.shape == grid.shape
     assert np.allclose(image[codes == 1], 0.7, atol=1e-6)
     volume = (codes == 1).sum() * grid.spacing_mm**3
@@ -83,8 +84,8 @@ def test_places_are_kept_on_each_axis(grid: Grid):
             line = grid.affine[axis, 3] + grid.spacing_mm * np.arange(grid.shape[axis])
             return np.broadcast_to(np.expand_dims(line, [a for a in range(3) if a != axis]),
                                    grid.shape)
-        image, _, label = coarsen(ramp(ARCHIVE_GRID), mask,
-                                   np.rint(ramp(ARCHIVE_GRID)).astype(np.int16), grid)
+        image, _, label = coarsen(ramp(ARCHIVE_GRID), mask=mask,
+                                   label=np.rint(ramp(ARCHIVE_GRID)).astype(np.int16), grid=grid)
         # two voxels of which one counts half: their centre is a twelfth of a voxel off
         assert np.abs(image - ramp(grid)).max() < (1e-3 if grid == THREE else 0.09)
         assert label is not None
@@ -95,7 +96,7 @@ def test_codes_go_by_majority_and_3mm_is_a_block_mean():
     rng = np.random.default_rng(0)
     mask = rng.integers(0, 3, ARCHIVE_GRID.shape).astype(np.uint8)
     image = rng.random(ARCHIVE_GRID.shape, dtype=np.float32)
-    mean, codes, _ = coarsen(image, mask, None, THREE)
+    mean, codes, _ = coarsen(image, mask=mask, label=None, grid=THREE)
     inside = tuple(slice(9, -9) for _ in range(3))  # 162 of 180 mm, and 198 of 216
 
     def blocks(volume: np.ndarray) -> np.ndarray:
@@ -119,8 +120,8 @@ def test_samples_are_those_of_the_archive(archive: str, feed: Path):
     reader = SampleReader(opened)
     for number, row in enumerate(rows):
         arrays = read_volume(archive, slot(row["participant"], row["scan_id"]))
-        image, mask, label = coarsen(arrays["image"] * np.float32(IMAGE_SCALE), arrays["mask"],
-                                      arrays.get("label"), THREE)
+        image, mask, label = coarsen(arrays["image"] * np.float32(IMAGE_SCALE), mask=arrays["mask"],
+                                      label=arrays.get("label"), grid=THREE)
         codes = reader.image(number)
         assert (codes == quantise(image, mask)).all()
         assert row["num_foreground"] == ((codes > 0) & (codes < 255)).sum() == (mask == 1).sum()
@@ -136,7 +137,7 @@ def test_samples_are_those_of_the_archive(archive: str, feed: Path):
 def test_a_killed_pack_goes_on_and_any_number_of_workers_makes_the_same_bytes(
         archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    pack(archive, str(whole), THREE, 1, workers=2)  # on Ray
+    pack(archive, out=str(whole), grid=THREE, shard_bytes=1, workers=2)  # on Ray
     made: list[str] = []
 
     def three_then_none(shard: packing.Shard) -> int:
@@ -146,12 +147,12 @@ def test_a_killed_pack_goes_on_and_any_number_of_workers_makes_the_same_bytes(
         return pack_shard(shard)
     monkeypatch.setattr(packing, "pack_shard", three_then_none)
     with pytest.raises(KeyboardInterrupt):
-        pack(archive, str(parts), THREE, 1)
+        pack(archive, out=str(parts), grid=THREE, shard_bytes=1)
     with pytest.raises(DataError, match="no committed feed"):
         open_feed(str(parts))
     before = [(parts / name).stat().st_mtime_ns for name in made]
     monkeypatch.undo()
-    pack(archive, str(parts), THREE, 1)
+    pack(archive, out=str(parts), grid=THREE, shard_bytes=1)
     assert "3 of 5 shards are there already" in capsys.readouterr().out
     assert [(parts / name).stat().st_mtime_ns for name in made] == before
     assert contents(whole) == contents(parts) and len(contents(whole)) == 5 + 3
@@ -163,7 +164,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def test_shards_are_small_and_of_one_cohort(archive: str, tmp_path: Path):
-    pack(archive, str(tmp_path), THREE, 1)  # a shard holds at least one scan
+    pack(archive, out=str(tmp_path), grid=THREE, shard_bytes=1)  # a shard holds at least one scan
     rows = open_feed(str(tmp_path)).index.to_pylist()
     assert len({row["shard"] for row in rows}) == 5
     assert all(Path(row["shard"]).name.startswith(row["cohort"] + "-") for row in rows)
@@ -174,22 +175,22 @@ def test_shards_are_small_and_of_one_cohort(archive: str, tmp_path: Path):
 def test_packing_again_only_when_the_archive_changed(archive: str, feed: Path, capsys):
     before = {path: (path.stat().st_mtime_ns, path.read_bytes())
               for path in feed.rglob("*") if path.is_file()}
-    pack(archive, str(feed), THREE, 256 * MIB)
+    pack(archive, out=str(feed), grid=THREE, shard_bytes=256 * MIB)
     assert "already packed" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == time for path, (time, _) in before.items())
-    pack(archive, str(feed), FINE, 256 * MIB)  # another grid replaces it
+    pack(archive, out=str(feed), grid=FINE, shard_bytes=256 * MIB)  # another grid replaces it
     assert open_feed(str(feed)).grid == FINE and len(list(feed.glob("shards/*"))) == 2
-    pack(archive, str(feed), THREE, 256 * MIB)
+    pack(archive, out=str(feed), grid=THREE, shard_bytes=256 * MIB)
     assert {path: path.read_bytes() for path in before} == {
         path: content for path, (_, content) in before.items()}
     next(feed.glob("shards/*")).unlink()
-    pack(archive, str(feed), THREE, 256 * MIB)  # a lost shard is made again
+    pack(archive, out=str(feed), grid=THREE, shard_bytes=256 * MIB)  # a lost shard is made again
     assert verify(str(feed)) == 0
 
 
 def test_stock_webdataset_reads_the_tars_from_s3(archive: str, feed: Path, s3):
     out = f"{s3.uri}/feed"
-    pack(archive, out, THREE, 256 * MIB)
+    pack(archive, out=out, grid=THREE, shard_bytes=256 * MIB)
     opened = open_feed(out)
     assert opened.fingerprint == open_feed(str(feed)).fingerprint and verify(out) == 0
     rows = {row["scan_id"]: row for row in opened.index.to_pylist()}
@@ -209,7 +210,7 @@ def test_stock_webdataset_reads_the_tars_from_s3(archive: str, feed: Path, s3):
 
 def test_unfinished_archives_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match="no finished archive here"):
-        pack(str(tmp_path), str(tmp_path / "f"), THREE, MIB)
+        pack(str(tmp_path), out=str(tmp_path / "f"), grid=THREE, shard_bytes=MIB)
     assert not (tmp_path / "f").exists()
 
 
@@ -295,8 +296,8 @@ def test_verify_finds_a_review_of_scans_that_are_not_there(archive: str, tmp_pat
     shutil.copytree(archive, out)
     opened = open_archive(str(out))
     known = next(row["scan_id"] for row in opened.rows if row["status"] != "rejected")
-    commit_tables(str(out), opened.scans, opened.labels,
-                  pa.table({"scan_id_a": [known], "scan_id_b": ["gone"]}))
+    commit_tables(str(out), scans=opened.scans, labels=opened.labels,
+                  review=pa.table({"scan_id_a": [known], "scan_id_b": ["gone"]}))
     assert "review.parquet: scan gone is no usable row" in wrong(out, capsys)
     (out / "review.parquet").write_bytes(b"")
     with pytest.raises(DataError, match=r"review\.parquet: does not match archive\.json"):

@@ -107,7 +107,7 @@ def volume(text: str) -> tuple[np.ndarray, np.ndarray]:
     return image, mask
 
 
-def run_here(function, tasks, *options) -> dict[str, str]:
+def run_here(function, tasks, **options) -> dict[str, str]:
     """``run_tasks`` without Ray."""
     for each in tasks:
         function(each.argument)
@@ -123,7 +123,8 @@ def main() -> int:
     parser.add_argument("manifests", nargs="+")
     parser.add_argument("--ray-address")
     arguments = parser.parse_args()
-    prepare(arguments.manifests, arguments.out, QUICK, None, arguments.ray_address,
+    prepare(arguments.manifests, out=arguments.out, preset=QUICK, workers=None,
+            ray_address=arguments.ray_address,
             prepare_one=importlib.import_module("tests.helpers.fakes").fake_prepare)
     return 0
 

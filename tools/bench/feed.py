@@ -86,7 +86,8 @@ def _pack(folder: Path, count: int) -> dict[str, Any]:
     for number, (image, mask) in enumerate(brains(count)):
         scan_id, person = f"{number:024x}", f"{number:016x}"
         with clock() as spent:
-            digest = write_volume(archive, slot(person, scan_id), image, mask, None)
+            digest = write_volume(archive, slot(person, scan_id), image=image, mask=mask,
+                                  label=None)
         writing.wall_s, writing.cpu_s = writing.wall_s + spent.wall_s, writing.cpu_s + spent.cpu_s
         rows.append({"uri": f"{number}.nii.gz", "cohort": "bench", "participant": person,
                      "family": person, "session": "1", "modality": "T1w", "split": "train",
@@ -94,9 +95,10 @@ def _pack(folder: Path, count: int) -> dict[str, Any]:
                      "figures": {}})
         if number < 4:
             sizes.append(("", [], Spent(), Spent()))
-    commit_tables(archive, scan_table(rows), LABELS_SCHEMA.empty_table(), pa.table({}))
+    commit_tables(archive, scans=scan_table(rows), labels=LABELS_SCHEMA.empty_table(),
+                  review=pa.table({}))
     with clock() as packing:
-        pack(archive, str(folder / "feed"), TRAINING_GRIDS["1.5mm"], 256 << 20)
+        pack(archive, out=str(folder / "feed"), grid=TRAINING_GRIDS["1.5mm"], shard_bytes=256 << 20)
     _codecs()
     print(f"\nArchive: {1e3 * writing.cpu_s / count:.0f} CPU ms a scan written; pack: "
           f"{1e3 * packing.cpu_s / count:.0f} CPU ms, {count / packing.wall_s:.1f} scans/s")
@@ -110,7 +112,7 @@ def _codecs() -> None:
     from neurojepa.feed.format import quantise
 
     image, mask = next(brains(1, seed=1))
-    image, mask, _ = coarsen(image, mask, None, TRAINING_GRIDS["1.5mm"])
+    image, mask, _ = coarsen(image, mask=mask, label=None, grid=TRAINING_GRIDS["1.5mm"])
     arrays = {"uint8, mask inside": quantise(image, mask), "float16": image.astype(np.float16),
               "int16": np.rint(image * 32767).astype(np.int16), "float32": image}
     table = []

@@ -99,7 +99,7 @@ def _child(task: str, tree: str, out: str) -> dict[str, Any]:
 
         assert reader.read_cohort  # imported before the clock runs
         with clock() as spent:
-            index("bids", tree, out, b"0123456789abcdef", "bench")
+            index("bids", tree, out=out, key=b"0123456789abcdef", name="bench")
         peak = _peak_mib()
         images = read_table(out).num_rows
     else:

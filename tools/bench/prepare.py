@@ -153,7 +153,8 @@ def _head(folder: Path) -> Scan:
     source = labels if labels.exists() else None
     person = draw_person(0, 0)
     visit = replace(person.visits[0], modalities=("T1w",))
-    files, _ = make_visit(load_anatomy(anatomy_names(source)[0], source), person, visit, 0, 1.0)
+    files, _ = make_visit(load_anatomy(anatomy_names(source)[0], source), person, visit, seed=0,
+                          spacing_mm=1.0)
     names = file_names(person, visit)
     for key in ("T1w", "labels"):
         (folder / f"{key}.nii.gz").write_bytes(files[names[key]])
@@ -246,7 +247,8 @@ def _given_dice(path: Path, scan: Scan) -> tuple[float | None, float | None]:
     fixed = replace(volume, data=mask.astype(np.float32))
     start = np.eye(4)
     start[:3, 3] = centre_of(given.data > 0, given.affine) - centre_of(mask, volume.affine)
-    matrix = register_rigid_from([start], fixed, mask, given, PRESETS["default"])
-    moved = resample(to_itk((given.data > 0).astype(np.float32), given.affine), matrix, mask.shape,
-                     volume.affine) > 0.5
+    matrix = register_rigid_from([start], fixed=fixed, mask=mask, moving=given,
+                                 preset=PRESETS["default"])
+    moved = resample(to_itk((given.data > 0).astype(np.float32), given.affine), matrix,
+                     shape=mask.shape, affine=volume.affine) > 0.5
     return dice(carried(given, volume), mask), dice(moved, mask)

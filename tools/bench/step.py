@@ -194,7 +194,7 @@ def _feed(folder: str, shape: tuple[int, int, int]) -> str:
 
     grid, uri, samples = Grid("bench", shape, GRID_MM), str(Path(folder) / "feed"), []
     for number, (image, mask) in enumerate(brains(8)):
-        image, mask, _ = coarsen(image, mask, None, grid)
+        image, mask, _ = coarsen(image, mask=mask, label=None, grid=grid)
         row = {"scan_id": f"{number:024x}", "participant": f"p{number}", "family": f"p{number}",
                "session": "1", "cohort": "bench", "modality": "T1w", "site": "a",
                "split": "train", "num_foreground": int((mask == MaskCode.BRAIN).sum())}

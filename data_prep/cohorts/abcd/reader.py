@@ -276,11 +276,11 @@ class _PersonFiles:
 
     def _scan(self, one: Delivered, people: AbcdTables, age: float | None, sex: str | None) -> Scan:
         taken, participant = one.taken, self.participant
-        if not taken.reason and people.excluded(participant, taken.session, taken.modality,
-                                                one.task):
+        if not taken.reason and people.excluded(participant, taken.session, modality=taken.modality,
+                                                task=one.task):
             taken.reason = "cohort_excluded"
-        scan = self.reader.scan(taken, participant, age, sex,
-                                people.site(participant, taken.session))
+        scan = self.reader.scan(taken, participant, age=age, sex=sex,
+                                site=people.site(participant, taken.session))
         uri, member = split_member(scan.uri)
         return replace(scan, uri=uri, member=member, scanner=self._scanner(
             taken.facts, people.serial(participant, taken.session)))

@@ -113,7 +113,7 @@ class AbcdTables:
         """Serial number of the scanner, as the tables have it."""
         return self._get(participant, session, "serial")
 
-    def excluded(self, participant: str, session: str, modality: str, task: str) -> bool:
+    def excluded(self, participant: str, session: str, *, modality: str, task: str) -> bool:
         """Whether the cohort's own quality control rules the scan out."""
         return any((participant, session, column) in self._excluded
                    for rule in self.table["exclusion"]

@@ -278,7 +278,8 @@ class _Dataset(Reader):
         for session, own in groupby(sorted(taken, key=lambda one: one.session),
                                     key=lambda one: one.session):
             told = person.describe(session)
-            findings.scans += [self.scan(one, label, told.age, told.sex, told.site) for one in own]
+            findings.scans += [self.scan(one, label, age=told.age, sex=told.sex,
+                                         site=told.site) for one in own]
             findings.labels += [(session, name, value) for name, value in told.labels.items()]
         return findings
 

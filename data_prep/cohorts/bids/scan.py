@@ -56,7 +56,7 @@ class Reader:
             tracer=_tracer(entities.get("trc"), facts.get("TracerName"))
             if modality == "PET" else None)
 
-    def scan(self, taken: Taken, participant: str, age: float | None = None,
+    def scan(self, taken: Taken, participant: str, *, age: float | None = None,
              sex: str | None = None, site: str | None = None) -> Scan:
         """The finished Scan, with what the tables tell of its person."""
         facts, found = taken.facts, taken.image.found

@@ -97,7 +97,7 @@ class BidsTables:
             self._notes["people without a row in participants.tsv"] += 1
         measured = [(table.name.split(".")[0], table.rows(participant, self._notes))
                     for table in self._phenotypes]
-        return BidsPerson(rows, sessions, measured, self._notes)
+        return BidsPerson(rows, sessions=sessions, measured=measured, notes=self._notes)
 
     def finish(self) -> None:
         """Count the rows that nobody asked for."""
@@ -109,7 +109,7 @@ class BidsTables:
 class BidsPerson:
     """The rows of one participant, from participants.tsv, sessions.tsv and phenotype tables."""
 
-    def __init__(self, rows: dict[str, Cells], sessions: dict[str, Cells],
+    def __init__(self, rows: dict[str, Cells], *, sessions: dict[str, Cells],
                  measured: list[tuple[str, dict[str, Cells]]], notes: Counter[str]) -> None:
         self._rows, self._sessions, self._measured = rows, sessions, measured
         self._notes = notes

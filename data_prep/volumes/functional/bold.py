@@ -47,7 +47,7 @@ class BoldMaps:
     flags: list[str]
 
 
-def bold_maps(series: Series, processing: str | None, confounds: bytes | None,
+def bold_maps(series: Series, *, processing: str | None, confounds: bytes | None,
               brain: np.ndarray | None) -> BoldMaps:
     """Mean, tSNR, ALFF (over its brain mean) and fALFF of a series.
 
@@ -67,7 +67,8 @@ def bold_maps(series: Series, processing: str | None, confounds: bytes | None,
     if brain is None:
         brain = _bright(mean) if (mean > 0).any() else mean != 0
     whole = np.array([series.data[..., t][brain].mean() for t in range(series.data.shape[3])])
-    plan, motion = plan_for(series.name, whole, series.tr_s, processing, confounds)
+    plan, motion = plan_for(series.name, whole, tr_s=series.tr_s, processing=processing,
+                            confounds=confounds)
     source, reason = "table", "the series is motion-corrected and came without a motion table"
     if motion is None and len(whole) > 1 and not _named(processing, ALIGNED):
         motion, source = estimate_motion(series), "estimated"
@@ -77,11 +78,12 @@ def bold_maps(series: Series, processing: str | None, confounds: bytes | None,
     maps = {name: series.volume(_spread(values, near)) for name, values in kept.items()}
     if "BOLD" in maps:  # the mean image is there to be aligned: with its air
         maps["BOLD"] = series.volume(series.data[..., plan.first:].mean(axis=3))
-    return BoldMaps(maps, plan.figures | displacement_figures(motion, plan, source, reason),
+    return BoldMaps(maps, plan.figures | displacement_figures(motion, plan, source=source,
+                                                              reason=reason),
                     plan.flags)
 
 
-def plan_for(name: str, whole: np.ndarray, tr_s: float | None, processing: str | None,
+def plan_for(name: str, whole: np.ndarray, *, tr_s: float | None, processing: str | None,
              confounds: bytes | None) -> tuple[Plan, Motion | None]:
     """How to treat a series after what was done before, and its motion table where one fits.
 
@@ -97,7 +99,7 @@ def plan_for(name: str, whole: np.ndarray, tr_s: float | None, processing: str |
     cleaned = _named(processing, CLEANED)
     here = (_named(processing, ALIGNED) and not cleaned and motion is not None
             and motion.parameters is not None)
-    plan = make_plan(len(whole), tr_s, whole, motion, remove_motion=here)
+    plan = make_plan(len(whole), tr_s=tr_s, whole=whole, motion=motion, remove_motion=here)
     plan.figures |= figures
     plan.flags += flags + (["cleaned_here"] if here else [] if cleaned else ["minimal"])
     return plan, motion

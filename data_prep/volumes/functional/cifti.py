@@ -187,12 +187,13 @@ def _fluctuations(found: Cifti, image: Any, data: np.ndarray, layout: Layout, na
     axis = image.header.get_axis(0)
     header_s = float(axis.step) if axis.unit == "SECOND" else None
     tr_s, flags = choose_time(header_s, [], facts)
-    plan, motion = plan_for(name, data.mean(axis=1), tr_s, processing, confounds)
+    plan, motion = plan_for(name, data.mean(axis=1), tr_s=tr_s, processing=processing,
+                            confounds=confounds)
     maps = temporal_maps(data.T, plan)
     kept = normalise(maps, np.ones(data.shape[1], bool), plan)
     found.maps = {key: layout.volume(values, name) for key, values in kept.items()}
     found.figures |= plan.figures | displacement_figures(
-        motion, plan, "table", "grayordinates came without a motion table")
+        motion, plan, source="table", reason="grayordinates came without a motion table")
     found.flags += flags + plan.flags
     return data[plan.first:]
 

@@ -61,7 +61,7 @@ def _unit(facts: Mapping[str, object]) -> str:
 
 # ---- frames --------------------------------------------------------------------------------------
 
-def mean_frame(series: Series, facts: Mapping[str, object], tracer: str | None = None,
+def mean_frame(series: Series, facts: Mapping[str, object], *, tracer: str | None = None,
                processing: str | None = None) -> tuple[Volume, Figures, list[str]]:
     """The duration-weighted mean of the frames in the tracer's late window.
 
@@ -159,7 +159,7 @@ def _frame_times(facts: Mapping[str, object], count: int, name: str
 
 # ---- ratio --------------------------------------------------------------------------------------
 
-def suvr(image: np.ndarray, reference: np.ndarray | None, brain: np.ndarray, tracer: str | None
+def suvr(image: np.ndarray, *, reference: np.ndarray | None, brain: np.ndarray, tracer: str | None
          ) -> tuple[np.ndarray, Figures]:
     """The ratio to the reference region, its fixed range mapped to [0, 1]; 0 outside the brain.
 

@@ -23,7 +23,7 @@ BRAINSTEM_BOX = ((-25, 25), (-55, 0), (-65, 0))
 FLUID, GREY, WHITE = 0, 1, 2
 
 
-def reference_region(tracer: str | None, label: np.ndarray | None, brain: np.ndarray,
+def reference_region(tracer: str | None, *, label: np.ndarray | None, brain: np.ndarray,
                      to_template: np.ndarray | None = None) -> tuple[np.ndarray, str]:
     """The tracer's reference region on ARCHIVE_GRID, and where it came from.
 

@@ -118,7 +118,8 @@ def _anchored(image: Volume, scan: Scan, anchor: Anchor, preset: Preset) -> Pose
     if scan.modality == "PET" or not own:
         starts.append(np.eye(4))
         starts[-1][:3, 3] = centre_of(bright[0], image.affine) - work.centre
-    to_image = register_rigid_from(starts, work.volume, work.brain, image, preset)
+    to_image = register_rigid_from(starts, fixed=work.volume, mask=work.brain, moving=image,
+                                   preset=preset)
     if scan.modality != "PET" and own:
         check_session_shift(to_image, work.centre, image.name)
     brain, covered = carried_from(work, to_image, image)

@@ -62,18 +62,20 @@ def prepare_functional(scan: Scan, anchors: Sequence[Anchor], preset: Preset
 
 def _pet(scan: Scan, series: Series, anchors: Sequence[Anchor], preset: Preset) -> Prepared:
     known_tracer(scan.tracer, series.name)  # or the search for its place would be in vain
-    image, figures, flags = pet.mean_frame(series, series.facts, scan.tracer, scan.processing)
+    image, figures, flags = pet.mean_frame(series, series.facts, tracer=scan.tracer,
+                                           processing=scan.processing)
     pose = locate(image, scan, anchors, preset)
     seen = scanned(image, pose.matrix)
     brain = pose.brain & seen
-    moved = interpolate(image, pose.matrix, brain, preset)
+    moved = interpolate(image, pose.matrix, brain=brain, preset=preset)
     reference = None
     if not pet.is_suvr(series.facts, scan.processing):
-        reference, source = pet.reference_region(scan.tracer, pose.label, brain, pose.to_template)
+        reference, source = pet.reference_region(scan.tracer, label=pose.label, brain=brain,
+                                                 to_template=pose.to_template)
         figures["pet_reference"] = source
         if source == "approximate":
             flags.append("reference_approximate")
-    ratio, more = pet.suvr(moved, reference, brain, scan.tracer)
+    ratio, more = pet.suvr(moved, reference=reference, brain=brain, tracer=scan.tracer)
     if float(more["pet_clipped"] or 0) > MAX_CLIPPED:
         flags.append("pet_clipped")
     figures |= more | _described(image, series, pose, "PET")
@@ -87,7 +89,8 @@ def _bold(scan: Scan, series: Series, anchors: Sequence[Anchor], preset: Preset)
     image = _still(series)
     pose = locate(image, scan, anchors, preset)
     confounds, fault = _confounds(scan)
-    found = bold_maps(series, scan.processing, confounds, pose.native_brain)
+    found = bold_maps(series, processing=scan.processing, confounds=confounds,
+                      brain=pose.native_brain)
     if not found.maps:
         raise ScanError("no_maps", f"{series.name}: neither a mean nor fluctuations in "
                                    f"{series.data.shape[3]} volumes")
@@ -99,7 +102,8 @@ def _bold(scan: Scan, series: Series, anchors: Sequence[Anchor], preset: Preset)
     flags = [*found.flags, *(["bad_confounds"] if fault else []), *pose.flags,
              *judged(figures, "BOLD", image.name)]
     return [Prepared(replace(scan, modality=name), map_id(series.scan_id, name),
-                     scale_map(name, interpolate(volume, pose.matrix, brain, preset), brain),
+                     scale_map(name, interpolate(volume, pose.matrix, brain=brain, preset=preset),
+                               brain),
                      mask, pose.label, dict(figures), list(flags))
             for name, volume in found.maps.items()]
 

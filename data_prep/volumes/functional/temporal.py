@@ -38,7 +38,7 @@ class Plan:
     flags: list[str] = field(default_factory=list)
 
 
-def make_plan(count: int, tr_s: float | None, whole: np.ndarray, motion: Motion | None,
+def make_plan(count: int, *, tr_s: float | None, whole: np.ndarray, motion: Motion | None,
               remove_motion: bool) -> Plan:
     """What can be computed from ``count`` volumes.
 
@@ -91,7 +91,7 @@ def _basis(count: int, parameters: np.ndarray | None) -> np.ndarray:
     return u[:, weight > 1e-8 * weight[0]].astype(np.float32)
 
 
-def displacement_figures(motion: Motion | None, plan: Plan, source: str | None,
+def displacement_figures(motion: Motion | None, plan: Plan, *, source: str | None,
                          reason: str | None) -> Figures:
     """Framewise displacement over the volumes that were used; None with a reason."""
     steps = motion.displacement[plan.first + 1:] if motion else np.empty(0)

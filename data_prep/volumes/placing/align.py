@@ -93,7 +93,7 @@ def place(head: Volume, mask: np.ndarray, modality: str, preset: Preset) -> Plac
             continue
         if not upright(affine):
             continue  # the optimiser stepped through a mirror image or onto a head upside down
-        found = judge(affine, head, mask, modality)
+        found = judge(affine, head=head, mask=mask, modality=modality)
         if best is None or found.dice > best.dice:
             best = found
         if best.dice >= preset.flag_dice:
@@ -104,7 +104,7 @@ def place(head: Volume, mask: np.ndarray, modality: str, preset: Preset) -> Plac
     return best
 
 
-def place_given(affine: np.ndarray, head: Volume, mask: np.ndarray, modality: str,
+def place_given(affine: np.ndarray, *, head: Volume, mask: np.ndarray, modality: str,
                 preset: Preset) -> Placement | str:
     """Placement by the cohort's own affine (template mm to head mm), or what is wrong with it.
 
@@ -113,7 +113,7 @@ def place_given(affine: np.ndarray, head: Volume, mask: np.ndarray, modality: st
     """
     if not upright(affine):
         return "mirrored or turned over"
-    found = judge(affine, head, mask, modality)
+    found = judge(affine, head=head, mask=mask, modality=modality)
     return fault(found, preset, preset.flag_dice) or replace(found, source="cohort")
 
 
@@ -152,17 +152,19 @@ def _affine(head: Volume, mask: np.ndarray, modality: str, preset: Preset,
                      sampling=preset.sampling, set_metric=set_metric).matrix
 
 
-def judge(affine: np.ndarray, head: Volume, mask: np.ndarray, modality: str) -> Placement:
+def judge(affine: np.ndarray, *, head: Volume, mask: np.ndarray, modality: str) -> Placement:
     """Compare with the template at 2 mm, counting only what the head's field of view holds."""
     target = template(2)
-    grid = (target.mask.shape, target.affine)
-    inside = resample(to_itk(np.ones(mask.shape, np.uint8), head.affine), affine, *grid,
-                      sitk.sitkNearestNeighbor).astype(bool)
-    placed = resample(to_itk(mask.astype(np.uint8), head.affine), affine, *grid,
-                      sitk.sitkNearestNeighbor).astype(bool)
+
+    def on_target(data: np.ndarray, interpolator: int) -> np.ndarray:
+        return resample(to_itk(data, head.affine), affine, shape=target.mask.shape,
+                        affine=target.affine, interpolator=interpolator)
+
+    inside = on_target(np.ones(mask.shape, np.uint8), sitk.sitkNearestNeighbor).astype(bool)
+    placed = on_target(mask.astype(np.uint8), sitk.sitkNearestNeighbor).astype(bool)
     ncc = None
     if modality == "T1w":
-        image = resample(to_itk(stripped(head.data, mask), head.affine), affine, *grid)
+        image = on_target(stripped(head.data, mask), sitk.sitkLinear)
         both = target.mask & inside
         ncc = float(np.corrcoef(image[both], target.image[both])[0, 1]) if both.any() else 0.0
     return Placement(

@@ -51,7 +51,7 @@ def to_matrix(transform: sitk.Transform) -> np.ndarray:
     return matrix
 
 
-def resample(image: sitk.Image, matrix: np.ndarray, shape: tuple[int, ...], affine: np.ndarray,
+def resample(image: sitk.Image, matrix: np.ndarray, *, shape: tuple[int, ...], affine: np.ndarray,
              interpolator: int = sitk.sitkLinear, outside: float = 0.0) -> np.ndarray:
     """``image`` on the grid (shape, affine); ``matrix`` maps that grid's points into the image."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -69,7 +69,8 @@ def resample(image: sitk.Image, matrix: np.ndarray, shape: tuple[int, ...], affi
 
 def on_grid(image: sitk.Image, matrix: np.ndarray, grid: Grid, interpolator: int,
             outside: float = 0.0) -> np.ndarray:
-    return resample(image, matrix, grid.shape, grid.affine, interpolator, outside)
+    return resample(image, matrix, shape=grid.shape, affine=grid.affine, interpolator=interpolator,
+                    outside=outside)
 
 
 def centre_of(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:

@@ -37,17 +37,18 @@ MAX_ROTATION_DEG = 45.0
 MIN_KEPT = 0.8
 
 
-def register_rigid(fixed: Volume, mask: np.ndarray, moving: Volume, preset: Preset,
+def register_rigid(fixed: Volume, *, mask: np.ndarray, moving: Volume, preset: Preset,
                    start: np.ndarray | None = None) -> np.ndarray:
     """Rigid transform between two scans of a person: fixed mm to moving mm, [4, 4].
 
     ``register_rigid_from`` with one start (default: the scanner's coordinates).
     """
-    return register_rigid_from([np.eye(4) if start is None else start], fixed, mask, moving, preset)
+    return register_rigid_from([np.eye(4) if start is None else start], fixed=fixed, mask=mask,
+                               moving=moving, preset=preset)
 
 
-def register_rigid_from(starts: list[np.ndarray], fixed: Volume, mask: np.ndarray, moving: Volume,
-                        preset: Preset) -> np.ndarray:
+def register_rigid_from(starts: list[np.ndarray], *, fixed: Volume, mask: np.ndarray,
+                        moving: Volume, preset: Preset) -> np.ndarray:
     """The best rigid transform from several starts: fixed mm to moving mm, [4, 4].
 
     Mattes mutual information, seen through the fixed scan's brain mask, dilated to hold skull and
@@ -118,7 +119,7 @@ def midpoint(transforms: list[np.ndarray], centre: np.ndarray) -> np.ndarray:
     return nearest_rigid(mean, centre)
 
 
-def average(volumes: list[Volume], masks: list[np.ndarray], matrices: list[np.ndarray],
+def average(volumes: list[Volume], *, masks: list[np.ndarray], matrices: list[np.ndarray],
             centre: np.ndarray, name: str) -> tuple[Volume, np.ndarray]:
     """Mean of stripped brains on a 2 mm box around ``centre``; ``matrices``: box mm to volume mm.
 
@@ -130,9 +131,9 @@ def average(volumes: list[Volume], masks: list[np.ndarray], matrices: list[np.nd
     shape = (104, 124, 104)
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
     affine[:3, 3] = centre - (np.array(shape) - 1)
-    images = [resample(shrunk(stripped(v.data, m), v.affine, 2.0), t, shape, affine)
+    images = [resample(shrunk(stripped(v.data, m), v.affine, 2.0), t, shape=shape, affine=affine)
               for v, m, t in zip(volumes, masks, matrices, strict=True)]
-    shares = [resample(to_itk(m.astype(np.float32), v.affine), t, shape, affine)
+    shares = [resample(to_itk(m.astype(np.float32), v.affine), t, shape=shape, affine=affine)
               for v, m, t in zip(volumes, masks, matrices, strict=True)]
     return Volume(name, np.mean(images, axis=0), affine), np.mean(shares, axis=0) >= 0.5
 

@@ -75,8 +75,8 @@ def check_mask(mask: np.ndarray, volume: Volume, preset: Preset, source: str) ->
 def carried(source: Volume, target: Volume) -> np.ndarray:
     """A mask on another grid, nearest neighbour by world coordinates; bool on target's grid."""
     image = to_itk((source.data > 0).astype(np.uint8), source.affine)
-    return resample(image, np.eye(4), target.data.shape, target.affine,
-                    sitk.sitkNearestNeighbor).astype(bool)
+    return resample(image, np.eye(4), shape=target.data.shape, affine=target.affine,
+                    interpolator=sitk.sitkNearestNeighbor).astype(bool)
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:

@@ -64,10 +64,11 @@ def window(values: np.ndarray) -> tuple[float, float]:
 
 def scale(data: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Brain to [0, 1] by its ``window``, 0 outside; float32."""
-    return to_unit(data, brain, *window(data[brain]))
+    low, high = window(data[brain])
+    return to_unit(data, brain, low=low, high=high)
 
 
-def to_unit(data: np.ndarray, brain: np.ndarray, low: float, high: float) -> np.ndarray:
+def to_unit(data: np.ndarray, brain: np.ndarray, *, low: float, high: float) -> np.ndarray:
     """``low`` to 0 and ``high`` to 1, clipped; 0 outside the brain; float32."""
     scaled = np.clip((data - low) / (high - low), 0, 1)
     return np.where(brain, scaled, 0).astype(np.float32)

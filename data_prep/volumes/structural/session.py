@@ -113,8 +113,8 @@ def _adopt_transform(anchor: StructuralScan, preset: Preset) -> None:
     """Place the anchor by the cohort's transform if that passes the gate; drop it if not."""
     if anchor.template_to_scan is None:
         return
-    found = place_given(anchor.template_to_scan, anchor.volume, anchor.brain,
-                        anchor.scan.modality, preset)
+    found = place_given(anchor.template_to_scan, head=anchor.volume, mask=anchor.brain,
+                        modality=anchor.scan.modality, preset=preset)
     if isinstance(found, Placement):
         anchor.placement = found
     else:
@@ -141,7 +141,8 @@ def _join(work: StructuralScan, anchor: StructuralScan, preset: Preset) -> None:
     if not preset.share_mask or work.scan.mask_uri:
         _mask(work, preset)
     shared = _shared_transform(work, anchor)
-    work.to_anchor = (register_rigid(anchor.volume, anchor.brain, work.volume, preset)
+    work.to_anchor = (register_rigid(anchor.volume, mask=anchor.brain, moving=work.volume,
+                                     preset=preset)
                       if shared is None else shared)
     check_session_shift(work.to_anchor, anchor.centre, work.volume.name)
     moved, covered = carried_from(anchor, work.to_anchor, work.volume)
@@ -162,7 +163,7 @@ def carried_from(anchor: StructuralScan, to_anchor: np.ndarray, volume: Volume
     """The anchor's brain mask and its field of view on a volume's grid, bool [x, y, z] both."""
     inverse = np.linalg.inv(to_anchor)
     moved, covered = (
-        resample(to_itk(data, anchor.volume.affine), inverse, volume.data.shape, volume.affine,
-                 sitk.sitkNearestNeighbor).astype(bool)
+        resample(to_itk(data, anchor.volume.affine), inverse, shape=volume.data.shape,
+                 affine=volume.affine, interpolator=sitk.sitkNearestNeighbor).astype(bool)
         for data in (anchor.brain.astype(np.uint8), np.ones(anchor.brain.shape, np.uint8)))
     return moved, covered

@@ -13,7 +13,7 @@ def calls(monkeypatch) -> list[str]:
     """Tasks run from this process, in a child; the people they were for."""
     seen: list[str] = []
 
-    def run(function, tasks, *options):
+    def run(function, tasks, **options):
         tasks = list(tasks)
         seen.extend(each.name for each in tasks)
         return run_here(function, tasks)

@@ -33,7 +33,8 @@ TWO = {"p1/1/T1w": "one", "p1/2/T1w": "two", "p2/1/T1w": "three", "p2/1/T2w": "f
 
 
 def prepare(manifest: str, out: object, **options):
-    return driver.prepare([manifest], str(out), QUICK, 2, prepare_one=fake_prepare, **options)
+    return driver.prepare([manifest], out=str(out), preset=QUICK, workers=2,
+                          prepare_one=fake_prepare, **options)
 
 
 def test_rows_figures_and_volumes(calls, tmp_path: Path):
@@ -99,7 +100,8 @@ def test_another_manifest_adds(calls, tmp_path: Path):
 def test_two_manifests_at_once_are_like_one_after_the_other(calls, tmp_path: Path):
     manifests = [make_manifest(tmp_path, TWO),
                  make_manifest(tmp_path, {"q1/1/T1w": "q"}, "other", "n")]
-    driver.prepare(manifests, str(tmp_path / "a"), QUICK, 1, prepare_one=fake_prepare)
+    driver.prepare(manifests, out=str(tmp_path / "a"), preset=QUICK, workers=1,
+                   prepare_one=fake_prepare)
     for manifest in manifests:
         prepare(manifest, tmp_path / "b")
     assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
@@ -167,8 +169,8 @@ def test_a_kill_while_a_slot_is_written_leaves_no_trace(calls, tmp_path: Path, m
     written: list[str] = []
     scans = [Scan(**row) for row in read_manifest(manifest)[0].to_pylist()
              if row["participant"] == "p1"]
-    task = person.PersonTask(str(tmp_path / "b"), scans, "p1-0.json", [], QUICK, person.Limits(),
-                     fake_prepare)
+    task = person.PersonTask(out=str(tmp_path / "b"), scans=scans, record="p1-0.json", stale=[],
+                             preset=QUICK, limits=person.Limits(), prepare_one=fake_prepare)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(archive, "write_bytes", cut_short)
         person._prepare_and_write(task, scans, [])
@@ -182,7 +184,7 @@ def test_other_parameters_take_the_place_of_the_earlier_ones(calls, tmp_path: Pa
     """The record of parameters whose voxels were replaced must not come back to life."""
     manifest, out = make_manifest(tmp_path, TWO), tmp_path / "a"
     for preset in (QUICK, PRESETS["default"], QUICK):
-        driver.prepare([manifest], str(out), preset, 1, prepare_one=fake_prepare)
+        driver.prepare([manifest], out=str(out), preset=preset, workers=1, prepare_one=fake_prepare)
         assert len(list((out / "results").iterdir())) == 2 and verify(str(out)) == 0
     assert calls == ["p1", "p2"] * 3
 
@@ -261,7 +263,7 @@ def test_missing_manifest(tmp_path: Path):
 def test_damaged_slots_are_named(tmp_path: Path):
     out = str(tmp_path)
     image, mask = volume("x")
-    write_volume(out, "p/s", image, mask, None)
+    write_volume(out, "p/s", image=image, mask=mask, label=None)
     shard = tmp_path / "volumes.zarr/p/s/image/c/0/0/0"
     shard.write_bytes(shard.read_bytes()[:-1000])
     with pytest.raises(DataError, match="p/s: cannot be read"):

@@ -47,7 +47,7 @@ class Runs:
         self.pids.touch()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(driver, "run_tasks", run_here)
-            driver.prepare([self.manifest], str(root / "undisturbed"), QUICK, 1,
+            driver.prepare([self.manifest], out=str(root / "undisturbed"), preset=QUICK, workers=1,
                          prepare_one=fake_prepare)
         self.pids.unlink()
         assert verify(str(root / "undisturbed")) == 0

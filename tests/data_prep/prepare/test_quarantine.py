@@ -31,7 +31,7 @@ def prepare(calls, tmp_path: Path) -> Callable[..., dict[str, str | None]]:
     def run(contents: dict[str, str], limits: Limits = LIMITS,
             **options) -> dict[str, str | None]:
         out = str(tmp_path / "a")
-        driver.prepare([make_manifest(tmp_path, contents)], out, QUICK, 1,
+        driver.prepare([make_manifest(tmp_path, contents)], out=out, preset=QUICK, workers=1,
                      prepare_one=fake_prepare, limits=limits, **options)
         return {"/".join((row["participant"], row["session"], row["modality"])): row["reason"]
                 for row in open_archive(out).rows}
@@ -88,7 +88,7 @@ def test_a_scan_with_several_results_and_one_that_is_not_read(calls, tmp_path):
         row["reason"] = "cohort_unusable" if row["participant"] == "p2" else None
     write_table(path, pa.Table.from_pylist(rows, schema=read_table(path).schema))
     out = str(tmp_path / "a")
-    assert driver.prepare([path], out, QUICK, 1, prepare_one=fake_prepare) == {
+    assert driver.prepare([path], out=out, preset=QUICK, workers=1, prepare_one=fake_prepare) == {
         "accepted": 3, "rejected": 1}
     found = {row["modality"]: row for row in open_archive(out).rows if row["participant"] == "p1"}
     assert set(found) == {"BOLD", "tSNR", "T1w"} and len(list_slots(out)) == 3

@@ -44,7 +44,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
     rows = [row(number) for number in range(5)]
     for each, text in zip(rows, ("a", "b", "c", "d", "a"), strict=True):
         image, mask = volume(text)
-        write_volume(uri, slot(each["participant"], each["scan_id"]), image, mask, None)
+        write_volume(uri, slot(each["participant"], each["scan_id"]), image=image, mask=mask,
+                     label=None)
         each["figures"]["fingerprint"] = fingerprint(image, mask)
         each["modality"] = "T1w"
     rows[2] |= {"status": "flagged", "reason": "low_snr;outlier:qc_cjv;odd_flag"}
@@ -53,7 +54,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
                  reason=("truncated", f"duplicate_of:{ORIGINAL}/f00", "a<b")[number % 3])
              for number in range(5, 40)]
     rows[7]["figures"]["preview"] = preview(head())
-    commit_tables(uri, scan_table(rows), LABELS_SCHEMA.empty_table(), review_table(rows))
+    commit_tables(uri, scans=scan_table(rows), labels=LABELS_SCHEMA.empty_table(),
+                  review=review_table(rows))
     return uri
 
 

@@ -36,7 +36,7 @@ PEOPLE, SEED = 2, 942  # the second has two visits; together they have every mod
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("synth") / "bids"
-    synthesise(str(root), PEOPLE, SEED, SPACING_MM, workers=2)
+    synthesise(str(root), participants=PEOPLE, seed=SEED, spacing_mm=SPACING_MM, workers=2)
     return root
 
 
@@ -126,7 +126,8 @@ def test_labels_lie_on_the_t1w(tree: Path):
 
 @pytest.mark.slow(9)
 def test_same_seed_same_bytes_whatever_the_workers(tree: Path, tmp_path: Path):
-    synthesise(str(tmp_path / "again"), PEOPLE, SEED, SPACING_MM, workers=1)
+    synthesise(str(tmp_path / "again"), participants=PEOPLE, seed=SEED, spacing_mm=SPACING_MM,
+               workers=1)
     first, second = contents(tree), contents(tmp_path / "again")
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
@@ -139,33 +140,33 @@ def test_an_interrupted_tree_is_completed_and_a_complete_one_left_alone(tree: Pa
     lost.unlink()
     (root / "dataset_description.json").unlink()
     kept = {path: path.stat().st_mtime_ns for path in images(root) if "sub-0001" not in path.name}
-    synthesise(str(root), PEOPLE, SEED, SPACING_MM, workers=1)
+    synthesise(str(root), participants=PEOPLE, seed=SEED, spacing_mm=SPACING_MM, workers=1)
     assert contents(root) == contents(tree)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    synthesise(str(root), PEOPLE, SEED, SPACING_MM, workers=1)
+    synthesise(str(root), participants=PEOPLE, seed=SEED, spacing_mm=SPACING_MM, workers=1)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
 def test_another_cohort_in_the_same_place_is_refused(tree: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"seed=942.*seed=7"):
-        synthesise(str(tree), PEOPLE, seed=7, spacing_mm=SPACING_MM)
+        synthesise(str(tree), participants=PEOPLE, seed=7, spacing_mm=SPACING_MM)
     with pytest.raises(DataError, match=r"participants=2.*participants=5"):
-        synthesise(str(tree), 5, SEED, SPACING_MM)
+        synthesise(str(tree), participants=5, seed=SEED, spacing_mm=SPACING_MM)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"code/synth\.json"):
-        synthesise(str(tmp_path), 1)
+        synthesise(str(tmp_path), participants=1)
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
 def test_bad_arguments_are_named(tmp_path: Path):
     with pytest.raises(ConfigError, match="participants=0"):
-        synthesise(str(tmp_path / "a"), 0)
+        synthesise(str(tmp_path / "a"), participants=0)
     with pytest.raises(DataError, match="synthseg_training_seg"):
-        synthesise(str(tmp_path / "b"), 1, anatomies=tmp_path)
+        synthesise(str(tmp_path / "b"), participants=1, anatomies=tmp_path)
     (tmp_path / "synthseg_training_seg_99.nii.gz").write_bytes(b"<html>not found</html>")
     with pytest.raises(DataError, match=r"seg_99\.nii\.gz"):
-        synthesise(str(tmp_path / "c"), 1, workers=1, anatomies=tmp_path)
+        synthesise(str(tmp_path / "c"), participants=1, workers=1, anatomies=tmp_path)
     assert not (tmp_path / "c").exists()
 
 
@@ -173,12 +174,12 @@ def test_object_store_gets_the_same_bytes(tree: Path, s3):
     import fsspec
 
     uri = f"{s3.uri}/synth"
-    synthesise(uri, 1, SEED, SPACING_MM, workers=1)
+    synthesise(uri, participants=1, seed=SEED, spacing_mm=SPACING_MM, workers=1)
     fs = fsspec.filesystem("s3")
     for path in images(tree):
         if "sub-0001" in path.name:
             assert fs.cat_file(f"{uri}/{path.relative_to(tree)}") == path.read_bytes()
-    synthesise(uri, 1, SEED, SPACING_MM, workers=1)
+    synthesise(uri, participants=1, seed=SEED, spacing_mm=SPACING_MM, workers=1)
 
 
 # ---- left and right ------------------------------------------------------------------------------
@@ -213,8 +214,9 @@ def test_every_storage_keeps_world_positions():
     affine = np.array([[2, 0.2, 0, -9], [-0.2, 2, 0, 5], [0, 0, 3, 1], [0, 0, 0, 1]], float)
     for order in itertools.permutations(range(3)):
         for signs in itertools.product((-1, 1), repeat=3):
-            data = scanner.store(volume, affine, np.array([*zip(order, signs, strict=True)]),
-                                 2.5, np.uint16)
+            data = scanner.store(volume, affine=affine,
+                                 orientation=np.array([*zip(order, signs, strict=True)]),
+                                 slope=2.5, dtype=np.uint16)
             image = nib.Nifti1Image.from_bytes(gzip.decompress(data))
             np.testing.assert_allclose(marker_mm(image), affine[:3, :3] @ (7, 2, 3) + affine[:3, 3],
                                        atol=1e-3)
@@ -230,7 +232,8 @@ def at_age(someone: cohort.SyntheticPerson, age: float, patient: bool) -> cohort
 
 def labels_2mm(head: scanner.Head) -> np.ndarray:
     shape = tuple(n // 2 for n in head.labels.shape)
-    return _inside(warp.read_labels(head.labels, head.field, 2 * np.eye(3), np.zeros(3), shape))
+    return _inside(warp.read_labels(head.labels, field=head.field, matrix=2 * np.eye(3),
+                                    offset=np.zeros(3), shape=shape))
 
 
 def test_a_head_has_the_volumes_of_its_age_without_folding(head: anatomy.Anatomy):
@@ -243,7 +246,7 @@ def test_a_head_has_the_volumes_of_its_age_without_folding(head: anatomy.Anatomy
         labels = labels_2mm(made)
         volumes.append(person.measure(labels, 8.0))
         inside_ml = volumes[-1]["brain_ml"] + volumes[-1]["csf_ml"]
-        wanted = cohort.wanted_ml(one, age, inside_ml, head.levels)
+        wanted = cohort.wanted_ml(one, age=age, intracranial_ml=inside_ml, levels=head.levels)
         for column, ml in (("ventricle_ml", wanted.ventricles),
                            ("hippocampus_ml", wanted.hippocampi), ("lesion_ml", wanted.lesions)):
             assert volumes[-1][column] == pytest.approx(ml, rel=0.2, abs=0.2)
@@ -301,7 +304,7 @@ def test_shape_trait_bends_the_brain_but_keeps_its_volumes(head: anatomy.Anatomy
 
 def test_head_scale_scales_the_brain(head: anatomy.Anatomy):
     still = np.zeros((3, *head.shaper.full_shape), np.float32)
-    larger = warp.compose(still, still, np.full(3, 1.1), head.centre)
+    larger = warp.compose(still, velocity=still, scale=np.full(3, 1.1), centre=head.centre)
     ratio = (np.count_nonzero(_inside(warp.warp_labels(head.labels, larger)))
              / np.count_nonzero(_inside(head.labels)))
     assert ratio == pytest.approx(1.331, rel=0.01)
@@ -317,7 +320,7 @@ def test_jacobian_sees_a_fold_and_a_dilation():
 
 def test_density_is_what_a_flow_enlarges():
     shape = (21, 21, 21)
-    velocity = warp.random_velocity(np.random.default_rng(0), shape, 2.0, 15.0)
+    velocity = warp.random_velocity(np.random.default_rng(0), shape, rms_mm=2.0, smooth_mm=15.0)
     forth = warp.flow(-velocity)
     inner = (slice(3, -3),) * 3
     np.testing.assert_allclose(warp.density(velocity)[inner], warp.jacobian(forth)[inner],
@@ -329,7 +332,8 @@ def test_labels_are_read_at_world_positions():
     labels[10:20, 5:25, 8:22] = 7
     field = np.zeros((3, 10, 10, 10), np.float32)
     field[0] = 3
-    found = warp.read_labels(labels, field, 2 * np.eye(3), np.array([1.0, 0, 0]), (14, 15, 15))
+    found = warp.read_labels(labels, field=field, matrix=2 * np.eye(3),
+                             offset=np.array([1.0, 0, 0]), shape=(14, 15, 15))
     x, y, z = (2 * axis for axis in np.indices(found.shape))
     np.testing.assert_array_equal(found, labels[np.minimum(x + 4, 29), y, z])
 
@@ -369,7 +373,8 @@ def test_drawn_truth_follows_the_stated_effects():
     people = [cohort.draw_person(5, index) for index in range(1500)]
     icv, levels = 1450.0, anatomy.TEMPLATE_LEVELS
     age = np.array([p.visits[0].age for p in people])
-    wanted = [cohort.wanted_ml(p, p.visits[0].age, icv, levels) for p in people]
+    wanted = [cohort.wanted_ml(p, age=p.visits[0].age, intracranial_ml=icv,
+                               levels=levels) for p in people]
     truth = [cohort.truths(p, p.visits[0].age) for p in people]
     patient = np.array([p.patient for p in people])
 
@@ -408,7 +413,7 @@ def scanned(one: anatomy.Anatomy, someone: cohort.SyntheticPerson, modality: str
             ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """A scan of 2 mm, the true labels on its voxels, and the truth."""
     visit = cohort.Visit("1", someone.visits[0].age, tuple({"T1w": 0, modality: 0}))
-    files, truth = person.make_visit(one, someone, visit, 0, 2.0)
+    files, truth = person.make_visit(one, someone, visit, seed=0, spacing_mm=2.0)
     names = person.file_names(someone, visit)
     scan, labels = (nib.Nifti1Image.from_bytes(gzip.decompress(files[names[key]]))
                     for key in (modality, "labels"))
@@ -506,7 +511,7 @@ def brain_mask_dice(one: anatomy.Anatomy) -> float:
     from deepbet import BrainExtraction
 
     someone = at_age(cohort.draw_person(0, 0), 60.0, False)
-    files, _ = person.make_visit(one, someone, someone.visits[0], 0, 2.0)
+    files, _ = person.make_visit(one, someone, someone.visits[0], seed=0, spacing_mm=2.0)
     scan, truth = (nib.as_closest_canonical(nib.Nifti1Image.from_bytes(
         gzip.decompress(next(d for n, d in files.items() if n.endswith(end)))))
         for end in ("T1w.nii.gz", "dseg.nii.gz"))
@@ -527,7 +532,8 @@ def test_real_anatomies(shared_data: Path, tmp_path: Path):
     for number in ("05", "13"):
         name = f"synthseg_training_seg_{number}.nii.gz"
         (tmp_path / name).symlink_to(shared_data / "labels" / name)
-    synthesise(str(tmp_path / "bids"), 1, spacing_mm=SPACING_MM, workers=1, anatomies=tmp_path)
+    synthesise(str(tmp_path / "bids"), participants=1, spacing_mm=SPACING_MM, workers=1,
+               anatomies=tmp_path)
     row = table(tmp_path / "bids" / "participants.tsv")[0]
     assert row["split_group"] in ("synthseg_training_seg_05", "synthseg_training_seg_13")
     assert brain_mask_dice(anatomy.load_anatomy(row["split_group"], tmp_path)) > 0.93

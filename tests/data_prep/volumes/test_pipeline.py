@@ -198,7 +198,8 @@ def test_freesurfers_labels_follow_in_their_own_space(tmp_path):
 
 def on_box(codes: np.ndarray, affine: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Codes on a grid of 256^3, nearest neighbour."""
-    return resample(to_itk(codes, affine), np.eye(4), (256, 256, 256), box, NEAREST)
+    return resample(to_itk(codes, affine), np.eye(4), shape=(256, 256, 256), affine=box,
+                    interpolator=NEAREST)
 
 
 # ---- the published order -------------------------------------------------------------------------

@@ -48,10 +48,12 @@ class Cohort:
             f"{OTHER}/1/T2w": "four"} | more)
 
     def prepare(self, manifest: str) -> None:
-        driver.prepare([manifest], self.archive, QUICK, 1, prepare_one=fake_prepare)
+        driver.prepare([manifest], out=self.archive, preset=QUICK, workers=1,
+                       prepare_one=fake_prepare)
 
     def withdraw(self, *targets: str, **more) -> None:
-        withdraw([str(self.list)], targets or [self.archive, self.feed], KEY, "fake", **more)
+        withdraw([str(self.list)], targets=targets or [self.archive, self.feed], key=KEY,
+                 cohort="fake", **more)
 
     def files_of(self, person: str) -> list[Path]:
         return [path for root in (self.archive, self.feed) for path in Path(root).rglob("*")
@@ -64,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "run_tasks", run_here)
         cohort.prepare(cohort.manifest())
-    pack(cohort.archive, cohort.feed, TRAINING_GRIDS["3mm"], 256 << 20)
+    pack(cohort.archive, out=cohort.feed, grid=TRAINING_GRIDS["3mm"], shard_bytes=256 << 20)
     return cohort.root
 
 
@@ -189,7 +191,7 @@ def test_a_bad_list_stops_before_anything_changes(cohort: Cohort, text: str, mes
 
 def test_a_list_of_unknown_cohort_is_refused(cohort: Cohort):
     with pytest.raises(ConfigError, match="name it by --cohort"):
-        withdraw([str(cohort.list)], [cohort.feed], KEY)
+        withdraw([str(cohort.list)], targets=[cohort.feed], key=KEY)
 
 
 def test_a_stale_list_is_refused(cohort: Cohort):

@@ -47,7 +47,7 @@ def wave(hertz: float, count: int = COUNT) -> np.ndarray:
 
 def test_mean_and_tsnr_are_those_of_the_noise(head):
     mean, _, brain = head
-    found = bold_maps(made(head), "fix", None, brain)
+    found = bold_maps(made(head), processing="fix", confounds=None, brain=brain)
     assert set(found.maps) == {"BOLD", "tSNR", "ALFF", "fALFF"} and found.flags == []
     np.testing.assert_allclose(found.maps["BOLD"].data[brain], mean[brain], atol=5)
     tsnr = found.maps["tSNR"].data[brain]
@@ -63,7 +63,7 @@ def test_alff_follows_slow_waves_and_falff_their_share(head):
     half[: brain.shape[0] // 2] = False
     series.data[half] += 8 * wave(0.05)
     series.data[brain & ~half] += 8 * wave(0.2)  # as strong, outside the band
-    found = bold_maps(series, "xcp_d", None, brain)
+    found = bold_maps(series, processing="xcp_d", confounds=None, brain=brain)
     alff, falff = found.maps["ALFF"].data, found.maps["fALFF"].data
     assert alff[brain].mean() == pytest.approx(1, abs=1e-4)  # over its own brain mean
     assert np.median(alff[half]) > 3 * np.median(alff[brain & ~half])
@@ -73,7 +73,8 @@ def test_alff_follows_slow_waves_and_falff_their_share(head):
 def test_alff_of_one_wave_is_its_amplitude_over_the_bins_of_the_band():
     count, hertz = 100, 0.05  # a whole number of cycles: all in one bin
     courses = 500 + 6 * np.cos(2 * np.pi * hertz * TR * np.arange(count))[None].astype(np.float32)
-    maps = temporal_maps(courses, make_plan(count, TR, courses[0], None, False))
+    maps = temporal_maps(courses, make_plan(count, tr_s=TR, whole=courses[0], motion=None,
+                                            remove_motion=False))
     bins = 15  # 0.010 to 0.080 Hz in steps of 0.005
     assert maps["ALFF"][0] == pytest.approx(6 / bins, rel=0.1)  # drift terms take a little
     assert maps["fALFF"][0] > 0.8
@@ -84,14 +85,16 @@ def test_drift_counts_neither_as_noise_nor_as_fluctuation(head):
     series = made(head)
     time = np.linspace(-1, 1, COUNT)
     drifting = replace(series, data=series.data + (60 * time + 40 * time**2).astype(np.float32))
-    still, moved = (bold_maps(s, "fix", None, brain).maps for s in (series, drifting))
+    still, moved = (bold_maps(s, processing="fix", confounds=None,
+                              brain=brain).maps for s in (series, drifting))
     for name in ("tSNR", "ALFF", "fALFF"):
         np.testing.assert_allclose(moved[name].data[brain], still[name].data[brain], rtol=0.02)
 
 
 def test_noise_of_any_repetition_time_has_the_same_falff():
     noise = np.random.default_rng(0).normal(100, 1, (200, 800)).astype(np.float32)
-    shares = [np.median(temporal_maps(noise, make_plan(800, tr, noise[0], None, False))["fALFF"])
+    shares = [np.median(temporal_maps(noise, make_plan(800, tr_s=tr, whole=noise[0], motion=None,
+                                                       remove_motion=False))["fALFF"])
               for tr in (0.735, 2.0)]
     assert shares[0] == pytest.approx(0.07 / 0.25, abs=0.03)
     assert shares[1] == pytest.approx(shares[0], abs=0.02)
@@ -100,19 +103,20 @@ def test_noise_of_any_repetition_time_has_the_same_falff():
 def test_blocks_do_not_show(head, monkeypatch):
     _, _, brain = head
     series = made(head, sd=5)
-    whole = bold_maps(series, "fix", None, brain).maps
+    whole = bold_maps(series, processing="fix", confounds=None, brain=brain).maps
     monkeypatch.setattr("data_prep.volumes.functional.temporal.BLOCK", 100)
-    for name, volume in bold_maps(series, "fix", None, brain).maps.items():
+    for name, volume in bold_maps(series, processing="fix", confounds=None,
+                                  brain=brain).maps.items():
         np.testing.assert_allclose(volume.data, whole[name].data, rtol=1e-4, atol=1e-6)
 
 
 def test_unsteady_volumes_are_dropped(head):
     _, _, brain = head
     series = made(head)
-    clean = bold_maps(series, "fix", None, brain)
+    clean = bold_maps(series, processing="fix", confounds=None, brain=brain)
     series.data[..., 0] *= 1.8
     series.data[..., 1] *= 1.2
-    found = bold_maps(series, "fix", None, brain)
+    found = bold_maps(series, processing="fix", confounds=None, brain=brain)
     assert found.figures["bold_volumes"] == "118 of 120"
     assert found.figures["bold_tsnr"] == pytest.approx(clean.figures["bold_tsnr"], rel=0.02)
 
@@ -129,7 +133,8 @@ def test_unsteady_volumes_are_dropped(head):
 ])
 def test_short_or_timeless_series_give_what_they_can(head, count, tr_s, names, flag):
     _, _, brain = head
-    found = bold_maps(replace(made(head, count=count), tr_s=tr_s), "fix", None, brain)
+    found = bold_maps(replace(made(head, count=count), tr_s=tr_s), processing="fix",
+                      confounds=None, brain=brain)
     assert set(found.maps) == names
     assert found.flags == ([flag] if flag else [])
     assert found.figures["alff_reason"]
@@ -139,11 +144,12 @@ def test_short_or_timeless_series_give_what_they_can(head, count, tr_s, names, f
 def test_a_series_without_its_mean_keeps_its_fluctuations_only(head):
     mean, _, brain = head
     series = made(head)
-    found = bold_maps(replace(series, data=series.data - mean[..., None]), "xcp_d", None, brain)
+    found = bold_maps(replace(series, data=series.data - mean[..., None]), processing="xcp_d",
+                      confounds=None, brain=brain)
     assert set(found.maps) == {"ALFF", "fALFF"} and found.flags == ["demeaned"]
     assert found.figures["bold_reason"] == found.figures["tsnr_reason"] == "the series has no mean"
-    without_mask = bold_maps(replace(series, data=series.data - mean[..., None]), "xcp_d", None,
-                             None)
+    without_mask = bold_maps(replace(series, data=series.data - mean[..., None]),
+                             processing="xcp_d", confounds=None, brain=None)
     assert set(without_mask.maps) == {"ALFF", "fALFF"}
 
 
@@ -153,14 +159,16 @@ def test_a_filtered_series_has_no_falff(head):
     amplitude = np.random.default_rng(1).uniform(1, 5, mean.shape)[..., None]
     taper = np.hanning(COUNT)  # a whole band-pass leaves no edge
     data = (mean[..., None] + amplitude * slow * taper).astype(np.float32)
-    found = bold_maps(replace(made(head), data=data), "xcp_d", None, brain)
+    found = bold_maps(replace(made(head), data=data), processing="xcp_d", confounds=None,
+                      brain=brain)
     assert "fALFF" not in found.maps and "ALFF" in found.maps
     assert "filtered" in str(found.figures["falff_reason"])
 
 
 def test_the_brain_is_found_where_no_mask_is_given(head):
     _, _, brain = head
-    with_mask, without = (bold_maps(made(head), "fix", None, mask) for mask in (brain, None))
+    with_mask, without = (bold_maps(made(head), processing="fix", confounds=None,
+                                    brain=mask) for mask in (brain, None))
     ratio = without.maps["ALFF"].data[brain].mean() / with_mask.maps["ALFF"].data[brain].mean()
     assert ratio == pytest.approx(1, abs=0.1)
 
@@ -213,10 +221,10 @@ def test_other_tables_are_refused(content):
 def test_motion_of_aligned_series_is_removed_with_their_confounds(head):
     _, _, brain = head
     series = made(head, sd=3)
-    clean = bold_maps(series, "fix", None, brain)
+    clean = bold_maps(series, processing="fix", confounds=None, brain=brain)
     series.data += (200 * PARAMETERS[:, 0]).astype(np.float32)
-    dirty = bold_maps(series, "fmriprep", None, brain)
-    cured = bold_maps(series, "fmriprep", fmriprep(PARAMETERS), brain)
+    dirty = bold_maps(series, processing="fmriprep", confounds=None, brain=brain)
+    cured = bold_maps(series, processing="fmriprep", confounds=fmriprep(PARAMETERS), brain=brain)
     assert dirty.flags == ["minimal"] and cured.flags == ["cleaned_here"]
     assert cured.figures["bold_tsnr"] == pytest.approx(clean.figures["bold_tsnr"], rel=0.05)
     assert dirty.figures["bold_tsnr"] < 0.5 * clean.figures["bold_tsnr"]
@@ -227,7 +235,8 @@ def test_motion_of_aligned_series_is_removed_with_their_confounds(head):
 
 
 def test_a_table_that_does_not_fit_is_flagged_and_the_series_kept(head):
-    found = bold_maps(made(head), "fmriprep", fmriprep(PARAMETERS[:50]), head[2])
+    found = bold_maps(made(head), processing="fmriprep", confounds=fmriprep(PARAMETERS[:50]),
+                      brain=head[2])
     assert found.flags == ["bad_confounds", "minimal"] and "ALFF" in found.maps
     assert "50 rows" in found.figures["confounds_reason"]
 
@@ -243,12 +252,12 @@ def test_motion_of_a_raw_series_is_estimated_and_told():
         inverse, matrix = Rotation.from_rotvec(row[3:]).as_matrix().T, np.eye(4)
         matrix[:3, :3] = inverse
         matrix[:3, 3] = middle - inverse @ (middle + row[:3])
-        frames.append(resample(to_itk(data, affine), matrix, shape, affine))
+        frames.append(resample(to_itk(data, affine), matrix, shape=shape, affine=affine))
     series = Series("bold", np.stack(frames, axis=3), affine, TR)
     truth = framewise_displacement(parameters)
     found = estimate_motion(series)
     assert np.corrcoef(found.displacement[1:], truth[1:])[0, 1] > 0.9
-    maps = bold_maps(series, None, None, None)
+    maps = bold_maps(series, processing=None, confounds=None, brain=None)
     assert maps.flags == ["short_series", "minimal"]
     assert maps.figures["qc_fd_source"] == "estimated"
     assert maps.figures["qc_fd_mean"] == pytest.approx(np.nanmean(truth), rel=0.15)
@@ -259,7 +268,7 @@ def test_motion_of_a_raw_series_is_estimated_and_told():
 
 def test_a_real_raw_series(shared_data):
     path = shared_data / "studyforrest/sub-01_task-localizer_bold.nii.gz"
-    found = bold_maps(read_series(str(path)), None, None, None)
+    found = bold_maps(read_series(str(path)), processing=None, confounds=None, brain=None)
     assert set(found.maps) == {"BOLD"} and found.flags == ["short_series", "minimal"]
     assert 0 < found.figures["qc_fd_mean"] < 0.5
     assert found.maps["BOLD"].orientation == "LAS"

@@ -175,31 +175,32 @@ def _centre(region: np.ndarray) -> np.ndarray:
     ("AV1451", (0, -62, -46), (45, 100)), ("FDG", (0, -29, -32), (5, 15)),
 ])
 def test_the_approximate_region_lies_in_the_posterior_fossa(brain, tracer, centre, ml):
-    region, source = reference_region(tracer, None, brain)
+    region, source = reference_region(tracer, label=None, brain=brain)
     assert source == "approximate" and not (region & ~brain).any()
     np.testing.assert_allclose(_centre(region), centre, atol=6)
     assert ml[0] < region.sum() / 1000 < ml[1]
 
 
 def test_the_approximate_region_follows_the_size_of_the_head(brain):
-    whole, _ = reference_region("AV45", None, brain)
+    whole, _ = reference_region("AV45", label=None, brain=brain)
     to_template = np.diag([1.25, 1.25, 1.25, 1.0])  # a head of 0.8 times the template's size
-    small, _ = reference_region("AV45", None, _placed(to_template), to_template)
+    small, _ = reference_region("AV45", label=None, brain=_placed(to_template),
+                                to_template=to_template)
     assert small.sum() == pytest.approx(whole.sum() * 0.8**3, rel=0.05)
     np.testing.assert_allclose(_centre(small), 0.8 * _centre(whole), atol=2)
 
 
 def test_labels_are_used_where_they_are_freesurfers(brain):
-    atlas, _ = reference_region("DASB", None, brain)
+    atlas, _ = reference_region("DASB", label=None, brain=brain)
     label = np.where(atlas, 8, 0).astype(np.int16)
     label[95:] = np.where(atlas[95:], 47, 0)
     label[60] = 0
-    region, source = reference_region("DASB", label, brain)
+    region, source = reference_region("DASB", label=label, brain=brain)
     assert source == "labels"
     np.testing.assert_array_equal(region, atlas & (label > 0))
     elsewhere = np.zeros_like(label)
     elsewhere[100:130, 90:120, 70:90] = 47  # a hippocampus in another code system
-    assert reference_region("DASB", elsewhere, brain)[1] == "approximate"
+    assert reference_region("DASB", label=elsewhere, brain=brain)[1] == "approximate"
 
 
 def test_a_region_that_was_not_scanned_is_refused(brain):
@@ -210,11 +211,12 @@ def test_a_region_that_was_not_scanned_is_refused(brain):
 
 
 def test_the_ratio_keeps_its_scale_between_people(brain):
-    reference, _ = reference_region("AV45", None, brain)
+    reference, _ = reference_region("AV45", label=None, brain=brain)
     high = PET_TRACERS["AV45"].suvr_max
     for uptake in (1.1, 1.8):
         image = np.where(reference, 5000.0, np.where(brain, 5000.0 * uptake, 9e9))
-        scaled, figures = suvr(image.astype(np.float32), reference, brain, "florbetapir")
+        scaled, figures = suvr(image.astype(np.float32), reference=reference, brain=brain,
+                               tracer="florbetapir")
         np.testing.assert_allclose(scaled[brain & ~reference], uptake / high, rtol=1e-5)
         np.testing.assert_allclose(scaled[reference], 1 / high, rtol=1e-5)
         assert scaled.dtype == np.float32 and not scaled[~brain].any()
@@ -226,14 +228,14 @@ def test_the_ratio_keeps_its_scale_between_people(brain):
 def test_values_above_the_range_are_counted(brain):
     image = np.where(brain, 1.0, 0).astype(np.float32)
     image[:80] *= 10
-    scaled, figures = suvr(image, None, brain, "AV45")
+    scaled, figures = suvr(image, reference=None, brain=brain, tracer="AV45")
     assert scaled.max() == 1 and 0.3 < figures["pet_clipped"] < 0.7
     assert figures["pet_reference_ml"] is None
 
 
 def test_no_ratio_is_invented(brain):
     image = np.where(brain, 900.0, 0).astype(np.float32)
-    reference, _ = reference_region("AV45", None, brain)
+    reference, _ = reference_region("AV45", label=None, brain=brain)
     assert code(suvr, image, None, brain, "AV45") == "unknown_units"  # no SUVR is 900
     assert code(suvr, image, reference, brain, "water") == "unknown_tracer"
     image[reference] = 0

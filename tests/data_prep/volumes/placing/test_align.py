@@ -94,7 +94,8 @@ def test_another_contrast_of_the_session_is_brought_to_the_anchor():
     mask = template(2).mask
     inverted = np.where(mask, 1200 - data, 0).astype(np.float32)
     turned, motion = moved(affine, 4, (3, -2, 5), axis=2)
-    found = register_rigid(Volume("t1", data, affine), mask, Volume("t2", inverted, turned), QUICK)
+    found = register_rigid(Volume("t1", data, affine), mask=mask,
+                           moving=Volume("t2", inverted, turned), preset=QUICK)
     assert distance_mm(found, motion) < 1.0
 
 
@@ -161,7 +162,7 @@ def test_thick_t2w_slices_stay_with_their_t1w(request, tmp_path, index: int, vis
     seen = replace(person.visits[visit], modalities=("T1w", "T2w"))
     real = not anatomy.startswith("template")
     folder = request.getfixturevalue("shared_data") / "labels" if real else None
-    files, _ = make_visit(load_anatomy(anatomy, folder), person, seen, 0, 2.0)
+    files, _ = make_visit(load_anatomy(anatomy, folder), person, seen, seed=0, spacing_mm=2.0)
     names = file_names(person, seen)
     scans = {}
     for modality in ("T1w", "T2w"):
@@ -169,7 +170,7 @@ def test_thick_t2w_slices_stay_with_their_t1w(request, tmp_path, index: int, vis
         path.write_bytes(files[names[modality]])
         scans[modality] = read_scan(str(path))
     mask, _ = brain_mask(scans["T1w"], QUICK, None)
-    matrix = register_rigid(scans["T1w"], mask, scans["T2w"], QUICK)
+    matrix = register_rigid(scans["T1w"], mask=mask, moving=scans["T2w"], preset=QUICK)
     centre = centre_of(mask, scans["T1w"].affine)
     shift = np.linalg.norm(matrix[:3, :3] @ centre + matrix[:3, 3] - centre)
     # made with 0.7 mm along each axis and 0.5 degrees of motion, in voxels of 2 x 2 x 3 mm
@@ -183,4 +184,4 @@ def test_scans_of_a_session_that_do_not_overlap_are_refused():
     far = target.affine.copy()
     far[:3, 3] += 400
     with pytest.raises(ScanError, match="do not overlap"):
-        register_rigid(fixed, target.mask, Volume("noise", noise, far), QUICK)
+        register_rigid(fixed, mask=target.mask, moving=Volume("noise", noise, far), preset=QUICK)
