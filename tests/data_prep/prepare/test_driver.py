@@ -270,28 +270,3 @@ def test_damaged_slots_are_named(tmp_path: Path):
         read_volume(out, "p/s")
     with pytest.raises(DataError, match="p/none: cannot be read"):
         read_volume(out, "p/none")
-
-
-def test_outliers_are_flagged_from_all_that_is_there_now(calls, tmp_path: Path, monkeypatch):
-    """A scan far from its cohort is flagged by figures; more scans of its kind undo it."""
-    from data_prep.prepare import merge
-    from data_prep.qc.judge import rules
-
-    figure = next(name for name, info in rules().figures.items() if info.worse != "none")
-
-    def rows(values: list[float]) -> list[dict]:
-        return [{"uri": f"u{n}", "cohort": "c", "participant": f"p{n}", "session": "1",
-                 "modality": "T1w", "scan_id": f"s{n}", "status": "accepted", figure: value}
-                for n, value in enumerate(values)]
-
-    bulk = [100.0 + n % 5 for n in range(30)]
-    first = merge.merge(None, [rows([*bulk, 1e6, -1e6])])
-    flagged = {row["scan_id"]: row["reason"] for row in first.to_pylist()
-               if row["status"] == "flagged"}
-    assert flagged and set(flagged) <= {"s30", "s31"}
-    assert set(flagged.values()) == {f"outlier:{figure}"}
-    wide = [{**row, "scan_id": f"w{n}", "uri": f"w{n}"} for n, row in enumerate(
-        rows([value for n in range(60) for value in (1e6 + n, -1e6 - n)]))]
-    second = merge.merge(first, [wide])
-    assert set(second["status"].to_pylist()) == {"accepted"}
-    assert second["reason"].null_count == len(second)

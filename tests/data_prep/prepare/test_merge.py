@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from data_prep.prepare.merge import merge
+from data_prep.qc.judge import rules
 from data_prep.rows import FIXED_SCHEMA, ArchiveRow, Status, archive_rows, scan_table
 
 
-def rows(values: list[float | None], cohort: str = "a") -> list[Any]:
-    return [{"uri": f"{cohort}{i}", "member": None, "cohort": cohort, "modality": "T1w",
-             "participant": f"{cohort}{i}", "session": "1", "scan_id": f"{cohort}{i}",
-             "status": Status.ACCEPTED, "reason": None, "figures": {"qc_snr": value}}
+def rows(values: list[float | None], cohort: str = "a", figure: str = "qc_snr",
+         name: str = "") -> list[Any]:
+    return [{"uri": f"{cohort}{name}{i}", "member": None, "cohort": cohort, "modality": "T1w",
+             "participant": f"p{i}", "session": "1", "scan_id": f"{cohort}{name}{i}",
+             "status": Status.ACCEPTED, "reason": None, "figures": {figure: value}}
             for i, value in enumerate(values)]
 
 
@@ -34,6 +36,22 @@ def test_rejected_rows_do_not_count_as_usual() -> None:
     assert flagged(many) == {"a19": "outlier:qc_snr"}
     many[0] |= {"status": Status.REJECTED, "reason": "truncated"}
     assert flagged(many) == {}  # 19 measured are too few
+
+
+def test_outliers_are_flagged_from_all_that_is_there_now() -> None:
+    """A scan far from its cohort is flagged by figures; more scans of its kind undo it."""
+    figure = next(name for name, info in rules().figures.items() if info.worse != "none")
+    bulk = [100.0 + n % 5 for n in range(30)]
+    first = merge(None, [rows([*bulk, 1e6, -1e6], figure=figure)])
+    found = {row["scan_id"]: row["reason"] for row in archive_rows(first)
+             if row["status"] == Status.FLAGGED}
+    assert found and set(found) <= {"a30", "a31"}
+    assert set(found.values()) == {f"outlier:{figure}"}
+    wide = rows([value for n in range(60) for value in (1e6 + n, -1e6 - n)], figure=figure,
+                name="w")
+    second = merge(first, [wide])
+    assert set(second["status"].to_pylist()) == {"accepted"}
+    assert second["reason"].null_count == len(second)
 
 
 def test_the_typed_row_has_the_fixed_columns_and_figures() -> None:
