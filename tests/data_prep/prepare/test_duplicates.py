@@ -49,7 +49,7 @@ def copy() -> str:
 
 def test_different_people_are_no_pair(people: list[dict]) -> None:
     assert near_pairs(people) == [] and near_pairs(people[:4]) == []
-    assert all(len(each["fingerprint"]) < 3000 for each in people)
+    assert all(len(each["figures"]["fingerprint"]) < 3000 for each in people)
 
 
 @pytest.mark.parametrize("count", [4, 10])  # few scans, and enough for a mean
@@ -75,7 +75,7 @@ def test_only_scans_of_one_modality_that_are_in_the_archive_are_compared(
 
 
 def test_a_cluster_of_copies_stays_bounded_and_complete(people: list[dict]) -> None:
-    copies = [row(f"c{i}", people[0]["fingerprint"]) for i in range(60)]
+    copies = [row(f"c{i}", people[0]["figures"]["fingerprint"]) for i in range(60)]
     pairs = near_pairs([*people[1:], *copies])
     assert len(pairs) <= 60 * 20
     assert {pair.scan_id_a for pair in pairs} | {pair.scan_id_b for pair in pairs} == {
