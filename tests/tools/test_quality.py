@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from neurojepa.config import dump_config
+from neurojepa.downstream.embed import Embeddings
+from neurojepa.downstream.pooling import Places, Tokens
 from neurojepa.downstream.stats import mean_absolute_error
 from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import TRAINING_GRIDS, open_feed
@@ -17,8 +20,9 @@ from neurojepa.train.stopping import REQUEUE
 from tests.helpers.batches import make_batch
 from tests.helpers.feeds import GRID, tiny_config, write_feed
 from tools.bench import quality
+from tools.bench._quality_readout import between_people, gates
 from tools.bench._quality_run import overlap, stored
-from tools.bench._quality_table import value_of
+from tools.bench._quality_table import PLAIN, both_poolings, figures_of, value_of
 
 
 def test_overlap_by_hand() -> None:
@@ -96,3 +100,41 @@ def test_a_run_that_is_stopped_leaves_no_scores(tmp_path: Path) -> None:
     with pytest.raises(NeurojepaError, match=f"status {REQUEUE}"):
         quality.command(tmp_path / "log.txt", "tools.bench._quality_run", str(tmp_path))
     assert not (tmp_path / "scores.npz").exists() and not (tmp_path / "weights").exists()
+
+
+def test_the_first_component_that_is_head_size_is_told() -> None:
+    rng = np.random.default_rng(0)
+    size, people = rng.normal(1000, 50, 30), np.repeat(np.arange(15), 2).astype(str)
+    values = np.stack([size, rng.normal(0, 5, 30), rng.normal(0, 5, 30)], 1)
+    embeddings = Embeddings(values, *[people] * 4, np.full(30, "T1w"),
+                            np.where(np.arange(30) < 20, "train", "test"))
+    found = between_people(embeddings, size, "T1w")
+    assert found["size"] > 0.99 and found["size (test)"] > 0.99
+    assert found["first component"] > 0.9 and found["participation"] < 1.2
+    moved = replace(embeddings, values=np.where(np.arange(30)[:, None] % 2, 0.0, values))
+    assert between_people(moved, size, "T1w") == found  # the first scan of each person counts
+    unlike = between_people(replace(embeddings, values=rng.normal(size=(30, 3))), size, "T1w")
+    assert unlike["participation"] > 2
+
+
+def test_gates_by_hand() -> None:
+    z = torch.tensor([[1.0, 5.0], [3.0, 7.0], [9.0, 9.0]])[..., None]  # the last one is no train
+    tokens = [Tokens(z, torch.arange(2).expand(3, 2), torch.ones(3, 2), torch.zeros(3).long())]
+    taught = Tokens(*(value[:2] for value in vars(tokens[0]).values()))
+    places = Places.fit([taught], 2)
+    pooled = places.pool(tokens[0]).numpy()
+    assert pooled.ravel() == pytest.approx([-1, 1, 5])
+    found = gates(places, tokens, pooled, np.array([True, True, False]))
+    # tokens 1 5 3 7 around 4: 20; places 2 and 6: 16; scans one off each: 4
+    assert found == pytest.approx({"place": 0.8, "place and modality": 0.8, "scan": 0.2,
+                                   "participation of tokens": 1.0})
+
+
+def test_a_row_of_the_plain_mean_stands_below_each_method() -> None:
+    ours = [each | {PLAIN + name: value for name, value in each.items()}
+            | {"size": np.array(0.1), PLAIN + "size": np.array(0.9)} for each in runs_of([1.0])]
+    rows = both_poolings({"ours": ours, "volumes": runs_of([2.0])})
+    assert list(rows) == ["ours", "ours, plain mean", "volumes"]
+    figures = figures_of({"ours": ours, "volumes": runs_of([2.0])})
+    assert list(figures) == ["ours", "ours, plain mean"]
+    assert [row["r with head size"] for row in figures.values()] == [0.1, 0.9]
