@@ -129,7 +129,7 @@ def fit_places(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray
                batch_size: int = 8) -> Places:
     """What tokens are at each place in the scans of ``rows``, as ``reference_rows`` has them."""
     num_patches = len(patch_centres_mm(feed.grid, config.model.patch_voxels))
-    return Places.fit(tokens_of(model, config, feed, rows, batch_size), num_patches)
+    return Places.fit(lambda: tokens_of(model, config, feed, rows, batch_size), num_patches)
 
 
 def tokens_of(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,

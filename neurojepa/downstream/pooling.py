@@ -1,23 +1,27 @@
-"""From the tokens of a scan to one row: what they differ by from their place.
+"""From the tokens of a scan to one row: what they differ by from their place and its head's size.
 
-A token says most of all where it lies and how much of its patch is brain.  A plain mean over tokens
-therefore counts air and edges, that is, it measures the size of the head.  So each token is
-compared with what one would expect there:
+A token says most of all where it lies and how much of its patch is brain, and a larger head has
+other tissue at the same place.  A plain mean over tokens therefore measures the size of the head.
+So each token is compared with what one would expect there:
 
     expected = mean[m, p] + slope[m, p] * (share - mean share[m, p])
 
 for its modality m, its patch p of the grid and the share of that patch which is brain.  The
-differences are averaged, weighted by that share.
+differences are averaged, weighted by that share.  From this mean a line in the logarithm of the
+brain's volume is taken, as volumes are adjusted for head size: without it the first principal
+component between people stays head size at r = .95 even for patches deep in the brain
+(docs/results/quality.md).
 
-Mean and slope are fitted (least squares, weighted by share) on scans of split ``train`` of the feed
-that is embedded, so nothing of the people tested goes into them.
+Means, slopes and lines are least squares over scans of split ``train`` of the feed that is
+embedded, so nothing of the people tested goes into them.  What follows from head size, such as sex
+in part, has to be read from the volume of the brain.
 
 Shape letters: B scans, N tokens, T tokens of a modality, n patches of the grid, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +31,8 @@ from neurojepa.errors import DataError
 from neurojepa.feed.format import MODALITIES
 
 LEAST_SCANS = 2  # of train with brain at a place; tokens at other places are left out
-SLOPE_PRIOR = 0.1  # sum of squares that counts against a slope: few or equal shares tell none
+# Sums of squared deviations that count against a slope: few or equal shares and sizes tell none.
+SHARE_PRIOR, SIZE_PRIOR = 0.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,10 @@ class Tokens:
     share_BN: Tensor  # float32, of the patch that is brain
     modality_B: Tensor  # int64, index into MODALITIES
 
+    def log_size_B(self) -> Tensor:
+        """Logarithm of the volume of the brain, in patches."""
+        return self.share_BN.sum(1).clamp(min=1e-3).log()
+
 
 class Places:
     """What tokens are at each place in each modality, from the scans that it was given."""
@@ -47,12 +56,13 @@ class Places:
         self.num_patches = num_patches
         self.sums: dict[int, Sums] = {}
         self.fits: dict[int, Fit] = {}
+        self.lines: dict[int, Line] = {}
 
     @classmethod
-    def fit(cls, batches: Iterable[Tokens], num_patches: int) -> Places:
-        """Learn from scans of split train."""
+    def fit(cls, read: Callable[[], Iterable[Tokens]], num_patches: int) -> Places:
+        """Learn from scans of split train, which are read twice."""
         places = cls(num_patches)
-        for tokens in batches:
+        for tokens in read():
             for modality in tokens.modality_B.unique().tolist():
                 of_BN = (tokens.modality_B == modality)[:, None] & (tokens.share_BN > 0)
                 if modality not in places.sums:
@@ -60,6 +70,12 @@ class Places:
                 places.sums[modality].add(tokens.z_BND[of_BN], tokens.patch_BN[of_BN],
                                           tokens.share_BN[of_BN])
         places.fits = {modality: sums.fit() for modality, sums in places.sums.items()}
+        parts = [(places._differences(tokens), tokens.log_size_B(), tokens.modality_B)
+                 for tokens in read()]
+        value_SD, log_size_S, modality_S = (torch.cat(part) for part in zip(*parts, strict=True))
+        places.lines = {modality: Line.fit(value_SD[modality_S == modality],
+                                           log_size_S[modality_S == modality])
+                        for modality in places.fits}
         return places
 
     def pool(self, tokens: Tokens) -> Tensor:
@@ -70,15 +86,21 @@ class Places:
         DataError
             A scan's modality is none of those fitted.
         """
-        rows = []
-        for b, modality in enumerate(tokens.modality_B.tolist()):
-            if modality not in self.fits:
-                raise DataError(f"no {MODALITIES[modality]} scan in split train to compare with; "
-                                "it has " + ", ".join(MODALITIES[m] for m in sorted(self.fits))
-                                + "; embed other modalities, or add such scans to the feed")
-            rows.append(self.fits[modality].pool(tokens.z_BND[b], tokens.patch_BN[b],
-                                                 tokens.share_BN[b]))
-        return torch.stack(rows)
+        unknown = set(tokens.modality_B.tolist()) - set(self.fits)
+        if unknown:
+            raise DataError(f"no {MODALITIES[min(unknown)]} scan in split train to compare with; "
+                            "it has " + ", ".join(MODALITIES[m] for m in sorted(self.fits))
+                            + "; embed other modalities, or add such scans to the feed")
+        by_size = [self.lines[modality](log_size) for modality, log_size in zip(
+            tokens.modality_B.tolist(), tokens.log_size_B(), strict=True)]
+        return self._differences(tokens) - torch.stack(by_size)
+
+    def _differences(self, tokens: Tokens) -> Tensor:
+        """As ``pool``, before the line in head size is taken."""
+        return torch.stack([
+            self.fits[modality].differences(tokens.z_BND[b], tokens.patch_BN[b],
+                                            tokens.share_BN[b])
+            for b, modality in enumerate(tokens.modality_B.tolist())])
 
     def variance(self) -> tuple[float, float, float]:
         """Variance of the tokens, weighted by share of brain, as sums of squares: all of it, that
@@ -125,7 +147,7 @@ class Sums:
         share_n, mean_nD = self.share_n / weight_n, self.token_nD / weight_n[:, None]
         spread_n = self.square_n - self.share_n * share_n
         together_nD = self.product_nD - self.share_n[:, None] * mean_nD
-        slope_nD = together_nD / (spread_n + SLOPE_PRIOR)[:, None]
+        slope_nD = together_nD / (spread_n + SHARE_PRIOR)[:, None]
         return Fit(mean_nD.float(), slope_nD.float(), share_n.float(),
                    self.scans_n >= LEAST_SCANS)
 
@@ -139,12 +161,30 @@ class Fit:
     share_n: Tensor  # float32, the mean share
     known_n: Tensor  # bool, seen often enough
 
-    def pool(self, z_ND: Tensor, patch_N: Tensor, share_N: Tensor) -> Tensor:
+    def differences(self, z_ND: Tensor, patch_N: Tensor, share_N: Tensor) -> Tensor:
         """[D]: mean difference of a scan's tokens, weighted by share; 0 where none is known."""
         more_N1 = (share_N - self.share_n[patch_N])[:, None]
         differing_ND = z_ND - self.mean_nD[patch_N] - more_N1 * self.slope_nD[patch_N]
         weight_N = share_N * self.known_n[patch_N]
         return (weight_N[:, None] * differing_ND).sum(0) / weight_N.sum().clamp(min=1e-9)
+
+
+@dataclass(frozen=True)
+class Line:
+    """How the mean difference of a scan's tokens follows the size of its head."""
+
+    log_size: Tensor  # the mean
+    slope_D: Tensor
+
+    @classmethod
+    def fit(cls, value_SD: Tensor, log_size_S: Tensor) -> Line:
+        more_S = log_size_S - log_size_S.mean()
+        return cls(log_size_S.mean(),
+                   more_S @ (value_SD - value_SD.mean(0)) / (more_S.square().sum() + SIZE_PRIOR))
+
+    def __call__(self, log_size: Tensor) -> Tensor:
+        """[D]: what is expected of a scan above that of a mean one."""
+        return (log_size - self.log_size) * self.slope_D
 
 
 def _energy(weight_n: Tensor, token_nD: Tensor) -> float:

@@ -121,7 +121,7 @@ def test_gates_by_hand() -> None:
     z = torch.tensor([[1.0, 5.0], [3.0, 7.0], [9.0, 9.0]])[..., None]  # the last one is no train
     tokens = [Tokens(z, torch.arange(2).expand(3, 2), torch.ones(3, 2), torch.zeros(3).long())]
     taught = Tokens(*(value[:2] for value in vars(tokens[0]).values()))
-    places = Places.fit([taught], 2)
+    places = Places.fit(lambda: [taught], 2)
     pooled = places.pool(tokens[0]).numpy()
     assert pooled.ravel() == pytest.approx([-1, 1, 5])
     found = gates(places, tokens, pooled, np.array([True, True, False]))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_prep.synth import codes
 from neurojepa.baselines.cnn import CNN, Labels
@@ -32,7 +33,7 @@ from neurojepa.feed.format import Feed, Grid, open_feed
 from neurojepa.feed.loader import SampleReader
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.jepa import SparseJEPA
-from neurojepa.model.sparse import Coded
+from neurojepa.objective.losses import crowding, sample_sums, take
 from neurojepa.objective.views import (
     Views,
     make_views,
@@ -59,7 +60,7 @@ def main(folder: Path) -> None:
     if changes["scrambled"]:
         scramble(open_feed(config.data.feed).grid, config.model.patch_voxels)
     if changes["head_alone"]:
-        silence_prediction()
+        SparseJEPA.forward = head_alone  # type: ignore[method-assign, assignment]
     model = trained(config, folder)
     spent = folder / "train_cpu_s"
     train_s = float(spent.read_text()) if spent.exists() else 0.0
@@ -117,20 +118,26 @@ def scramble(grid: Grid, patch: int) -> None:
     loop.make_views = embedding.make_views = scrambled  # type: ignore[assignment]
 
 
-def silence_prediction() -> None:
-    """Take the prediction out of the JEPA's loss: the tissue head and the spread are left.
+def head_alone(model: SparseJEPA, views: Views, l1: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The JEPA's loss without its prediction, in place of ``SparseJEPA.forward``: the tissue head
+    and the spread are left, and predictor, code and target are idle.
 
-    The control for what latent prediction adds to the head.  The forward stays whole, so a step
-    costs what it costs with prediction.
+    The control for what latent prediction adds to the head.
     """
-    whole = SparseJEPA._predict
-
-    def silenced(self: SparseJEPA, views: Views) -> tuple[Coded, torch.Tensor, torch.Tensor]:
-        coded, z_VTD, y_VCD = whole(self, views)
-        silent = coded._replace(error=0 * coded.error, penalty=0 * coded.penalty)
-        return silent, z_VTD, y_VCD
-
-    SparseJEPA._predict = silenced  # type: ignore[method-assign]
+    valid_BMC, head = take(views.valid_BN, views.context_BMC), model.tissue
+    assert head is not None
+    y_VCD = model.encoder(take(views.tokens_BNP, views.context_BMC).flatten(0, 1),
+                          take(views.coords_BN3, views.context_BMC).flatten(0, 1),
+                          valid_BMC.flatten(0, 1))
+    B, D = len(views.weight_B), y_VCD.shape[-1]
+    parts = {"crowding": crowding(y_VCD.reshape(B, -1, D), valid_BMC.reshape(B, -1)),
+             "tissue": head.error(views, views.context_BMC, y_VCD)}
+    loss_B = views.weight_B * (model.spread * parts["crowding"]
+                               + model.tissue_weight * parts["tissue"])
+    # the engine wants a gradient of every parameter
+    idle = [0 * parameter.sum() for part in (model.predictor, model.code)
+            for parameter in part.parameters()]
+    return loss_B.sum() + torch.stack(idle).sum(), sample_sums(views, loss_B.detach(), parts)
 
 
 # ---- predictions ---------------------------------------------------------------------------------

@@ -27,8 +27,12 @@ def tokens(values: list[list[float]], shares: list[list[float]], modality: int =
                   torch.full((B,), modality))
 
 
+def fitted(batches: list[Tokens], num_patches: int) -> Places:
+    return Places.fit(lambda: batches, num_patches)
+
+
 def test_a_scan_is_the_weighted_mean_of_what_its_tokens_differ_by() -> None:
-    places = Places.fit([tokens([[1.0, 10.0], [3.0, 30.0]], [[1.0, 0.5], [1.0, 0.5]])], 2)
+    places = fitted([tokens([[1.0, 10.0], [3.0, 30.0]], [[1.0, 0.5], [1.0, 0.5]])], 2)
     # means 2 and 20; (1 * (5 - 2) + 0.5 * (14 - 20)) / 1.5
     pooled = places.pool(tokens([[5.0, 14.0], [2.0, 20.0]], [[1.0, 0.5], [1.0, 0.5]]))
     assert pooled.flatten().tolist() == pytest.approx([0.0, 0.0])
@@ -40,8 +44,23 @@ def test_a_token_that_follows_its_share_of_brain_says_nothing() -> None:
     shares = torch.linspace(0.1, 1, 1000)[:, None]
     taught = Tokens((3 + 2 * shares)[..., None], torch.zeros(1000, 1, dtype=torch.int64), shares,
                     torch.full((1000,), T1W))
-    pooled = Places.fit([taught], 1).pool(tokens([[3.4], [4.8], [5.9]], [[0.2], [0.9], [0.7]]))
+    pooled = fitted([taught], 1).pool(tokens([[3.4], [4.8], [5.9]], [[0.2], [0.9], [0.7]]))
     assert pooled.flatten().tolist() == pytest.approx([0.0, 0.0, 1.5], abs=0.01)
+
+
+def test_what_follows_head_size_is_taken_and_the_rest_stays() -> None:
+    """One place is all brain in every head, another fills up as heads grow; both tell of size."""
+    rng = np.random.default_rng(0)
+    shares = torch.tensor(np.stack([np.ones(200), rng.uniform(0.1, 1, 200)], 1)).float()
+    rest = torch.tensor(rng.normal(0, 1, 200)).float()
+    log_size = shares.sum(1).log()
+    heads = Tokens((20 * log_size + rest)[:, None, None].expand(200, 2, 1),
+                   torch.arange(2).expand(200, 2), shares, torch.full((200,), T1W))
+    pooled = fitted([heads], 2).pool(heads)[:, 0]
+    before, after = (np.corrcoef(heads.z_BND[:, 0, 0], log_size)[0, 1],
+                     np.corrcoef(pooled, log_size)[0, 1])
+    assert before > 0.9 and abs(after) < 0.1
+    assert np.corrcoef(pooled, rest)[0, 1] > 0.9
 
 
 def test_batches_add_up_and_modalities_stay_apart() -> None:
@@ -50,7 +69,7 @@ def test_batches_add_up_and_modalities_stay_apart() -> None:
     both = Tokens(*(torch.cat([getattr(each, name) for each in (one, two)])
                     for name in vars(one)))
     other = tokens([[90.0, 80.0], [70.0, 60.0]], [[1.0, 0.4]] * 2, T2W)
-    together, apart = Places.fit([both], 2), Places.fit([one, other, two], 2)
+    together, apart = fitted([both], 2), fitted([one, other, two], 2)
     assert torch.equal(together.pool(both), apart.pool(both))
     assert not torch.equal(apart.pool(both), apart.pool(Tokens(
         both.z_BND, both.patch_BN, both.share_BN, torch.full((4,), T2W))))
@@ -59,8 +78,8 @@ def test_batches_add_up_and_modalities_stay_apart() -> None:
 
 
 def test_air_and_places_that_were_seen_once_are_left_out() -> None:
-    places = Places.fit([tokens([[1.0, 5.0, 9.0], [3.0, 5.0, 9.0]],
-                                [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])], 3)
+    places = fitted([tokens([[1.0, 5.0, 9.0], [3.0, 5.0, 9.0]],
+                            [[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])], 3)
     scan, moved = ([[4.0, value, value]] for value in (0.0, 100.0))
     pooled = [places.pool(tokens(each, [[1.0, 1.0, 0.0]])) for each in (scan, moved)]
     assert pooled[0].item() == pooled[1].item() == pytest.approx(2.0)
@@ -68,8 +87,8 @@ def test_air_and_places_that_were_seen_once_are_left_out() -> None:
 
 
 def test_variance_by_place_and_modality_by_hand() -> None:
-    places = Places.fit([tokens([[1.0, 3.0]], [[1.0, 1.0]]),
-                         tokens([[1.0, 7.0]], [[1.0, 1.0]], T2W)], 2)
+    places = fitted([tokens([[1.0, 3.0]], [[1.0, 1.0]]),
+                     tokens([[1.0, 7.0]], [[1.0, 1.0]], T2W)], 2)
     # tokens 1, 3, 1, 7 around 3; places 1 and 5
     assert places.variance() == pytest.approx((24.0, 16.0, 24.0))
 
@@ -120,7 +139,7 @@ def test_head_size_does_not_move_an_embedding() -> None:
     found = Tokens(model.latents(views), patch_numbers(views.coords_BN3, GRID, 3),
                    views.foreground_BN, views.modality_B)
     plain = first_component(model.embed(views).numpy())
-    pooled = first_component(Places.fit([found], 8 * 10 * 8).pool(found).numpy())
+    pooled = first_component(fitted([found], 8 * 10 * 8).pool(found).numpy())
     assert abs(np.corrcoef(plain, size)[0, 1]) > 0.8
     assert abs(np.corrcoef(pooled, size)[0, 1]) < 0.3
     assert abs(np.corrcoef(pooled, bright)[0, 1]) > 0.9
