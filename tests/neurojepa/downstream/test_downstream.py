@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -14,11 +13,10 @@ from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.embed import Embeddings, embed, select_rows
 from neurojepa.downstream.probe import probe
 from neurojepa.errors import ConfigError, DataError, NeurojepaError
-from neurojepa.feed.format import LABELS_SCHEMA, commit_feed, open_feed
-from neurojepa.storage import write_bytes
+from neurojepa.feed.format import open_feed
 from neurojepa.train.checkpoint import latest_step, open_checkpoint
 from neurojepa.weights import export, load, untrained
-from tests.helpers.feeds import GRID, tiny_config, write_feed
+from tests.helpers.feeds import GRID, Describe, relabel, tiny_config, write_feed
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, run_cli) -> Path:
     """A folder with a feed (splits and labels), a finished run and its exported weights."""
     root = tmp_path_factory.mktemp("downstream")
     write_feed(str(root / "raw"))
-    relabel(root / "raw", root / "feed")
+    relabel(root / "raw", root / "feed", by_size(root / "raw"))
     config = tiny_config(str(root / "feed"), root / "run", steps=4)
     recipe = root / "recipe.yaml"
     recipe.write_text(dump_config(config))
@@ -36,22 +34,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, run_cli) -> Path:
     return root
 
 
-def relabel(source: Path, target: Path) -> None:
+def by_size(feed: Path) -> Describe:
     """Two thirds of the people train, one third tests; size is a number, kind a name."""
-    feed = open_feed(str(source))
-    rows = feed.index.to_pylist()
-    labels, middle = [], np.median([row["num_foreground"] for row in rows])
-    for number, row in enumerate(rows):
-        row["split"] = "test" if number % 3 == 2 else "train"
-        labels += [
-            {"participant": row["participant"], "session": "1", "name": "size",
-             "value": str(row["num_foreground"])},
-            {"participant": row["participant"], "session": "", "name": "kind",
-             "value": "large" if row["num_foreground"] > middle else "small"}]
-    for path in {row["shard"] for row in rows}:
-        write_bytes(str(target / path), (source / path).read_bytes())
-    commit_feed(str(target), GRID, rows=feed.index.from_pylist(rows, feed.index.schema),
-                labels=pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
+    middle = np.median(open_feed(str(feed)).index["num_foreground"].to_numpy())
+
+    def describe(number: int, row: dict) -> tuple[str, list[tuple[str, str, str]]]:
+        size = row["num_foreground"]
+        return ("test" if number % 3 == 2 else "train",
+                [("1", "size", str(size)), ("", "kind", "large" if size > middle else "small")])
+
+    return describe
 
 
 def test_an_export_holds_the_trained_values_and_loads_strictly(trained: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -17,18 +16,18 @@ from neurojepa.baselines.mae import MAE
 from neurojepa.config import RootConfig, dump_config, validate
 from neurojepa.downstream.embed import embed, select_rows
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.format import LABELS_SCHEMA, Feed, commit_feed, open_feed
+from neurojepa.feed.format import Feed, open_feed
 from neurojepa.model.build import build_model
 from neurojepa.model.jepa import SparseJEPA
 from neurojepa.objective.masks import draw_uniform_masks
 from neurojepa.objective.views import make_views, patchify
-from neurojepa.storage import Patience, read_rows, write_bytes
+from neurojepa.storage import Patience, read_rows
 from neurojepa.train.checkpoint import open_checkpoint
 from neurojepa.train.probe import OnlineProbe
 from neurojepa.train.world import World
 from neurojepa.weights import export, load
 from tests.helpers.batches import make_batch
-from tests.helpers.feeds import GRID, tiny_config, write_feed
+from tests.helpers.feeds import GRID, Describe, relabel, tiny_config, write_feed
 from tests.helpers.worker import job, run_ranks
 
 pytestmark = pytest.mark.slow(3)
@@ -52,7 +51,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for steps in (MIDDLE, END):
         (root / str(steps)).mkdir()
     write_feed(str(root / "raw"))
-    label(root / "raw", root / "feed")
+    relabel(root / "raw", root / "feed", by_size(root / "raw"))
     feed = str(root / "feed")
     jobs = [job(config_of(feed, root / method, method, steps=END), root) for method in METHODS]
     for steps in (MIDDLE, END):  # the second takes up what the first left
@@ -66,22 +65,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def label(source: Path, target: Path) -> None:
+def by_size(feed: Path) -> Describe:
     """Two thirds of the people train, one third is val; age follows size, one age is unknown."""
-    feed = open_feed(str(source))
-    rows = feed.index.to_pylist()
-    sizes = [row["num_foreground"] for row in rows]
-    labels = []
-    for number, row in enumerate(rows):
-        row["split"] = "val" if number % 3 == 2 else "train"
-        values = {"age": str(row["num_foreground"] / 100) if number else "",
-                  "sex": "FM"[int(row["num_foreground"] > np.median(sizes))]}
-        labels += [{"participant": row["participant"], "session": "", "name": name,
-                    "value": value} for name, value in values.items()]
-    for path in {row["shard"] for row in rows}:
-        write_bytes(str(target / path), (source / path).read_bytes())
-    commit_feed(str(target), GRID, rows=feed.index.from_pylist(rows, feed.index.schema),
-                labels=pa.Table.from_pylist(labels, schema=LABELS_SCHEMA))
+    middle = np.median(open_feed(str(feed)).index["num_foreground"].to_numpy())
+
+    def describe(number: int, row: dict) -> tuple[str, list[tuple[str, str, str]]]:
+        size = row["num_foreground"]
+        return ("val" if number % 3 == 2 else "train",
+                [("", "age", str(size / 100) if number else ""),
+                 ("", "sex", "FM"[int(size > middle)])])
+
+    return describe
 
 
 @pytest.mark.parametrize("method", METHODS)
