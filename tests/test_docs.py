@@ -1,0 +1,83 @@
+"""The documents: the site builds without a network and says what the code says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [path for package in ("neurojepa", "data_prep", "cluster")
+           for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly: a broken link or a page without a place stops it."""
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)], cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
+    loads = re.compile(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//")
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 30
+    assert not [page.name for page in pages if loads.search(page.read_text())]
+
+
+def test_references_have_every_key_and_command(site: Path) -> None:
+    from neurojepa.config import RootConfig
+
+    keys = (site / "reference/config.html").read_text()
+
+    def leaves(model: type, path: str = "") -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():  # type: ignore[attr-defined]
+            branch = hasattr(field.annotation, "model_fields")
+            found += leaves(field.annotation, f"{path}{name}.") if branch else [path + name]
+        return found
+
+    assert not [key for key in leaves(RootConfig) if f"<code>{key}</code>" not in keys]
+    commands = (site / "reference/commands.html").read_text()
+    for name in ("synth", "index", "prepare", "pack", "verify", "withdraw", "report", "export",
+                 "embed", "probe", "atoms", "supervise", "status", "watch"):
+        assert re.search(rf"id=\"[a-z_]+-{name}\"", commands), name
+
+
+def test_every_event_is_explained() -> None:
+    written = {name for path in SOURCES
+               for name in re.findall(r"\b_?event\(\"(\w+)\"", path.read_text())}
+    written |= {name for path in SOURCES for pair in re.findall(
+        r"\bevent\(\"(\w+)\" if \w+ else \"(\w+)\"", path.read_text()) for name in pair}
+    text = (ROOT / "docs/operations.md").read_text()
+    explained = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^`.*\n(?=:)", text, re.M))))
+    assert {"start", "resume", "rollback", "give_up"} <= written
+    assert written == explained
+
+
+def test_messages_in_the_faq_are_those_of_the_code() -> None:
+    joined = "\n".join(path.read_text() for path in [*SOURCES, ROOT / "tools/setup.sh"])
+    joined = re.sub(r"\"\s*\n\s*f?\"", "", joined)  # a literal that goes on in the next line
+    joined = re.sub(r"\{[^{}]*(\{[^{}]*\}[^{}]*)*\}", "...", joined)  # what is filled in
+    unknown = []
+    for shown in re.findall(r"\*\*`([^`]+)`", (ROOT / "docs/faq.md").read_text()):
+        parts = re.split(r"\.\.\.|'[^']*'|\b\d[\w.]*\b|\[.*?\]|\{.*?\}", shown)
+        unknown += [part for part in parts if len(part.strip()) > 9 and part.strip() not in joined]
+    assert not unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    names = re.findall(r"`((?:neurojepa|data_prep|cluster|configs|tools|tests|docs)/[\w./-]*)`",
+                       page.read_text())
+    assert not [name for name in names if not (ROOT / name).exists()]
