@@ -144,7 +144,7 @@ def help_of(module: str, *words: str) -> str:
     """The text of ``python -m MODULE WORDS --help``."""
     printed = io.StringIO()
     columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "92"
+    os.environ["COLUMNS"] = "84"
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             importlib.import_module(module).main([*words, "--help"])

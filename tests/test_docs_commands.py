@@ -1,0 +1,156 @@
+"""The commands of README and docs do what these say: run here as they stand, on few people, or by
+the test that a comment above the block names."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from neurojepa.ports import free_port
+from tests.helpers import ROOT
+from tests.helpers.trees import write
+
+# The same commands on fewer people at a coarser scale, with a key that gives every split people.
+SMALLER = {"--participants 48": "--participants 15 --spacing-mm 4"}
+KEY = "a public key for invented people (2)"
+ONCE_AGAIN = {"how-to/train.md": "run"}  # a page makes it, as an earlier one did
+BLOCK = re.compile(r"(?:<!-- run by (?P<test>\S+) -->\n)?```(?P<kind>\w+)"
+                   r"(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)```", re.DOTALL)
+SRUN = """#!{python}
+import os, subprocess, sys
+ranks = [subprocess.Popen(sys.argv[1:], env={{**os.environ, "SLURM_PROCID": str(rank),
+                                              "SLURM_LOCALID": str(rank)}}) for rank in range(2)]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    kind: str
+    title: str | None  # of a file that it shows
+    text: str
+    test: str | None  # another test that runs it
+
+    def commands(self) -> list[str]:
+        """The lines of a shell block, without comments; a script is one command."""
+        if self.text.startswith("#!"):
+            return [self.text]
+        lines = [line.split("  #")[0].strip() for line in self.text.splitlines()]
+        return [line for line in lines if line and line != "source .venv/bin/activate"]
+
+
+def blocks() -> list[Block]:
+    """Every block of README and docs: pages in the site's order, but the one that deletes last."""
+    text = (ROOT / "mkdocs.yml").read_text()
+    nav = yaml.safe_load(text[text.index("\nnav:"):])["nav"]
+    pages = [page for page in _pages(nav) if (ROOT / "docs" / page).exists()]
+    pages.sort(key=lambda page: page == "how-to/withdraw.md")
+    texts = {"README.md": ROOT / "README.md", **{page: ROOT / "docs" / page for page in pages}}
+    return [Block(page, found["kind"], found["title"], found["text"], found["test"])
+            for page, path in texts.items() for found in BLOCK.finditer(path.read_text())]
+
+
+def _pages(entry: object) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    entries = entry.values() if isinstance(entry, dict) else entry
+    return [page for each in entries for page in _pages(each)]  # type: ignore[attr-defined]
+
+
+def test_commands_run_elsewhere_name_tests_that_exist() -> None:
+    named = [block for block in blocks() if block.test]
+    assert len(named) > 4
+    assert not [block.test for block in named if not (ROOT / str(block.test)).is_file()]
+
+
+def test_options_of_commands_run_elsewhere_exist() -> None:
+    from tools.docs_hooks import help_of
+
+    for block in blocks():
+        for command in block.commands() if block.kind == "bash" and block.test else ():
+            if found := re.search(r"python -m (data_prep|cluster) (\w+)(.*?)(?: -- |$)", command):
+                known = help_of(f"{found[1]}.__main__", found[2])
+                options = re.findall(r"--[a-z-]+", found[3])
+                assert all(option in known for option in options), command
+
+
+@pytest.mark.timeout(900)
+def test_the_commands_work_in_the_order_shown(tmp_path: Path, s3) -> None:
+    environment = _prepare_folder(tmp_path)
+    replaced = {**SMALLER, "s3://bucket": s3.uri, "MASTER_PORT=29500":
+                f"MASTER_PORT={free_port()}"}
+    page, run = "", 0
+    for block in blocks():
+        if block.page != page and (again := ONCE_AGAIN.get(block.page)):
+            (tmp_path / again).rename(tmp_path / f"{again}-before")
+        page = block.page
+        if block.title and block.kind != "bash" and not (tmp_path / block.title).exists():
+            (tmp_path / block.title).write_text(block.text)
+        if block.test or block.kind not in ("bash", "python"):
+            continue
+        if block.page == "how-to/labels.md" and not (tmp_path / "scores.tsv").exists():
+            _write_scores(tmp_path)
+        for command in [block.text] if block.kind == "python" else block.commands():
+            for shown, here in replaced.items():
+                command = command.replace(shown, here)
+            shell = [sys.executable, "-c"] if block.kind == "python" else ["bash", "-c"]
+            done = subprocess.run([*shell, command], cwd=tmp_path, env=environment, text=True,
+                                  capture_output=True, timeout=300)
+            assert done.returncode == 0, (f"{block.page}: {command}\n{done.stdout[-2000:]}\n"
+                                          f"{done.stderr[-3000:]}")
+            run += 1
+    assert run >= 40
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {"cohort", "scans.parquet", "ukb.parquet", "abcd.parquet", "adni.parquet",
+            "files.parquet", "archive", "feed", "run", "run-slurm", "weights", "embeddings",
+            "probe", "probe-scores", "atoms", "report.html"} <= made
+    assert (tmp_path / "probe/report.html").stat().st_size > 10_000
+
+
+# ---- small data ----------------------------------------------------------------------------------
+
+def _prepare_folder(folder: Path) -> dict[str, str]:
+    """A short recipe, a key, cohorts of one scan each, and a Slurm of two tasks."""
+    recipe = (ROOT / "configs/demo.yaml").read_text()
+    write(folder, {"configs/demo.yaml": recipe.replace("steps: 100", "steps: 20"), "key": KEY,
+                   "bin/srun": SRUN.format(python=sys.executable),
+                   "bin/scontrol": "#!/bin/sh\necho 127.0.0.1\n"})
+    (folder / "key").chmod(0o600)
+    for name in ("srun", "scontrol"):
+        (folder / "bin" / name).chmod(0o700)
+    package = io.BytesIO()
+    with zipfile.ZipFile(package, "w") as file:
+        file.writestr("T1/T1.nii.gz", b"x")
+    abcd = "abcd/rawdata/sub-0A1B2C3D/ses-00A/anat/sub-0A1B2C3D_ses-00A_run-01_T1w.nii.gz"
+    adni = ("adni/ADNI/941_S_0901/MP-RAGE/2007-02-12_08_20_30.0/I45/"
+            "ADNI_941_S_0901_MR_MP-RAGE_Br_20070212141516000_S12_I45.nii")
+    write(folder, {
+        "ukb/1000001_20252_2_0.zip": package.getvalue(), abcd: b"x", adni: b"x",
+        "extract.csv": "eid,31-0.0,21003-2.0\n1000001,0,63\n",
+        "abcd/rawdata/dataset_description.json": "{}", "scans/old/p07.nii.gz": b"x",
+        "scans/old/p07_mask.nii.gz": b"x", "scans/dicom/p08/1.dcm": b"x"})
+    return {**os.environ, "OMP_NUM_THREADS": "1", "NEUROJEPA_KEY_FILE": str(folder / "key"),
+            "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "1",
+            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def _write_scores(folder: Path) -> None:
+    """Scores of the synthetic people, and a list of one of them who withdraws."""
+    with (folder / "cohort/participants.tsv").open() as file:
+        people = [row["participant_id"] for row in csv.DictReader(file, delimiter="\t")]
+    rows = [f"{person}\t{number}" for number, person in enumerate(people)]
+    (folder / "scores.tsv").write_text("\n".join(["participant_id\tscore", *rows]) + "\n")
+    (folder / "withdrawn.csv").write_text(f"cohort,participant\ncohort,{people[0][4:]}\n")
