@@ -23,7 +23,7 @@ from tests.helpers.trees import write
 # The same commands on fewer people at a coarser scale, with a key that gives every split people.
 SMALLER = {"--participants 48": "--participants 15 --spacing-mm 4"}
 KEY = "a public key for invented people (2)"
-# A command that an earlier page has run is not run again, but on this page, whose scans have changed.
+# What an earlier page has run is not run again, but on this page, whose scans have changed.
 CHANGED = "how-to/labels.md"
 TRAINED_AGAIN = "how-to/train.md"  # by two ranks, into a run directory of the same name
 BLOCK = re.compile(r"(?:<!-- run by (?P<test>\S+) -->\n)?```(?P<kind>\w+)"

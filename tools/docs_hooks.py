@@ -29,9 +29,11 @@ from mkdocs.structure.files import File, Files
 from neurojepa import config as configuration
 
 ROOT = Path(__file__).resolve().parents[1]
-TOP_LEVEL = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md"}
-COMMANDS = ("data_prep.__main__", "neurojepa.pretrain", "neurojepa.weights",
-            "neurojepa.downstream.__main__", "cluster.__main__")
+TOP_LEVEL = {"README.md": "index.md"} | {name: name for name in (
+    "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}
+COMMANDS = {"data_prep.__main__": "neurojepa-data", "neurojepa.pretrain": "neurojepa-pretrain",
+            "cluster.__main__": "neurojepa-cluster", "neurojepa.downstream.__main__": "neurojepa",
+            "neurojepa.weights": "neurojepa weights"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -132,9 +134,9 @@ def commands_page() -> Iterator[str]:
     yield "# Commands\n"
     yield ("Every command exits with 0 when it did its work, and with 2 and one line when its "
            "input cannot work. All can be interrupted and run again.\n")
-    for module in COMMANDS:
-        text = help_of(module)
-        yield f"## `python -m {module.removesuffix('.__main__')}`\n\n```text\n{text}\n```\n"
+    for module, script in COMMANDS.items():
+        text, spelt = help_of(module), f"python -m {module.removesuffix('.__main__')}"
+        yield f"## `{spelt}`\n\nAlso `{script}`.\n\n```text\n{text}\n```\n"
         for name in subcommands(text):
             yield f"### `{name}` {{ #{module.split('.')[-2]}-{name} }}\n"
             yield f"```text\n{help_of(module, name)}\n```\n"
