@@ -60,7 +60,7 @@ def test_every_event_is_explained() -> None:
     written |= {name for path in SOURCES for pair in re.findall(
         r"\bevent\(\"(\w+)\" if \w+ else \"(\w+)\"", path.read_text()) for name in pair}
     text = (ROOT / "docs/operations.md").read_text()
-    explained = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^`.*\n(?=:)", text, re.M))))
+    explained = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\*\*`.*<br>$", text, re.M))))
     assert {"start", "resume", "rollback", "give_up"} <= written
     assert written == explained
 

@@ -82,12 +82,11 @@ def _section(path: str, section: dict[str, Any], schema: dict[str, Any],
     if text:
         yield inspect.cleandoc(text).replace("``", "`") + "\n"
     rows = {key: field for key, field in model["properties"].items() if not _model(field, schema)}
-    yield "| key | value | default | meaning |\n|---|---|---|---|"
     for key, field in rows.items():
-        default = "required" if key in model.get("required", []) else _default(field)
-        meaning = field.get("description", "").replace("|", "\\|")
-        yield f"| `{path}.{key}` | {_allowed(field)} | {default} | {meaning} |"
-    yield ""
+        needed = key in model.get("required", [])
+        begins = "required" if needed else f"default {_default(field)}"
+        yield (f"**`{path}.{key}`** &ensp; {_allowed(field)} &ensp; {begins}<br>\n"
+               f"{field.get('description', '')}\n")
     for key, field in model["properties"].items():
         if key not in rows:
             yield from _section(f"{path}.{key}", field, schema, level + 1)
