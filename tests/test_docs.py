@@ -28,6 +28,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow(8)
 def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
     loads = re.compile(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//")
     pages = sorted(site.rglob("*.html"))
@@ -35,6 +36,7 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
     assert not [page.name for page in pages if loads.search(page.read_text())]
 
 
+@pytest.mark.slow(8)
 def test_references_have_every_key_and_command(site: Path) -> None:
     from neurojepa.config import RootConfig
 

@@ -50,7 +50,7 @@ class Block:
         """The lines of a shell block, without comments; a script is one command."""
         if self.text.startswith("#!"):
             return [self.text]
-        lines = [line.split("  #")[0].strip() for line in self.text.splitlines()]
+        lines = [line.split("  #")[0].strip() for line in self.text.replace("\\\n", "").splitlines()]
         return [line for line in lines if line and line != "source .venv/bin/activate"]
 
 
@@ -89,7 +89,7 @@ def test_options_of_commands_run_elsewhere_exist() -> None:
                 assert all(option in known for option in options), command
 
 
-@pytest.mark.slow
+@pytest.mark.slow(150)
 @pytest.mark.timeout(1500)
 def test_the_commands_work_in_the_order_shown(tmp_path: Path, s3) -> None:
     environment = _prepare_folder(tmp_path)

@@ -23,7 +23,7 @@ def test_a_notebook_is_kept_without_outputs(name: str) -> None:
     assert not any(cell.outputs or cell.execution_count for cell in cells)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(80)
 @pytest.mark.timeout(900)
 def test_the_notebooks_run_in_order(tmp_path: Path) -> None:
     for name in NOTEBOOKS:
