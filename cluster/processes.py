@@ -84,22 +84,22 @@ def same_process(pid: int, seen_at: float) -> bool:
     """
     try:
         process = psutil.Process(pid)
-        return (process.create_time() <= seen_at + CLOCK_SLACK_S
-                and process.status() != psutil.STATUS_ZOMBIE)
+        return bool(process.create_time() <= seen_at + CLOCK_SLACK_S
+                    and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
     try:
-        return process.environ()
+        return dict(process.environ())
     except (psutil.Error, OSError):  # gone, a zombie, or another user's: not ours
         return {}
 
 
 def _parent_pid(process: psutil.Process) -> int | None:
     try:
-        return process.ppid()
+        return int(process.ppid())
     except psutil.NoSuchProcess:
         return None
 

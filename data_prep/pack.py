@@ -217,7 +217,8 @@ def _average(volume: np.ndarray, grid: Grid) -> np.ndarray:
 
 def _nearest(axis: int, grid: Grid) -> np.ndarray:
     edges = _edges(axis, grid)
-    return np.floor((edges[1:] + edges[:-1]) / 2).astype(int)
+    nearest: np.ndarray = np.floor((edges[1:] + edges[:-1]) / 2).astype(int)
+    return nearest
 
 
 def _encoded(archive: str, rows: list[IndexRow],
@@ -270,7 +271,8 @@ def read_tar(data: bytes, name: str) -> list[tarfile.TarInfo]:
 
 def source_of(uri: str) -> str | None:
     """What a committed feed was packed from."""
-    return json.loads(read_bytes(join(uri, "feed.json"))).get("source")
+    source: str | None = json.loads(read_bytes(join(uri, "feed.json"))).get("source")
+    return source
 
 
 def _is_packed(uri: str, source: str) -> bool:

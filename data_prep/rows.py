@@ -128,4 +128,4 @@ def archive_rows(table: pa.Table) -> Iterator[ArchiveRow]:
 
 def usable(table: pa.Table) -> np.ndarray:
     """[rows] bool: accepted or flagged."""
-    return pc.not_equal(table["status"], Status.REJECTED.value).to_numpy()
+    return np.asarray(pc.not_equal(table["status"], Status.REJECTED.value))

@@ -273,7 +273,7 @@ def _saved_bytes(config: RootConfig, feed: Feed, every: int) -> float:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _views(config: RootConfig, feed: Feed, labels: Any) -> Views:
@@ -293,7 +293,8 @@ def _views(config: RootConfig, feed: Feed, labels: Any) -> Views:
     if labels is None:
         return views
     scan_ids = feed.index["scan_id"].to_pylist() * B
-    return labels.attach(views, scan_ids[:B])
+    labelled: Views = labels.attach(views, scan_ids[:B])
+    return labelled
 
 
 def _num_masks(config: RootConfig) -> int:

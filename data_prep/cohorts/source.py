@@ -183,7 +183,7 @@ class Source:
         """
         old = self._remembered.get(found.uri)
         if old is not None and old[:2] == (found.size_bytes, found.modified):
-            value = old[2]
+            value: T = old[2]
         elif found.uri in self._made:
             value = self._made[found.uri]
         else:

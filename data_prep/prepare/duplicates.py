@@ -155,7 +155,8 @@ def _ellipsoid() -> np.ndarray:
     """bool [15, 18, 15]: cells that may hold brain."""
     axes = [(np.arange(n // CELL_VOXELS) + 0.5) * CELL_VOXELS - n / 2 for n in ARCHIVE_GRID.shape]
     grid = np.meshgrid(*axes, indexing="ij")
-    return sum((g / r) ** 2 for g, r in zip(grid, RADII_MM, strict=True)) < 1  # type: ignore[return-value]
+    distance: np.ndarray = sum((g / r) ** 2 for g, r in zip(grid, RADII_MM, strict=True))
+    return np.asarray(distance < 1)
 
 
 def _pair(a: ArchiveRow, b: ArchiveRow, similarity: float) -> NearPair:

@@ -131,7 +131,7 @@ def _outliers(table: pa.Table, numbers: np.ndarray, figure: str) -> np.ndarray:
     values = table[figure].take(numbers)
     measured = values.is_valid().to_numpy()
     far = outliers(np.array(values.drop_null().to_pylist(), np.float64), figure)
-    return numbers[measured][far]
+    return np.asarray(numbers[measured][far])
 
 
 def _groups(table: pa.Table) -> list[np.ndarray]:

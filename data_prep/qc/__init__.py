@@ -5,7 +5,8 @@ Thresholds live in ``qc.yaml``.
 """
 
 from data_prep.qc.describe import describe
-from data_prep.qc.figures import FIGURES, Figures, quality
+from data_prep.qc.figures import FIGURES, quality
 from data_prep.qc.judge import flags, outliers, rejection
+from data_prep.rows import Figures
 
 __all__ = ["FIGURES", "Figures", "describe", "flags", "outliers", "quality", "rejection"]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -168,7 +169,7 @@ def template_head() -> np.ndarray:
         load_mni152_wm_template,
     )
 
-    def on_box(image) -> np.ndarray:  # the template's voxels are 1 mm and aligned with ours
+    def on_box(image: Any) -> np.ndarray:  # the template's voxels are 1 mm and aligned with ours
         start = np.rint(TEMPLATE_START_MM - image.affine[:3, 3]).astype(int)
         box = np.zeros(TEMPLATE_SHAPE, np.float32)
         source = [slice(max(0, s), min(n, s + m)) for s, n, m
@@ -190,12 +191,16 @@ def template_head() -> np.ndarray:
     return head
 
 
-def _ellipsoid(x, y, z, centre, radii) -> np.ndarray:
+def _ellipsoid(x: np.ndarray, y: np.ndarray, z: np.ndarray | float,
+               centre: tuple[float, float, float],
+               radii: tuple[float, float, float]) -> np.ndarray:
     """Mask of an ellipsoid; all in world millimetres."""
-    return sum(((p - c) / r) ** 2 for p, c, r in zip((x, y, z), centre, radii, strict=True)) < 1
+    return np.asarray(sum(((p - c) / r) ** 2 for p, c, r
+                          in zip((x, y, z), centre, radii, strict=True)) < 1)
 
 
-def _brain(gm, wm, mask, x, y, z) -> np.ndarray:
+def _brain(gm: np.ndarray, wm: np.ndarray, mask: np.ndarray, x: np.ndarray, y: np.ndarray,
+           z: np.ndarray) -> np.ndarray:
     """Codes inside the brain mask, from tissue maps and MNI coordinates."""
     csf = 1 - gm - wm
     fluid, grey = csf > np.maximum(gm, wm), gm >= wm
@@ -232,7 +237,7 @@ def _brain(gm, wm, mask, x, y, z) -> np.ndarray:
     return labels
 
 
-def _outer_head(mask, x, y, z) -> np.ndarray:
+def _outer_head(mask: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     """Codes outside the brain: fluid, skull, scalp, neck, face and eyes around a brain mask."""
     distance = warp.upsample(distance_mm(~mask), mask.shape)
     neck = (_ellipsoid(x, y, z, (0, -32, -90), (52, 60, 90)) | ((z < -90) & _ellipsoid(

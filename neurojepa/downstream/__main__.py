@@ -14,10 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from neurojepa.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from neurojepa.feed.format import Feed
+    from neurojepa.weights import Weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,7 +129,7 @@ def run_atoms(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _open(arguments: argparse.Namespace):
+def _open(arguments: argparse.Namespace) -> tuple[Feed, Weights]:
     from neurojepa.config import load_config
     from neurojepa.feed.format import open_feed
     from neurojepa.weights import load, untrained

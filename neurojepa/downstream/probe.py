@@ -8,7 +8,7 @@ checked: a person or family on both sides is an error, not a warning.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -125,7 +125,7 @@ def _classification(embeddings: Embeddings, target: str, values: np.ndarray, tra
                        (names[0], names[1]))
 
 
-def _tuned(estimator, parameter: str, grid: np.ndarray, scoring, folds):
+def _tuned(estimator: Any, parameter: str, grid: np.ndarray, scoring: Any, folds: Any) -> Any:
     """Standardise, then the estimator with its penalty chosen over folds of people."""
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import Pipeline

@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     onednn = torch.backends.mkldnn
     if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
             and onednn.is_available() and onednn.enabled and not torch.compiler.is_compiling()):
-        return _Linear.apply(x, weight, bias)
+        return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return F.linear(x, weight, bias)
 
 

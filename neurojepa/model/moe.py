@@ -58,10 +58,12 @@ class MoE(nn.Module):
         ends_E = load_E.cumsum(0)
         ends_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), len(key_R))]).int()
 
-        rows_RD = _Dispatch.apply(x_TD * valid_T1, order_R, self.top_k)
+        rows_RD = _Dispatch.apply(  # type: ignore[no-untyped-call]
+            x_TD * valid_T1, order_R, self.top_k)
         hidden_RH = F.gelu(grouped_matmul(rows_RD, self.w1, ends_E))
         out_RD = grouped_matmul(hidden_RH, self.w2, ends_E)
-        out_TkD = _Permute.apply(out_RD, _inverse(order_R)).view(-1, self.top_k, x_TD.shape[1])
+        out_TkD = _Permute.apply(  # type: ignore[no-untyped-call]
+            out_RD, _inverse(order_R)).view(-1, self.top_k, x_TD.shape[1])
         y_TD = (out_TkD * weight_Tk[..., None].to(out_TkD.dtype)).sum(1)
         return self.shared(x_BND) + y_TD.view_as(x_BND), load_E.float()
 

@@ -132,7 +132,9 @@ class SparseCode(nn.Module):
         return magnitude * (pi.detach() > 0), self._rectify(pi)
 
     def _rectify(self, x: Tensor) -> Tensor:
-        return _Rectify.apply(x, self.usage < DEAD_USAGE) if self.revive else F.relu(x)
+        if not self.revive:
+            return F.relu(x)
+        return _Rectify.apply(x, self.usage < DEAD_USAGE)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update_usage(self, active: Tensor, applied: bool) -> None:

@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neurojepa.errors import DataError
 from neurojepa.storage.outage import store_errors
@@ -44,17 +44,18 @@ def open_store(uri: str, own_retries: bool = True) -> tuple[AbstractFileSystem, 
     """
     import fsspec
 
-    try:
-        if not uri.startswith("s3:"):
-            return fsspec.core.url_to_fs(uri)
+    options: dict[str, Any] = {}
+    if uri.startswith("s3:"):
         limits = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
-        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=limits,
-                                         skip_instance_cache=not own_retries)
-        if not own_retries:  # else s3fs asks five times itself
-            fs.retries = 1
-        return fs, path
+        options = {"use_listings_cache": False, "config_kwargs": limits,
+                   "skip_instance_cache": not own_retries}
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, **options)
     except (ValueError, ImportError) as error:
         raise DataError(f"{uri}: cannot open this kind of store ({error})") from error
+    if options and not own_retries:  # else s3fs asks five times itself
+        fs.retries = 1
+    return fs, path
 
 
 def is_local(fs: AbstractFileSystem) -> bool:
@@ -130,7 +131,8 @@ def read_if_there(uri: str, tail_bytes: int | None = None) -> bytes | None:
         try:
             size = fs.size(path) if tail_bytes is not None else None
             start = size - tail_bytes if size and tail_bytes and size > tail_bytes else None
-            return fs.cat_file(path, start=start)
+            data: bytes = fs.cat_file(path, start=start)
+            return data
         except FileNotFoundError:
             return None
 
@@ -141,7 +143,7 @@ def exists(uri: str) -> bool:
     """Whether there is an object or a folder."""
     fs, path = open_store(uri)
     with _naming(uri, "read"):
-        return fs.exists(path)
+        return bool(fs.exists(path))
 
 
 def list_names(uri: str) -> list[str]:

@@ -89,7 +89,8 @@ def _append_object(uri: str, rows: list[dict[str, Any]]) -> None:
 
 def _row(uri: str, line: bytes) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        row: dict[str, Any] = json.loads(line)
+        return row
     except ValueError as error:
         raise DataError(f"{uri}: {line[:80]!r} is no row ({error}); was the disk full? Delete that "
                         "line") from error

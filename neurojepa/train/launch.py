@@ -195,6 +195,7 @@ def _train_actors(ray: Any, actors: list[Any], module: str, argv: list[str]) -> 
         while pending:
             (done,), pending = ray.wait(pending, num_returns=1)
             rank = running[done]
+            status: int
             status, message = ray.get(done)
             if message:
                 raise ClusterError(f"rank {rank} of {len(actors)} failed: {message}")

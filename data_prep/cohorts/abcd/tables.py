@@ -30,7 +30,7 @@ def participant_of(text: str) -> str | None:
 def session_of(text: str, table: dict[str, Any]) -> str:
     """00A, 02A ... of an event or session in any spelling; an unknown one stays as it is."""
     plain = re.sub(r"[^a-z0-9]", "", text.removeprefix("ses-").lower())
-    return table["sessions"].get(plain, text.removeprefix("ses-"))
+    return str(table["sessions"].get(plain, text.removeprefix("ses-")))
 
 
 class AbcdTables:

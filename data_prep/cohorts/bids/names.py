@@ -60,7 +60,8 @@ def parse_name(name: str) -> Name:
 @cache
 def habits() -> dict[str, Any]:
     """The table bids.yaml."""
-    return yaml.safe_load((Path(__file__).parent / "bids.yaml").read_text())
+    table: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("bids.yaml").read_text())
+    return table
 
 
 @cache

@@ -15,6 +15,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.freesurfer.mghformat import MGHHeader, MGHImage
 
 from data_prep.scan import ScanError
 from data_prep.volumes.reading.sniff import Kind, sniff
@@ -120,11 +121,12 @@ def _decode(raw: bytes, pair: bytes | None, name: str, max_voxels: int,
 
 
 def _header(kind: Kind, head: bytes, name: str) -> Any:
-    classes = {Kind.NIFTI1: nib.Nifti1Header, Kind.PAIR: nib.nifti1.Nifti1PairHeader,
-               Kind.NIFTI2: nib.Nifti2Header}
+    classes: dict[Kind, Any] = {
+        Kind.NIFTI1: nib.Nifti1Header, Kind.PAIR: nib.nifti1.Nifti1PairHeader,
+        Kind.NIFTI2: nib.Nifti2Header}
     try:
         if kind is Kind.MGH:
-            return nib.freesurfer.MGHImage.header_class.from_fileobj(io.BytesIO(head), check=False)
+            return MGHHeader.from_fileobj(io.BytesIO(head), check=False)
         # The binary block alone: extensions may be longer than the bytes at hand.
         return classes[kind](head[:classes[kind].template_dtype.itemsize], check=False)
     except Exception as error:  # nibabel raises many kinds on damaged headers
@@ -181,7 +183,7 @@ def _load(kind: Kind, header: Any, shape: tuple[int, ...], raw: bytes, pair: byt
             return nib.Nifti1Pair.from_file_map(
                 {key: nib.FileHolder(fileobj=io.BytesIO(data)) for key, data in files.items()})
         classes: dict[Kind, Any] = {Kind.NIFTI1: nib.Nifti1Image, Kind.NIFTI2: nib.Nifti2Image,
-                                    Kind.MGH: nib.freesurfer.MGHImage}
+                                    Kind.MGH: MGHImage}
         return classes[kind].from_bytes(content)
     except Exception as error:
         raise ScanError("not_nifti", f"{name}: cannot be decoded ({error})") from error

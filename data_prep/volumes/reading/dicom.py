@@ -95,7 +95,7 @@ def scanner_of(uri: str) -> dict[str, str | float | None]:
     try:
         head = fs.cat_file(path, start=0, end=HEAD_BYTES)
         header = pydicom.dcmread(io.BytesIO(head), stop_before_pixels=True, force=True,
-                                 specific_tags=list(_SCANNER))  # type: ignore[arg-type]
+                                 specific_tags=list(_SCANNER))
         maker, model, strength = (header.get(tag) for tag in _SCANNER)
         field_strength = float(strength) if strength is not None else None
     except store_errors() as error:
@@ -180,7 +180,7 @@ def _header(content: bytes, name: str) -> Any:
                                           " download its content first")
     try:
         header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True,
-                                 specific_tags=_TAGS)  # type: ignore[arg-type]
+                                 specific_tags=_TAGS)
     except Exception as error:  # pydicom raises many kinds on bytes that are no DICOM
         raise ScanError("not_dicom", f"{name}: cannot be parsed ({error})") from error
     if "SOPInstanceUID" not in header or "SeriesInstanceUID" not in header:
