@@ -83,3 +83,10 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     names = re.findall(r"`((?:neurojepa|data_prep|cluster|configs|tools|tests|docs)/[\w./-]*)`",
                        page.read_text())
     assert not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_files_that_the_pictures_name_exist() -> None:
+    for picture in sorted((ROOT / "docs/pictures").glob("*.svg")):
+        names = re.findall(r">((?:neurojepa|data_prep|tests)/[\w./]*\w/?)[<, ]",
+                           picture.read_text())
+        assert not [name for name in names if not (ROOT / name).exists()], picture.name

@@ -14,7 +14,6 @@ import contextlib
 import importlib
 import inspect
 import io
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -158,7 +157,3 @@ def subcommands(text: str) -> list[str]:
     """The names in the first {a,b,c} of a help text that are described below it."""
     found = re.search(r"\{([a-z,-]+)\}", text)
     return found[1].split(",") if found else []
-
-
-if __name__ == "__main__":  # to look at what would be built
-    print(json.dumps({"config": list(config_page()), "commands": list(commands_page())}, indent=1))
