@@ -1,1 +1,2 @@
-"""An archive on one HTML page."""
+"""An archive on one HTML page: report.py puts it together, counts.py has tables, figures.py draws.
+"""

@@ -11,20 +11,28 @@ from __future__ import annotations
 import base64
 import html
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 
 import numpy as np
 
 from data_prep.archive import Archive, check_reachable, open_archive, read_volume, slot
 from data_prep.prepare.duplicates import NearPair
-from data_prep.qc.judge import OUTLIER, FigureInfo, rules
-from data_prep.report.figures import COLOURS, Line, ages, distribution, slices
+from data_prep.qc.judge import FigureInfo, rules
+from data_prep.report.counts import (
+    PROCESSING,
+    codes,
+    contents,
+    coverage,
+    plain,
+    processing,
+    reasons,
+    splits,
+)
+from data_prep.report.figures import COLOURS, Line, distribution, slices
 from data_prep.rows import ArchiveRow, Status, archive_rows
 from neurojepa.report import (
     Tone,
     grid,
     heading,
-    key,
     page,
     paragraph,
     picture,
@@ -35,11 +43,6 @@ from neurojepa.report import (
 )
 from neurojepa.storage import write_bytes
 
-PROCESSING = {"placement": "place in MNI152", "mask_source": "brain mask", "processing":
-              "processing before delivery", "cohort_transform_fault":
-              "why the cohort's transform was not used", "pet_reference": "reference of PET",
-              "acquisition": "acquisition", "defaced": "defaced",
-              "contrast_agent": "contrast agent"}
 _COLUMNS = ("cohort", "participant", "family", "modality", "site", "split", "sex", "age_at_scan",
             "status", "reason", "scan_id", "preview", *PROCESSING)
 TONES: dict[Status, Tone] = {Status.ACCEPTED: "good", Status.FLAGGED: "doubtful",
@@ -47,7 +50,6 @@ TONES: dict[Status, Tone] = {Status.ACCEPTED: "good", Status.FLAGGED: "doubtful"
 SHOWN = 12  # pictures of a kind
 PAIRS_SHOWN = 6
 LINES = 8  # cohorts and modalities in one distribution
-SITES = 25
 _SIDES = ("The person's right is on the viewer's right (R) as far as the scan's header tells it; "
           "anterior is on the right of the first slice. The outline is the brain mask, dark blue "
           "was not scanned.")
@@ -74,7 +76,7 @@ def report(archive_uri: str, out: str) -> None:
         tiles([(f"{people:,}", "people", ""), (f"{len(rows):,}", "scans", ""),
                *((f"{counts[status]:,}", str(status), TONES[status]) for status in Status),
                (f"{len(pairs):,}", "near-duplicate pairs", "")]),
-        _contents(rows), _reasons(rows), _splits(rows), _coverage(rows), _processing(rows),
+        contents(rows), reasons(rows), splits(rows), coverage(rows), processing(rows),
         _figures(rows),
         *(_mosaic(archive_uri, rows, status) for status in (Status.ACCEPTED, Status.FLAGGED)),
         _rejected(rows), _duplicates(archive_uri, rows, pairs)]).encode())
@@ -88,135 +90,7 @@ def _rows(archive: Archive) -> list[ArchiveRow]:
         name for name in (*_COLUMNS, *figures) if name in archive.scans.column_names])))
 
 
-# ---- counts --------------------------------------------------------------------------------------
-
-def _contents(rows: list[ArchiveRow]) -> str:
-    kinds: defaultdict[tuple[str, str], list[ArchiveRow]] = defaultdict(list)
-    sites: defaultdict[tuple[str, str], list[ArchiveRow]] = defaultdict(list)
-    for row in rows:
-        kinds[row["cohort"], row["modality"]].append(row)
-        if row["site"]:
-            sites[row["cohort"], row["site"]].append(row)
-    largest = sorted(sites.items(), key=lambda item: (-len(item[1]), item[0]))
-    more = (paragraph(f"And {len(largest) - SITES:,} smaller sites.") if len(largest) > SITES
-            else "")
-    unknown = sum(not row["site"] for row in rows)
-    return section(
-        "What is in the archive", key(COLOURS.items()),
-        _status_table(("cohort", "modality"), sorted(kinds.items())), heading("By site"),
-        _status_table(("cohort", "site"), largest[:SITES]), more,
-        paragraph(f"The site of {unknown:,} scans is not known.") if unknown else "")
-
-
-def _status_table(names: tuple[str, str], groups: Sequence[tuple[tuple[str, str], list[ArchiveRow]]]
-                  ) -> str:
-    largest = max((len(group) for _, group in groups), default=1)
-    body = []
-    for name, group in groups:
-        counts = Counter(row["status"] for row in group)
-        body.append((*name, len({row["participant"] for row in group}),
-                     *(counts[status] for status in Status),
-                     stack([(counts[status], COLOURS[status]) for status in Status], largest)))
-    return table((*names, "people", *Status, ""), body)
-
-
-def _codes(row: ArchiveRow) -> list[str]:
-    """The reasons of a row without details: paths and ids may be among them."""
-    return [part if part.startswith(OUTLIER) else part.split(":")[0]
-            for part in (row["reason"] or "").split(";") if part]
-
-
-def _reasons(rows: list[ArchiveRow]) -> str:
-    counts = Counter((row["status"], code) for row in rows for code in _codes(row))
-    largest = max(counts.values(), default=1)
-    body = [(status, _plain(code), _why(code), count, stack([(count, COLOURS[status])], largest))
-            for (status, code), count in sorted(counts.items(), key=lambda item: (
-                -list(Status).index(item[0][0]), -item[1], item[0][1]))]
-    return section("Why scans were flagged or rejected",
-                   paragraph("A scan may have several flags. Rejected scans are not in the feed."),
-                   table(("status", "reason", "meaning", "scans", ""), body))
-
-
-def _plain(code: str) -> str:
-    """A flag or reason in words; flags of qc.yaml by the label of their figure."""
-    side, _, name = code.partition(":" if code.startswith(OUTLIER) else "_")
-    label = next((info.label for figure, info in rules().figures.items()
-                  if name in (figure, figure.removeprefix("qc_"))), None)
-    if label and side in ("low", "high", "outlier"):
-        return f"{side}: {label}"
-    return code.removesuffix("_of").replace("_", " ")
-
-
-def _why(code: str) -> str:
-    """What qc.yaml says of a threshold's flag, or what an outlier is."""
-    if code.startswith(OUTLIER):
-        return "far from the other scans of its cohort and modality"
-    name = code.removeprefix("low_").removeprefix("high_")
-    return next((limit.why for limits in rules().thresholds.values()
-                 for figure, limit in limits.items() if figure.removeprefix("qc_") == name), "")
-
-
-def _splits(rows: list[ArchiveRow]) -> str:
-    usable = [row for row in rows if row["status"] != Status.REJECTED]
-    splits = sorted({row["split"] for row in usable},
-                    key=lambda name: (["train", "val", "test", name].index(name), name))
-    body, known = [], {}
-    for split in splits:
-        mine = [row for row in usable if row["split"] == split]
-        first: dict[str, ArchiveRow] = {}
-        for row in sorted(mine, key=lambda row: row["age_at_scan"] or np.inf):
-            first.setdefault(row["participant"], row)
-        sexes = Counter(row["sex"] for row in first.values())
-        years = [row["age_at_scan"] for row in first.values() if row["age_at_scan"] is not None]
-        known[split] = years
-        body.append((split, len(first), len({row["family"] for row in mine}), len(mine),
-                     f"{sexes['F']:,} / {sexes['M']:,} / {len(first) - sexes['F'] - sexes['M']:,}",
-                     _ages(years, len(first) - len(years))))
-    header = ("split", "people", "families", "scans", "F / M / unknown",
-              "age: median (5 to 95 %)")
-    known = {split: years for split, years in known.items() if years}
-    return section("Splits", paragraph("Families are never divided. Age is that of a person's "
-                                       "first scan; rejected scans do not count."),
-                   table(header, body), ages(known) if known else "")
-
-
-def _ages(years: list[float], unknown: int) -> str:
-    """Percentiles, not extremes: the oldest person of a cohort may be known."""
-    low, median, high = np.percentile(years, (5, 50, 95)) if years else (0, 0, 0)
-    parts = [f"{median:.0f} ({low:.0f} to {high:.0f})"] * bool(years)
-    return ", ".join([*parts, *[f"{unknown:,} unknown"] * bool(unknown)])
-
-
-def _coverage(rows: list[ArchiveRow]) -> str:
-    has: defaultdict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        if row["status"] != Status.REJECTED:
-            has[row["participant"]].add(row["modality"])
-    modalities = sorted({name for names in has.values() for name in names})
-    combinations = Counter(frozenset(names) for names in has.values()).most_common(20)
-    dot = {True: "●", False: "·"}
-    body = [(*(dot[name in names] for name in modalities), count,
-             stack([(count, COLOURS[Status.ACCEPTED])], combinations[0][1]))
-            for names, count in combinations]
-    return section("Which modalities people have",
-                   paragraph("Over all sessions; the most frequent combinations."),
-                   table((*modalities, "people", ""), body))
-
-
 # ---- figures and pictures ------------------------------------------------------------------------
-
-def _processing(rows: list[ArchiveRow]) -> str:
-    """How the usable scans came to be as they are, by modality."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for row in rows:
-        told = {**row["figures"], "processing": row["processing"]}
-        counts.update((title, str(told[name]), row["modality"])
-                      for name, title in PROCESSING.items()
-                      if row["status"] != Status.REJECTED and told.get(name) is not None)
-    return section("Preparation", table(
-        ("what", "", "modality", "scans"),
-        [(*what, count) for what, count in sorted(counts.items())])) if counts else ""
-
 
 def _figures(rows: list[ArchiveRow]) -> str:
     usable = [row for row in rows if row["status"] != Status.REJECTED]
@@ -281,7 +155,7 @@ def _scan(uri: str, row: ArchiveRow, note: str = "") -> str:
     scan_id = str(row["scan_id"])
     arrays = read_volume(uri, slot(row["participant"], scan_id))
     name = f"{row['cohort']} · {row['modality']}"
-    notes = note or "; ".join(_plain(code) for code in _codes(row))
+    notes = note or "; ".join(plain(code) for code in codes(row))
     caption = (f"<b>{html.escape(name)}</b> {html.escape(scan_id[:8])}"
                + (f"<br>{html.escape(notes)}" if notes else ""))
     return picture(slices(arrays["image"], arrays["mask"]), f"slices of a scan, {name}", caption)
@@ -289,7 +163,7 @@ def _scan(uri: str, row: ArchiveRow, note: str = "") -> str:
 
 def _rejected(rows: list[ArchiveRow]) -> str:
     counts = Counter((code, row["cohort"], row["modality"]) for row in rows
-                     if row["status"] == Status.REJECTED for code in _codes(row))
+                     if row["status"] == Status.REJECTED for code in codes(row))
     largest = max(counts.values(), default=1)
     shown = _spread([row for row in rows if row["status"] == Status.REJECTED
                      and row["figures"].get("preview")], SHOWN)
@@ -298,7 +172,7 @@ def _rejected(rows: list[ArchiveRow]) -> str:
         paragraph("Voxels of rejected scans are not kept, but for a coarse picture of those that "
                   "could be read. The message of each, with the file, is in scans.parquet."),
         table(("reason", "cohort", "modality", "scans", ""),
-              [(_plain(code), cohort, modality, count,
+              [(plain(code), cohort, modality, count,
                 stack([(count, COLOURS[Status.REJECTED])], largest))
                for (code, cohort, modality), count in sorted(counts.items())]),
         heading("Some of them") if shown else "", grid(map(_preview, shown)))
@@ -306,13 +180,13 @@ def _rejected(rows: list[ArchiveRow]) -> str:
 
 def _preview(row: ArchiveRow) -> str:
     name = f"{row['cohort']} · {row['modality']}"
-    caption = f"<b>{html.escape(name)}</b><br>{html.escape('; '.join(map(_plain, _codes(row))))}"
+    caption = f"<b>{html.escape(name)}</b><br>{html.escape('; '.join(map(plain, codes(row))))}"
     data = base64.b64decode(str(row["figures"]["preview"]))
     return picture(data, f"a rejected scan, {name}", caption)
 
 
 def _duplicates(uri: str, rows: list[ArchiveRow], pairs: list[NearPair]) -> str:
-    exact = sum(code == "duplicate_of" for row in rows for code in _codes(row))
+    exact = sum(code == "duplicate_of" for row in rows for code in codes(row))
     relations = Counter(pair.relation for pair in pairs)
     by_slot = {(row["participant"], row["scan_id"]): row for row in rows}
     doubtful = [pair for pair in pairs if pair.relation == "different_people"]
