@@ -138,12 +138,12 @@ def test_an_empty_frame_is_left_out_and_named():
     ({"Units": None}, 1, "unknown_units"),
 ])
 def test_frames_and_units_that_cannot_be_used_are_refused(facts, count, reason):
-    assert code(mean_frame, series([1.0] * count), {**BQ, **facts}, "AV45") == reason
+    assert code(mean_frame, series([1.0] * count), {**BQ, **facts}, tracer="AV45") == reason
 
 
 def test_a_dynamic_scan_of_an_unknown_tracer_is_refused():
     facts = {**BQ, "FrameTimesStart": [0, 3000], "FrameDuration": [3000, 600]}
-    assert code(mean_frame, series([1, 2]), facts, "water") == "unknown_tracer"
+    assert code(mean_frame, series([1, 2]), facts, tracer="water") == "unknown_tracer"
 
 
 def test_units_are_judged_by_what_is_known():
@@ -206,8 +206,8 @@ def test_labels_are_used_where_they_are_freesurfers(brain):
 def test_a_region_that_was_not_scanned_is_refused(brain):
     cut = brain.copy()
     cut[:, :, :80] = False
-    assert code(reference_region, "AV45", None, cut) == "no_reference"
-    assert code(reference_region, "water", None, brain) == "unknown_tracer"
+    assert code(reference_region, "AV45", label=None, brain=cut) == "no_reference"
+    assert code(reference_region, "water", label=None, brain=brain) == "unknown_tracer"
 
 
 def test_the_ratio_keeps_its_scale_between_people(brain):
@@ -236,7 +236,8 @@ def test_values_above_the_range_are_counted(brain):
 def test_no_ratio_is_invented(brain):
     image = np.where(brain, 900.0, 0).astype(np.float32)
     reference, _ = reference_region("AV45", label=None, brain=brain)
-    assert code(suvr, image, None, brain, "AV45") == "unknown_units"  # no SUVR is 900
-    assert code(suvr, image, reference, brain, "water") == "unknown_tracer"
+    # no SUVR is 900
+    assert code(suvr, image, reference=None, brain=brain, tracer="AV45") == "unknown_units"
+    assert code(suvr, image, reference=reference, brain=brain, tracer="water") == "unknown_tracer"
     image[reference] = 0
-    assert code(suvr, image, reference, brain, "AV45") == "no_reference"
+    assert code(suvr, image, reference=reference, brain=brain, tracer="AV45") == "no_reference"
