@@ -1,3 +1,20 @@
-"""neurojepa: pretraining of a 3D sparse JEPA on brain images."""
+"""neurojepa: pretraining of a 3D sparse JEPA on brain images.
+
+Names of tensors end in their shape where they pass from one function to another: ``tokens_BNP`` is
+[B, N, P].  In the whole package a letter means one thing:
+
+    B  scans of a batch             n  patches of the grid          D  width of a token
+    M  masks of a scan              N  tokens kept of a scan        d  width inside the predictor
+    V  B * M                        C  context tokens of a mask     h  heads
+    P  voxels of a patch            T  target tokens of a mask      c  channels of a head
+    K  air and kinds of tissue      Q  tokens in one row, of any    p  pairs of these
+    R  regions                         number of scans              H  hidden units of an expert
+    G  blocks of masks              S  rows for the experts,        E  experts
+    m  modalities                      k choices for each token     A  atoms of the sparse code
+    W  strongest scans                                              F  atoms or experts
+    L  layers
+
+A number is an axis of that size; 3 is x, y, z in millimetres or voxels, in RAS.
+"""
 
 __version__ = "0.2.0"

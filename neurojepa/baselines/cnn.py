@@ -3,8 +3,6 @@
 One label a run, ``objective.label``: a number is learnt standardised, by Huber's loss; two names
 by cross-entropy, the alphabetically later one as positive.  A scan without the label weighs 0.
 Volumes are put together from the views' tokens, so that they are augmented as for the others.
-
-Shape letters: B scans, N patches of the whole grid, P voxels a patch, D features.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ uniform mask per scan and the target, voxels standardised within each patch.  Th
 unless ``objective.tissue_weight`` is set, is the JEPA's: what a prior does for both can be told
 apart from the objective.
 
-Shape letters: B scans, N tokens, C visible and T hidden tokens, P voxels a patch.
+Of the shape letters (neurojepa/__init__.py): C are the visible and T the hidden tokens.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class MAE(Averaged):
         return trained, trained
 
 
-def _take(x_BNd: Tensor, index_Bk: Tensor) -> Tensor:
-    return take(x_BNd, index_Bk[:, None])[:, 0]
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return take(x, index[:, None])[:, 0]
 
 
 def _standardised(token_BTP: Tensor) -> Tensor:

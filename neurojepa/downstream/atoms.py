@@ -46,9 +46,9 @@ class Tally:
     by_modality_mF: Tensor
     tokens_m: Tensor
     active_F: Tensor  # tokens above 0
-    top_KF: Tensor  # the strongest scans' largest values, descending
-    top_scan_KF: Tensor  # int64, row in the feed's index
-    top_patch_KF: Tensor  # int64
+    top_WF: Tensor  # the strongest scans' largest values, descending
+    top_scan_WF: Tensor  # int64, row in the feed's index
+    top_patch_WF: Tensor  # int64
 
     @classmethod
     def empty(cls, num_patches: int, num_features: int, device: torch.device) -> Tally:
@@ -61,20 +61,20 @@ class Tally:
                    zeros(num_features), zeros(*top), zeros(*top, dtype=torch.int64),
                    zeros(*top, dtype=torch.int64))
 
-    def add(self, value_TF: Tensor, patch_T: Tensor, modality: int, scan: int) -> None:
+    def add(self, value_QF: Tensor, patch_Q: Tensor, modality: int, scan: int) -> None:
         """Take up the tokens of one scan."""
-        self.total_nF.index_add_(0, patch_T, value_TF)
-        self.tokens_n.index_add_(0, patch_T, torch.ones_like(patch_T, dtype=torch.float32))
-        self.by_modality_mF[modality] += value_TF.sum(0)
-        self.tokens_m[modality] += len(value_TF)
-        self.active_F += (value_TF > 0).sum(0)
-        largest_F, where_F = value_TF.max(0)
-        values = torch.cat([self.top_KF, largest_F[None]])
-        self.top_KF, chosen_KF = values.topk(STRONGEST, 0)
-        for name, new_F in (("top_scan_KF", torch.full_like(where_F, scan)),
-                            ("top_patch_KF", patch_T[where_F])):
+        self.total_nF.index_add_(0, patch_Q, value_QF)
+        self.tokens_n.index_add_(0, patch_Q, torch.ones_like(patch_Q, dtype=torch.float32))
+        self.by_modality_mF[modality] += value_QF.sum(0)
+        self.tokens_m[modality] += len(value_QF)
+        self.active_F += (value_QF > 0).sum(0)
+        largest_F, where_F = value_QF.max(0)
+        values = torch.cat([self.top_WF, largest_F[None]])
+        self.top_WF, chosen_WF = values.topk(STRONGEST, 0)
+        for name, new_F in (("top_scan_WF", torch.full_like(where_F, scan)),
+                            ("top_patch_WF", patch_Q[where_F])):
             joined = torch.cat([getattr(self, name), new_F[None]])
-            setattr(self, name, joined.gather(0, chosen_KF))
+            setattr(self, name, joined.gather(0, chosen_WF))
 
     def mean_map(self) -> np.ndarray:
         """[n, F] mean at each patch; 0 where few tokens were seen."""
@@ -131,9 +131,9 @@ def observe(model: nn.Module, config: RootConfig, feed: Feed, rows: np.ndarray,
         for b, row in enumerate(part.tolist()):
             modality = int(batch.modality[b])
             if code and seen.atoms:
-                valid_T = target_valid_BMT[b].flatten()
-                h_TA = heard[code].unflatten(0, target_patch_BMT.shape[:2])[b].flatten(0, 1)
-                seen.atoms.add(h_TA[valid_T], target_patch_BMT[b].flatten()[valid_T], modality,
+                valid_Q = target_valid_BMT[b].flatten()
+                h_QA = heard[code].unflatten(0, target_patch_BMT.shape[:2])[b].flatten(0, 1)
+                seen.atoms.add(h_QA[valid_Q], target_patch_BMT[b].flatten()[valid_Q], modality,
                                row)
             for layer, tally in zip(experts.values(), seen.experts, strict=True):
                 valid_N = views.valid_BN[b]
@@ -159,9 +159,9 @@ def _listening(code: SparseCode | None,
 
     def hear_experts(module: Any, inputs: tuple[Tensor, ...]) -> None:
         x_BND = inputs[0]
-        expert_Tk = module.route(x_BND.flatten(0, 1))[1]
-        one_hot_TE = nn.functional.one_hot(expert_Tk, len(module.router)).float().mean(1)
-        heard[module] = one_hot_TE.unflatten(0, x_BND.shape[:2])
+        expert_Qk = module.route(x_BND.flatten(0, 1))[1]
+        one_hot_QE = nn.functional.one_hot(expert_Qk, len(module.router)).float().mean(1)
+        heard[module] = one_hot_QE.unflatten(0, x_BND.shape[:2])
 
     hooks = [layer.register_forward_pre_hook(hear_experts) for layer in experts.values()]
     if code:
@@ -220,8 +220,8 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _strongest(tally: Tally, feed: Feed, patch: int) -> list[list[dict[str, Any]]]:
     ids, modalities = (feed.index[name].to_pylist() for name in ("scan_id", "modality"))
     places = patch_places_mm(feed.grid, patch)
-    columns = [each.cpu().numpy().T for each in (tally.top_KF, tally.top_scan_KF,
-                                                 tally.top_patch_KF)]
+    columns = [each.cpu().numpy().T for each in (tally.top_WF, tally.top_scan_WF,
+                                                 tally.top_patch_WF)]
     return [[{"scan_id": ids[scan], "modality": modalities[scan], "mm": places[at].tolist(),
               "value": float(value)}
              for value, scan, at in zip(*of_feature, strict=True) if value > 0]

@@ -12,8 +12,6 @@ target's.
 The target encoder is a copy of the encoder that gets no gradient; the trainer moves it by an
 exponential moving average.  Its output is layer-normed without affine, so the encoder cannot lower
 the loss by shrinking its latents.  It could by making them alike: that costs ``crowding``.
-
-Shape letters: B scans, M masks, N tokens, C context and T target tokens, D width, V = B * M.
 """
 
 from __future__ import annotations
@@ -132,11 +130,11 @@ def _batch_metrics(coded: Coded, z_VTD: Tensor, weight_VT: Tensor) -> dict[str, 
     (Garrido et al. 2023) exponential of the spectrum's entropy, of order two, which needs no
     decomposition and so no wait for the device.
     """
-    weight_R = weight_VT.flatten() / weight_VT.sum().clamp(min=1e-6)
-    z_RD = z_VTD.flatten(0, 1)
-    residual = (weight_R[:, None] * (coded.predicted.flatten(0, 1) - z_RD).square()).sum()
-    centred_RD = z_RD - (weight_R[:, None] * z_RD).sum(0)
-    covariance_DD = (weight_R[:, None] * centred_RD).T @ centred_RD
+    weight_Q = weight_VT.flatten() / weight_VT.sum().clamp(min=1e-6)
+    z_QD = z_VTD.flatten(0, 1)
+    residual = (weight_Q[:, None] * (coded.predicted.flatten(0, 1) - z_QD).square()).sum()
+    centred_QD = z_QD - (weight_Q[:, None] * z_QD).sum(0)
+    covariance_DD = (weight_Q[:, None] * centred_QD).T @ centred_QD
     variance = covariance_DD.trace()
     return {
         "explained_variance": 1 - residual / variance.clamp(min=1e-12),

@@ -37,10 +37,10 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q = rotate(self.q_norm(q[:, :, first:]), turn_B1Np[:, :, first:])
         k = rotate(self.k_norm(k), turn_B1Np)
-        y_BHTd = F.scaled_dot_product_attention(q, k, v, attn_mask=readable_B11N)
+        y_BhNc = F.scaled_dot_product_attention(q, k, v, attn_mask=readable_B11N)
         if self.gate is not None:
-            y_BHTd = y_BHTd * self.gate(x_BND[:, first:]).sigmoid().transpose(1, 2)[..., None]
-        return self.proj(y_BHTd.transpose(1, 2).reshape(B, N - first, D))
+            y_BhNc = y_BhNc * self.gate(x_BND[:, first:]).sigmoid().transpose(1, 2)[..., None]
+        return self.proj(y_BhNc.transpose(1, 2).reshape(B, N - first, D))
 
 
 class MLP(nn.Module):
@@ -76,14 +76,14 @@ class Block(nn.Module):
         -------
         [B, N - first, D] and, of an MoE block, how many of them were routed to each expert
         """
-        y_BTD = self.attention(self.norm1(x_BND), turn_B1Np, readable(valid_BN), first)
-        x_BTD, load_E = x_BND[:, first:] + y_BTD, None
-        y_BTD = self.norm2(x_BTD)
+        y = self.attention(self.norm1(x_BND), turn_B1Np, readable(valid_BN), first)
+        x, load_E = x_BND[:, first:] + y, None
+        y = self.norm2(x)
         if isinstance(self.mlp, MoE):
-            y_BTD, load_E = self.mlp(y_BTD, valid_BN[:, first:])
+            y, load_E = self.mlp(y, valid_BN[:, first:])
         else:
-            y_BTD = self.mlp(y_BTD)
-        return x_BTD + y_BTD, load_E
+            y = self.mlp(y)
+        return x + y, load_E
 
 
 def readable(valid_BN: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times weight [M, K] transposed, plus bias [M]: ``F.linear``, also its errors."""
+    """x [..., in] times weight [out, in] transposed, plus bias: ``F.linear``, also its errors."""
     onednn = torch.backends.mkldnn
     if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
             and onednn.is_available() and onednn.enabled and not torch.compiler.is_compiling()):
@@ -30,8 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _product(x_RK: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x_RK, weight_MK, bias_M, "none", [], "")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
@@ -46,8 +46,8 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        g_RM, x_RK = grads[0].reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
+        grad_rows, x_rows = grads[0].reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
         to_x, to_weight, to_bias = ctx.needs_input_grad
         return (_product(grads[0], weight.t()) if to_x else None,
-                _product(g_RM.t(), x_RK.t()) if to_weight else None,
-                g_RM.sum(0) if to_bias else None)
+                _product(grad_rows.t(), x_rows.t()) if to_weight else None,
+                grad_rows.sum(0) if to_bias else None)

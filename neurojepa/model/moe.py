@@ -11,7 +11,7 @@ last expert's and count for no load.
 Experts are balanced without an auxiliary loss (DeepSeek-V3; Wang et al. 2024): ``bias`` only enters
 the choice, and ``update_router_bias`` raises it for experts that got too little.
 
-Shape letters: T tokens, D width, E experts, H hidden, k choices, R = T * k rows.
+Of the shape letters (neurojepa/__init__.py): Q = B * N tokens, S = Q * k rows.
 """
 
 from __future__ import annotations
@@ -47,96 +47,95 @@ class MoE(nn.Module):
 
     def forward(self, x_BND: Tensor, valid_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the output [B, N, D] and the valid tokens that each expert got [E]."""
-        x_TD, valid_T1 = x_BND.flatten(0, 1), valid_BN.reshape(-1, 1)
-        weight_Tk, expert_Tk = self.route(x_TD)
-        weight_Tk = weight_Tk * valid_T1
+        x_QD, valid_Q1 = x_BND.flatten(0, 1), valid_BN.reshape(-1, 1)
+        weight_Qk, expert_Qk = self.route(x_QD)
+        weight_Qk = weight_Qk * valid_Q1
         num_experts = len(self.router)
         # rows of padding sort behind all others; their zeros pass the last expert without effect
-        key_R = torch.where(valid_T1, expert_Tk, num_experts).flatten()
-        order_R = key_R.sort(stable=True).indices
-        load_E = (key_R[:, None] == torch.arange(num_experts, device=key_R.device)).sum(0)
+        key_S = torch.where(valid_Q1, expert_Qk, num_experts).flatten()
+        order_S = key_S.sort(stable=True).indices
+        load_E = (key_S[:, None] == torch.arange(num_experts, device=key_S.device)).sum(0)
         ends_E = load_E.cumsum(0)
-        ends_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), len(key_R))]).int()
+        ends_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), len(key_S))]).int()
 
-        rows_RD = _Dispatch.apply(  # type: ignore[no-untyped-call]
-            x_TD * valid_T1, order_R, self.top_k)
-        hidden_RH = F.gelu(grouped_matmul(rows_RD, self.w1, ends_E))
-        out_RD = grouped_matmul(hidden_RH, self.w2, ends_E)
-        out_TkD = _Permute.apply(  # type: ignore[no-untyped-call]
-            out_RD, _inverse(order_R)).view(-1, self.top_k, x_TD.shape[1])
-        y_TD = (out_TkD * weight_Tk[..., None].to(out_TkD.dtype)).sum(1)
-        return self.shared(x_BND) + y_TD.view_as(x_BND), load_E.float()
+        rows_SD = _Dispatch.apply(x_QD * valid_Q1, order_S, self.top_k)  # type: ignore[no-untyped-call]
+        hidden_SH = F.gelu(grouped_matmul(rows_SD, self.w1, ends_E))
+        out_SD = grouped_matmul(hidden_SH, self.w2, ends_E)
+        in_order_SD = _Permute.apply(out_SD, _inverse(order_S))  # type: ignore[no-untyped-call]
+        out_QkD = in_order_SD.view(-1, self.top_k, x_QD.shape[1])
+        y_QD = (out_QkD * weight_Qk[..., None].to(out_QkD.dtype)).sum(1)
+        return self.shared(x_BND) + y_QD.view_as(x_BND), load_E.float()
 
-    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [T, k] that sum to k, and experts [T, k].
+    def route(self, x_QD: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [Q, k] that sum to k, and experts [Q, k].
 
         The mean weight of 1 makes the layer start as a dense MLP of width top_k * hidden would.
         """
-        precise = torch.promote_types(x_TD.dtype, torch.float32)  # bf16 would flip close choices
-        score_TE = F.linear(x_TD.to(precise), self.router.to(precise)).softmax(-1)
-        expert_Tk = (score_TE.detach() + self.bias).topk(self.top_k, dim=-1).indices
+        precise = torch.promote_types(x_QD.dtype, torch.float32)  # bf16 would flip close choices
+        score_QE = F.linear(x_QD.to(precise), self.router.to(precise)).softmax(-1)
+        expert_Qk = (score_QE.detach() + self.bias).topk(self.top_k, dim=-1).indices
         # a one-hot product, since the backward of a gather adds with atomics
-        chosen_TkE = expert_Tk[..., None] == torch.arange(len(self.router), device=x_TD.device)
-        score_Tk = (score_TE[:, None] * chosen_TkE).sum(-1)
-        return score_Tk * (self.top_k / score_Tk.sum(-1, keepdim=True)), expert_Tk
+        chosen_QkE = expert_Qk[..., None] == torch.arange(len(self.router), device=x_QD.device)
+        score_Qk = (score_QE[:, None] * chosen_QkE).sum(-1)
+        return score_Qk * (self.top_k / score_Qk.sum(-1, keepdim=True)), expert_Qk
 
 
 class _Dispatch(torch.autograd.Function):
     """Each token's row k times, in the order of its choices; the backward adds them up in order."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(order_R)
+    def forward(ctx: Any, x_QD: Tensor, order_S: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order_S)
         ctx.k = k
-        return x_TD[order_R // k]
+        return x_QD[order_S // k]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (order_R,) = ctx.saved_tensors
-        grad_RD = grads[0][_inverse(order_R)]
-        return grad_RD.view(-1, ctx.k, grad_RD.shape[1]).sum(1), None, None
+        (order_S,) = ctx.saved_tensors
+        grad_SD = grads[0][_inverse(order_S)]
+        return grad_SD.view(-1, ctx.k, grad_SD.shape[1]).sum(1), None, None
 
 
 class _Permute(torch.autograd.Function):
     """Rows in a given order; the backward is the inverse permutation, not an accumulation."""
 
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, order_R: Tensor) -> Tensor:
-        ctx.save_for_backward(order_R)
-        return x_RD[order_R]
+    def forward(ctx: Any, x_SD: Tensor, order_S: Tensor) -> Tensor:
+        ctx.save_for_backward(order_S)
+        return x_SD[order_S]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (order_R,) = ctx.saved_tensors
-        return grads[0][_inverse(order_R)], None
+        (order_S,) = ctx.saved_tensors
+        return grads[0][_inverse(order_S)], None
 
 
-def _inverse(order_R: Tensor) -> Tensor:
-    positions_R = torch.arange(len(order_R), device=order_R.device)
-    return torch.empty_like(order_R).scatter_(0, order_R, positions_R)
+def _inverse(order_S: Tensor) -> Tensor:
+    positions_S = torch.arange(len(order_S), device=order_S.device)
+    return torch.empty_like(order_S).scatter_(0, order_S, positions_S)
 
 
-def grouped_matmul(x_RD: Tensor, w_EDH: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_matmul(x_SD: Tensor, w_EDH: Tensor, ends_E: Tensor) -> Tensor:
     """Rows ends[e-1]..ends[e] times w[e]: one kernel where torch has it, else a batched product.
 
     The fallback runs every expert over all rows and keeps the right ones: E times the work, but the
     same shapes and no host sync.  It serves float64 and GPUs before Hopper.
     """
-    if _has_grouped_kernel(x_RD, w_EDH):
-        return F.grouped_mm(x_RD, w_EDH, offs=ends_E)
-    rows_R = torch.arange(len(x_RD), device=x_RD.device)
-    expert_R = torch.searchsorted(ends_E, rows_R.int(), right=True)
-    mine_ER1 = (expert_R == torch.arange(len(w_EDH), device=x_RD.device)[:, None])[..., None]
-    return (torch.bmm(x_RD * mine_ER1, w_EDH)).sum(0)
+    if _has_grouped_kernel(x_SD, w_EDH):
+        return F.grouped_mm(x_SD, w_EDH, offs=ends_E)
+    rows_S = torch.arange(len(x_SD), device=x_SD.device)
+    expert_S = torch.searchsorted(ends_E, rows_S.int(), right=True)
+    mine_ES1 = (expert_S == torch.arange(len(w_EDH), device=x_SD.device)[:, None])[..., None]
+    return (torch.bmm(x_SD * mine_ES1, w_EDH)).sum(0)
 
 
-def _has_grouped_kernel(x_RD: Tensor, w_EDH: Tensor) -> bool:
+def _has_grouped_kernel(x_SD: Tensor, w_EDH: Tensor) -> bool:
     """Whether F.grouped_mm takes these types, and without reading group sizes on the host."""
-    aligned = all(size * x_RD.element_size() % 16 == 0 for size in w_EDH.shape[1:])
-    if x_RD.device.type == "cpu":
-        return aligned and x_RD.dtype in (torch.float32, torch.bfloat16)
-    return (aligned and x_RD.dtype == torch.bfloat16 and x_RD.device.type == "cuda"
-            and torch.cuda.get_device_capability(x_RD.device) >= (9, 0))
+    aligned = all(size * x_SD.element_size() % 16 == 0 for size in w_EDH.shape[1:])
+    if x_SD.device.type == "cpu":
+        return aligned and x_SD.dtype in (torch.float32, torch.bfloat16)
+    return (aligned and x_SD.dtype == torch.bfloat16 and x_SD.device.type == "cuda"
+            and torch.cuda.get_device_capability(x_SD.device) >= (9, 0))
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

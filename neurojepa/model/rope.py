@@ -38,7 +38,7 @@ def rotation(coords_BN3: Tensor, head_dim: int) -> Tensor:
     return torch.complex(angle.cos(), angle.sin())
 
 
-def rotate(x_BHNd: Tensor, turn_B1Np: Tensor) -> Tensor:
+def rotate(x_BhNc: Tensor, turn_B1Np: Tensor) -> Tensor:
     """Turn channel pairs (2i, 2i + 1) of queries or keys; computed in float32."""
-    pairs_BHNp = torch.view_as_complex(x_BHNd.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs_BHNp * turn_B1Np).flatten(-2).to(x_BHNd.dtype)
+    pairs_BhNp = torch.view_as_complex(x_BhNc.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs_BhNp * turn_B1Np).flatten(-2).to(x_BhNc.dtype)

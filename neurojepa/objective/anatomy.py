@@ -14,7 +14,7 @@ nothing (as in some PET) the prior is left.
 
 The template comes inside nilearn; nothing is fetched.
 
-Shape letters: B scans, n patches of the grid, N tokens kept, P voxels a patch, K tissues.
+Of the shape letters (neurojepa/__init__.py): K are air and the tissues.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def read_atlas(path: str, grid: Grid, named: str) -> np.ndarray:
 # ---- tissue --------------------------------------------------------------------------------------
 
 def tissue_shares(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int) -> Tensor:
-    """float32 [B, N, 1 + K]: shares of air and of each tissue in the scanned part of each token.
+    """float32 [B, N, K]: shares of air and of each tissue in the scanned part of each token.
 
     Sums of a scan are of whole numbers, hence exact: they depend on no batch or device.  Voxels
     about 3 mm apart are enough.
@@ -202,22 +202,22 @@ def tissue_shares(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int) ->
     codes_BNP : uint8, stored voxels of the kept patches.
     keep_BN : int64, which patches these are.
     """
-    prior_KnP, chosen_p = _priors_on(codes_BNP.device, grid, patch)
-    codes_BNP = codes_BNP[..., chosen_p]
+    priors, chosen = _priors_on(codes_BNP.device, grid, patch)
+    codes_BNP = codes_BNP[..., chosen]
     brain_BNP = (codes_BNP != FeedCode.AIR) & (codes_BNP != FeedCode.NOT_SCANNED)
     value_BNP = codes_BNP.float()
-    prior = [(prior_nP[keep_BN] * brain_BNP).float() for prior_nP in prior_KnP]
+    prior = [(prior_nP[keep_BN] * brain_BNP).float() for prior_nP in priors]
     belongs = prior  # 0..255, summing to about 255 in the brain
     for _ in range(EM_STEPS):
         likely = [before * _density(value_BNP, now)
                   for before, now in zip(prior, belongs, strict=True)]
         scale = 255 / torch.stack(likely).sum(0).clamp(min=1e-30)
         belongs = [(part * scale).round() for part in likely]
-    tissue_BNK = torch.stack([part.sum(-1) for part in belongs], -1)
+    tissue = torch.stack([part.sum(-1) for part in belongs], -1)
     brain_BN1 = brain_BNP.sum(-1, keepdim=True)
-    tissue_BNK = brain_BN1 * tissue_BNK / tissue_BNK.sum(-1, keepdim=True).clamp(min=1)
+    tissue = brain_BN1 * tissue / tissue.sum(-1, keepdim=True).clamp(min=1)
     scanned_BN1 = (codes_BNP != FeedCode.NOT_SCANNED).sum(-1, keepdim=True)
-    return torch.cat([scanned_BN1 - brain_BN1, tissue_BNK], -1) / scanned_BN1.clamp(min=1)
+    return torch.cat([scanned_BN1 - brain_BN1, tissue], -1) / scanned_BN1.clamp(min=1)
 
 
 def _density(value_BNP: Tensor, weight_BNP: Tensor) -> Tensor:
@@ -234,8 +234,8 @@ def _density(value_BNP: Tensor, weight_BNP: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _priors_on(device: torch.device, grid: Grid, patch: int) -> tuple[Tensor, Tensor]:
-    """uint8 [K, n, p]: the template's tissues at p voxels of every patch, of 255, smoothed; and
-    int64 [p]: which of a patch's voxels these are."""
+    """uint8 [K - 1, n, P]: the template's tissues at P voxels of every patch, of 255, smoothed; and
+    int64 [P]: which of a patch's voxels these are."""
     from scipy.ndimage import gaussian_filter
 
     origin, brain, grey, white = template()
@@ -246,9 +246,9 @@ def _priors_on(device: torch.device, grid: Grid, patch: int) -> tuple[Tensor, Te
     prior /= prior.sum(0)
     codes = np.rint(255 * prior).astype(np.uint8)
     at = np.arange(patch) % max(1, round(_SAMPLED_MM / grid.spacing_mm)) == 0
-    chosen_p = np.flatnonzero(at[:, None, None] & at[:, None] & at)
-    found = np.stack([by_patch(part, patch)[:, chosen_p] for part in codes])
-    return torch.from_numpy(found).to(device), torch.from_numpy(chosen_p).to(device)
+    chosen = np.flatnonzero(at[:, None, None] & at[:, None] & at)
+    found = np.stack([by_patch(part, patch)[:, chosen] for part in codes])
+    return torch.from_numpy(found).to(device), torch.from_numpy(chosen).to(device)
 
 
 # ---- template and grid ---------------------------------------------------------------------------

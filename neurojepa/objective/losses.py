@@ -28,13 +28,13 @@ def token_weights(foreground: Tensor, valid: Tensor, background_weight: float) -
     return weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
 
 
-def take(x_BNd: Tensor, index_BMk: Tensor) -> Tensor:
-    """Gather tokens, [B, N, ...] by [B, M, k] -> [B, M, k, ...].
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Gather tokens, [B, N, ...] by [B, M, C] -> [B, M, C, ...], or T.
 
     Only for tensors that need no gradient: the backward of a gather adds with atomics on a GPU.
     """
-    rows_B11 = torch.arange(len(x_BNd), device=x_BNd.device)[:, None, None]
-    return x_BNd[rows_B11, index_BMk]
+    rows_B11 = torch.arange(len(x), device=x.device)[:, None, None]
+    return x[rows_B11, index]
 
 
 def divergence(share: Tensor, logits: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def divergence(share: Tensor, logits: Tensor) -> Tensor:
     return (torch.special.xlogy(share, share) - share * told).sum(-1)
 
 
-def crowding(latent_BSD: Tensor, valid_BS: Tensor) -> Tensor:
+def crowding(latent_BND: Tensor, valid_BN: Tensor) -> Tensor:
     """float32 [B]: how far the latents of a scan are from filling their dimensions; 0 if they do.
 
     VICReg's variance and covariance terms (Bardes et al. 2022, eq. 1 to 4): what the standard
@@ -56,14 +56,14 @@ def crowding(latent_BSD: Tensor, valid_BS: Tensor) -> Tensor:
 
     Parameters
     ----------
-    latent_BSD : latents of S tokens a scan, of all masks.
-    valid_BS : tokens that count; a scan with fewer than two gets 1.
+    latent_BND : latents of a scan's tokens, those of all masks in a row.
+    valid_BN : tokens that count; a scan with fewer than two gets 1.
     """
-    valid_BS1 = valid_BS[..., None].float()
-    count_B11 = valid_BS1.sum(1, keepdim=True).clamp(min=2)
-    x_BSD = latent_BSD.float() * valid_BS1
-    x_BSD = (x_BSD - x_BSD.sum(1, keepdim=True) / count_B11) * valid_BS1
-    covariance_BDD = x_BSD.transpose(1, 2) @ x_BSD / (count_B11 - 1)
+    valid_BN1 = valid_BN[..., None].float()
+    count_B11 = valid_BN1.sum(1, keepdim=True).clamp(min=2)
+    x_BND = latent_BND.float() * valid_BN1
+    x_BND = (x_BND - x_BND.sum(1, keepdim=True) / count_B11) * valid_BN1
+    covariance_BDD = x_BND.transpose(1, 2) @ x_BND / (count_B11 - 1)
     variance_BD = covariance_BDD.diagonal(dim1=1, dim2=2)
     lack_B = torch.relu(1 - (variance_BD + VARIANCE_EPSILON).sqrt()).mean(1)
     shared_B = covariance_BDD.square().sum((1, 2)) - variance_BD.square().sum(1)

@@ -17,8 +17,7 @@ cut, along the borders of the mask's blocks.
 All scales are drawn at once.  Lengths are whole 128ths of a token, so distances are exact and the
 masks the same on every device.
 
-Shape letters: B scans, n patches of the grid, N tokens kept, M masks, K blocks of all masks, C
-context and T target tokens.
+Of the shape letters (neurojepa/__init__.py): G are the blocks of all of a scan's masks.
 """
 
 from __future__ import annotations
@@ -97,42 +96,42 @@ def draw_uniform_masks(num_tokens: int, target_share: float, *, seed: int,
 
 
 def _distance_to_blocks(keep_BN: Tensor, counts: tuple[int, int, int], foreground_BN: Tensor,
-                        masks: MaskConfig, drawn_BK6: Tensor) -> Tensor:
+                        masks: MaskConfig, drawn_BG6: Tensor) -> Tensor:
     """int64 [B, M, N]: distance along the farthest axis to the union of each scale's random boxes.
 
     A box takes a share of the foreground's volume: uniform between the scale's bounds, times a
-    second uniform share, as the cross-section and depth of V-JEPA's blocks.  ``drawn_BK6`` is
+    second uniform share, as the cross-section and depth of V-JEPA's blocks.  ``drawn_BG6`` is
     uniform: place, cross-section, depth and stretch along three axes.
     """
     per_scale = [blocks for blocks, _, _ in masks.scales]
     # in float64: what is rounded to whole numbers is then the same on every device
-    drawn_BK6 = drawn_BK6.double()
+    drawn_BG6 = drawn_BG6.double()
     # centres at random foreground tokens, so that blocks lie where there is something to predict
     num_foreground_B1 = foreground_BN.sum(1, keepdim=True)
     places_B1 = torch.where(num_foreground_B1 > 0, num_foreground_B1, keep_BN.shape[1])
-    pick_BK = (drawn_BK6[..., 0] * places_B1).long()
-    centre_BK = keep_BN.gather(1, _front(foreground_BN).gather(1, pick_BK))
+    pick_BG = (drawn_BG6[..., 0] * places_B1).long()
+    centre_BG = keep_BN.gather(1, _front(foreground_BN).gather(1, pick_BG))
 
-    section_BK = torch.cat([low + (high - low) * part for (_, low, high), part in zip(
-        masks.scales, drawn_BK6[..., 1].split(per_scale, 1), strict=True)], 1)
-    edge_BK = (section_BK * drawn_BK6[..., 2] * places_B1) ** (1 / 3)
+    section_BG = torch.cat([low + (high - low) * part for (_, low, high), part in zip(
+        masks.scales, drawn_BG6[..., 1].split(per_scale, 1), strict=True)], 1)
+    edge_BG = (section_BG * drawn_BG6[..., 2] * places_B1) ** (1 / 3)
     log_low, log_high = (math.log(bound) for bound in masks.aspect)
-    stretch_BK3 = log_low + (log_high - log_low) * drawn_BK6[..., 3:]
-    stretch_BK3 = torch.exp(stretch_BK3 - stretch_BK3.mean(-1, keepdim=True))  # volume unchanged
-    half_BK3 = (edge_BK[..., None] * stretch_BK3 * (_UNIT / 2)).round()
-    half_BK3 = half_BK3.clamp(max=127 * _UNIT).short()
+    stretch_BG3 = log_low + (log_high - log_low) * drawn_BG6[..., 3:]
+    stretch_BG3 = torch.exp(stretch_BG3 - stretch_BG3.mean(-1, keepdim=True))  # volume unchanged
+    half_BG3 = (edge_BG[..., None] * stretch_BG3 * (_UNIT / 2)).round()
+    half_BG3 = half_BG3.clamp(max=127 * _UNIT).short()
 
-    def beyond(axis: int, place_BK: Tensor) -> Tensor:
-        """int16 [B, K, count]: how far layers of patches lie outside the boxes along an axis."""
+    def beyond(axis: int, place_BG: Tensor) -> Tensor:
+        """int16 [B, G, count]: how far layers of patches lie outside the boxes along an axis."""
         layers = torch.arange(counts[axis], dtype=torch.int16, device=keep_BN.device)
-        return (layers - place_BK.short()[..., None]).abs() * _UNIT - half_BK3[..., axis, None]
+        return (layers - place_BG.short()[..., None]).abs() * _UNIT - half_BG3[..., axis, None]
 
     rows, columns = counts[1] * counts[2], counts[2]
-    x_BKx, y_BKy = beyond(0, centre_BK // rows), beyond(1, centre_BK // columns % counts[1])
-    z_BKz = beyond(2, centre_BK % columns)
-    yz_BK1r = torch.maximum(y_BKy[..., None], z_BKz[..., None, :]).flatten(2)[:, :, None]
-    beyond_BKn = torch.maximum(x_BKx[..., None], yz_BK1r).flatten(2)
-    distance_BMn = torch.stack([part.amin(1) for part in beyond_BKn.split(per_scale, 1)], 1)
+    x, y = beyond(0, centre_BG // rows), beyond(1, centre_BG // columns % counts[1])
+    z = beyond(2, centre_BG % columns)
+    yz = torch.maximum(y[..., None], z[..., None, :]).flatten(2)[:, :, None]
+    beyond_BGn = torch.maximum(x[..., None], yz).flatten(2)
+    distance_BMn = torch.stack([part.amin(1) for part in beyond_BGn.split(per_scale, 1)], 1)
     index_BMN = keep_BN[:, None].expand(-1, len(per_scale), -1)
     return distance_BMn.gather(2, index_BMN).long()
 

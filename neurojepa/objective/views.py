@@ -9,9 +9,6 @@ scanner's bias or noise, so what the context cannot know of it is averaged out o
 
 All of it is batched tensor code on the batch's device with no read back to the host, and each
 sample's part depends only on its voxels, its position and the seed.
-
-Shape letters: B scans, n patches of the grid, N tokens kept, P voxels a patch, M masks, C context
-and T target tokens.  Voxel axes are x y z in RAS.
 """
 
 from __future__ import annotations
@@ -75,7 +72,7 @@ class Views:
     target_foreground_BN: Tensor
     target_valid_BN: Tensor  # scanned in both
     target_modality_B: Tensor  # another than modality_B where it is another scan
-    tissue_BNK: Tensor  # float32, shares of air, fluid, grey, white; K = 0 without the head on them
+    tissue_BNK: Tensor  # float32, shares of air, fluid, grey, white; or K = 0 without the head
 
     def without_fill_up(self) -> Self:
         """The same views, of which no token of a sample that weighs 0 is valid.
@@ -250,10 +247,10 @@ def _bias_field(keep_BN: Tensor, grid: Grid, patch: int, seed: int, position_B: 
     for size, patch_BN in zip(grid.shape, index_BN, strict=True):
         x = (torch.arange(size, device=keep_BN.device) + 0.5) * (2 / size) - 1
         basis = torch.stack([torch.ones_like(x), x, 1.5 * x * x - 0.5], -1)
-        basis_BNvi = basis.view(-1, patch, BIAS_TERMS)[patch_BN]
+        basis_of = basis.view(-1, patch, BIAS_TERMS)[patch_BN]
         # contract the first remaining degree: [B, N, i, rest] -> [B, N, rest, v]; plain sums, whose
         # rounding does not depend on the batch as a matrix product's may
-        of_degree = [(field[:, :, i].unsqueeze(-1), _align(basis_BNvi[..., i], field.dim() - 2))
+        of_degree = [(field[:, :, i].unsqueeze(-1), _align(basis_of[..., i], field.dim() - 2))
                      for i in range(BIAS_TERMS)]
         field = of_degree[0][0] * of_degree[0][1]
         for coefficients, basis in of_degree[1:]:
@@ -261,6 +258,6 @@ def _bias_field(keep_BN: Tensor, grid: Grid, patch: int, seed: int, position_B: 
     return field.flatten(2)
 
 
-def _align(basis_BNv: Tensor, dims: int) -> Tensor:
+def _align(basis: Tensor, dims: int) -> Tensor:
     """[B, N, v] -> [B, N, 1, ..., v] with ``dims`` axes after N."""
-    return basis_BNv.view(*basis_BNv.shape[:2], *[1] * (dims - 1), -1)
+    return basis.view(*basis.shape[:2], *[1] * (dims - 1), -1)
