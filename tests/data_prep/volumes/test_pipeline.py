@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_prep.scan import ScanError
+from data_prep.scan import Scan, ScanError
 from data_prep.volumes.pipeline import Prepared, Rejected, prepare_person
 from data_prep.volumes.placing.align import template
 from data_prep.volumes.placing.geometry import on_grid, resample, to_itk
@@ -291,12 +291,23 @@ def test_scans_of_a_session_coincide_in_the_archive(shared_data):
     assert items[1].figures["mask_dice_session"] > 0.95
 
 
+@pytest.fixture(params=["made", "real"])
+def stripped(request, tmp_path) -> Scan:
+    """A brain without its skull, and labels on its grid."""
+    if request.param == "real":
+        folder = request.getfixturevalue("shared_data") / "colin27"
+        return scan(str(folder / "ch2bet.nii.gz"), label_uri=str(folder / "aal.nii.gz"))
+    data, affine = brain()
+    turned, _ = moved(affine, 6, (4, 9, -3))
+    labels = template(2).mask.astype(np.int16)
+    return scan(save(tmp_path / "t1.nii.gz", data, turned),
+                label_uri=save(tmp_path / "labels.nii.gz", labels, turned))
+
+
 @pytest.mark.slow(20)
-def test_the_default_preset_on_a_stripped_brain(shared_data):
-    path = str(shared_data / "colin27/ch2bet.nii.gz")
-    item = whole(prepare_person([scan(path, label_uri=str(
-        shared_data / "colin27/aal.nii.gz"))], PRESETS["default"]))[0]
+def test_the_default_preset_on_a_stripped_brain(stripped):
+    item = whole(prepare_person([stripped], PRESETS["default"]))[0]
     check_contract(item)
     assert item.figures["mask_dice_template"] > 0.95 and item.figures["mask_source"] == "stripped"
     assert dice(item.label > 0, item.mask == 1) > 0.8
-    assert item.scan_id == read_scan(path).scan_id
+    assert item.scan_id == read_scan(stripped.uri).scan_id
