@@ -8,7 +8,7 @@ The way of a scan:
                          watched child (child.py)
     volumes/pipeline.py  brings the person's scans onto the archive grid: reading/ -> structural/
                          -> placing/ -> functional/ -> output.py, with figures and flags from qc/
-    archive.py           keeps the voxels, and one row per scan, whatever became of it
+    archive.py           keeps the voxels, and one row per scan, whatever became of it (rows.py)
     pack.py              averages them onto a training grid and writes the feed
     verify.py            reads everything back; report/ shows an archive on one page
 

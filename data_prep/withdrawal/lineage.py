@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+from data_prep.withdrawal.audit import Event
 from neurojepa.errors import DataError
 from neurojepa.feed.format import open_feed
 from neurojepa.storage import join, read_bytes, walk
-
-Event = dict[str, Any]
 
 
 def checkpoints_that_saw(runs: Sequence[str],

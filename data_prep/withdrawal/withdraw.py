@@ -14,30 +14,24 @@ Trained models are not touched; ``runs`` names the checkpoints that saw the peop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.archive import (
-    check_reachable,
-    commit_tables,
-    open_archive,
-    remove_volume,
-)
+from data_prep.archive import check_reachable, commit_tables, open_archive, remove_volume
 from data_prep.pack import placed_table, remove_shards_except, source_of, write_tar
 from data_prep.rows import WITHDRAWN, WITHDRAWN_CONTENT, Status
-from data_prep.withdrawal.audit import append_event, read_events, unfinished
+from data_prep.withdrawal.audit import Event, append_event, read_events, unfinished
 from data_prep.withdrawal.lineage import checkpoints_that_saw
 from data_prep.withdrawal.lists import WithdrawalList, read_lists
 from neurojepa.errors import DataError
 from neurojepa.feed.format import Feed, commit_feed, open_feed
 from neurojepa.storage import exists, join, list_names, read_bytes, remove, write_bytes
 
-Event = dict[str, Any]
+Remover = Callable[[str, set[str], list[WithdrawalList]], tuple[int, str]]
 _KEPT = ("scan_id", "cohort", "participant", "family", "session", "modality", "split")
 
 
@@ -77,7 +71,7 @@ def withdraw(lists: Sequence[str], *, targets: Sequence[str], key: bytes, cohort
         _tell_checkpoints(runs, [target for target in targets if removers[target] is _from_feed])
 
 
-def _remover(target: str) -> Any:
+def _remover(target: str) -> Remover:
     for name, remover in (("feed.json", _from_feed), ("archive.json", _from_archive)):
         if exists(join(target, name)):
             return remover
