@@ -90,6 +90,7 @@ def test_a_folder_of_another_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another plan"):
         quality.claim(quality.FULL, tmp_path / "work")
 
+@pytest.mark.slow(11)
 def test_a_run_that_is_stopped_leaves_no_scores(tmp_path: Path) -> None:
     feed = write_feed(str(tmp_path / "feed"))
     config = tiny_config(feed, str(tmp_path / "run"))

@@ -221,6 +221,7 @@ def test_archive_on_s3(calls, tmp_path: Path, s3):
     assert calls == ["p1", "p2", "p3"] * 2
 
 
+@pytest.mark.slow(13)
 def test_stock_zarr_opens_the_archive_over_s3(calls, tmp_path: Path, s3):
     import zarr
 

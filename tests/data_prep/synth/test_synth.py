@@ -133,6 +133,7 @@ def test_same_seed_same_bytes_whatever_the_workers(tree: Path, tmp_path: Path):
     assert [name for name in first if first[name] != second[name]] == []
 
 
+@pytest.mark.slow(5)
 def test_an_interrupted_tree_is_completed_and_a_complete_one_left_alone(tree: Path, tmp_path: Path):
     root = tmp_path / "bids"
     shutil.copytree(tree, root)

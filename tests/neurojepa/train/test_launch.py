@@ -81,6 +81,7 @@ def test_a_killed_rank_gives_the_status_of_a_shell() -> None:
     assert launch._local(1, [sys.executable, "-c", script]) == 128 + 9
 
 
+@pytest.mark.slow(12)
 def test_bad_input_is_one_clear_line(recipe: Path, run_cli) -> None:
     done = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe), "run.launcher=slurm")
     assert done.returncode == 2 and "run.launcher = 'slurm'" in done.stderr

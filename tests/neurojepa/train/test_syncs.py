@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from neurojepa.config import ModelConfig
@@ -42,6 +43,7 @@ leave_world()
 """
 
 
+@pytest.mark.slow(7)
 def test_a_training_step_of_ours_never_waits(run_cli, tmp_path: Path):
     """Views, masks, forward, loss, backward, EMA, router bias and metrics read nothing back."""
     feed = write_feed(str(tmp_path / "feed"))
@@ -52,6 +54,7 @@ def test_a_training_step_of_ours_never_waits(run_cli, tmp_path: Path):
     assert found and sum(found.values()) <= 12, found  # DeepSpeed's: norm and clipping
 
 
+@pytest.mark.slow(5)
 def test_the_encoder_is_one_graph():
     """Forward and backward of the bare encoder compile without a break, and compute the same."""
     torch.manual_seed(0)
