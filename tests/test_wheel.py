@@ -35,10 +35,11 @@ STEPS = (
     "neurojepa-cluster status run",
     "neurojepa weights verify run",
     "neurojepa weights export run --out weights",
-    "neurojepa embed --weights weights --feed feed --out embeddings",
-    "neurojepa probe --weights weights --feed feed --out probe --labels age",
+    "neurojepa embed --weights weights --feed feed --out embeddings --modality T1w",
+    "neurojepa probe --weights weights --feed feed --out probe --labels age --modality T1w",
     "neurojepa atoms --weights weights --feed feed --out atoms",
-    "neurojepa probe --weights random --config demo --feed feed --out untrained --labels age",
+    "neurojepa probe --weights random --config demo --feed feed --out untrained --labels age "
+    "--modality T1w",
 )
 
 
