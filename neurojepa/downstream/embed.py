@@ -136,8 +136,13 @@ def tokens_of(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
               batch_size: int = 8) -> Iterator[Tokens]:
     """The target encoder's tokens of scans, batch by batch, without augmentation."""
     for views in views_of(model, config, feed, rows, batch_size):
-        patch_BN = patch_numbers(views.coords_BN3, feed.grid, config.model.patch_voxels)
-        yield Tokens(model.latents(views), patch_BN, views.foreground_BN, views.modality_B)
+        yield tokens_in(model, config, feed, views)
+
+
+def tokens_in(model: Averaged, config: RootConfig, feed: Feed, views: Views) -> Tokens:
+    """The target encoder's tokens of views of this feed."""
+    patch_BN = patch_numbers(views.coords_BN3, feed.grid, config.model.patch_voxels)
+    return Tokens(model.latents(views), patch_BN, views.foreground_BN, views.modality_B)
 
 
 def views_of(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,

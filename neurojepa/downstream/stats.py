@@ -87,16 +87,11 @@ def auroc(truth: np.ndarray, predicted: np.ndarray) -> float:
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
-def participation_ratio(values: np.ndarray, weight: np.ndarray | None = None) -> float:
+def participation_ratio(values: np.ndarray) -> float:
     """In how many directions rows [n, D] vary: tr(C)^2 / tr(C^2) of their covariance C.
 
     It is D where all directions vary alike and 1 where a single one does.
-
-    Parameters
-    ----------
-    weight : [n], of each row; None: all weigh the same.
     """
-    weight = np.ones(len(values)) if weight is None else weight
-    centred = values - np.average(values, axis=0, weights=weight)
-    covariance = (centred * weight[:, None]).T @ centred
+    centred = values - values.mean(0)
+    covariance = centred.T @ centred
     return float(np.trace(covariance)**2 / np.square(covariance).sum())

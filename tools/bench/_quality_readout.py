@@ -15,16 +15,15 @@ from neurojepa.config import RootConfig
 from neurojepa.downstream.embed import (
     Embeddings,
     describe,
-    fit_places,
-    reference_rows,
     select_rows,
-    tokens_of,
+    tokens_in,
     views_of,
 )
 from neurojepa.downstream.pooling import Places, Tokens
 from neurojepa.downstream.stats import participation_ratio
 from neurojepa.feed.format import Feed
 from neurojepa.model.averaged import Averaged
+from neurojepa.objective.views import patch_centres_mm
 from tools.bench._quality_table import PLAIN, Arrays
 
 Probed = Callable[[Embeddings, str], Arrays]  # predictions, their names beginning with a prefix
@@ -35,9 +34,17 @@ def read_out(model: Averaged, config: RootConfig, feed: Feed, modalities: tuple[
              probed: Probed) -> Arrays:
     """Predictions and figures under both poolings; modalities begin with the one for figures."""
     rows = np.concatenate([select_rows(feed, modality, None) for modality in modalities])
-    places = fit_places(model, config, feed, reference_rows(feed, rows))
-    tokens = list(tokens_of(model, config, feed, rows))
-    plain = [model.embed(views) for views in views_of(model, config, feed, rows)]
+    train = np.array(feed.index["split"].to_pylist())[rows] == "train"
+    tokens, plain, taught = [], [], []  # each scan is encoded once
+    for views in views_of(model, config, feed, rows):
+        each, valid_BN1 = tokens_in(model, config, feed, views), views.valid_BN[..., None].float()
+        plain.append((each.z_BND * valid_BN1).sum(1) / valid_BN1.sum(1).clamp(min=1))
+        of_train = torch.from_numpy(train[sum(map(len, plain[:-1])):][:len(each.z_BND)])
+        if of_train.any():
+            taught.append(Tokens(*(value[of_train] for value in vars(each).values())))
+        tokens.append(each)
+    num_patches = len(patch_centres_mm(feed.grid, config.model.patch_voxels))
+    places = Places.fit(lambda: taught, num_patches)
     size = np.array(feed.index["num_foreground"].to_pylist())[rows]
     scores: Arrays = {}
     for prefix, parts in (("", [places.pool(each) for each in tokens]), (PLAIN, plain)):
@@ -46,7 +53,6 @@ def read_out(model: Averaged, config: RootConfig, feed: Feed, modalities: tuple[
         scores |= {f"{prefix}{name}": np.array(value) for name, value in
                    between_people(embeddings, size, modalities[0]).items()}
         if not prefix:
-            train = embeddings.split == "train"
             scores |= {name: np.array(value) for name, value in
                        gates(places, tokens, embeddings.values, train).items()}
     return scores
@@ -72,16 +78,14 @@ def between_people(embeddings: Embeddings, size: np.ndarray, modality: str) -> d
 
 def gates(places: Places, tokens: list[Tokens], pooled: np.ndarray,
           train: np.ndarray) -> dict[str, float]:
-    """Shares of the variance of train's tokens, weighted by share of brain, that place, place and
-    modality, and the scan's own embedding explain; and the participation ratio between tokens.
+    """Shares of the variance of train's tokens of brain that place, place and modality, and the
+    scan's own embedding explain; and the participation ratio between these tokens.
 
     ``pooled`` and ``train`` are of each scan, in the order of ``tokens``.
     """
     total, place, modality = places.variance()
-    weight = np.concatenate([each.share_BN.sum(1).numpy() for each in tokens])
-    of_scan = (weight * np.square(pooled.astype(np.float64)).sum(1))[train].sum()
-    share = torch.cat([each.share_BN for each in tokens])[train]
-    values = torch.cat([each.z_BND for each in tokens])[train][share > 0].double().numpy()
+    used = torch.cat([each.brain_BN() for each in tokens])[train]
+    of_scan = (used.sum(1).numpy() * np.square(pooled.astype(np.float64)).sum(1)[train]).sum()
+    values = torch.cat([each.z_BND for each in tokens])[train][used].double().numpy()
     return {"place": place / total, "place and modality": modality / total,
-            "scan": of_scan / total,
-            "participation of tokens": participation_ratio(values, share[share > 0].numpy())}
+            "scan": of_scan / total, "participation of tokens": participation_ratio(values)}

@@ -31,27 +31,25 @@ def fitted(batches: list[Tokens], num_patches: int) -> Places:
     return Places.fit(lambda: batches, num_patches)
 
 
-def test_a_scan_is_the_weighted_mean_of_what_its_tokens_differ_by() -> None:
-    places = fitted([tokens([[1.0, 10.0], [3.0, 30.0]], [[1.0, 0.5], [1.0, 0.5]])], 2)
-    # means 2 and 20; (1 * (5 - 2) + 0.5 * (14 - 20)) / 1.5
-    pooled = places.pool(tokens([[5.0, 14.0], [2.0, 20.0]], [[1.0, 0.5], [1.0, 0.5]]))
-    assert pooled.flatten().tolist() == pytest.approx([0.0, 0.0])
-    pooled = places.pool(tokens([[5.0, 14.0]], [[0.5, 0.5]]))
-    assert pooled.item() == pytest.approx((0.5 * 3 - 0.5 * 6) / 1)
+def test_a_scan_is_the_mean_of_what_its_tokens_differ_by() -> None:
+    taught = tokens([[1.0, 10.0], [3.0, 30.0]], [[1.0, 0.9], [1.0, 0.9]])  # means 2 and 20
+    pooled = fitted([taught], 2).pool(tokens([[5.0, 14.0], [2.0, 23.0]], [[1.0, 0.9], [1.0, 0.9]]))
+    assert pooled.flatten().tolist() == pytest.approx([(3 - 6) / 2, (0 + 3) / 2])
 
 
-def test_a_token_that_follows_its_share_of_brain_says_nothing() -> None:
-    shares = torch.linspace(0.1, 1, 1000)[:, None]
-    taught = Tokens((3 + 2 * shares)[..., None], torch.zeros(1000, 1, dtype=torch.int64), shares,
-                    torch.full((1000,), T1W))
-    pooled = fitted([taught], 1).pool(tokens([[3.4], [4.8], [5.9]], [[0.2], [0.9], [0.7]]))
-    assert pooled.flatten().tolist() == pytest.approx([0.0, 0.0, 1.5], abs=0.01)
+def test_edges_air_and_places_that_were_seen_once_are_left_out() -> None:
+    places = fitted([tokens([[1.0, 5.0, 9.0, 9.0], [3.0, 5.0, 9.0, 0.0]],
+                            [[1.0, 1.0, 0.0, 0.8], [1.0, 0.0, 1.0, 0.8]])], 4)
+    scan, moved = ([[4.0, value, value, value]] for value in (0.0, 100.0))
+    pooled = [places.pool(tokens(each, [[1.0, 1.0, 0.0, 0.8]])) for each in (scan, moved)]
+    assert pooled[0].item() == pooled[1].item() == pytest.approx(2.0)
+    assert places.pool(tokens(scan, [[0.0, 1.0, 1.0, 0.8]])).item() == 0.0  # nothing to compare
 
 
 def test_what_follows_head_size_is_taken_and_the_rest_stays() -> None:
-    """One place is all brain in every head, another fills up as heads grow; both tell of size."""
+    """One place is all brain in every head, another fills up as heads grow."""
     rng = np.random.default_rng(0)
-    shares = torch.tensor(np.stack([np.ones(200), rng.uniform(0.1, 1, 200)], 1)).float()
+    shares = torch.tensor(np.stack([np.ones(200), rng.uniform(0.1, 0.8, 200)], 1)).float()
     rest = torch.tensor(rng.normal(0, 1, 200)).float()
     log_size = shares.sum(1).log()
     heads = Tokens((20 * log_size + rest)[:, None, None].expand(200, 2, 1),
@@ -64,26 +62,17 @@ def test_what_follows_head_size_is_taken_and_the_rest_stays() -> None:
 
 
 def test_batches_add_up_and_modalities_stay_apart() -> None:
-    one, two = (tokens([[float(v), 2.0 * v] for v in values], [[1.0, 0.4]] * 2)
+    one, two = (tokens([[float(v), 2.0 * v] for v in values], [[1.0, 0.95]] * 2)
                 for values in ((1, 4), (2, 7)))
     both = Tokens(*(torch.cat([getattr(each, name) for each in (one, two)])
                     for name in vars(one)))
-    other = tokens([[90.0, 80.0], [70.0, 60.0]], [[1.0, 0.4]] * 2, T2W)
+    other = tokens([[90.0, 80.0], [70.0, 60.0]], [[1.0, 0.95]] * 2, T2W)
     together, apart = fitted([both], 2), fitted([one, other, two], 2)
     assert torch.equal(together.pool(both), apart.pool(both))
     assert not torch.equal(apart.pool(both), apart.pool(Tokens(
         both.z_BND, both.patch_BN, both.share_BN, torch.full((4,), T2W))))
     with pytest.raises(DataError, match=r"no T2w scan in split train.*T1w"):
         together.pool(other)
-
-
-def test_air_and_places_that_were_seen_once_are_left_out() -> None:
-    places = fitted([tokens([[1.0, 5.0, 9.0], [3.0, 5.0, 9.0]],
-                            [[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])], 3)
-    scan, moved = ([[4.0, value, value]] for value in (0.0, 100.0))
-    pooled = [places.pool(tokens(each, [[1.0, 1.0, 0.0]])) for each in (scan, moved)]
-    assert pooled[0].item() == pooled[1].item() == pytest.approx(2.0)
-    assert places.pool(tokens(scan, [[0.0, 1.0, 1.0]])).item() == 0.0  # nothing to compare with
 
 
 def test_variance_by_place_and_modality_by_hand() -> None:
@@ -149,4 +138,3 @@ def test_participation_ratio_by_hand() -> None:
     square = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
     assert participation_ratio(square) == pytest.approx(2)
     assert participation_ratio(square * [1, 0]) == pytest.approx(1)
-    assert participation_ratio(square, np.array([1.0, 1, 0, 0])) == pytest.approx(1)
