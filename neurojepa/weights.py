@@ -148,7 +148,8 @@ def _card(record: dict[str, Any], method: str, tensors: dict[str, torch.Tensor])
 - trained for {record['step']} steps of {config['train']['global_batch']} scans; feed
   {record['feed']}; {method}
 - use: `neurojepa.weights.load(DIR)`, then `neurojepa.downstream.embed.embed`; an embedding says
-  how the target encoder's tokens differ from those of the feed's split train at the same places
+  how the target encoder's tokens differ from those of the feed's split train at the same places,
+  adjusted for head size
 - not a medical device; check on your own scanners and people before drawing conclusions
 """
 
