@@ -14,7 +14,7 @@ in the brain too (docs/results/quality.md).  So what follows from head size, suc
 has to be read from the volume of the brain.
 
 Mean tokens and lines come from scans of split ``train`` of the feed that is embedded, so nothing of
-the people tested goes into them.
+the people tested goes into them (embed.reference_rows).
 
 Shape letters: B scans, N tokens, T tokens of a modality, n patches of the grid, D width.
 """
@@ -89,7 +89,7 @@ class Places:
         """
         unknown = set(tokens.modality_B.tolist()) - set(self.sums)
         if unknown:
-            raise DataError(f"no {MODALITIES[min(unknown)]} scan in split train to compare with; "
+            raise DataError(f"no {MODALITIES[min(unknown)]} scan to compare with; "
                             "it has " + ", ".join(MODALITIES[m] for m in sorted(self.sums))
                             + "; embed other modalities, or add such scans to the feed")
         by_size = [self.lines[modality](log_size) for modality, log_size in zip(

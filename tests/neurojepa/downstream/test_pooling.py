@@ -71,7 +71,7 @@ def test_batches_add_up_and_modalities_stay_apart() -> None:
     assert torch.equal(together.pool(both), apart.pool(both))
     assert not torch.equal(apart.pool(both), apart.pool(Tokens(
         both.z_BND, both.patch_BN, both.share_BN, torch.full((4,), T2W))))
-    with pytest.raises(DataError, match=r"no T2w scan in split train.*T1w"):
+    with pytest.raises(DataError, match=r"no T2w scan to compare with.*T1w"):
         together.pool(other)
 
 
@@ -101,6 +101,21 @@ def test_only_train_teaches(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (split[read[0]] == "train").all() and len(read[0]) == 16
     tested = embedding.embed(model, config, feed, rows[split == "test"])
     assert np.allclose(everyone.values[split == "test"], tested.values, atol=1e-6)
+
+
+def test_a_modality_without_train_scans_is_compared_with_its_own(
+        tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    feed = open_feed(write_feed(str(tmp_path / "feed")))
+    modality = np.array(feed.index["modality"].to_pylist())
+    split = np.where(modality == "T2w", "test", "train")
+    feed = SimpleNamespace(**{**vars(feed), "index": feed.index.set_column(
+        feed.index.schema.get_field_index("split"), "split", [split.tolist()])})
+    rows = np.flatnonzero(np.arange(24) > 5)
+    assert set(embedding.reference_rows(feed, rows)) == set(range(24))
+    assert "no T2w scan in split train" in capsys.readouterr().out
+    assert set(embedding.reference_rows(feed, rows[modality[rows] == "T1w"])) == set(
+        np.flatnonzero(modality == "T1w"))
+    assert not capsys.readouterr().out
 
 
 def first_component(values: np.ndarray) -> np.ndarray:
