@@ -52,7 +52,7 @@ class DataConfig(Config):
     """Which samples, and how they reach the rank."""
 
     feed: Free[str] = Field(description="URI of a packed feed (directory or s3://...)")
-    split: Literal["train", "val", "test"] = "train"
+    split: Literal["train", "val", "test"] = Field("train", description="whose scans are drawn")
     modalities: list[str] | None = Field(None, description="keep only these; null keeps all")
     weights: dict[str, float] = Field(
         default_factory=dict,
@@ -77,11 +77,13 @@ class DataConfig(Config):
 class ModelConfig(Config):
     """The network.  ``size`` fixes depth, widths and experts (see model/sizes.py)."""
 
-    size: Literal["tiny", "small", "base", "large", "huge"] = "base"
+    size: Literal["tiny", "small", "base", "large", "huge"] = Field(
+        "base", description="depth, widths, heads and experts (model/sizes.py)")
     patch_voxels: int = Field(12, ge=1, description="edge of a cubic patch, in voxels of the feed")
     token_budget: int | None = Field(320, ge=8, description="tokens per scan, foreground first; "
                                      "null keeps every token of the grid")
-    moe: bool = True
+    moe: bool = Field(True, description="every other block has a mixture of experts; false: all "
+                      "are dense, at the same cost a token")
     head_gate: bool = Field(False, description="sigmoid gate per attention head")
     activation_checkpointing: Free[int] = Field(0, ge=0, description="0 none, k = every k-th block")
 
@@ -94,8 +96,11 @@ class MaskConfig(Config):
     """
 
     scales: list[tuple[Annotated[int, Field(ge=1)], Share, Share]] = Field(
-        [(32, 0.0, 0.2), (16, 0.2, 0.5), (4, 0.5, 0.7)], min_length=1)
-    aspect: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.5)
+        [(32, 0.0, 0.2), (16, 0.2, 0.5), (4, 0.5, 0.7)], min_length=1,
+        description="one mask each: number of blocks, smallest and largest share of the brain")
+    aspect: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.75, 1.5), description="range of the draws that stretch a block along each axis, its "
+        "volume unchanged")
     target_share: float = Field(0.75, gt=0, lt=1, description="share of the budget to predict")
     region_share: Share = Field(0.0, description="share of the masks that hide whole regions of "
                                 "objective.regions, in random order, instead of blocks")
@@ -108,7 +113,7 @@ class SparseConfig(Config):
         "relu", description="gated: which atoms are active is decided apart from how strongly; "
         "identity: plain dense JEPA")
     atoms: int = Field(0, ge=0, description="0 = four times the encoder's width")
-    l1: float = Field(1e-3, ge=0)
+    l1: float = Field(1e-3, ge=0, description="lambda: weight of the code's absolute values")
     l1_warmup_steps: int = Field(100, ge=0, description="l1 grows linearly from 0")
     revive: bool = Field(True, description="atoms silent for 230 steps get a gradient where they "
                          "would help")
@@ -156,18 +161,18 @@ class ObjectiveConfig(Config):
 
 
 class OptimConfig(Config):
-    lr: float = Field(5e-4, gt=0)
-    min_lr: float = Field(1e-6, ge=0)
+    lr: float = Field(5e-4, gt=0, description="highest learning rate, after the warm-up")
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end")
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="of lr after the warm-up; under constant a later end changes no "
         "earlier step")
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(100, ge=0, description="lr grows linearly from 0")
     # free although it is of the maths: it is decided late (train/schedule.py)
     cooldown_steps: Free[int] = Field(0, ge=0, description="last steps of the run, in which lr "
                                       "falls linearly to min_lr")
-    weight_decay: float = Field(0.04, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.04, ge=0, description="of AdamW; norms and biases have none")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW's two moments")
+    grad_clip: float = Field(1.0, gt=0, description="longest gradient over all parameters")
     ema: float = Field(0.999, ge=0, le=1, description="momentum of the target encoder")
     router_bias_rate: float = Field(1e-3, ge=0, description="step of loss-free expert balancing")
 
@@ -186,16 +191,18 @@ class HealthConfig(Config):
 
 
 class TrainConfig(Config):
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="optimizer steps of the whole run; may grow later")
     global_batch: int = Field(8, ge=1, description="scans per step, the same at any world size")
     micro_batch: Free[int] = Field(4, ge=1, description="scans per rank and micro-step")
-    seed: int = 0
-    zero: Free[Literal[1, 2, 3]] = 1
+    seed: int = Field(0, description="of weights, order of samples, masks and augmentation")
+    zero: Free[Literal[1, 2, 3]] = Field(1, description="ZeRO stage: ranks share the optimizer's "
+                                         "state (1), gradients too (2), weights too (3)")
     offload: Free[Literal["none", "optimizer", "all"]] = Field(
         "none", description="to host memory: masters, moments and target average; all, under zero "
         "3: the weights too")
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    checkpoint_every: Free[int] = Field(50, ge=1)
+    dtype: Literal["fp32", "bf16"] = Field("bf16", description="of weights and activations; "
+                                           "masters and sums are fp32")
+    checkpoint_every: Free[int] = Field(50, ge=1, description="steps between checkpoints")
     keep_last: Free[int] = Field(2, ge=1, description="committed checkpoints to keep")
     milestone_every: Free[int] = Field(0, ge=0, description="steps between checkpoints that are "
                                        "kept for good and exported to weights/step-N; 0 for none")
@@ -224,7 +231,8 @@ class RunConfig(Config):
     ranks: int = Field(1, ge=1, description="ranks to start when launcher is local or ray")
     accept_changes: bool = Field(False, description="go on under another recipe than that of the "
                                  "checkpoint, as long as its parameters fit the model")
-    deterministic: bool = False
+    deterministic: bool = Field(False, description="deterministic algorithms on a GPU, so that a "
+                                "run that was killed ends bit-equal; a CPU needs no such thing")
     trackers: list[Literal["mlflow", "wandb"]] = Field(
         [], description="that get the metrics too, besides TensorBoard")
     time_limit_min: float = Field(0, ge=0, description="stop with a checkpoint before so many "

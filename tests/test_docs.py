@@ -47,6 +47,7 @@ def test_references_have_every_key_and_command(site: Path) -> None:
         for name, field in model.model_fields.items():  # type: ignore[attr-defined]
             branch = hasattr(field.annotation, "model_fields")
             found += leaves(field.annotation, f"{path}{name}.") if branch else [path + name]
+            assert branch or field.description, f"{path}{name}: say what it does"
         return found
 
     assert not [key for key in leaves(RootConfig) if f"<code>{key}</code>" not in keys]
