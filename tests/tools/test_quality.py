@@ -22,7 +22,13 @@ from tests.helpers.feeds import GRID, tiny_config, write_feed
 from tools.bench import quality
 from tools.bench._quality_readout import between_people, gates
 from tools.bench._quality_run import overlap, stored
-from tools.bench._quality_table import PLAIN, both_poolings, figures_of, value_of
+from tools.bench._quality_table import (
+    PLAIN,
+    both_poolings,
+    changes_by_pooling,
+    figures_of,
+    value_of,
+)
 
 
 def test_overlap_by_hand() -> None:
@@ -139,3 +145,6 @@ def test_a_row_of_the_plain_mean_stands_below_each_method() -> None:
     figures = figures_of({"ours": ours, "volumes": runs_of([2.0])})
     assert list(figures) == ["ours", "ours, plain mean"]
     assert [row["r with head size"] for row in figures.values()] == [0.1, 0.9]
+    change = changes_by_pooling({"ours": ours, "volumes": runs_of([2.0])})
+    assert list(change) == ["ours - its plain mean"]
+    assert change["ours - its plain mean"]["age MAE (years)"].value == 0

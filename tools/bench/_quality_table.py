@@ -82,6 +82,14 @@ def both_poolings(found: dict[str, list[Arrays]]) -> dict[str, Row]:
     return rows
 
 
+def changes_by_pooling(found: dict[str, list[Arrays]]) -> dict[str, Row]:
+    """How much each column is above what the plain mean over tokens gives, paired."""
+    rows = {f"{name} - its plain mean": row_of(runs, [
+        {key.removeprefix(PLAIN): value for key, value in run.items() if key.startswith(PLAIN)}
+        for run in runs]) for name, runs in found.items()}
+    return {name: row for name, row in rows.items() if any(row.values())}
+
+
 FIGURES = {  # title: what runs store, see _quality_readout.py
     "first component": "first component", "r with head size": "size",
     "the same, test": "size (test)", "participation": "participation",

@@ -55,6 +55,7 @@ from tools.bench._quality_table import (
     FIGURES,
     Arrays,
     both_poolings,
+    changes_by_pooling,
     figures_of,
     plain,
     row_of,
@@ -364,7 +365,7 @@ def tables(plan: Plan, work: Path, chosen: dict[str, float]) -> dict[str, Any]:
     table, figures = both_poolings(main), figures_of(main)
     differences = {f"sparse JEPA - {other}": row_of(main["sparse JEPA"], main[other])
                    for other in ("random init", "MAE", "MAE with tissue head", "dense JEPA")
-                   if other in main}
+                   if other in main} | changes_by_pooling(main)
     ablations = {name: row_of([scores_of(ablation(work, name, chosen).folder)])
                  for name in plan.ablations}
     if ablations:

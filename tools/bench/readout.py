@@ -1,7 +1,7 @@
 """readout: the main rows of the quality table under the pooling of today and under the plain mean.
 
 The same recipe of people, the same key, steps and learning rates as the table of quality.py, but
-the first 120 of its 200 people, one seed, no dense JEPA, and no CNN, whose own head reads it out.
+the first 120 of its 200 people, two seeds, no dense JEPA, and no CNN, whose own head reads it out.
 So it takes about an hour on a core.  Every run keeps a folder below --work (default
 build/bench-readout); what is finished is not done again.
 """
@@ -16,7 +16,7 @@ from tools.bench import quality
 
 RATES = {"sparse JEPA": 5e-4, "tissue head alone": 5e-4, "MAE": 2e-3,
          "MAE with tissue head": 2e-3}  # chosen on val for the table of 2026-11-26
-FULL = replace(quality.FULL, people=120, seeds=(0,), rates=(), methods=tuple(RATES), ablations=())
+FULL = replace(quality.FULL, people=120, seeds=(0, 1), rates=(), methods=tuple(RATES), ablations=())
 QUICK = replace(quality.QUICK, rates=(), methods=("sparse JEPA", "MAE"), ablations=())
 
 
