@@ -15,6 +15,7 @@ from neurojepa.config import RootConfig
 from neurojepa.downstream.embed import (
     Embeddings,
     describe,
+    reference_rows,
     select_rows,
     tokens_in,
     views_of,
@@ -34,14 +35,14 @@ def read_out(model: Averaged, config: RootConfig, feed: Feed, modalities: tuple[
              probed: Probed) -> Arrays:
     """Predictions and figures under both poolings; modalities begin with the one for figures."""
     rows = np.concatenate([select_rows(feed, modality, None) for modality in modalities])
-    train = np.array(feed.index["split"].to_pylist())[rows] == "train"
+    known = np.isin(rows, reference_rows(feed, rows))
     tokens, plain, taught = [], [], []  # each scan is encoded once
     for views in views_of(model, config, feed, rows):
         each, valid_BN1 = tokens_in(model, config, feed, views), views.valid_BN[..., None].float()
         plain.append((each.z_BND * valid_BN1).sum(1) / valid_BN1.sum(1).clamp(min=1))
-        of_train = torch.from_numpy(train[sum(map(len, plain[:-1])):][:len(each.z_BND)])
-        if of_train.any():
-            taught.append(Tokens(*(value[of_train] for value in vars(each).values())))
+        known_B = torch.from_numpy(known[sum(map(len, plain[:-1])):][:len(each.z_BND)])
+        if known_B.any():
+            taught.append(Tokens(*(value[known_B] for value in vars(each).values())))
         tokens.append(each)
     num_patches = len(patch_centres_mm(feed.grid, config.model.patch_voxels))
     places = Places.fit(lambda: taught, num_patches)
@@ -54,7 +55,7 @@ def read_out(model: Averaged, config: RootConfig, feed: Feed, modalities: tuple[
                    between_people(embeddings, size, modalities[0]).items()}
         if not prefix:
             scores |= {name: np.array(value) for name, value in
-                       gates(places, tokens, embeddings.values, train).items()}
+                       gates(places, tokens, embeddings.values, known).items()}
     return scores
 
 
@@ -77,15 +78,16 @@ def between_people(embeddings: Embeddings, size: np.ndarray, modality: str) -> d
 
 
 def gates(places: Places, tokens: list[Tokens], pooled: np.ndarray,
-          train: np.ndarray) -> dict[str, float]:
-    """Shares of the variance of train's tokens of brain that place, place and modality, and the
-    scan's own embedding explain; and the participation ratio between these tokens.
+          known: np.ndarray) -> dict[str, float]:
+    """Shares of the variance of tokens of brain that place, place and modality, and the scan's own
+    embedding explain, and the participation ratio between these tokens; of the scans that
+    ``places`` come from.
 
-    ``pooled`` and ``train`` are of each scan, in the order of ``tokens``.
+    ``pooled`` and ``known``, which these scans are, have the order of ``tokens``.
     """
     total, place, modality = places.variance()
-    used = torch.cat([each.brain_BN() for each in tokens])[train]
-    of_scan = (used.sum(1).numpy() * np.square(pooled.astype(np.float64)).sum(1)[train]).sum()
-    values = torch.cat([each.z_BND for each in tokens])[train][used].double().numpy()
+    used = torch.cat([each.brain_BN() for each in tokens])[known]
+    of_scan = (used.sum(1).numpy() * np.square(pooled.astype(np.float64)).sum(1)[known]).sum()
+    values = torch.cat([each.z_BND for each in tokens])[known][used].double().numpy()
     return {"place": place / total, "place and modality": modality / total,
             "scan": of_scan / total, "participation of tokens": participation_ratio(values)}
