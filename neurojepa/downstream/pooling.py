@@ -9,9 +9,9 @@ Here
     -> mean over the scan's patches
     -> less a line in the logarithm of the brain's volume, as volumes are adjusted for head size
 
-Without the last step the first principal component between people stays head size, at r = .9 deep
-in the brain too (docs/results/quality.md).  So what follows from head size, such as sex in part,
-has to be read from the volume of the brain.
+Without the last step the first principal component between people stays head size, deep in the
+brain too.  So what follows from head size, such as sex in part, has to be read from the volume of
+the brain.  docs/results/quality.md compares this with the plain mean.
 
 Mean tokens and lines come from scans of split ``train`` of the feed that is embedded, so nothing of
 the people tested goes into them (embed.reference_rows).
