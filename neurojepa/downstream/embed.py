@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from neurojepa.config import AugmentConfig, RootConfig
-from neurojepa.downstream.pooling import Places, Tokens
+from neurojepa.downstream.pooling import LEAST_SCANS, Places, Tokens
 from neurojepa.errors import DataError
 from neurojepa.feed.format import MODALITIES, Feed
 from neurojepa.feed.labels import scan_labels
@@ -104,6 +104,11 @@ def reference_rows(feed: Feed, rows: np.ndarray) -> np.ndarray:
 
     Of a modality that split train lacks, all scans of the feed are taken, and that is printed: no
     probe can be fitted on such scans, so nothing leaks.
+
+    Raises
+    ------
+    DataError
+        There are fewer than ``LEAST_SCANS`` of a modality: nothing could be told of them.
     """
     modality, split = (np.array(feed.index[name].to_pylist()) for name in ("modality", "split"))
     chosen = []
@@ -113,6 +118,10 @@ def reference_rows(feed: Feed, rows: np.ndarray) -> np.ndarray:
             found = np.flatnonzero(modality == wanted)
             print(f"{feed.uri}: no {wanted} scan in split train; embeddings of {wanted} are "
                   f"compared with all {len(found)} of them")
+        if len(found) < LEAST_SCANS:
+            raise DataError(f"{feed.uri}: {len(found)} {wanted} scan to compare with, embeddings "
+                            f"need {LEAST_SCANS}; embed other modalities (--modality), or pack "
+                            "more such scans")
         chosen.append(found[::-(-len(found) // MAX_REFERENCE)])
     return np.concatenate(chosen)
 

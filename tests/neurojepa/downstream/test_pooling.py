@@ -116,6 +116,10 @@ def test_a_modality_without_train_scans_is_compared_with_its_own(
     assert set(embedding.reference_rows(feed, rows[modality[rows] == "T1w"])) == set(
         np.flatnonzero(modality == "T1w"))
     assert not capsys.readouterr().out
+    lonely = feed.index.set_column(feed.index.schema.get_field_index("modality"), "modality",
+                                   [["PET", *["T1w"] * 23]])
+    with pytest.raises(DataError, match=r"1 PET scan to compare with.*--modality"):
+        embedding.reference_rows(SimpleNamespace(**{**vars(feed), "index": lonely}), np.arange(24))
 
 
 def first_component(values: np.ndarray) -> np.ndarray:
