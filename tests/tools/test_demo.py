@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from neurojepa.storage import read_rows
-from tests.helpers import ROOT, SCANS
+from tests.helpers import ROOT
 from tests.helpers.browser import look
 from tests.helpers.synthetic_head import brain, save
 
@@ -31,10 +30,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     root = tmp_path_factory.mktemp("demo")
     scans = root / "scans"
     scans.mkdir()
-    good = SCANS / "ixi" / "IXI012_T1w.nii.gz"
-    if not good.exists():
-        good = Path(save(root / "made_T1w.nii.gz", *brain()))
-    shutil.copy(good, scans)
+    good = Path(save(scans / "made_T1w.nii.gz", *brain()))
     (scans / "cut_T1w.nii.gz").write_bytes(good.read_bytes()[:200_000])
     done = run_demo(root / "out", scans)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
