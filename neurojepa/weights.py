@@ -1,9 +1,10 @@
 """Export a run's weights for use, load them, check the checkpoints they come from.
 
-    python -m neurojepa.weights export RUN --out DIR [--step N]
+    python -m neurojepa.weights export RUN --out DIR [--step N] [--feed FEED]
     python -m neurojepa.weights verify RUN
 
 DIR gets model.safetensors (fp32: encoder, its EMA ``target``, predictor, code, router biases),
+pooling.safetensors (what embeddings compare tokens with, from split train of the run's feed),
 README.md (the model card) and, last, config.json (resolved config, grid, step, feed).
 """
 
@@ -11,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from neurojepa.config import RootConfig, validate
-from neurojepa.errors import CheckpointError, DataError, run_command
-from neurojepa.feed.format import Grid, grid_from_record
+from neurojepa.downstream.pooling import Places
+from neurojepa.errors import CheckpointError, ConfigError, DataError, run_command
+from neurojepa.feed.format import Feed, Grid, grid_from_record, open_feed
 from neurojepa.methods import METHODS
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.build import build_model
@@ -33,15 +37,26 @@ class Weights:
     config: RootConfig
     grid: Grid
     step: int
+    places: Places | None = None  # what embeddings compare tokens with; None in early exports
+    feed: str | None = None  # fingerprint of the feed it was trained on
 
 
-def export(run_dir: str, out: str, step: int | None = None) -> int:
+def export(run_dir: str, out: str, step: int | None = None, compare_with: Feed | None = None
+           ) -> int:
     """Write the weights of a committed checkpoint (default: the latest); returns its step.
+
+    Parameters
+    ----------
+    compare_with
+        Feed whose split train says what tokens are like at each place of the brain.  Without it,
+        embeddings are compared with the feed that is embedded.
 
     Raises
     ------
     CheckpointError
         The run has no committed checkpoint, or not that step, or it is damaged.
+    ConfigError
+        ``compare_with`` is on another grid.
     """
     from safetensors.torch import save
 
@@ -63,12 +78,37 @@ def export(run_dir: str, out: str, step: int | None = None) -> int:
     record = {"step": step, "grid": checkpoint.manifest["grid"],
               "feed": checkpoint.manifest["feed"], "config": checkpoint.manifest["config"],
               "sha256": sha256(data)}
+    config = validate(record["config"], where=run_dir)
     write_bytes(join(out, "model.safetensors"), data)
-    objective = validate(record["config"], where=run_dir).objective
-    about = METHODS[objective.method].describe(objective)
+    if compare_with is not None and config.objective.method != "cnn":  # which has no tokens
+        record["pooling"] = _write_pooling(out, config, grid_from_record(record["grid"]),
+                                           tensors, compare_with)
+    about = METHODS[config.objective.method].describe(config.objective)
     write_bytes(join(out, "README.md"), _card(record, about, tensors).encode())
     write_bytes(join(out, "config.json"), json.dumps(record, indent=1).encode())
     return step
+
+
+def _write_pooling(out: str, config: RootConfig, grid: Grid, tensors: dict[str, torch.Tensor],
+                   feed: Feed) -> dict[str, Any]:
+    """Fit what embeddings compare tokens with, and write it; returns the record of it."""
+    from safetensors.torch import save
+
+    from neurojepa.downstream.embed import fit_places, teaching_rows
+
+    if not np.array_equal(grid.affine, feed.grid.affine):
+        raise ConfigError(f"--feed {feed.uri} is packed at grid {feed.grid.name}, the run was "
+                          f"trained at {grid.name}; pack the archive with --grid {grid.name}")
+    model = build_model(config, grid)
+    model.load_state_dict(tensors, strict=True)
+    rows = teaching_rows(feed)
+    count = Counter(feed.index["modality"].take(rows).to_pylist())
+    print(f"{feed.uri}: learning what is usual at each place of the brain from "
+          + ", ".join(f"{number} {name}" for name, number in sorted(count.items())) + " of split "
+          "train", flush=True)
+    data = save(fit_places(model, config, feed, rows).tensors())
+    write_bytes(join(out, "pooling.safetensors"), data)
+    return {"feed": feed.fingerprint, "scans": dict(count), "sha256": sha256(data)}
 
 
 def verify(run_dir: str) -> int:
@@ -128,7 +168,20 @@ def load(uri: str) -> Weights:
     except RuntimeError as error:
         raise DataError(f"{uri}: the weights do not fit the architecture in config.json: "
                         f"{' '.join(str(error).split())}") from error
-    return Weights(model.eval(), config, grid, record["step"])
+    return Weights(model.eval(), config, grid, record["step"], _load_pooling(uri, record),
+                   record["feed"])
+
+
+def _load_pooling(uri: str, record: dict[str, Any]) -> Places | None:
+    from safetensors.torch import load as load_tensors
+
+    if "pooling" not in record:
+        return None
+    data = read_bytes(join(uri, "pooling.safetensors"))
+    if sha256(data) != record["pooling"]["sha256"]:
+        raise DataError(f"{join(uri, 'pooling.safetensors')}: does not match the sha256 in "
+                        "config.json; export again")
+    return Places.from_tensors(load_tensors(data))
 
 
 def untrained(config: RootConfig, grid: Grid) -> Weights:
@@ -147,11 +200,37 @@ def _card(record: dict[str, Any], method: str, tensors: dict[str, torch.Tensor])
   {tuple(grid['centre_mm'])} mm, axes x y z in RAS
 - trained for {record['step']} steps of {config['train']['global_batch']} scans; feed
   {record['feed']}; {method}
-- use: `neurojepa.weights.load(DIR)`, then `neurojepa.downstream.embed.embed`; an embedding says
-  how the target encoder's tokens differ from those of the feed's split train at the same places,
-  adjusted for head size
+- use: `neurojepa embed SCANS --weights DIR --out OUT`, in Python `neurojepa.load(DIR).embed(FILE)`
+- an embedding says how the target encoder's tokens differ from what is usual at the same places,
+  adjusted for head size; {_pooling_line(record)}
 - not a medical device; check on your own scanners and people before drawing conclusions
 """
+
+
+def _pooling_line(record: dict[str, Any]) -> str:
+    if "pooling" not in record:
+        return "usual is what split train of the embedded feed has"
+    scans = record["pooling"]["scans"]
+    return ("usual is what these scans of split train have: "
+            + ", ".join(f"{number} {name}" for name, number in sorted(scans.items())))
+
+
+def _feed_of(run_dir: str, given: str | None) -> Feed | None:
+    """The feed that ``given`` names, or that of the run, if it can still be opened."""
+    if given:
+        return open_feed(given)
+    from neurojepa.train.checkpoint import latest_step, open_checkpoint
+
+    step = latest_step(run_dir)
+    if step is None:
+        return None  # export says so
+    uri = open_checkpoint(run_dir, step).manifest["config"]["data"]["feed"]
+    try:
+        return open_feed(uri)
+    except DataError as error:
+        print(f"exported without what embeddings are compared with: {error}; they will be compared "
+              "with the scans embedded beside them; to mend it, export again with --feed FEED")
+        return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,12 +241,15 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("run", help="run directory (path or URI)")
     command.add_argument("--out", required=True, help="where to write them")
     command.add_argument("--step", type=int, help="a committed step; default: the latest")
+    command.add_argument("--feed", help="whose split train embeddings are compared with; default: "
+                         "the run's")
     command = commands.add_parser("verify", help="check a run's checkpoints; exit 1 if damaged")
     command.add_argument("run", help="run directory (path or URI)")
     arguments = parser.parse_args(argv)
     if arguments.command == "verify":
         return verify(arguments.run)
-    step = export(arguments.run, arguments.out, arguments.step)
+    step = export(arguments.run, arguments.out, arguments.step,
+                  _feed_of(arguments.run, arguments.feed))
     print(f"exported step {step} of {arguments.run} to {arguments.out}")
     return 0
 

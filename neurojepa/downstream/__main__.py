@@ -60,7 +60,7 @@ def run_embed(arguments: argparse.Namespace) -> int:
 
     feed, weights = _open(arguments)
     rows = select_rows(feed, arguments.modality, arguments.cohort)
-    result = embed(weights.model, weights.config, feed, rows)
+    result = embed(weights.model, weights.config, feed, rows, weights.places)
     columns = {name: getattr(result, name) for name in
                ("scan_id", "participant", "session", "modality", "split")}
     table = pa.table({**columns, "embedding": list(result.values)})
@@ -83,7 +83,7 @@ def run_probe(arguments: argparse.Namespace) -> int:
         del models["neurojepa"]
     labels, results = feed.labels(), {}
     for name, each in models.items():
-        embeddings = embed(each.model, each.config, feed, rows)
+        embeddings = embed(each.model, each.config, feed, rows, each.places)
         results[name] = [probe(embeddings, label, embeddings.labels(labels, label))
                          for label in arguments.labels]
         for result in results[name]:

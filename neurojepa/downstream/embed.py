@@ -1,6 +1,11 @@
 """Frozen embeddings of a feed's scans, one row a scan: the target encoder's tokens, pooled.
 
 pooling.py says how.  A CNN has no tokens; its pooled features are taken as they are.
+
+Scans go through the encoder one at a time, each with all the patches that have brain in them: the
+token budget of training would leave out part of large heads alone.  So an embedding does not depend
+on what is embedded beside it.  Only training's own probes keep its budget and its batches, whose
+shapes are compiled.
 """
 
 from __future__ import annotations
@@ -20,8 +25,15 @@ from neurojepa.feed.format import MODALITIES, Feed
 from neurojepa.feed.labels import scan_labels
 from neurojepa.feed.loader import Batch, SampleReader
 from neurojepa.model.averaged import Averaged
-from neurojepa.objective.views import Views, make_views, patch_centres_mm, patch_numbers
+from neurojepa.objective.views import (
+    Views,
+    count_brain,
+    make_views,
+    patch_centres_mm,
+    patch_numbers,
+)
 
+READ_AHEAD = 8  # scans
 MAX_REFERENCE = 256  # scans of a modality that say what a place is like
 
 
@@ -73,21 +85,24 @@ def select_rows(feed: Feed, modality: str | None, cohort: str | None,
 
 @torch.no_grad()
 def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
-          batch_size: int = 8, places: Places | None = None) -> Embeddings:
+          places: Places | None = None, *, batch_size: int | None = None) -> Embeddings:
     """Embed scans of a feed without augmentation or masks.
 
     Parameters
     ----------
     rows : [n] row numbers of ``feed.index``
     places : what to compare tokens with; None: those of ``reference_rows``
+    batch_size : None: one scan at a time, with all its brain; a number: as many as in training,
+        with training's token budget
     """
     if config.objective.method == "cnn":
         pooled = [model.embed(views)
-                  for views in views_of(model, config, feed, rows, batch_size)]
+                  for views in views_of(model, config, feed, rows, batch_size=batch_size)]
     else:
-        places = places or fit_places(model, config, feed, reference_rows(feed, rows), batch_size)
+        places = places or fit_places(model, config, feed, reference_rows(feed, rows),
+                                      batch_size=batch_size)
         pooled = [places.pool(each)
-                  for each in tokens_of(model, config, feed, rows, batch_size)]
+                  for each in tokens_of(model, config, feed, rows, batch_size=batch_size)]
     return describe(feed, rows, torch.cat(pooled).cpu().numpy())
 
 
@@ -126,18 +141,37 @@ def reference_rows(feed: Feed, rows: np.ndarray) -> np.ndarray:
     return np.concatenate(chosen)
 
 
+def teaching_rows(feed: Feed) -> np.ndarray:
+    """Scans that say, with a run's weights, what is usual at each place: as ``reference_rows``, of
+    every modality that split train has enough of.
+
+    Raises
+    ------
+    DataError
+        There is no such modality.
+    """
+    modality, split = (np.array(feed.index[name].to_pylist()) for name in ("modality", "split"))
+    names, counts = np.unique(modality[split == "train"], return_counts=True)
+    rows = np.flatnonzero(np.isin(modality, names[counts >= LEAST_SCANS]))
+    if not len(rows):
+        raise DataError(f"{feed.uri}: split train has {dict(zip(names, counts, strict=True))} "
+                        f"scans, embeddings need {LEAST_SCANS} of a modality to compare with")
+    return reference_rows(feed, rows)
+
+
 @torch.no_grad()
 def fit_places(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
-               batch_size: int = 8) -> Places:
+               *, batch_size: int | None = None) -> Places:
     """What tokens are at each place in the scans of ``rows``, as ``reference_rows`` has them."""
     num_patches = len(patch_centres_mm(feed.grid, config.model.patch_voxels))
-    return Places.fit(lambda: tokens_of(model, config, feed, rows, batch_size), num_patches)
+    return Places.fit(lambda: tokens_of(model, config, feed, rows, batch_size=batch_size),
+                      num_patches)
 
 
 def tokens_of(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
-              batch_size: int = 8) -> Iterator[Tokens]:
+              *, batch_size: int | None = None) -> Iterator[Tokens]:
     """The target encoder's tokens of scans, batch by batch, without augmentation."""
-    for views in views_of(model, config, feed, rows, batch_size):
+    for views in views_of(model, config, feed, rows, batch_size=batch_size):
         yield tokens_in(model, config, feed, views)
 
 
@@ -148,13 +182,41 @@ def tokens_in(model: Averaged, config: RootConfig, feed: Feed, views: Views) -> 
 
 
 def views_of(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
-             batch_size: int = 8) -> Iterator[Views]:
-    """Views of scans in order, without augmentation, on the model's device."""
+             *, batch_size: int | None = None) -> Iterator[Views]:
+    """Views of scans in order, without augmentation, on the model's device.
+
+    Without ``batch_size`` each scan comes alone, with all its brain.
+    """
     device = next(model.parameters()).device
     model.eval()
     config = without_augmentation(config)
-    for batch in batches(feed, rows, batch_size):
-        yield make_views(batch.to(device), config, feed.grid, config.train.seed)
+    for batch in batches(feed, rows, batch_size or READ_AHEAD):
+        batch = batch.to(device)
+        if batch_size is not None:
+            yield make_views(batch, config, feed.grid, config.train.seed)
+            continue
+        for b in range(len(batch.scan_ids)):
+            alone = _alone(batch, b)
+            yield make_views(alone, with_all_brain(config, alone.voxels), feed.grid,
+                             config.train.seed)
+
+
+def _alone(batch: Batch, b: int) -> Batch:
+    """Scan b of a batch as a batch of its own."""
+    return Batch(voxels=batch.voxels[b:b + 1], modality=batch.modality[b:b + 1],
+                 position=batch.position[b:b + 1], weight=batch.weight[b:b + 1],
+                 scan_ids=batch.scan_ids[b:b + 1])
+
+
+def with_all_brain(config: RootConfig, voxels: torch.Tensor) -> RootConfig:
+    """The same config with a token budget that leaves out no patch of a scan with brain in it."""
+    budget = config.model.token_budget
+    if budget is None:
+        return config
+    brain_Bn, _ = count_brain(voxels, config.model.patch_voxels)
+    budget = max(budget, int((brain_Bn > 0).sum(1).max()))
+    return config.model_copy(update={
+        "model": config.model.model_copy(update={"token_budget": budget})})
 
 
 def without_augmentation(config: RootConfig) -> RootConfig:

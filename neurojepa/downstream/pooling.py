@@ -13,10 +13,13 @@ Without the last step the first principal component between people stays head si
 brain too.  So what follows from head size, such as sex in part, has to be read from the volume of
 the brain.  docs/results/quality.md compares this with the plain mean.
 
-Mean tokens and lines come from scans of split ``train`` of the feed that is embedded, so nothing of
-the people tested goes into them (embed.reference_rows).
+A region's row is the same mean over its part of the patches, less a line at each patch.
 
-Shape letters: B scans, N tokens, T tokens of a modality, n patches of the grid, D width.
+Mean tokens and lines come from scans of split ``train`` (embed.reference_rows), so nothing of the
+people tested goes into them.  ``weights export`` fits them on the feed of the run and stores them
+with the weights, so that an embedding does not depend on what is embedded beside it.
+
+Shape letters: B scans, N tokens, T tokens of a modality, n patches of the grid, D width, R regions.
 """
 
 from __future__ import annotations
@@ -66,11 +69,13 @@ class Places:
         """Learn from scans of split train, which are read twice."""
         places = cls(num_patches)
         for tokens in read():
+            log_size_BN = tokens.log_size_B()[:, None].expand_as(tokens.patch_BN)
             for modality in tokens.modality_B.unique().tolist():
                 of_BN = tokens.brain_BN() & (tokens.modality_B == modality)[:, None]
                 if modality not in places.sums:
                     places.sums[modality] = Sums.empty(num_patches, tokens.z_BND)
-                places.sums[modality].add(tokens.z_BND[of_BN], tokens.patch_BN[of_BN])
+                places.sums[modality].add(tokens.z_BND[of_BN], tokens.patch_BN[of_BN],
+                                          log_size_BN[of_BN])
         parts = [(places._differences(tokens), tokens.log_size_B(), tokens.modality_B)
                  for tokens in read()]
         value_SD, log_size_S, modality_S = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -87,24 +92,83 @@ class Places:
         DataError
             A scan's modality is none of those fitted.
         """
+        self._check(tokens)
+        by_size = [self.lines[modality](log_size) for modality, log_size in zip(
+            tokens.modality_B.tolist(), tokens.log_size_B(), strict=True)]
+        return self._differences(tokens) - torch.stack(by_size)
+
+    def pool_regions(self, tokens: Tokens, share_nR: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of parts of the brain, as ``pool`` makes them of the whole.
+
+        Parameters
+        ----------
+        share_nR : float, how much of each patch lies in each region
+
+        Returns
+        -------
+        float32 [B, R, D], 0 where nothing of a region was seen; float32 [B, R], how many patches of
+        it were
+
+        Raises
+        ------
+        DataError
+            A scan's modality is none of those fitted.
+        """
+        self._check(tokens)
+        rows, seen = [], []
+        for b, modality in enumerate(tokens.modality_B.tolist()):
+            patch_T, differing_TD = self._differing(tokens, b)
+            differing_TD = differing_TD - self.sums[modality].by_size(
+                patch_T, tokens.log_size_B()[b])
+            share_TR = share_nR[patch_T].to(differing_TD)
+            rows.append(share_TR.T @ differing_TD / share_TR.sum(0).clamp(min=1e-9)[:, None])
+            seen.append(share_TR.sum(0))
+        return torch.stack(rows).float(), torch.stack(seen).float()
+
+    def to(self, device: torch.device) -> Places:
+        """The same on a device."""
+        return Places.from_tensors({name: value.to(device)
+                                    for name, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was learnt, exactly, by names such as T1w.token_nD."""
+        return {f"{MODALITIES[modality]}.{name}": value for modality in sorted(self.sums)
+                for part in (self.sums[modality], self.lines[modality])
+                for name, value in vars(part).items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Places:
+        """What ``tensors`` gave."""
+        parts: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            modality, _, field = name.partition(".")
+            parts.setdefault(MODALITIES.index(modality), {})[field] = value
+        places = cls(len(next(iter(parts.values()))["scans_n"]))
+        for modality, part in parts.items():
+            line = {name: part.pop(name) for name in ("log_size", "slope_D")}
+            places.sums[modality], places.lines[modality] = Sums(**part), Line(**line)
+        return places
+
+    def _check(self, tokens: Tokens) -> None:
         unknown = set(tokens.modality_B.tolist()) - set(self.sums)
         if unknown:
             raise DataError(f"no {MODALITIES[min(unknown)]} scan to compare with; "
                             "it has " + ", ".join(MODALITIES[m] for m in sorted(self.sums))
                             + "; embed other modalities, or add such scans to the feed")
-        by_size = [self.lines[modality](log_size) for modality, log_size in zip(
-            tokens.modality_B.tolist(), tokens.log_size_B(), strict=True)]
-        return self._differences(tokens) - torch.stack(by_size)
 
     def _differences(self, tokens: Tokens) -> Tensor:
         """[B, D]: mean difference from the mean token of the place; 0 where no place is known."""
         rows = []
-        for b, modality in enumerate(tokens.modality_B.tolist()):
-            patch_N, sums = tokens.patch_BN[b], self.sums[modality]
-            used_N = tokens.brain_BN()[b] & (sums.scans_n[patch_N] >= LEAST_SCANS)
-            differing_TD = tokens.z_BND[b, used_N] - sums.mean(patch_N[used_N])
+        for b in range(len(tokens.z_BND)):
+            _, differing_TD = self._differing(tokens, b)
             rows.append(differing_TD.sum(0) / max(len(differing_TD), 1))
         return torch.stack(rows).float()
+
+    def _differing(self, tokens: Tokens, b: int) -> tuple[Tensor, Tensor]:
+        """Patches [T] of scan b whose place is known, and what their tokens differ by [T, D]."""
+        patch_N, sums = tokens.patch_BN[b], self.sums[int(tokens.modality_B[b])]
+        used_N = tokens.brain_BN()[b] & (sums.scans_n[patch_N] >= LEAST_SCANS)
+        return patch_N[used_N], tokens.z_BND[b, used_N] - sums.mean(patch_N[used_N])
 
     def variance(self) -> tuple[float, float, float]:
         """Variance of the tokens that were learnt from, as sums of squares: all of it, that between
@@ -125,17 +189,32 @@ class Sums:
     scans_n: Tensor
     token_nD: Tensor
     energy: Tensor  # of squared lengths over all patches
+    size_n: Tensor  # of the logarithm of the brain's volume
+    size2_n: Tensor  # of its square
+    sized_nD: Tensor  # of it times the token
 
     @classmethod
     def empty(cls, num_patches: int, like: Tensor) -> Sums:
+        n, D = num_patches, like.shape[-1]
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=like.device)
-                     for shape in ((num_patches,), (num_patches, like.shape[-1]), ())))
+                     for shape in ((n,), (n, D), (), (n,), (n,), (n, D))))
 
-    def add(self, z_TD: Tensor, patch_T: Tensor) -> None:
-        z_TD = z_TD.double()
-        self.scans_n.index_add_(0, patch_T, torch.ones_like(z_TD[:, 0]))
+    def add(self, z_TD: Tensor, patch_T: Tensor, log_size_T: Tensor) -> None:
+        z_TD, log_size_T = z_TD.double(), log_size_T.double()
+        self.scans_n.index_add_(0, patch_T, torch.ones_like(log_size_T))
         self.token_nD.index_add_(0, patch_T, z_TD)
         self.energy += z_TD.square().sum()
+        self.size_n.index_add_(0, patch_T, log_size_T)
+        self.size2_n.index_add_(0, patch_T, log_size_T.square())
+        self.sized_nD.index_add_(0, patch_T, log_size_T[:, None] * z_TD)
+
+    def by_size(self, patch_T: Tensor, log_size: Tensor) -> Tensor:
+        """[T, D]: what a head of this size differs by at these patches: a line at each of them."""
+        scans_T, size_T = self.scans_n[patch_T], self.size_n[patch_T]
+        spread_T = self.size2_n[patch_T] - size_T.square() / scans_T
+        slope_TD = ((self.sized_nD[patch_T] - size_T[:, None] * self.mean(patch_T))
+                    / (spread_T.clamp(min=0) + SIZE_PRIOR)[:, None])
+        return (log_size - size_T / scans_T)[:, None] * slope_TD
 
     def mean(self, patch_T: Tensor) -> Tensor:
         """[T, D]: the mean tokens of patches that were seen."""

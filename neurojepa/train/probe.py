@@ -115,8 +115,9 @@ class OnlineProbe(Hook):
         was_training = model.training
         places = None
         if self.config.objective.method != "cnn":  # which has no tokens
-            places = fit_places(model, self.config, self.feed, self.rows[self.train], batch)
-        values = embed(model, self.config, self.feed, mine, batch, places).values
+            places = fit_places(model, self.config, self.feed, self.rows[self.train],
+                                batch_size=batch)
+        values = embed(model, self.config, self.feed, mine, places, batch_size=batch).values
         model.train(was_training)
         shares = np.stack(self.world.gather(values), 1)  # [each, rank, D]
         return shares.reshape(each * size, -1)[:len(self.rows)], places

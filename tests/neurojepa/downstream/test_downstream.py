@@ -10,12 +10,13 @@ import torch
 
 from neurojepa.config import dump_config
 from neurojepa.downstream.__main__ import main as downstream
-from neurojepa.downstream.embed import Embeddings, embed, select_rows
+from neurojepa.downstream.embed import Embeddings, embed, select_rows, views_of
 from neurojepa.downstream.probe import probe
 from neurojepa.errors import ConfigError, DataError, NeurojepaError
 from neurojepa.feed.format import open_feed
 from neurojepa.train.checkpoint import latest_step, open_checkpoint
 from neurojepa.weights import export, load, untrained
+from neurojepa.weights import main as weights_command
 from tests.helpers.feeds import GRID, Describe, relabel, tiny_config, write_feed
 
 
@@ -30,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, run_cli) -> Path:
     recipe.write_text(dump_config(config))
     result = run_cli("-m", "neurojepa.pretrain", "--config", str(recipe))
     assert result.returncode == 0, result.stderr
-    export(str(root / "run"), str(root / "weights"))
+    export(str(root / "run"), str(root / "weights"), compare_with=open_feed(str(root / "feed")))
     return root
 
 
@@ -63,14 +64,49 @@ def test_an_export_holds_the_trained_values_and_loads_strictly(trained: Path) ->
     assert weights.grid == GRID
 
 
-def test_embeddings_ignore_augmentation_batching_and_order(trained: Path) -> None:
+def test_an_embedding_does_not_depend_on_what_is_embedded_beside_it(trained: Path) -> None:
     weights, feed = load(str(trained / "weights")), open_feed(str(trained / "feed"))
     rows = select_rows(feed, None, None)
-    together = embed(weights.model, weights.config, feed, rows, batch_size=24)
-    apart = embed(weights.model, weights.config, feed, rows[::-1], batch_size=5)
+    together = embed(weights.model, weights.config, feed, rows, weights.places)
+    apart = embed(weights.model, weights.config, feed, rows[:2:-1], weights.places)
     assert together.values.shape[0] == 24 and np.isfinite(together.values).all()
-    assert np.allclose(together.values, apart.values[::-1], atol=1e-5)
+    assert np.array_equal(together.values[:2:-1], apart.values)  # to the bit
     assert np.ptp(together.values, axis=0).max() > 1e-3  # scans differ
+    # as fitted on the feed, which is the one of the run
+    assert np.array_equal(together.values, embed(weights.model, weights.config, feed, rows).values)
+
+
+def test_all_brain_is_seen_whatever_the_budget_of_training(trained: Path) -> None:
+    weights, feed = load(str(trained / "weights")), open_feed(str(trained / "feed"))
+    budget = weights.config.model.token_budget
+    rows = select_rows(feed, None, None)
+    kept, brain = [], []
+    for views, row in zip(views_of(weights.model, weights.config, feed, rows), rows, strict=True):
+        kept.append(float(views.foreground_BN.sum()) * 6**3)
+        brain.append(feed.index["num_foreground"][int(row)].as_py())
+        assert len(views.tokens_BNP) == 1 and views.tokens_BNP.shape[1] >= budget
+    assert np.allclose(kept, brain)
+    cut = [float(views.foreground_BN[b].sum()) * 6**3
+           for views in views_of(weights.model, weights.config, feed, rows, batch_size=8)
+           for b in range(8)]
+    assert min(np.array(cut) / brain) < 0.95  # as training sees them
+
+
+def test_weights_without_pooling_open_and_are_compared_with_the_feed(trained: Path,
+                                                                      tmp_path: Path) -> None:
+    export(str(trained / "run"), str(tmp_path))
+    assert load(str(tmp_path)).places is None and not (tmp_path / "pooling.safetensors").exists()
+    assert load(str(trained / "weights")).places is not None
+    (tmp_path / "moved").mkdir()
+    assert weights_command(["export", str(trained / "run"), "--out", str(tmp_path / "moved"),
+                            "--feed", str(trained / "feed")]) == 0
+    assert (tmp_path / "moved/pooling.safetensors").read_bytes() == (
+        trained / "weights/pooling.safetensors").read_bytes()
+    data = bytearray((tmp_path / "moved/pooling.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "moved/pooling.safetensors").write_bytes(data)
+    with pytest.raises(DataError, match=r"pooling.safetensors: does not match the sha256"):
+        load(str(tmp_path / "moved"))
 
 
 def test_the_probe_command_writes_scores_of_both_models(trained: Path) -> None:
@@ -115,7 +151,7 @@ def test_what_is_not_there_is_named(trained: Path, arguments: list[str],
 
 
 def test_damaged_weights_and_another_grid_are_refused(trained: Path, tmp_path: Path) -> None:
-    for name in ("model.safetensors", "config.json"):
+    for name in ("model.safetensors", "pooling.safetensors", "config.json"):
         (tmp_path / name).write_bytes((trained / "weights" / name).read_bytes())
     record = json.loads((tmp_path / "config.json").read_text())
     record["grid"]["spacing_mm"] = 5.0

@@ -75,6 +75,36 @@ def test_batches_add_up_and_modalities_stay_apart() -> None:
         together.pool(other)
 
 
+def test_a_region_is_the_mean_over_its_part_of_each_patch_less_a_line_at_each() -> None:
+    rng = np.random.default_rng(1)
+    size = rng.uniform(0.5, 0.85, 300)  # a third patch, of the edge, alone tells the size
+    shares = torch.tensor(np.stack([np.ones(300), np.ones(300), size], 1)).float()
+    log_size, rest = shares.sum(1).log(), torch.tensor(rng.normal(0, 1, (300, 2))).float()
+    z_BN = torch.stack([10 * log_size + rest[:, 0], -4 * log_size + rest[:, 1], log_size], 1)
+    heads = Tokens(z_BN[..., None], torch.arange(3).expand(300, 3), shares,
+                   torch.full((300,), T1W))
+    places = fitted([heads], 3)
+    share_nR = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    rows, seen = places.pool_regions(heads, share_nR)
+    assert torch.allclose(seen[0], torch.tensor([1.0, 1.0, 0.0])) and not rows[:, 2].any()
+    for region, wanted in ((0, rest[:, 0]), (1, rest.mean(1))):
+        assert abs(np.corrcoef(rows[:, region, 0], log_size)[0, 1]) < 0.1
+        assert np.corrcoef(rows[:, region, 0], wanted)[0, 1] > 0.99
+
+
+def test_places_are_the_same_after_storing() -> None:
+    one, two = tokens([[1.0, 4.0], [3.0, 5.0]], [[1.0, 0.95], [1.0, 1.0]]), tokens(
+        [[9.0, 8.0], [7.0, 6.0]], [[1.0, 1.0], [1.0, 0.9]], T2W)
+    places = fitted([one, two], 2)
+    again = Places.from_tensors(places.tensors())
+    share_nR = torch.ones(2, 1)
+    for each in (one, two):
+        assert torch.equal(again.pool(each), places.pool(each))
+        assert torch.equal(again.pool_regions(each, share_nR)[0],
+                           places.pool_regions(each, share_nR)[0])
+    assert again.variance() == places.variance()
+
+
 def test_variance_by_place_and_modality_by_hand() -> None:
     places = fitted([tokens([[1.0, 3.0]], [[1.0, 1.0]]),
                      tokens([[1.0, 7.0]], [[1.0, 1.0]], T2W)], 2)
@@ -91,9 +121,9 @@ def test_only_train_teaches(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = untrained(config, feed.grid).model
     read, tokens_of = [], embedding.tokens_of
 
-    def noted(*arguments):
+    def noted(*arguments, **how):
         read.append(arguments[3])
-        return tokens_of(*arguments)
+        return tokens_of(*arguments, **how)
 
     monkeypatch.setattr(embedding, "tokens_of", noted)
     rows = np.arange(24)
