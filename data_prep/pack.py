@@ -1,10 +1,11 @@
 """pack: the archive -> WebDataset tars at a training grid, and the index that addresses them.
 
 Per scan: boxes of the training grid average the archive's brain voxels (so no edge darkens), mask
-codes go by majority, labels by the nearest voxel.  Accepted and flagged scans go in, rejected ones
-do not.  Tars hold one cohort each and are equal byte for byte when made again, by any number of
-workers.  New shards are written beside the old, each with a record of its rows, the commit record
-is replaced, then the old ones are removed: a reader always finds a whole feed.
+codes go by majority, labels by the nearest voxel.  Accepted and flagged scans go in, whatever
+their notes, rejected ones do not.  Tars hold one cohort each and are equal byte for byte when made
+again, by any number of workers.  New shards are written beside the old, each with a record of its
+rows, the commit record is replaced, then the old ones are removed: a reader always finds a whole
+feed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.archive import IMAGE_SCALE, check_reachable, open_archive, read_volume, slot
-from data_prep.rows import usable
+from data_prep.rows import Status, usable
 from data_prep.tables import read_table
 from neurojepa.errors import DataError
 from neurojepa.feed.format import (
@@ -83,6 +84,7 @@ def pack(archive_uri: str, *, out: str, grid: Grid, shard_bytes: int, workers: i
         return
     scans = archive.scans.select([*_COPIED, "status"])
     scans = scans.filter(usable(scans)).sort_by("cohort")
+    num_flagged = pc.sum(pc.equal(scans["status"], Status.FLAGGED.value)).as_py()
     if not scans.num_rows:
         raise DataError(f"{archive_uri}: no accepted or flagged scan to pack")
     shards = list(_plan(archive_uri, scans, out, grid, source, shard_bytes))
@@ -92,7 +94,8 @@ def pack(archive_uri: str, *, out: str, grid: Grid, shard_bytes: int, workers: i
                               source=source)
     remove_shards_except(out, {shard.name for shard in shards})
     remove(join(out, _RECORDS))
-    print(f"{out}: {rows.num_rows} scans at {grid.name}, fingerprint {fingerprint}")
+    print(f"{out}: {rows.num_rows} scans ({num_flagged} of them flagged) at {grid.name}, "
+          f"fingerprint {fingerprint}")
 
 
 @dataclass(frozen=True)

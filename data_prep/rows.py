@@ -6,7 +6,7 @@ Scan they are the ArchiveRows of scans.parquet.  There every figure is a column 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.flags import joined
 from data_prep.scan import SCAN_SCHEMA, Scan
 from data_prep.tables import dicts
 
@@ -47,7 +48,9 @@ class Outcome(TypedDict):
     provenance: str | None  # JSON: software, parameters, hash of the input; None if never read
     scan_id: str | None  # hash of voxels and affine; None where there are none
     status: Status
-    reason: str | None  # code of a rejection, or flags joined by ";"
+    reason: str | None  # why it has this status: code of a rejection, or the flags
+    flags: str | None  # what may be wrong with it, joined by ";"; of rejected scans, too
+    notes: str | None  # how it was made, joined by ";"
     message: str | None  # one line that says more about a rejection
     voxels_sha256: NotRequired[str | None]  # of the stored arrays
 
@@ -81,17 +84,40 @@ WITHDRAWN = "withdrawn"  # the reason of a row whose person has left; prepare sk
 WITHDRAWN_CONTENT: Verdict = {
     "status": Status.REJECTED, "reason": "withdrawn_content", "voxels_sha256": None,
     "message": "same voxels and affine as a scan of a person who withdrew"}
-_ADDED = ("scan_id", "status", "reason", "message", "voxels_sha256", "provenance")  # to a Scan's
+_ADDED = ("scan_id", "status", "reason", "flags", "notes", "message", "voxels_sha256",
+          "provenance")  # to a Scan's
 FIXED_SCHEMA = pa.schema([*SCAN_SCHEMA, *(pa.field(name, pa.string()) for name in _ADDED
                                           if name not in SCAN_SCHEMA.names)])
 
 
-def rejected_outcome(scan: Scan, *, reason: str, message: str, provenance: str | None = None
-                     ) -> Outcome:
+class Judged(TypedDict):
+    """What flags make of a scan that is kept."""
+
+    status: Status
+    reason: str | None
+    flags: str | None
+
+
+def judged_by(flags: Iterable[str]) -> Judged:
+    """Columns of a scan that is kept: flagged where there are flags, else accepted."""
+    told = joined(flags)
+    return {"status": Status.FLAGGED if told else Status.ACCEPTED, "reason": told, "flags": told}
+
+
+def flags_of(row: ArchiveRow) -> list[str]:
+    """Flags of a row; of one that was made before they had a column, from its reason."""
+    told = row.get("flags")
+    if told is None and row["status"] == Status.FLAGGED:
+        told = row["reason"]
+    return told.split(";") if told else []
+
+
+def rejected_outcome(scan: Scan, *, reason: str, message: str, provenance: str | None = None,
+                     flags: Iterable[str] = ()) -> Outcome:
     """A scan that cannot be used: no voxels, no figures."""
     return {"uri": scan.uri, "member": scan.member, "modality": scan.modality, "figures": {},
             "provenance": provenance, "scan_id": None, "status": Status.REJECTED,
-            "reason": reason, "message": message}
+            "reason": reason, "flags": joined(flags), "notes": None, "message": message}
 
 
 def duplicate_of(place: str) -> Verdict:

@@ -15,14 +15,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.archive import slot
+from data_prep.flags import OUTLIER
 from data_prep.rows import (
     FIXED_SCHEMA,
     WITHDRAWN,
     WITHDRAWN_CONTENT,
     ArchiveRow,
+    Judged,
     Outcome,
-    Status,
     duplicate_of,
+    judged_by,
     scan_table,
     usable,
 )
@@ -105,7 +107,7 @@ def _marked(table: pa.Table, marks: Mapping[int, Mapping[str, Any]]) -> pa.Table
 
 def _with_outliers(table: pa.Table) -> pa.Table:
     """Flags of scans far from their cohort, computed anew from all figures that are there now."""
-    from data_prep.qc.judge import OUTLIER, rules
+    from data_prep.qc.judge import rules
 
     flags: dict[int, list[str]] = {}
     old = pc.fill_null(pc.match_substring(table["reason"], OUTLIER), False).to_numpy()
@@ -115,12 +117,11 @@ def _with_outliers(table: pa.Table) -> pa.Table:
         for figure in sorted(rules().figures.keys() & set(table.column_names)):
             for number in _outliers(table, numbers, figure).tolist():
                 flags.setdefault(number, []).append(OUTLIER + figure)
-    marks: dict[int, dict[str, str | None]] = {}
+    marks: dict[int, Judged] = {}
     for number, found in flags.items():
         reason = (table["reason"][number].as_py() or "").split(";")
         own = [flag for flag in reason if flag and not flag.startswith(OUTLIER)] + found
-        marks[number] = {"reason": ";".join(own) or None,
-                         "status": Status.FLAGGED if own else Status.ACCEPTED}
+        marks[number] = judged_by(own)
     return _marked(table, marks)
 
 

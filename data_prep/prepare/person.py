@@ -16,9 +16,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from data_prep.archive import slot, write_volume
+from data_prep.flags import joined
 from data_prep.prepare.child import Child, Death
 from data_prep.prepare.duplicates import fingerprint
-from data_prep.rows import Outcome, Status, duplicate_of, rejected_outcome
+from data_prep.rows import Outcome, duplicate_of, judged_by, rejected_outcome
 from data_prep.scan import Scan, ScanError, split_member
 from neurojepa.errors import DataError
 from neurojepa.storage import join, open_store, remove, write_bytes
@@ -165,7 +166,7 @@ def _prepare_and_write(task: PersonTask, scans: list[Scan], given_up: list[Outco
             continue
         outcomes.append(rejected_outcome(scan, reason=result.reason,
                                          message=nameless(result.message, task.scans),
-                                         provenance=made_by))
+                                         provenance=made_by, flags=result.flags))
         if not scan.reason and (picture := preview_of(scan)):
             outcomes[-1]["figures"]["preview"] = picture
     _commit_record(task, outcomes)
@@ -179,8 +180,7 @@ def _write(task: PersonTask, result: Prepared, provenance: str, seen: set[str]) 
         "uri": scan.uri, "member": scan.member, "modality": scan.modality,
         "figures": {name: _plain(value) for name, value in result.figures.items()},
         "provenance": provenance, "scan_id": result.scan_id,
-        "status": Status.FLAGGED if result.flags else Status.ACCEPTED,
-        "reason": ";".join(result.flags) or None, "message": None}
+        **judged_by(result.flags), "notes": joined(result.notes), "message": None}
     if result.scan_id in seen:
         return {**outcome, **duplicate_of(place)}
     seen.add(result.scan_id)

@@ -15,7 +15,6 @@ from neurojepa.errors import ConfigError
 from neurojepa.feed.format import MODALITIES
 
 DEFAULT = Path(__file__).with_name("qc.yaml")
-OUTLIER = "outlier:"
 RowKey = tuple[str, str | None, str]  # uri, member, modality
 _SIDES = ("low", "high", "both", "none")
 _LIMITS = ("flag_below", "flag_above", "reject_below", "reject_above")
@@ -119,7 +118,7 @@ def rejection(figures: Mapping[str, Any], modality: str) -> tuple[str, str] | No
 
 
 def outliers(values: np.ndarray, figure: str) -> np.ndarray:
-    """Which scans are far from the others of their cohort and modality in a figure; flag OUTLIER.
+    """Which scans are far from the others of their cohort and modality in a figure.
 
     Far is ``robust_z`` standard deviations, estimated from the median absolute deviation (Iglewicz
     and Hoaglin 1993), on the figure's worse side.  It depends on the values only, so it may be

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.qc.judge import OUTLIER, rules
+from data_prep.flags import COMPANIONS, OUTLIER, Flag, Note
+from data_prep.qc.judge import rules
 from data_prep.report.figures import COLOURS, ages
-from data_prep.rows import ArchiveRow, Status
+from data_prep.rows import ArchiveRow, Status, flags_of
 from neurojepa.report import heading, key, paragraph, section, stack, table
 
 PROCESSING = {"placement": "place in MNI152", "mask_source": "brain mask", "processing":
@@ -18,6 +19,8 @@ PROCESSING = {"placement": "place in MNI152", "mask_source": "brain mask", "proc
               "acquisition": "acquisition", "defaced": "defaced",
               "contrast_agent": "contrast agent"}
 SITES = 25
+_OF_COMPANIONS = tuple(f"{name}:" for name in COMPANIONS)
+_CODES: dict[str, Flag | Note] = {code.value: code for kind in (Flag, Note) for code in kind}
 
 
 def contents(rows: list[ArchiveRow]) -> str:
@@ -52,25 +55,35 @@ def _status_table(names: tuple[str, str], groups: Sequence[tuple[tuple[str, str]
 
 
 def codes(row: ArchiveRow) -> list[str]:
-    """The reasons of a row without details: paths and ids may be among them."""
-    return [part if part.startswith(OUTLIER) else part.split(":")[0]
-            for part in (row["reason"] or "").split(";") if part]
+    """The flags of a row, or why it was rejected, without details: paths and ids may be there."""
+    told = ([row["reason"] or ""] if row["status"] == Status.REJECTED else flags_of(row))
+    return [code if code.startswith((OUTLIER, *_OF_COMPANIONS)) else code.split(":")[0]
+            for code in told]
 
 
 def reasons(rows: list[ArchiveRow]) -> str:
-    """How often which flag or reason occurs, and what it means."""
+    """How often which flag, reason or note occurs, what it means and what to do."""
     counts = Counter((row["status"], code) for row in rows for code in codes(row))
     largest = max(counts.values(), default=1)
-    body = [(status, plain(code), _why(code), count, stack([(count, COLOURS[status])], largest))
+    body = [(status, plain(code), *_meaning(code), count,
+             stack([(count, COLOURS[status])], largest))
             for (status, code), count in sorted(counts.items(), key=lambda item: (
                 -list(Status).index(item[0][0]), -item[1], item[0][1]))]
-    return section("Why scans were flagged or rejected",
-                   paragraph("A scan may have several flags. Rejected scans are not in the feed."),
-                   table(("status", "reason", "meaning", "scans", ""), body))
+    notes = Counter(note for row in rows for note in (row.get("notes") or "").split(";") if note)
+    return section(
+        "Why scans were flagged or rejected",
+        paragraph("A flag says that something may be wrong with a scan; it may have several. "
+                  "Rejected scans are not in the feed."),
+        table(("status", "reason", "meaning", "what to do", "scans", ""), body),
+        heading("Notes"), paragraph("A note says how a map was made. Nothing is wrong with it."),
+        table(("note", "meaning", "what to do", "scans"),
+              [(plain(note), *_meaning(note), count) for note, count in notes.most_common()]))
 
 
 def plain(code: str) -> str:
-    """A flag or reason in words; flags of qc.yaml by the label of their figure."""
+    """A flag, reason or note in words; flags of qc.yaml by the label of their figure."""
+    if code.startswith(_OF_COMPANIONS):
+        return ": ".join(map(plain, code.split(":", 1)))
     side, _, name = code.partition(":" if code.startswith(OUTLIER) else "_")
     label = next((info.label for figure, info in rules().figures.items()
                   if name in (figure, figure.removeprefix("qc_"))), None)
@@ -79,13 +92,20 @@ def plain(code: str) -> str:
     return code.removesuffix("_of").replace("_", " ")
 
 
-def _why(code: str) -> str:
-    """What qc.yaml says of a threshold's flag, or what an outlier is."""
+def _meaning(code: str) -> tuple[str, str]:
+    """What a code means and what to do about it."""
+    if code.startswith(_OF_COMPANIONS):
+        companion, own = code.split(":", 1)
+        meaning, cure = _meaning(own)
+        return f"of the {companion} that came with the scan: {meaning}", cure
+    if code in _CODES:
+        return _CODES[code].meaning, _CODES[code].cure
     if code.startswith(OUTLIER):
-        return "far from the other scans of its cohort and modality"
+        return "far from the other scans of its cohort and modality", "look at its slices"
     name = code.removeprefix("low_").removeprefix("high_")
-    return next((limit.why for limits in rules().thresholds.values()
-                 for figure, limit in limits.items() if figure.removeprefix("qc_") == name), "")
+    why = next((limit.why for limits in rules().thresholds.values()
+                for figure, limit in limits.items() if figure.removeprefix("qc_") == name), "")
+    return why, "look at its slices" if why else ""
 
 
 def splits(rows: list[ArchiveRow]) -> str:

@@ -44,7 +44,7 @@ from neurojepa.report import (
 from neurojepa.storage import write_bytes
 
 _COLUMNS = ("cohort", "participant", "family", "modality", "site", "split", "sex", "age_at_scan",
-            "status", "reason", "scan_id", "preview", *PROCESSING)
+            "status", "reason", "flags", "notes", "scan_id", "preview", *PROCESSING)
 TONES: dict[Status, Tone] = {Status.ACCEPTED: "good", Status.FLAGGED: "doubtful",
                              Status.REJECTED: "bad"}
 SHOWN = 12  # pictures of a kind
@@ -155,9 +155,9 @@ def _scan(uri: str, row: ArchiveRow, note: str = "") -> str:
     scan_id = str(row["scan_id"])
     arrays = read_volume(uri, slot(row["participant"], scan_id))
     name = f"{row['cohort']} · {row['modality']}"
-    notes = note or "; ".join(plain(code) for code in codes(row))
+    told = note or "; ".join(plain(code) for code in codes(row))
     caption = (f"<b>{html.escape(name)}</b> {html.escape(scan_id[:8])}"
-               + (f"<br>{html.escape(notes)}" if notes else ""))
+               + (f"<br>{html.escape(told)}" if told else ""))
     return picture(slices(arrays["image"], arrays["mask"]), f"slices of a scan, {name}", caption)
 
 

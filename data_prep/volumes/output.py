@@ -8,6 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from data_prep import qc
+from data_prep.flags import Flag, of_companion
 from data_prep.qc import Figures
 from data_prep.scan import Scan, ScanError, split_member
 from data_prep.volumes.placing.align import Placement, coverage, template
@@ -47,14 +48,15 @@ def write_scan(work: StructuralScan, to_scan: np.ndarray, placement: Placement,
         "cohort_transform_fault": work.transform_fault,
         "template_covered": covered,
     }
-    flags = volume.flags + placement_flags(placement, preset)
+    label, odd = label_map(work.scan, matrix)
+    flags = volume.flags + odd + placement_flags(placement, preset)
     if covered < MIN_COVERED:
-        flags.append("brain_cut")
+        flags.append(Flag.BRAIN_CUT)
     if work.transform_fault:
-        flags.append("cohort_transform_failed")
+        flags.append(Flag.COHORT_TRANSFORM_FAILED)
     flags += judged(figures, work.scan.modality, volume.name)
-    return Prepared(work.scan, work.scan_id, scale(image, brain), mask,
-                    label_map(work.scan, matrix), figures, flags)
+    return Prepared(work.scan, work.scan_id, scale(image, brain), mask, label, figures, flags,
+                    volume.notes)
 
 
 # ---- voxels --------------------------------------------------------------------------------------
@@ -110,11 +112,15 @@ def mask_codes(brain: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return np.where(brain & seen, MaskCode.BRAIN, outside).astype(np.uint8)
 
 
-def label_map(scan: Scan, matrix: np.ndarray) -> np.ndarray | None:
-    """The label map that came with a scan, by world coordinates, nearest neighbour; int16."""
+def label_map(scan: Scan, matrix: np.ndarray) -> tuple[np.ndarray | None, list[str]]:
+    """The label map that came with a scan and its flags.
+
+    By world coordinates, nearest neighbour; int16.
+    """
     if not scan.label_uri:
-        return None
-    return codes_on_archive(read_scan(*split_member(scan.label_uri), label=True), matrix)
+        return None, []
+    source = read_scan(*split_member(scan.label_uri), label=True)
+    return codes_on_archive(source, matrix), of_companion("label", source.flags)
 
 
 def codes_on_archive(source: Volume, matrix: np.ndarray) -> np.ndarray:
@@ -149,11 +155,11 @@ def placement_figures(placement: Placement, matrix: np.ndarray) -> Figures:
 
 
 def placement_flags(placement: Placement, preset: Preset) -> list[str]:
-    flags = []
+    flags: list[str] = []
     if placement.dice < preset.flag_dice:
-        flags.append("low_mask_dice")
+        flags.append(Flag.LOW_MASK_DICE)
     if placement.ncc is not None and placement.ncc < preset.flag_ncc:
-        flags.append("low_ncc")
+        flags.append(Flag.LOW_NCC)
     return flags
 
 

@@ -111,7 +111,8 @@ def _structural(scans: list[tuple[int, Scan]], preset: Preset, done: Results) ->
     try:
         placement, to_anchors = _place([group[0][1] for group in groups], preset)
     except ScanError as error:
-        done |= {number: [rejected(work.scan, error)] for group in groups for number, work in group}
+        done |= {number: [rejected(work.scan, error, work.volume.flags)]
+                 for group in groups for number, work in group}
         return []
     return [_write_session(group, to_anchor, placement, preset, done)
             for group, to_anchor in zip(groups, to_anchors, strict=True)]
@@ -126,7 +127,7 @@ def _write_session(group: list[Numbered], to_anchor: np.ndarray, placement: Plac
             label = result.label if label is None else label
             done[number] = [result]
         except ScanError as error:
-            done[number] = [rejected(work.scan, error)]
+            done[number] = [rejected(work.scan, error, work.volume.flags)]
     return Anchor(group[0][1], to_anchor, placement, label)
 
 
@@ -157,5 +158,7 @@ def _place(anchors: list[StructuralScan], preset: Preset) -> tuple[Placement, li
     found = (place_given(np.mean(given, axis=0), head=head, mask=mask, modality=modality,
                          preset=preset) if given else "none")
     if isinstance(found, str):
+        for anchor in anchors if given else []:
+            anchor.transform_fault = anchor.transform_fault or f"mean of the visits: {found}"
         found = place(head, mask, modality, preset)
     return found, matrices

@@ -82,12 +82,12 @@ def prepare_published(scan: Scan, preset: Preset) -> Prepared:
     figures |= placement_figures(placement, matrix) | {
         "brain_ml_archive": float(brain.sum() / 1000), "mask_source": source,
         "ncc_template": placement.ncc, "template_covered": coverage(matrix, read)}
-    flags = [*read.flags, *placement_flags(placement, preset),
+    label, odd = label_map(scan, matrix)
+    flags = [*read.flags, *odd, *placement_flags(placement, preset),
              *judged(figures, scan.modality, read.name)]
     low, high = np.percentile(np.where(brain, image, 0), PERCENTILES)
     return Prepared(scan, read.scan_id, to_unit(image, brain, low=low, high=high),
-                    mask_codes(brain, scanned(read, matrix)), label_map(scan, matrix), figures,
-                    flags)
+                    mask_codes(brain, scanned(read, matrix)), label, figures, flags, read.notes)
 
 
 def crop_neck(volume: Volume) -> tuple[Volume, np.ndarray]:

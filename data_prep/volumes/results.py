@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,7 +21,8 @@ class Prepared:
     mask: np.ndarray  # uint8 of MaskCode
     label: np.ndarray | None  # int16, where the scan came with a label map
     figures: Figures
-    flags: list[str]
+    flags: list[str]  # what may be wrong with it: of flags.Flag, and those of qc.yaml
+    notes: list[str] = field(default_factory=list)  # how it was made: of flags.Note
     parcels: np.ndarray | None = None  # float32 [parcels, time], of a CIFTI series
 
 
@@ -31,7 +33,8 @@ class Rejected:
     scan: Scan
     reason: str  # code
     message: str  # one line: file, field, value
+    flags: list[str] = field(default_factory=list)  # what was odd about it before that
 
 
-def rejected(scan: Scan, error: ScanError) -> Rejected:
-    return Rejected(scan, error.code, str(error))
+def rejected(scan: Scan, error: ScanError, flags: Sequence[str] = ()) -> Rejected:
+    return Rejected(scan, error.code, str(error), list(flags))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from data_prep.flags import Flag, Note
 from data_prep.qc import Figures
 from data_prep.scan import ScanError
 from data_prep.volumes.functional.motion import Motion, estimate_motion, parse_motion
@@ -44,7 +45,8 @@ class BoldMaps:
 
     maps: dict[str, Volume]  # of "BOLD" (the mean), "tSNR", "ALFF", "fALFF"
     figures: Figures
-    flags: list[str]
+    flags: list[str]  # of the time courses; the series has its own
+    notes: list[str]
 
 
 def bold_maps(series: Series, *, processing: str | None, confounds: bytes | None,
@@ -61,7 +63,7 @@ def bold_maps(series: Series, *, processing: str | None, confounds: bytes | None
     Returns
     -------
     BoldMaps
-        Flags may hold minimal, short_series, no_tr, demeaned, bad_confounds, cleaned_here.
+        Flags may hold short_series, no_tr, bad_confounds; notes minimal, cleaned_here, demeaned.
     """
     mean = series.data.mean(axis=3)
     if brain is None:
@@ -80,7 +82,7 @@ def bold_maps(series: Series, *, processing: str | None, confounds: bytes | None
         maps["BOLD"] = series.volume(series.data[..., plan.first:].mean(axis=3))
     return BoldMaps(maps, plan.figures | displacement_figures(motion, plan, source=source,
                                                               reason=reason),
-                    plan.flags)
+                    plan.flags, plan.notes)
 
 
 def plan_for(name: str, whole: np.ndarray, *, tr_s: float | None, processing: str | None,
@@ -89,19 +91,20 @@ def plan_for(name: str, whole: np.ndarray, *, tr_s: float | None, processing: st
 
     ``whole`` is the brain's mean over time [t].
     """
-    motion, figures, flags = None, {"bold_processing": processing or "raw"}, []
+    motion, figures, flags = None, {"bold_processing": processing or "raw"}, list[str]()
     if confounds is not None:
         try:
             motion = parse_motion(confounds, len(whole), name)
         except ScanError as error:  # the series itself is good
             figures["confounds_reason"] = str(error)
-            flags.append("bad_confounds")
+            flags.append(Flag.BAD_CONFOUNDS)
     cleaned = _named(processing, CLEANED)
     here = (_named(processing, ALIGNED) and not cleaned and motion is not None
             and motion.parameters is not None)
     plan = make_plan(len(whole), tr_s=tr_s, whole=whole, motion=motion, remove_motion=here)
     plan.figures |= figures
-    plan.flags += flags + (["cleaned_here"] if here else [] if cleaned else ["minimal"])
+    plan.flags += flags
+    plan.notes += [Note.CLEANED_HERE] if here else [] if cleaned else [Note.MINIMAL]
     return plan, motion
 
 

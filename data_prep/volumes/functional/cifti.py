@@ -1,11 +1,11 @@
 """CIFTI-2 files (grayordinates) -> volumes in MNI space, and the cortex as series of parcels.
 
     voxels --by the file's own affine--> a volume
-    cortical vertices --midthickness surface, voxels within 3 mm--> painted (flag synthetic_grid)
+    cortical vertices --midthickness surface, voxels within 3 mm--> painted (note synthetic_grid)
     dtseries --> the maps of bold.py, computed on the grayordinates, then put on the grid
 
 Voxels and surfaces of a CIFTI file are in MNI mm, so nothing is registered.  A surface is a sheet:
-what is painted is its neighbourhood, no measurement, hence the flag; where a volume of the same
+what is painted is its neighbourhood, no measurement, hence the note; where a volume of the same
 run exists it is to be preferred.  Kinds without samples in space (parcels, connectomes) are
 refused by name.
 """
@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
+from data_prep.flags import Flag, Note
 from data_prep.qc import Figures
 from data_prep.scan import ScanError, split_member
 from data_prep.volumes.functional.bold import RANGES, plan_for, scale_map
@@ -66,6 +67,7 @@ class Cifti:
     names: list[str]  # of the parcels
     figures: Figures = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_cifti(uri: str, member: str | None = None, surface_uri: str | None = None, *,
@@ -98,7 +100,7 @@ def read_cifti(uri: str, member: str | None = None, surface_uri: str | None = No
         "cifti_kind": kind, "cifti_grayordinates": data.shape[1],
         "cifti_cortex": layout.cortex, "cifti_painted_voxels": layout.painted}, flags)
     if layout.painted:
-        found.flags.append("synthetic_grid")
+        found.notes.append(Note.SYNTHETIC_GRID)
     if kind == "dlabel":
         found.maps = _volumes(image, data, layout, name)
         return found
@@ -168,7 +170,7 @@ def _values(image: Any, kind: str, name: str) -> tuple[np.ndarray, list[str]]:
         raise ScanError("constant", f"{name}: every value is {data.flat[0]:g}")
     if not invalid.any():
         return data, []
-    return np.where(invalid, 0, data), ["non_finite_cleaned"]
+    return np.where(invalid, 0, data), [Flag.NON_FINITE_CLEANED]
 
 
 def _volumes(image: Any, data: np.ndarray, layout: Layout, name: str) -> dict[str, Volume]:
@@ -195,6 +197,7 @@ def _fluctuations(found: Cifti, image: Any, data: np.ndarray, layout: Layout, na
     found.figures |= plan.figures | displacement_figures(
         motion, plan, source="table", reason="grayordinates came without a motion table")
     found.flags += flags + plan.flags
+    found.notes += plan.notes
     return data[plan.first:]
 
 

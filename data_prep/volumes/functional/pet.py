@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from data_prep.flags import Flag, Note
 from data_prep.qc import Figures
 from data_prep.scan import ScanError
 from data_prep.volumes.functional.pet_reference import reference_region
@@ -26,8 +27,9 @@ __all__ = ["PET_TRACERS", "check_units", "is_suvr", "mean_frame", "reference_reg
            "tracer_name"]
 
 MIN_WINDOW_SHARE = 0.5  # of a frame inside the window, to be used
+# Frames are timed one by one: a repetition time says nothing about them.
+NOT_OF_FRAMES = (Flag.TR_DISAGREES, Flag.TR_IMPLAUSIBLE, Flag.TR_UNIT_GUESSED)
 MAX_FRAME_S = 7200.0  # longer "seconds" are milliseconds
-MAX_CLIPPED = 0.01  # of the brain above the tracer's range, or the scan is flagged
 MIN_REFERENCE_LEVEL = 0.1  # of the brain's median
 SUVR_MEDIAN = (0.2, 5.0)  # of a brain, where a file says that it holds SUVR
 
@@ -40,17 +42,17 @@ def is_suvr(facts: Mapping[str, object], processing: str | None = None) -> bool:
 
 
 def check_units(facts: Mapping[str, object], processing: str | None, name: str) -> list[str]:
-    """Flags of the units; ScanError unknown_units where they are not linear in activity.
+    """Notes on the units; ScanError unknown_units where they are not linear in activity.
 
     Images that a cohort has processed often lose their units; a raw one has to name them.
     """
     if is_suvr(facts, processing):
-        return ["already_suvr"]
+        return [Note.ALREADY_SUVR]
     unit = _unit(facts)
     if unit in TABLE["units"]:
         return []
     if not unit and processing:
-        return ["units_missing"]
+        return [Note.UNITS_MISSING]
     raise ScanError("unknown_units", f"{name}: Units {facts.get('Units')!r} is no activity (Bq/mL, "
                                      "kBq/mL, SUV, SUVR ...); correct the sidecar")
 
@@ -62,7 +64,7 @@ def _unit(facts: Mapping[str, object]) -> str:
 # ---- frames --------------------------------------------------------------------------------------
 
 def mean_frame(series: Series, facts: Mapping[str, object], *, tracer: str | None = None,
-               processing: str | None = None) -> tuple[Volume, Figures, list[str]]:
+               processing: str | None = None) -> tuple[Volume, Figures]:
     """The duration-weighted mean of the frames in the tracer's late window.
 
     Parameters
@@ -74,7 +76,8 @@ def mean_frame(series: Series, facts: Mapping[str, object], *, tracer: str | Non
 
     Returns
     -------
-    volume, figures, flags
+    volume, figures
+        The volume's flags and notes are those of the series and of its frames.
 
     Raises
     ------
@@ -82,13 +85,12 @@ def mean_frame(series: Series, facts: Mapping[str, object], *, tracer: str | Non
         unknown_units, unknown_tracer (dynamic only), bad_frames, no_late_frames, and those of
         ``check_content``.
     """
-    flags = [flag for flag in series.flags if not flag.startswith("tr_")]
-    flags += check_units(facts, processing, series.name)
+    units = check_units(facts, processing, series.name)
     count = series.data.shape[3]
     weights, window, more = _weights(facts, count, tracer, series.name)
     empty = np.array([not series.data[..., t].any() for t in range(count)])
     if (empty & (weights > 0)).any():
-        more.append("empty_frames")
+        more.append(Flag.EMPTY_FRAMES)
         weights = np.where(empty, 0, weights)
     if not weights.any():
         raise ScanError("no_late_frames", f"{series.name}: all frames in the window are empty")
@@ -97,13 +99,14 @@ def mean_frame(series: Series, facts: Mapping[str, object], *, tracer: str | Non
     for t in used:
         data += series.data[..., t] * np.float32(weights[t] / weights.sum())
     volume = series.volume(data)
-    volume.flags = flags + more
+    volume.flags = [flag for flag in series.flags if flag not in NOT_OF_FRAMES] + more
+    volume.notes += units
     check_content(volume)
     return volume, {
         "pet_frames": f"{used.size} of {count}",
         "pet_window_min": window,
         "pet_frame_motion": "not corrected" if used.size > 1 else "single frame",
-    }, volume.flags
+    }
 
 
 def _weights(facts: Mapping[str, object], count: int, tracer: str | None, name: str
@@ -114,7 +117,7 @@ def _weights(facts: Mapping[str, object], count: int, tracer: str | None, name: 
         if count > TABLE["static_frames"]:
             raise ScanError("bad_frames", f"{name}: {count} frames without FrameTimesStart and "
                                           "FrameDuration; add them to the sidecar")
-        return np.ones(count), None, ["frame_times_missing"] if count > 1 else []
+        return np.ones(count), None, [Flag.FRAME_TIMES_MISSING] if count > 1 else []
     start, duration = times
     static = (count <= TABLE["static_frames"] and duration.min() >= TABLE["static_frame_s"]
               and duration.sum() <= TABLE["static_total_s"])
@@ -127,7 +130,7 @@ def _weights(facts: Mapping[str, object], count: int, tracer: str | None, name: 
         return np.where(late, duration, 0), _span(start[late], duration[late]), []
     if count == 1 or static:
         # Late scans are often timed from their own start, not from the injection.
-        return duration, _span(start, duration), ["frames_outside_window"]
+        return duration, _span(start, duration), [Flag.FRAMES_OUTSIDE_WINDOW]
     raise ScanError("no_late_frames", f"{name}: frames of {_span(start, duration)} min, tracer "
                     f"{tracer} is read at {low / 60:g}-{high / 60:g} min")
 
@@ -172,7 +175,7 @@ def suvr(image: np.ndarray, *, reference: np.ndarray | None, brain: np.ndarray, 
     -------
     image : float32 in [0, 1]; times ``pet_suvr_max`` it is the SUVR
     figures : pet_suvr_max, pet_reference_mean (native unit), pet_reference_ml, pet_suvr_median,
-        pet_clipped (share of the brain above the range; over MAX_CLIPPED deserves a flag)
+        pet_clipped (share of the brain above the range)
 
     Raises
     ------

@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_prep.flags import Flag
 from data_prep.qc import Figures
-from data_prep.scan import Scan, ScanError, split_member
+from data_prep.scan import Scan, ScanError
 from data_prep.volumes.output import placement_figures, placement_flags, to_archive
 from data_prep.volumes.placing.align import Placement, place, template
 from data_prep.volumes.placing.geometry import centre_of
 from data_prep.volumes.placing.matching import dice
 from data_prep.volumes.placing.within import check_session_shift, register_rigid_from
 from data_prep.volumes.preset import Preset
-from data_prep.volumes.reading.volume import Volume, read_scan
-from data_prep.volumes.structural.brain import carried, check_mask, silhouettes
+from data_prep.volumes.reading.volume import Volume
+from data_prep.volumes.structural.brain import carried, check_mask, given_mask, silhouettes
 from data_prep.volumes.structural.session import StructuralScan, carried_from
 
 # Of the anchor's mask with what is bright in PET or EPI: uptake leaves out ventricles and
@@ -91,9 +92,8 @@ def locate(image: Volume, scan: Scan, anchors: Sequence[Anchor], preset: Preset)
 
 def _in_template(image: Volume, scan: Scan) -> Pose:
     target = template(2)
-    source = (read_scan(*split_member(scan.mask_uri), label=True) if scan.mask_uri
-              else Volume("MNI152", target.mask.astype(np.float32), target.affine))
-    brain = carried(source, image)
+    brain = (given_mask(image, scan.mask_uri) if scan.mask_uri else
+             carried(Volume("MNI152", target.mask.astype(np.float32), target.affine), image))
     return Pose(np.eye(4), brain, to_archive(brain, image.affine, np.eye(4)), {
         "placement": "delivered", "mask_source": "given" if scan.mask_uri else "template",
         "archive_to_scan": json.dumps(np.eye(4).tolist())})
@@ -107,7 +107,7 @@ def _alone(image: Volume, scan: Scan, preset: Preset) -> Pose:
         placement.rigid, brain, to_archive(brain, image.affine, placement.rigid),
         placement_figures(placement, placement.rigid)
         | {"mask_source": "given" if scan.mask_uri else "silhouette"},
-        [*placement_flags(placement, preset), "no_anchor"],
+        [*placement_flags(placement, preset), Flag.NO_ANCHOR],
         to_template=np.linalg.inv(placement.affine) @ placement.rigid)
 
 

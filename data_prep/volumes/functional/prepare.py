@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from data_prep.flags import Flag, Note, of_companion
 from data_prep.qc import Figures, describe, quality
 from data_prep.scan import Scan, ScanError, split_member
 from data_prep.volumes.functional import pet
@@ -52,18 +53,21 @@ def prepare_functional(scan: Scan, anchors: Sequence[Anchor], preset: Preset
             if error.code != "cifti":  # a NIfTI by name, grayordinates by its intent code
                 raise
             return _cifti(scan)
+    except ScanError as error:
+        return [rejected(scan, error)]
+    try:
         return [_pet(scan, series, anchors, preset)] if scan.modality == "PET" else _bold(
             scan, series, anchors, preset)
     except ScanError as error:
-        return [rejected(scan, error)]
+        return [rejected(scan, error, series.flags)]
 
 
 # ---- PET -----------------------------------------------------------------------------------------
 
 def _pet(scan: Scan, series: Series, anchors: Sequence[Anchor], preset: Preset) -> Prepared:
     known_tracer(scan.tracer, series.name)  # or the search for its place would be in vain
-    image, figures, flags = pet.mean_frame(series, series.facts, tracer=scan.tracer,
-                                           processing=scan.processing)
+    image, figures = pet.mean_frame(series, series.facts, tracer=scan.tracer,
+                                    processing=scan.processing)
     pose = locate(image, scan, anchors, preset)
     seen = scanned(image, pose.matrix)
     brain = pose.brain & seen
@@ -74,13 +78,13 @@ def _pet(scan: Scan, series: Series, anchors: Sequence[Anchor], preset: Preset) 
                                                  to_template=pose.to_template)
         figures["pet_reference"] = source
         if source == "approximate":
-            flags.append("reference_approximate")
+            image.notes.append(Note.REFERENCE_APPROXIMATE)
     ratio, more = pet.suvr(moved, reference=reference, brain=brain, tracer=scan.tracer)
     if float(more["pet_clipped"] or 0) > MAX_CLIPPED:
-        flags.append("pet_clipped")
+        image.flags.append(Flag.PET_CLIPPED)
     figures |= more | _described(image, series, pose, "PET")
     return Prepared(scan, series.scan_id, ratio, mask_codes(pose.brain, seen), pose.label, figures,
-                    flags + pose.flags + judged(figures, "PET", image.name))
+                    [*image.flags, *pose.flags, *judged(figures, "PET", image.name)], image.notes)
 
 
 # ---- BOLD ----------------------------------------------------------------------------------------
@@ -99,12 +103,13 @@ def _bold(scan: Scan, series: Series, anchors: Sequence[Anchor], preset: Preset)
         scanned(image, pose.matrix) & ~pose.brain)
     brain, mask = pose.brain & seen, mask_codes(pose.brain, seen)
     figures = found.figures | fault | _described(image, series, pose, "BOLD")
-    flags = [*found.flags, *(["bad_confounds"] if fault else []), *pose.flags,
+    flags = [*image.flags, *found.flags, *([Flag.BAD_CONFOUNDS] if fault else []), *pose.flags,
              *judged(figures, "BOLD", image.name)]
+    notes = [*image.notes, *found.notes]
     return [Prepared(replace(scan, modality=name), map_id(series.scan_id, name),
                      scale_map(name, interpolate(volume, pose.matrix, brain=brain, preset=preset),
                                brain),
-                     mask, pose.label, dict(figures), list(flags))
+                     mask, pose.label, dict(figures), list(flags), list(notes))
             for name, volume in found.maps.items()]
 
 
@@ -159,9 +164,11 @@ def _cifti(scan: Scan) -> list[Prepared]:
     if scan.label_uri:  # a dlabel of the same grayordinates
         codes = read_cifti(*split_member(scan.label_uri), scan.surface_uri)
         label = codes_on_archive(next(iter(codes.maps.values())), np.eye(4))
-    flags = [*found.flags, *(["bad_confounds"] if fault else [])]
+        found.flags += of_companion("label", codes.flags)
+    flags = [*found.flags, *([Flag.BAD_CONFOUNDS] if fault else []),
+             *judged(figures, "BOLD", scan.uri)]
     prepared = [Prepared(replace(scan, modality=name), map_id(found.scan_id, name), image, mask,
-                         label, dict(figures), list(flags))
+                         label, dict(figures), list(flags), list(found.notes))
                 for name, image in images.items()]
     if found.kind == "dtseries":  # the series of parcels goes with the first of its maps
         prepared[0].parcels = found.parcels

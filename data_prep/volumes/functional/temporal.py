@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import fft
 
+from data_prep.flags import Flag, Note
 from data_prep.qc import Figures
 from data_prep.volumes.functional.motion import HIGH_FD_MM, Motion
 
@@ -36,6 +37,7 @@ class Plan:
     alff: bool
     figures: Figures = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def make_plan(count: int, *, tr_s: float | None, whole: np.ndarray, motion: Motion | None,
@@ -58,10 +60,10 @@ def make_plan(count: int, *, tr_s: float | None, whole: np.ndarray, motion: Moti
     reason = None
     if used < MIN_ALFF_VOLUMES or (tr_s and used * tr_s < MIN_ALFF_S):
         reason = (f"{used} volumes, at least {MIN_ALFF_VOLUMES} and {MIN_ALFF_S:g} s are needed")
-        plan.flags.append("short_series")
+        plan.flags.append(Flag.SHORT_SERIES)
     elif not tr_s:
         reason = "no repetition time in header or sidecar"
-        plan.flags.append("no_tr")
+        plan.flags.append(Flag.NO_TR)
     elif 0.5 / tr_s < BAND_HZ[1]:
         reason = f"a repetition time of {tr_s:g} s does not reach {BAND_HZ[1]} Hz"
     elif not plan.tsnr:
@@ -158,7 +160,7 @@ def normalise(maps: dict[str, np.ndarray], brain: np.ndarray, plan: Plan) -> dic
     demeaned = ("sd" in maps and live.any()
                 and float(np.median(np.abs(maps["mean"][live]) / maps["sd"][live])) < 1)
     if demeaned:
-        plan.flags.append("demeaned")
+        plan.notes.append(Note.DEMEANED)
         plan.figures["bold_reason"] = plan.figures["tsnr_reason"] = "the series has no mean"
     else:
         kept["BOLD"] = maps["mean"]

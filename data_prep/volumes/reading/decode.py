@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.freesurfer.mghformat import MGHHeader, MGHImage
 
+from data_prep.flags import Flag
 from data_prep.scan import ScanError
 from data_prep.volumes.reading.sniff import Kind, sniff
 from neurojepa.errors import DataError
@@ -114,9 +115,9 @@ def _decode(raw: bytes, pair: bytes | None, name: str, max_voxels: int,
     kind, head = sniff(raw, name, ScanError)
     header = _header(kind, head, name)
     shape = _check_header(header, kind, name, max_voxels)
-    flags = []
+    flags: list[str] = []
     if kind is not Kind.MGH and not np.isfinite([header["scl_slope"], header["scl_inter"]]).all():
-        flags.append("slope_not_finite")
+        flags.append(Flag.SLOPE_NOT_FINITE)
     return Decoded(name, _load(kind, header, shape, raw, pair, name), shape, facts, flags)
 
 

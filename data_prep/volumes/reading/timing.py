@@ -7,6 +7,8 @@ from typing import Any
 
 import nibabel as nib
 
+from data_prep.flags import Flag
+
 SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 TR_S = (0.1, 20.0)  # what a repetition time can be
 TR_TOLERANCE = 0.01  # header against sidecar, relative
@@ -32,10 +34,10 @@ def choose_time(header_s: float | None, flags: list[str], facts: Mapping[str, ob
         if value is not None and not TR_S[0] <= value <= TR_S[1]:
             times[source] = None
             if value != 0:
-                flags.append("tr_implausible")
+                flags.append(Flag.TR_IMPLAUSIBLE)
     header_s, sidecar_s = times["header"], times["sidecar"]
     if header_s and sidecar_s and abs(header_s - sidecar_s) > TR_TOLERANCE * sidecar_s:
-        flags.append("tr_disagrees")
+        flags.append(Flag.TR_DISAGREES)
     return sidecar_s or header_s, sorted(set(flags))
 
 
@@ -52,4 +54,4 @@ def _header_time(header: Any) -> tuple[float | None, list[str]]:
     if unit != "unknown" or step == 0:  # Hz, ppm, rad/s: the fourth axis is not time
         return None, []
     # No head is scanned in 30 ms, and none in 30 s.
-    return (step if step < 30 else step / 1000), ["tr_unit_guessed"]
+    return (step if step < 30 else step / 1000), [Flag.TR_UNIT_GUESSED]

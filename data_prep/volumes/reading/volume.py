@@ -18,6 +18,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from data_prep.flags import Flag
 from data_prep.scan import ScanError
 from data_prep.volumes.reading.decode import Decoded, decode
 from data_prep.volumes.reading.timing import repetition_time
@@ -47,7 +48,8 @@ class Volume:
     dtype: str = "float32"  # as stored
     sform_code: int | None = None  # None where the format has none
     qform_code: int | None = None
-    flags: list[str] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)  # of flags.Flag
+    notes: list[str] = field(default_factory=list)  # of flags.Note
     invalid: np.ndarray | None = None  # bool [x, y, z]: voxels that were NaN or Inf, now 0
     facts: dict[str, object] = field(default_factory=dict)  # of a DICOM series, BIDS keys
 
@@ -77,6 +79,7 @@ class Series:
     orientation: str = "RAS"
     spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
     dtype: str = "float32"
+    notes: list[str] = field(default_factory=list)
 
     @property
     def scan_id(self) -> str:
@@ -87,7 +90,8 @@ class Series:
     def volume(self, data: np.ndarray) -> Volume:
         """A map [x, y, z] computed from the series, as a Volume on its grid."""
         return Volume(self.name, np.ascontiguousarray(data, np.float32), self.affine,
-                      self.orientation, self.spacing, self.dtype, flags=list(self.flags))
+                      self.orientation, self.spacing, self.dtype, flags=list(self.flags),
+                      notes=list(self.notes))
 
 
 def content_id(data: np.ndarray, affine: np.ndarray) -> str:
@@ -131,7 +135,7 @@ def read_scan(uri: str, member: str | None = None, *, label: bool = False,
     if not finite.all():
         volume.invalid = ~finite
         volume.data[volume.invalid] = 0
-        volume.flags.append("non_finite_cleaned")
+        volume.flags.append(Flag.NON_FINITE_CLEANED)
     if not label:
         check_content(volume)
     return volume
@@ -168,14 +172,14 @@ def read_series(uri: str, member: str | None = None, facts: Mapping[str, object]
         finite &= bool(np.isfinite(data[..., t]).all())
     if not finite:
         np.nan_to_num(data, copy=False, nan=0, posinf=0, neginf=0)
-        first.flags.append("non_finite_cleaned")
+        first.flags.append(Flag.NON_FINITE_CLEANED)
     first.data = data.mean(axis=3)  # one frame may well be empty, before the tracer arrives
     check_content(first)
     known = {**found.facts, **(facts or {})}
     frames = count == 1 or "FrameTimesStart" in known  # of PET, whose steps are no constant
     tr_s, flags = (None, []) if frames else repetition_time(found.image.header, known)
     return Series(found.name, data, first.affine, tr_s, known, first.flags + flags,
-                  first.orientation, first.spacing, first.dtype)
+                  first.orientation, first.spacing, first.dtype, first.notes)
 
 
 # ---- voxels and axes -----------------------------------------------------------------------------
@@ -220,14 +224,14 @@ def _in_mm(affine: np.ndarray, header: Any, shape: tuple[int, ...]
     try:
         factor = MM[header.get_xyzt_units()[0]]
     except KeyError:  # a code that the format does not know
-        return affine, ["space_unit_ignored"]
+        return affine, [Flag.SPACE_UNIT_IGNORED]
     if factor == 1:
         return affine, []
     scaled = np.diag([factor, factor, factor, 1.0]) @ affine
     extent = np.linalg.norm(scaled[:3, :3], axis=0) * shape
     if not MIN_EXTENT_MM <= extent.max() <= 2 * MAX_EXTENT_MM:
-        return affine, ["space_unit_ignored"]
-    return scaled, ["space_unit_converted"]
+        return affine, [Flag.SPACE_UNIT_IGNORED]
+    return scaled, [Flag.SPACE_UNIT_CONVERTED]
 
 
 def _compare_forms(volume: Volume, header: Any, shape: tuple[int, ...]) -> None:
@@ -236,7 +240,7 @@ def _compare_forms(volume: Volume, header: Any, shape: tuple[int, ...]) -> None:
     difference = header.get_sform() - header.get_qform()
     distance = np.linalg.norm(difference[:3, :3] @ corners + difference[:3, 3:], axis=0).max()
     if not distance <= MAX_FORM_DISTANCE_MM:
-        volume.flags.append("sform_qform_disagree")
+        volume.flags.append(Flag.SFORM_QFORM_DISAGREE)
 
 
 def _check_shear(volume: Volume) -> None:
@@ -266,9 +270,9 @@ def check_content(volume: Volume) -> None:
         raise ScanError("small_field_of_view", f"{name}: covers {extent.min():.0f} mm (limit "
                                                f"{MIN_EXTENT_MM:.0f} mm)")
     if extent.max() > MAX_EXTENT_MM:
-        volume.flags.append("huge_field_of_view")
+        volume.flags.append(Flag.HUGE_FIELD_OF_VIEW)
     if (volume.data < 0).mean() > NEGATIVE_SHARE:
-        volume.flags.append("negative_values")
+        volume.flags.append(Flag.NEGATIVE_VALUES)
 
 
 def _check_wrap(found: Decoded) -> None:

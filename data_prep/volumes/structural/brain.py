@@ -17,6 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
+from data_prep.flags import of_companion
 from data_prep.scan import ScanError, split_member
 from data_prep.volumes.placing.geometry import resample, to_itk
 from data_prep.volumes.preset import Preset
@@ -47,7 +48,7 @@ def brain_mask(volume: Volume, preset: Preset, mask_uri: str | None = None
         The preset's external command is not installed.
     """
     if mask_uri:
-        source, mask = "given", carried(read_scan(*split_member(mask_uri), label=True), volume)
+        source, mask = "given", given_mask(volume, mask_uri)
     elif (stripped := _stripped(volume, preset)) is not None:
         source, mask = "stripped", stripped
     elif preset.mask_tool == "deepbet":
@@ -56,6 +57,13 @@ def brain_mask(volume: Volume, preset: Preset, mask_uri: str | None = None
         source, mask = preset.mask_tool, carried(external_mask(volume, preset.mask_tool), volume)
     check_mask(mask, volume, preset, source)
     return mask, source
+
+
+def given_mask(volume: Volume, mask_uri: str) -> np.ndarray:
+    """The mask that came with a volume, on its grid; the mask's flags go to the volume."""
+    given = read_scan(*split_member(mask_uri), label=True)
+    volume.flags += of_companion("mask", given.flags)
+    return carried(given, volume)
 
 
 def check_mask(mask: np.ndarray, volume: Volume, preset: Preset, source: str) -> None:
@@ -111,7 +119,7 @@ def silhouettes(volume: Volume, mask_uri: str | None, preset: Preset) -> list[np
         What reading the given mask raised.
     """
     if mask_uri:
-        return [carried(read_scan(*split_member(mask_uri), label=True), volume)]
+        return [given_mask(volume, mask_uri)]
     stripped = _stripped(volume, preset)
     if stripped is not None:
         return [stripped]

@@ -81,7 +81,7 @@ def join_session(ranked: list[Numbered], preset: Preset) -> tuple[list[Numbered]
                 _adopt_transform(work, preset)
             kept.append((number, work))
         except ScanError as error:
-            lost[number] = rejected(work.scan, error)
+            lost[number] = rejected(work.scan, error, work.volume.flags)
     return kept, lost
 
 

@@ -49,6 +49,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> str:
         each["figures"]["fingerprint"] = fingerprint(image, mask)
         each["modality"] = "T1w"
     rows[2] |= {"status": "flagged", "reason": "low_snr;outlier:qc_cjv;odd_flag"}
+    rows[3] |= {"notes": "minimal;demeaned"}
+    rows[4] |= {"notes": "minimal"}
     message = f"/data/{ORIGINAL}/x.nii.gz: ends after 3 bytes"
     rows += [row(number, "rejected", scan_id=None, message=message,
                  reason=("truncated", f"duplicate_of:{ORIGINAL}/f00", "a<b")[number % 3])
@@ -88,6 +90,15 @@ def test_the_page_counts_everything(page: Path) -> None:
     assert "Rejected: 35" in text and "truncated" in text
     assert "Equal voxels: 11 scans were rejected as copies" in text
     assert "Accepted: 4 of 4" in text and "Flagged: 1 of 1" in text
+
+
+def test_notes_are_counted_apart_and_flag_nothing(page: Path) -> None:
+    text = " ".join(text_of(page).split())
+    flags, _, notes = text.partition("Notes A note says how a map was made.")
+    assert "the series was delivered without removal of motion" in notes
+    assert re.search(r"minimal the series .*? confounds 2 demeaned the series .*? cleaning 1 ",
+                     notes)
+    assert "minimal" not in flags and "low: SNR against air" in flags
 
 
 def test_near_duplicates_of_different_people_are_shown_side_by_side(page: Path) -> None:

@@ -34,9 +34,9 @@ def series(values: list[float]) -> Series:
 
 
 def late(frames: Series, facts: dict[str, object], **more) -> tuple[float, dict, list[str]]:
-    """The value of the mean frame in units of the pattern, figures and flags."""
-    volume, figures, flags = mean_frame(frames, facts, **more)
-    return float(volume.data.min()), figures, flags
+    """The value of the mean frame in units of the pattern, figures, flags and notes."""
+    volume, figures = mean_frame(frames, facts, **more)
+    return float(volume.data.min()), figures, volume.flags + volume.notes
 
 
 def code(call, *arguments, **more) -> str:
