@@ -44,8 +44,10 @@ _IDENTITY, _STATE = ("uri", "member", "modality"), ("size_bytes", "modified")
 
 def index(cohort: str, source: str, *, out: str, key: bytes, name: str | None = None,
           tables: Sequence[str] = (), links: str | None = None,
-          beside: Sequence[str] = (), withdrawn: Sequence[str] = ()) -> None:
+          beside: Sequence[str] = (), withdrawn: Sequence[str] = ()) -> dict[str, str]:
     """Index a source and write its manifest; prints what was found.
+
+    Returns the pseudonym of each of the source's own ids; only who has the source may see them.
 
     Parameters
     ----------
@@ -95,6 +97,7 @@ def index(cohort: str, source: str, *, out: str, key: bytes, name: str | None = 
         write_bytes(out, scans)
     _tell(name, out, scans, walked.notes)
     earlier.compare(states)
+    return people.names
 
 
 class _Roster:

@@ -1,4 +1,4 @@
-"""Many tasks over Ray: a local one started and ended here, or a running cluster.
+"""Many tasks over Ray: a local one started and ended here, or a running cluster; or one by one.
 
 The local Ray listens on loopback only, without dashboard or usage reports.  A task whose worker or
 node is lost is repeated by Ray; then it is given up, alone.  The driver keeps twice as many tasks
@@ -47,7 +47,8 @@ def run_tasks(function: Callable[[Any], int], tasks: Iterable[Task], *, num_scan
     tasks
         Taken one by one as workers become free; ``num_scans`` is the sum over them.
     workers
-        Tasks at once; by default as many as there are CPUs.
+        Tasks at once; by default as many as there are CPUs.  One at a time, and without a cluster,
+        they are done in this process, and Ray need not be installed.
     verb
         What is done, in messages: the command to run again.
 
@@ -63,6 +64,9 @@ def run_tasks(function: Callable[[Any], int], tasks: Iterable[Task], *, num_scan
     ClusterError
         Ray cannot be started or reached.
     """
+    if workers == 1 and not (ray_address or os.environ.get("RAY_ADDRESS")):
+        _run_here(function, tasks, _Progress(num_scans, verb))
+        return {}
     lost: dict[str, str] = {}
     with _ray(workers, ray_address) as ray, _stopped_by_sigterm():
         remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
@@ -91,6 +95,15 @@ def run_tasks(function: Callable[[Any], int], tasks: Iterable[Task], *, num_scan
                 progress.done += task.num_scans
             progress.report(last=not (more or running))
     return lost
+
+
+def _run_here(function: Callable[[Any], int], tasks: Iterable[Task], progress: _Progress) -> None:
+    with _stopped_by_sigterm():
+        for task in tasks:
+            progress.given_up += function(task.argument)
+            progress.done += task.num_scans
+            progress.report(last=False)
+    progress.report(last=True)
 
 
 def _in_flight(ray: Any) -> int:

@@ -17,4 +17,23 @@ Names of tensors end in their shape where they pass from one function to another
 A number is an axis of that size; 3 is x, y, z in millimetres or voxels, in RAS.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from neurojepa.downstream.api import Model
+
 __version__ = "0.2.0"
+
+
+def load(weights: str | PathLike[str], device: str | None = None) -> Model:
+    """Exported weights, ready to embed scans: ``neurojepa.load("weights").embed("t1.nii.gz")``.
+
+    See ``neurojepa.downstream.api``.
+    """
+    from neurojepa.downstream.api import load_model
+
+    return load_model(weights, device)

@@ -1,19 +1,21 @@
-"""Use exported weights on a feed.
+"""Use exported weights: on scans as they are, or on a feed.
 
-    python -m neurojepa.downstream embed --weights DIR --feed FEED --out DIR
+    python -m neurojepa.downstream embed SCANS... --weights DIR --out DIR
     python -m neurojepa.downstream probe --weights DIR --feed FEED --out DIR [--labels age sex]
     python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
 
-``embed`` writes embeddings.parquet.  ``probe`` fits linear probes on frozen embeddings of split
-``train`` and scores split ``test``, beside the same architecture at random initialisation; it
-writes results.json and report.html.  ``atoms`` shows in a report.html where in the brain each atom
-of the sparse code fires and which places each expert gets.
+``embed`` takes a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of
+files or a feed; it writes embeddings.parquet and more (table.py).  ``probe`` fits linear probes on
+frozen embeddings of split ``train`` and scores split ``test``, beside the same architecture at
+random initialisation; it writes results.json and report.html.  ``atoms`` shows in a report.html
+where in the brain each atom of the sparse code fires and which places each expert gets.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,10 +37,13 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--weights", required=True, help="exported weights, or 'random' with "
                              "--config: that architecture, untrained")
         command.add_argument("--config", help="recipe of the architecture for --weights random")
-        command.add_argument("--feed", required=True)
+        command.add_argument("--feed", required=task != "embed", help="a packed feed"
+                             + (", the same as SCANS" if task == "embed" else ""))
         command.add_argument("--out", required=True)
         command.add_argument("--modality", help="only this modality; default: all")
         command.add_argument("--cohort", help="only this cohort; default: all")
+        if task == "embed":
+            _embed_arguments(command)
         if task == "probe":
             command.add_argument("--labels", nargs="+", default=["age", "diagnosis"],
                                  help="what to probe (default: age diagnosis)")
@@ -52,21 +57,67 @@ def main(argv: list[str] | None = None) -> int:
     return run(arguments)
 
 
+def _embed_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("scans", nargs="*", metavar="SCANS", help="NIfTI or MGZ files, folders of "
+                         "DICOM slices; or one folder of scans, BIDS dataset, table of files "
+                         "(.csv, .tsv) or feed")
+    command.add_argument("--device", help="of torch, such as cpu or cuda:1 (default: the first GPU "
+                         "if there is one)")
+    command.add_argument("--regions", action="store_true", help="write regions.parquet too: lobes "
+                         "by coordinates, or those of --atlas")
+    command.add_argument("--atlas", help="label map in MNI152 space (NIfTI; names in a .tsv "
+                         "beside it)")
+    command.add_argument("--preset", default="default", choices=["quick", "default", "paper"],
+                         help="how thoroughly scans are prepared; take the one that the feed of "
+                         "the weights was prepared with (default: default)")
+    command.add_argument("--key", help="file of the pseudonym key (default: $NEUROJEPA_KEY_FILE, "
+                         "else one made once at ~/.config/neurojepa/pseudonym.key)")
+    command.add_argument("--workers", type=int, default=1, help="people prepared at once; more "
+                         "than one needs Ray (default: 1)")
+
+
 def run_embed(arguments: argparse.Namespace) -> int:
-    import pyarrow as pa
+    from neurojepa.downstream.api import Model
+    from neurojepa.storage import join, write_bytes
 
-    from neurojepa.downstream.embed import embed, select_rows
-    from neurojepa.storage import join, parquet_bytes, write_bytes
-
-    feed, weights = _open(arguments)
-    rows = select_rows(feed, arguments.modality, arguments.cohort)
-    result = embed(weights.model, weights.config, feed, rows, weights.places)
-    columns = {name: getattr(result, name) for name in
-               ("scan_id", "participant", "session", "modality", "split")}
-    table = pa.table({**columns, "embedding": list(result.values)})
-    write_bytes(join(arguments.out, "embeddings.parquet"), parquet_bytes(table))
-    print(f"{len(rows)} embeddings of {result.values.shape[1]} features in {arguments.out}")
+    named = [*arguments.scans, *([arguments.feed] if arguments.feed else [])]
+    if not named or (arguments.feed and arguments.scans):
+        raise ConfigError("embed what? name scans, or a feed, once")
+    weights = (_open_random(arguments, named[0]) if arguments.weights == "random"
+               else _open_weights(arguments.weights))
+    model = Model(weights, arguments.weights, arguments.device)
+    found = model.embed(
+        named, out=arguments.out, modality=arguments.modality, cohort=arguments.cohort,
+        regions=arguments.regions, atlas=arguments.atlas, preset=arguments.preset,
+        key=arguments.key, workers=arguments.workers,
+        progress=lambda done, of: print(f"{done} of {of} scans", end="\r" if done < of else "\n",
+                                        flush=True))
+    found.write(arguments.out)
+    record = {"schema": "neurojepa/embed/1", "weights": arguments.weights, "step": weights.step,
+              "feed": found.feed, "scans": found.table.num_rows, "skipped": found.skipped,
+              "status": dict(Counter(found.scans.about["status"].to_pylist()))
+              if found.scans else None}
+    write_bytes(join(arguments.out, "results.json"), json.dumps(record, indent=1).encode())
+    print(f"{found.table.num_rows} embeddings of {found.values.shape[1]} features in "
+          f"{arguments.out}")
     return 0
+
+
+def _open_weights(uri: str) -> Weights:
+    from neurojepa.weights import load
+
+    return load(uri)
+
+
+def _open_random(arguments: argparse.Namespace, feed: str) -> Weights:
+    from neurojepa.config import load_config
+    from neurojepa.feed.format import open_feed
+    from neurojepa.weights import untrained
+
+    if not arguments.config:
+        raise ConfigError("--weights random needs --config RECIPE: whose architecture?")
+    config = load_config(arguments.config, [f"data.feed={feed}", "run.dir=unused"])
+    return untrained(config, open_feed(feed).grid)
 
 
 def run_probe(arguments: argparse.Namespace) -> int:
@@ -130,17 +181,12 @@ def run_atoms(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> tuple[Feed, Weights]:
-    from neurojepa.config import load_config
     from neurojepa.feed.format import open_feed
-    from neurojepa.weights import load, untrained
 
     feed = open_feed(arguments.feed)
     if arguments.weights == "random":
-        if not arguments.config:
-            raise ConfigError("--weights random needs --config RECIPE: whose architecture?")
-        config = load_config(arguments.config, [f"data.feed={arguments.feed}", "run.dir=unused"])
-        return feed, untrained(config, feed.grid)
-    weights = load(arguments.weights)
+        return feed, _open_random(arguments, arguments.feed)
+    weights = _open_weights(arguments.weights)
     if not np.array_equal(weights.grid.affine, feed.grid.affine):
         raise ConfigError(f"--feed {arguments.feed} is packed at grid {feed.grid.name}, the "
                           f"weights were trained at {weights.grid.name}; pack the archive with "

@@ -10,9 +10,9 @@ shapes are compiled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,8 @@ import torch
 
 from neurojepa.config import AugmentConfig, RootConfig
 from neurojepa.downstream.pooling import LEAST_SCANS, Places, Tokens
-from neurojepa.errors import DataError
+from neurojepa.downstream.regions import Regions
+from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import MODALITIES, Feed
 from neurojepa.feed.labels import scan_labels
 from neurojepa.feed.loader import Batch, SampleReader
@@ -48,6 +49,8 @@ class Embeddings:
     session: np.ndarray
     modality: np.ndarray
     split: np.ndarray
+    regions: np.ndarray | None = None  # float32 [n, R, D], where they were asked for
+    region_patches: np.ndarray | None = None  # float32 [n, R], how many patches tell of each
 
     def labels(self, table: pa.Table, name: str) -> np.ndarray:
         """[n] array of str: the label of each scan's session, else of its person, else "".
@@ -85,7 +88,9 @@ def select_rows(feed: Feed, modality: str | None, cohort: str | None,
 
 @torch.no_grad()
 def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
-          places: Places | None = None, *, batch_size: int | None = None) -> Embeddings:
+          places: Places | None = None, *, batch_size: int | None = None,
+          regions: Regions | None = None, progress: Callable[[int], None] = lambda done: None
+          ) -> Embeddings:
     """Embed scans of a feed without augmentation or masks.
 
     Parameters
@@ -94,16 +99,39 @@ def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
     places : what to compare tokens with; None: those of ``reference_rows``
     batch_size : None: one scan at a time, with all its brain; a number: as many as in training,
         with training's token budget
+    regions : of the feed's grid; their rows come beside those of scans
+    progress : called with the number of scans done
+
+    Raises
+    ------
+    ConfigError
+        Regions of a CNN, which has no tokens.
+    DataError
+        A scan's modality is none of those to compare with, or a sample cannot be read.
     """
+    pooled, parts = [], []
     if config.objective.method == "cnn":
-        pooled = [model.embed(views)
-                  for views in views_of(model, config, feed, rows, batch_size=batch_size)]
-    else:
-        places = places or fit_places(model, config, feed, reference_rows(feed, rows),
-                                      batch_size=batch_size)
-        pooled = [places.pool(each)
-                  for each in tokens_of(model, config, feed, rows, batch_size=batch_size)]
-    return describe(feed, rows, torch.cat(pooled).cpu().numpy())
+        if regions is not None:
+            raise ConfigError("objective.method = cnn: it has no tokens, so nothing can be told of "
+                              "regions; leave --regions out")
+        for views in views_of(model, config, feed, rows, batch_size=batch_size):
+            pooled.append(model.embed(views))
+            progress(len(pooled))
+        return describe(feed, rows, torch.cat(pooled).cpu().numpy())
+    device = next(model.parameters()).device
+    places = (places.to(device) if places else
+              fit_places(model, config, feed, reference_rows(feed, rows), batch_size=batch_size))
+    for each in tokens_of(model, config, feed, rows, batch_size=batch_size):
+        pooled.append(places.pool(each))
+        if regions is not None:
+            share_nR = torch.from_numpy(regions.share_nR).to(device)
+            parts.append(places.pool_regions(each, share_nR))
+        progress(len(pooled))
+    found = describe(feed, rows, torch.cat(pooled).cpu().numpy())
+    if regions is None:
+        return found
+    of_regions, seen = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    return replace(found, regions=of_regions, region_patches=seen)
 
 
 def describe(feed: Feed, rows: np.ndarray, values: np.ndarray) -> Embeddings:
@@ -135,8 +163,8 @@ def reference_rows(feed: Feed, rows: np.ndarray) -> np.ndarray:
                   f"compared with all {len(found)} of them")
         if len(found) < LEAST_SCANS:
             raise DataError(f"{feed.uri}: {len(found)} {wanted} scan to compare with, embeddings "
-                            f"need {LEAST_SCANS}; embed other modalities (--modality), or pack "
-                            "more such scans")
+                            f"need {LEAST_SCANS}; embed other modalities (--modality), pack more "
+                            "such scans, or take weights that were exported with their feed")
         chosen.append(found[::-(-len(found) // MAX_REFERENCE)])
     return np.concatenate(chosen)
 

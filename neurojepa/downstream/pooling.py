@@ -141,8 +141,8 @@ class Places:
         """What ``tensors`` gave."""
         parts: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
-            modality, _, field = name.partition(".")
-            parts.setdefault(MODALITIES.index(modality), {})[field] = value
+            known, _, field = name.partition(".")
+            parts.setdefault(MODALITIES.index(known), {})[field] = value
         places = cls(len(next(iter(parts.values()))["scans_n"]))
         for modality, part in parts.items():
             line = {name: part.pop(name) for name in ("log_size", "slope_D")}

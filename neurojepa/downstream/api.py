@@ -1,0 +1,186 @@
+"""Weights in use: ``neurojepa.load(W).embed(scans)``, and what the command ``embed`` does.
+
+    model = neurojepa.load("weights")
+    e = model.embed("t1.nii.gz")        # a file, files, a folder, BIDS, a table of files, a feed
+    e.values                            # float32 [scans, features]
+    e.table                             # the same with pseudonym, session, modality, flags, ...
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from neurojepa.downstream import table as tables
+from neurojepa.downstream.embed import embed, select_rows
+from neurojepa.downstream.regions import Regions, load_regions
+from neurojepa.downstream.scans import Scans, is_feed, prepare_scans, told
+from neurojepa.errors import ConfigError, DataError
+from neurojepa.feed.format import MODALITIES, Feed, open_feed
+from neurojepa.storage import join, parquet_bytes, write_bytes
+from neurojepa.weights import Weights, load
+
+Path = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of scans; ``table`` and ``values`` have a row for each, in the same order."""
+
+    table: pa.Table  # as downstream/table.py describes embeddings.parquet
+    regions: pa.Table | None  # as regions.parquet, where regions were asked for
+    scans: Scans | None  # what became of raw scans; None of a feed
+    feed: str  # fingerprint
+    skipped: dict[str, int]  # scans of modalities that the weights do not know, by modality
+
+    @property
+    def values(self) -> np.ndarray:
+        """float32 [scans, features]."""
+        return tables.vectors(self.table)
+
+    def write(self, out: str) -> None:
+        """Write all tables into a folder."""
+        if self.regions is not None:
+            write_bytes(join(out, "regions.parquet"), parquet_bytes(self.regions))
+        if self.scans is not None:
+            tables.write_scans_csv(out, self.scans, self.table["scan_id"].to_pylist())
+        tables.write_tables(out, self.table)
+
+
+class Model:
+    """Weights on a device.
+
+    Parameters
+    ----------
+    weights : as ``neurojepa.weights.load`` gives them
+    name : where they come from, for messages
+    device : of torch; None: the first GPU, or the CPU where there is none
+    """
+
+    def __init__(self, weights: Weights, name: str, device: str | None = None) -> None:
+        self.weights, self.name = weights, name
+        self.device = _device(device)
+        weights.model.to(self.device)
+
+    def embed(self, scans: Path | Sequence[Path], *, out: str | None = None,
+              modality: str | None = None, cohort: str | None = None, regions: bool = False,
+              atlas: str | None = None, preset: str = "default", key: str | None = None,
+              workers: int = 1, progress: Callable[[int, int], None] = lambda done, of: None
+              ) -> Embedded:
+        """Embed scans as they are, or those of a feed.
+
+        Parameters
+        ----------
+        scans
+            NIfTI or MGZ files, folders of DICOM slices; or one folder of scans, BIDS dataset, table
+            of files (.csv, .tsv) or feed.
+        out
+            Folder where preparation keeps its work, to go on from there; None: it is not kept.
+        modality
+            Of the raw scans, where their names do not say it; of a feed, only these scans.
+        cohort
+            Of a feed, only the scans of this cohort.
+        regions, atlas
+            Rows of regions too: of lobes by coordinates, or of this label map in MNI152 space.
+        preset
+            How thoroughly scans are prepared: quick, default or paper.
+        key
+            File of the pseudonym key; None: $NEUROJEPA_KEY_FILE, or the one at its usual place.
+        workers
+            People prepared at once; more than one needs Ray.
+        progress
+            Called with the number of scans embedded, and of all.
+
+        Raises
+        ------
+        ConfigError
+            Scans that cannot be told apart or whose modality is not known, another grid.
+        DataError
+            No scan is there, or none is usable.
+        """
+        named = [fspath(scans)] if isinstance(scans, str | PathLike) else [fspath(s) for s in scans]
+        with tempfile.TemporaryDirectory(prefix="neurojepa-") as folder:
+            prepared = None
+            if len(named) == 1 and is_feed(named[0]):
+                feed = open_feed(named[0])
+                self._check_grid(feed)
+                rows = select_rows(feed, modality, cohort)
+            else:
+                prepared = self._prepare(named, out or folder, modality, preset, key, workers)
+                feed = prepared.feed
+                people = feed.index["participant"].to_pylist()
+                rows = np.flatnonzero([person in prepared.ids for person in people])
+            rows, skipped = self._known(feed, rows)
+            where = (load_regions(feed.grid, self.weights.config.model.patch_voxels, atlas)
+                     if regions or atlas else None)
+            return self._embed(feed, rows, prepared, where, skipped, progress)
+
+    def _prepare(self, named: list[str], out: str, modality: str | None, preset: str,
+                 key: str | None, workers: int) -> Scans:
+        if self.weights.places is None:
+            print(f"{self.name}: exported without what embeddings are compared with, so these "
+                  "scans are compared with one another; export the weights again, with their feed")
+        found = prepare_scans(named, out, self.weights.grid, key=key, preset=preset,
+                              modality=modality, workers=workers)
+        print(f"scans: {told(found)}", flush=True)
+        return found
+
+    def _known(self, feed: Feed, rows: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+        """Rows of modalities that the weights know, and how many there are of each other one."""
+        if self.weights.places is None:
+            return rows, {}
+        names = np.array(feed.index["modality"].to_pylist())[rows]
+        known = [MODALITIES[number] for number in sorted(self.weights.places.sums)]
+        skipped = dict(Counter(names[~np.isin(names, known)].tolist()))
+        for name, number in sorted(skipped.items()):
+            print(f"not embedded: {number} {name} scans; {self.name} knows "
+                  f"{', '.join(known)} alone")
+        if len(rows) == sum(skipped.values()):
+            raise DataError(f"{feed.uri}: no scan of a modality that {self.name} knows "
+                            f"({', '.join(known)})")
+        return rows[np.isin(names, known)], skipped
+
+    def _embed(self, feed: Feed, rows: np.ndarray, scans: Scans | None, regions: Regions | None,
+               skipped: dict[str, int], progress: Callable[[int, int], None]) -> Embedded:
+        found = embed(self.weights.model, self.weights.config, feed, rows, self.weights.places,
+                      regions=regions, progress=lambda done: progress(done, len(rows)))
+        return Embedded(tables.embedding_table(found, feed, rows, scans),
+                        None if regions is None else tables.region_table(found, regions),
+                        scans, feed.fingerprint, skipped)
+
+    def _check_grid(self, feed: Feed) -> None:
+        grid = self.weights.grid
+        if not np.array_equal(grid.affine, feed.grid.affine) or grid.shape != feed.grid.shape:
+            raise ConfigError(f"--feed {feed.uri} is packed at grid {feed.grid.name}, the weights "
+                              f"were trained at {grid.name}; pack the archive with --grid "
+                              f"{grid.name}")
+
+
+def load_model(weights: Path, device: str | None = None) -> Model:
+    """Exported weights from a folder or an object store; also ``neurojepa.load``.
+
+    Raises
+    ------
+    DataError
+        Not an export, or a damaged one.
+    ConfigError
+        There is no such device.
+    """
+    return Model(load(fspath(weights)), fspath(weights), device)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: cannot be used here "
+                          f"({str(error).splitlines()[0]}); cpu always can") from error
