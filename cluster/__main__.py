@@ -1,9 +1,10 @@
-"""Commands for operators: keep a run alive, and see what it is doing.
+"""Commands for operators: keep a run alive, see what it is doing, and end it.
 
     python -m cluster supervise --ranks 2 -- --config configs/demo.yaml run.dir=runs/demo
     python -m cluster supervise --hostfile hosts -- --config configs/base.yaml
     python -m cluster status runs/demo --json
     python -m cluster watch s3://bucket/runs/base
+    python -m cluster stop s3://bucket/runs/base
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 import time
 
 from neurojepa.errors import ConfigError, run_command
+
+ENDED = {"finished": 0, "stopped": 75, "failed": 1}  # states after which watch ends, and its status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return _supervise(options, words[split + 1:])
     if split < len(words):
         raise ConfigError(f"{options.command}: takes nothing after --")
-    return _watch(options) if options.command == "watch" else _status(options)
+    return {"watch": _watch, "status": _status, "stop": _stop}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,10 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="one screen about a run")
     status.add_argument("run", help="run directory, local or URI")
     status.add_argument("--json", action="store_true", help="as one JSON object")
-    watch = commands.add_parser("watch", help="the status, refreshed until the run has finished")
+    watch = commands.add_parser("watch", help="the status, refreshed until the run has ended")
     watch.add_argument("run", help="run directory, local or URI")
     watch.add_argument("--every", type=float, default=5, metavar="S",
                        help="seconds between looks (default 5)")
+    stop = commands.add_parser("stop", help="end a run, with a checkpoint, from any machine")
+    stop.add_argument("run", help="run directory, local or URI")
+    stop.add_argument("--now", action="store_true", help="without a checkpoint")
+    stop.add_argument("--wait", type=float, default=180, metavar="S",
+                      help="how long to wait for it (default 180)")
     return parser
 
 
@@ -87,13 +95,24 @@ def _watch(options: argparse.Namespace) -> int:
     from cluster.rundir import RunDir
     from cluster.status import read_status, render
 
+    before = ""
     while True:
         status = read_status(RunDir(options.run))
         clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
         print(clear + render(status), flush=True)
-        if status["state"] == "finished":
-            return 0
+        state = status["state"]
+        # twice in a row: a supervisor calls an attempt failed just before it starts the next one
+        if state in ENDED and state in (before, "finished"):
+            return ENDED[state]
+        before = state
         time.sleep(options.every)
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from cluster.rundir import RunDir
+    from cluster.stop import stop
+
+    return stop(RunDir(options.run), options.now, options.wait)
 
 
 def command() -> None:

@@ -20,10 +20,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 
-TOKEN = "NEUROJEPA_ATTEMPT"
+from neurojepa.storage.lease import ATTEMPT
+from neurojepa.storage.owners import pid_space
+
+TOKEN = ATTEMPT
+NOTHING = 3  # exit status: no process of the attempt is there
 CLOCK_SLACK_S = 2.0  # /proc gives start times relative to a boot time in whole seconds
 
 
@@ -49,32 +54,31 @@ def send(processes: list[psutil.Process], signum: int) -> list[int]:
     return reached
 
 
-def send_remote(hosts: list[str], token: str, signum: int, ssh_options: str,
-                timeout_s: float = 20) -> list[str]:
-    """Signal the ranks of an attempt on other hosts, all at once; returns hosts not reached."""
+def ask_remote(hosts: list[str], token: str, signum: int, ssh_options: str,
+               timeout_s: float = 20) -> dict[str, int]:
+    """Signal the ranks of an attempt on other hosts, all at once; with 0, only look.
+
+    Returns
+    -------
+    dict
+        By host: 0; ``NOTHING`` if a look found no process; else ssh's status of a host that could
+        not be reached.
+    """
     options = shlex.split(ssh_options)
     command = (f"cd {shlex.quote(os.getcwd())} && {shlex.quote(sys.executable)} "
                f"-m cluster.processes {token} {int(signum)} {pid_space()}")
     calls = {host: subprocess.Popen(["ssh", *options, host, command], stdin=subprocess.DEVNULL,
                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
              for host in hosts}
-    failed = []
+    statuses = {}
+    end = time.monotonic() + timeout_s
     for host, call in calls.items():
         try:
-            status = call.wait(timeout_s)
+            statuses[host] = call.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             call.kill()
-            status = call.wait()
-        if status:
-            failed.append(host)
-    return failed
-
-
-def pid_space() -> str:
-    """What distinguishes sets of process numbers: the boot of a machine and the PID namespace."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+            statuses[host] = call.wait()
+    return statuses
 
 
 def same_process(pid: int, seen_at: float) -> bool:
@@ -106,11 +110,13 @@ def _parent_pid(process: psutil.Process) -> int | None:
 
 def main(argv: list[str] | None = None) -> int:
     token, signum, caller = sys.argv[1:] if argv is None else argv
-    number = signal.Signals(int(signum))
-    if caller != pid_space():
-        # SIGKILL also ends a launcher whose connection is gone
-        send(members(token) if number == signal.SIGKILL else ranks(token), number)
-    return 0
+    if caller == pid_space():  # the caller does it, or counts them, itself
+        return 0 if int(signum) else NOTHING
+    # SIGKILL also ends a launcher whose connection is gone
+    found = ranks(token) if int(signum) == signal.SIGTERM else members(token)
+    if int(signum):
+        send(found, int(signum))
+    return 0 if found or int(signum) else NOTHING
 
 
 if __name__ == "__main__":

@@ -87,6 +87,9 @@ class RunDir:
         text = (self.read("latest") or b"").decode().strip()
         if not text:
             return None
+        text = text.split()[0]  # a second line names the token of the owner that wrote it
+        if text == "none":
+            return None
         name, _, number = text.rpartition("-")
         if name != "step" or not number.isdigit():
             raise ClusterError(f"{self.uri}/latest: holds {text!r}, expected step-N; "

@@ -10,14 +10,19 @@ restart is just another attempt.  An attempt fails when it exits without having 
 its slowest rank stands still.  Failures in a row without a new committed checkpoint end the
 supervision, naming the step; so does a run that diverged or collapsed, which would do it again.
 While the run directory's store fails, nobody is called silent and nothing is started.  Ranks are
-ended by pid (see processes.py); SIGTERM or Ctrl-C here asks them to commit a checkpoint and stop.
+ended by pid (see processes.py); SIGTERM or Ctrl-C here, or ``cluster stop`` from anywhere, asks
+them to commit a checkpoint and stop.
+
+A run has one supervisor: it holds the run directory's lease (neurojepa/storage/lease.py).  One that
+is started when the last one died goes on with that one's processes, if it would have started the
+same, and ends them otherwise.  A supervisor that lost the lease leaves everything as it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
-import subprocess
 import tempfile
 import time
 import uuid
@@ -29,17 +34,20 @@ from typing import Any, Protocol
 
 import psutil
 
-from cluster.attempt import Progress, ssh_options
-from cluster.processes import members, ranks, same_process, send, send_remote
+from cluster.attempt import Progress
+from cluster.processes import ranks, same_process
 from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
-from neurojepa.errors import ClusterError, DataError
+from cluster.world import World
+from neurojepa.errors import ClusterError, DataError, LeaseLost
 from neurojepa.storage import Patience, append_rows, is_outage, join, write_bytes
+from neurojepa.storage.lease import Keeper, Lease, take
+from neurojepa.storage.owners import Owner
 
 REQUEUE = 75  # exit status of a training that stopped on request, to be queued again
 REFUSED = 2  # exit status of a command that cannot work as it was given
-CLEANUP_S = 20.0  # DeepSpeed's launchers exit 1 to 3 s after their ranks
+NO_CONNECTION = 255  # ssh's own status, which pdsh passes on
 POLL_S = 0.2
-LOG_LINES = 20
+LOG_LINES, LOG_BYTES = 20, 16_384
 FATAL = ("diverged", "collapse")  # last events of trainings that cannot go on
 
 
@@ -92,6 +100,9 @@ class Supervisor:
     store_s: float = 600.0
     _stop_signals: int = field(default=0, init=False)
     _patience: Patience = field(init=False)
+    _lease: Lease | None = field(default=None, init=False)
+    _lost: LeaseLost | None = field(default=None, init=False)
+    _world: World | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._patience = Patience(self.store_s, tell=lambda said: print(
@@ -102,63 +113,136 @@ class Supervisor:
 
         Raises
         ------
+        LeaseHeld, LeaseLost
+            The run has another owner.
         ClusterError
             It gave up, or the run is being trained by someone else already.
         """
-        self._refuse_running()
-        failures = restarts = 0
-        with self._stop_on_signal(), tempfile.TemporaryDirectory(prefix="supervise-") as scratch:
-            while True:
-                committed = self._patience(self.run_dir.committed_step)
-                outcome = self._attempt(self._next_attempt(), Path(scratch))
-                if (status := self._ended(outcome)) is not None:
-                    return status
-                now_committed = self._patience(self.run_dir.committed_step)
-                failures = failures + 1 if now_committed == committed else 1
-                # the very first start refused its input: trying again cannot help
-                refused = outcome.status == REFUSED and outcome.step is None and restarts == 0
-                if failures > self.max_restarts or refused or outcome.fatal:
-                    self._give_up(outcome, failures, now_committed)
-                restarts += 1
-                self._event("restart", now_committed, restarts=restarts, failures=failures)
-                self._wait(min(60.0, 2.0 ** (failures - 1)))
-                if self._stop_signals:
-                    self._event("stopped", now_committed, status=REQUEUE)
-                    return REQUEUE
-
-    def _attempt(self, number: int, scratch: Path) -> Outcome:
-        """Start the launcher, watch it to its end, and leave no process of it behind."""
-        token = uuid.uuid4().hex
-        log = self._log_path(number, scratch)
-        progress = Progress(self._patience(self.run_dir.heartbeats), self.last_step)
-        self._event("started", self._patience(self.run_dir.committed_step), attempt=number)
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                self.launch.command(), env=self.launch.environment(token, scratch),
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True)
+        self._lease = take(self.run_dir.uri, "supervisor", self._patience, self._adopt)
+        if self._world is None:
+            self._refuse_running()
+        keeper = Keeper(self._lease, self._said, self._on_lost, self._on_stop)
         try:
-            hung = self._watch(process, token, progress)
+            with self._stop_on_signal(), tempfile.TemporaryDirectory(
+                    prefix="supervise-") as scratch:
+                return self._to_end(Path(scratch))
         finally:
-            self._end(process, token)
-        if self.run_dir.local_path is None:
-            self._patience(lambda: write_bytes(
-                join(self.run_dir.uri, "logs", log.name), log.read_bytes()))
+            keeper.close()
+            if self._lost is None:
+                self._patience(self._lease.release)
+
+    def _to_end(self, scratch: Path) -> int:
+        failures = restarts = 0
+        while True:
+            committed = self._patience(self.run_dir.committed_step)
+            outcome = self._attempt(scratch)
+            if (status := self._ended(outcome)) is not None:
+                return status
+            now_committed = self._patience(self.run_dir.committed_step)
+            failures = failures + 1 if now_committed == committed else 1
+            # the very first start refused its input: trying again cannot help
+            refused = outcome.status == REFUSED and outcome.step is None and restarts == 0
+            if failures > self.max_restarts or refused or outcome.fatal:
+                self._give_up(outcome, failures, now_committed)
+            restarts += 1
+            self._event("restart", now_committed, restarts=restarts, failures=failures)
+            self._wait(min(60.0, 2.0 ** (failures - 1)))
+            if self._stop_signals:
+                self._event("stopped", now_committed, status=REQUEUE)
+                return REQUEUE
+
+    # ---- owning the run --------------------------------------------------------------------------
+
+    def _adopt(self, last: Owner, said: dict[str, Any]) -> bool:
+        """Go on with the processes that the last owner left, or end them."""
+        attempt = str(said.get("attempt", ""))
+        if not attempt.isalnum():  # it is part of a remote command line
+            return False
+        world = World(attempt, int(said.get("number", 0)),
+                      [str(host) for host in said.get("hosts", []) if host in self.launch.hosts()])
+        if not world.somewhere():
+            return False
+        if last.kind == "supervisor" and said.get("launch") == self._fingerprint():
+            print(f"going on with attempt {world.number} of the {last}", flush=True)
+            self._world = world
+            return True
+        print(f"ending attempt {world.number} of the {last}, which was started otherwise",
+              flush=True)
+        world.end()
+        return False
+
+    def _fingerprint(self) -> str:
+        """What is started; not in words, which may be long or name what others need not read."""
+        return hashlib.sha256(repr(self.launch).encode()).hexdigest()[:16]
+
+    def _said(self) -> dict[str, Any]:
+        """What other machines need to know about the current attempt."""
+        world = self._world
+        return {"attempt": world.token, "number": world.number, "hosts": world.hosts,
+                "launch": self._fingerprint()} if world else {}
+
+    def _on_lost(self, error: LeaseLost) -> None:
+        self._lost = error
+        self._patience.close()
+
+    def _on_stop(self, how: str) -> None:
+        self._stop_signals = max(self._stop_signals, 2 if how == "now" else 1)
+        self._patience.close()
+
+    # ---- one attempt -----------------------------------------------------------------------------
+
+    def _attempt(self, scratch: Path) -> Outcome:
+        """Start the launcher (or take up an adopted attempt), watch it to its end, and leave no
+        process of it behind."""
+        world, self._world = self._world, None
+        before = self._patience(self.run_dir.heartbeats)
+        log: Path | None = None
+        if world is None:
+            number = self._next_attempt()
+            world = World(uuid.uuid4().hex, number, self.launch.hosts())
+            log = self._log_path(number, scratch)
+            self._start(world, log, scratch)
+        else:
+            before = []
+        progress = Progress(before, self.last_step)
+        self._world = world
+        try:
+            hung = self._watch(world, progress)
+        finally:
+            if self._lost is None:
+                world.end()
+        if self.run_dir.local_path is None and log is not None:
+            data = log.read_bytes()
+            self._patience(lambda: write_bytes(join(self.run_dir.uri, "logs", log.name), data))
         progress.update(self._patience(self.run_dir.heartbeats))
-        outcome = Outcome(_status(process.returncode), progress.step, progress.beats,
-                          _last_lines(log), hung, self._fatal_event())
-        self._event("exit", outcome.step, attempt=number, status=outcome.status, hung=hung,
+        status = self._status(world)
+        outcome = Outcome(status, progress.step, progress.beats,
+                          _last_lines(log) if log else self._logged(world.number), hung,
+                          self._fatal_event())
+        self._world = None
+        self._event("exit", outcome.step, attempt=world.number, status=outcome.status, hung=hung,
                     ranks=[vars(beat) for beat in outcome.heartbeats], log=outcome.log_lines)
         return outcome
 
-    def _watch(self, process: subprocess.Popen[bytes], token: str, progress: Progress) -> bool:
-        """Wait for the launcher's end; True if it was ended here because it hung."""
+    def _start(self, world: World, log: Path, scratch: Path) -> None:
+        self._event("started", self._patience(self.run_dir.committed_step), attempt=world.number)
+        self._world = world
+        assert self._lease is not None
+        lease = self._lease
+        self._patience(lambda: lease.renew(**self._said()))  # its ranks look for it
+        with log.open("wb") as file:
+            world.start(self.launch.command(), self.launch.environment(world.token, scratch), file)
+
+    def _watch(self, world: World, progress: Progress) -> bool:
+        """Wait for the attempt's end; True if it was ended here because it hung."""
         look_every_s = min(5.0, self.hang_s / 6)
         asked_at = looked_at = 0.0
-        while process.poll() is None:
+        while world.alive():
             now = time.monotonic()
+            if self._lost is not None:
+                raise self._lost
             if self._stop_signals and not asked_at:
-                self._signal(token, signal.SIGTERM)
+                world.signal(signal.SIGTERM)
                 asked_at = now
             if asked_at and (self._stop_signals > 1 or now - asked_at > self.grace_s):
                 return False
@@ -167,10 +251,28 @@ class Supervisor:
                 self._look(progress)
                 limit_s = progress.limit_s(self.hang_s, self.start_s)
                 if not asked_at and progress.silent_s > limit_s:
-                    self._report_hang(token, progress, limit_s)
+                    self._report_hang(world, progress, limit_s)
                     return True
             time.sleep(POLL_S)
         return False
+
+    def _status(self, world: World) -> int:
+        """How an attempt ended; of an adopted one only what its training said."""
+        if world.status is not None:
+            return world.status
+        return {"finish": 0, "stop": REQUEUE}.get(self._told(), 1)
+
+    def _told(self) -> str:
+        """The last of the training's own events since the attempt started; empty if none."""
+        events = self._patience(self.run_dir.events)
+        starts = [index for index, row in enumerate(events) if row["event"] == "started"]
+        told = [row["event"] for row in events[starts[-1] if starts else 0:]
+                if row["event"] in TRAIN_EVENTS]
+        return told[-1] if told else ""
+
+    def _logged(self, number: int) -> list[str]:
+        data = self._patience(lambda: self.run_dir.read(f"logs/attempt-{number}.log", LOG_BYTES))
+        return _lines(data or b"")
 
     def _look(self, progress: Progress) -> None:
         """Read the heartbeats; where that fails, silence says nothing about the ranks."""
@@ -190,54 +292,32 @@ class Supervisor:
                 return row["event"] if row["event"] in FATAL else None
         return None
 
-    def _report_hang(self, token: str, progress: Progress, limit_s: float) -> None:
+    def _report_hang(self, world: World, progress: Progress, limit_s: float) -> None:
         """Say which ranks stand still; their states are read before they are ended."""
         states = {}
-        for process in ranks(token):
+        for process in ranks(world.token):
             try:
                 states[process.pid] = process.status()
             except psutil.NoSuchProcess:
                 continue
-        self._end_ranks(token)  # the event is written when no rank can write one at the same time
+        world.signal(signal.SIGKILL)  # the event is written when no rank can write one
         self._event("hang", progress.step, silent_s=round(progress.silent_s, 1),
                     limit_s=round(limit_s, 1),
                     ranks=[{**vars(beat), "state": states.get(beat.pid)}
                            for beat in progress.beats])
 
-    def _end(self, process: subprocess.Popen[bytes], token: str) -> None:
-        """End what is left of an attempt: its ranks, then, if it lingers, its launcher."""
-        self._end_ranks(token)
-        try:
-            process.wait(CLEANUP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        left = members(token)
-        send(left, signal.SIGKILL)
-        _, alive = psutil.wait_procs(left, timeout=CLEANUP_S)
-        if alive:
-            raise ClusterError(f"processes {[item.pid for item in alive]} of the attempt do not "
-                               "end on SIGKILL; check the machine's devices and storage")
-
-    def _end_ranks(self, token: str) -> None:
-        self._signal(token, signal.SIGKILL)
-
-    def _signal(self, token: str, signum: int) -> None:
-        send(ranks(token), signum)
-        hosts = self.launch.hosts()
-        unreached = send_remote(hosts, token, signum, ssh_options()) if hosts else []
-        if unreached:
-            print(f"cannot reach by ssh: {', '.join(unreached)}", flush=True)
-
     def _ended(self, outcome: Outcome) -> int | None:
         """The status to exit with if the supervision is over without a failure."""
         trained = [row["event"] for row in self._patience(self.run_dir.events)
                    if row["event"] in TRAIN_EVENTS]
-        if outcome.status == 0 and trained and trained[-1] == "finish":
+        told = self._told()
+        # after a flap of the network pdsh says 255 to whatever its ranks did
+        stopped = outcome.status == REQUEUE or (outcome.status == NO_CONNECTION and told == "stop")
+        if told == "finish" or (outcome.status == 0 and trained and trained[-1] == "finish"):
             self._event("finished", outcome.step)
             return 0
         # asked to stop before they could listen, ranks just end: the last checkpoint is good
-        if outcome.status == REQUEUE or self._stop_signals:
+        if stopped or self._stop_signals:
             self._event("stopped", outcome.step, status=outcome.status)
             return REQUEUE
         return None
@@ -279,7 +359,9 @@ class Supervisor:
     def _event(self, event: str, step: int | None, **fields: Any) -> None:
         """Add a row to events.jsonl; called only while no rank is alive to write there too."""
         row = {"time": time.time(), "event": event, "step": step, "by": "supervisor", **fields}
-        self._patience(lambda: append_rows(join(self.run_dir.uri, "events.jsonl"), [row]))
+        uri = join(self.run_dir.uri, "events.jsonl")
+        append = self._lease.append if self._lease else append_rows
+        self._patience(lambda: append(uri, [row]))
         shown = {key: value for key, value in fields.items() if key not in ("ranks", "log")}
         print(f"{event} at step {step} {shown}", flush=True)
 
@@ -303,13 +385,12 @@ class Supervisor:
                 signal.signal(number, handler)
 
 
-def _status(returncode: int) -> int:
-    """An exit status as a shell shows it: 128 + N for a process ended by signal N."""
-    return 128 - returncode if returncode < 0 else returncode
-
-
 def _last_lines(log: Path) -> list[str]:
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 16_384))
-        text = file.read().decode(errors="replace")
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        return _lines(file.read())
+
+
+def _lines(data: bytes) -> list[str]:
+    text = data.decode(errors="replace")
     return [line for line in text.splitlines() if line.strip()][-LOG_LINES:]

@@ -31,6 +31,14 @@ class ClusterError(NeurojepaError):
     """A host, launcher or scheduler that did not do its part."""
 
 
+class LeaseHeld(ClusterError):
+    """A run directory that has a live owner."""
+
+
+class LeaseLost(ClusterError):
+    """A run directory that another owner has taken over."""
+
+
 def run_command(main: Callable[[], int | None], teardown: bool = True) -> None:
     """Run a command's ``main`` and exit: 0, its own status, 2 with one line, or 130 on Ctrl-C.
 
@@ -42,6 +50,10 @@ def run_command(main: Callable[[], int | None], teardown: bool = True) -> None:
     """
     try:
         status = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what we print has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141  # as SIGPIPE would end it
     except NeurojepaError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2

@@ -2,6 +2,7 @@
 
     python -m neurojepa.pretrain --config configs/demo.yaml data.feed=FEED run.dir=runs/a
     deepspeed --num_gpus 2 --module neurojepa.pretrain --config configs/demo.yaml ...
+    srun --ntasks 16 python -m neurojepa.pretrain --config configs/demo.yaml ...
     python -m neurojepa.pretrain --config ... run.launcher=local run.ranks=2
     python -m neurojepa.pretrain --config ... --dry-run --gpus 64     # what it will cost
 
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         from neurojepa.dry_run import dry_run
 
         return dry_run(config, arguments.gpus, arguments.device, arguments.mfu)
+    from neurojepa.train.slurm import slurm_ranks
+
+    os.environ.update(slurm_ranks(os.environ, config.run.launcher))
     if already_finished(config):
         from neurojepa.train.resume import check_same_recipe
 

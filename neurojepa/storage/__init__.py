@@ -2,6 +2,7 @@
 
     files      opening, whole objects in and out, what lies in a folder, Parquet
     rows       files of rows (.jsonl) that grow at the end and survive a kill
+    conditional, lease    writes that need nobody else to write; who owns a run directory
     outage     which errors mean that a store did not answer, and patience with it
 
 All three packages read and write through here.  Drivers load when a URI needs them.

@@ -33,7 +33,7 @@ def read_rows(uri: str) -> list[dict[str, Any]]:
 
 def write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
     """Replace the file by these rows, at once."""
-    write_bytes(uri, _lines(rows))
+    write_bytes(uri, rows_bytes(rows))
 
 
 def append_rows(uri: str, rows: list[dict[str, Any]]) -> None:
@@ -52,7 +52,7 @@ def append_rows(uri: str, rows: list[dict[str, Any]]) -> None:
             end = file.seek(0, os.SEEK_END)
             tail = file.seek(max(0, end - TAIL_BYTES))
             file.truncate(tail + file.read().rfind(b"\n") + 1)
-            file.write(_lines(rows))
+            file.write(rows_bytes(rows))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -75,7 +75,7 @@ def drop_rows(uri: str, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 def _append_object(uri: str, rows: list[dict[str, Any]]) -> None:
     fs, path = open_store(uri)
-    lines = _lines(rows)
+    lines = rows_bytes(rows)
     try:
         if fs.exists(path) and fs.tail(path, len(lines)) == lines:
             return
@@ -96,7 +96,8 @@ def _row(uri: str, line: bytes) -> dict[str, Any]:
                         "line") from error
 
 
-def _lines(rows: list[dict[str, Any]]) -> bytes:
+def rows_bytes(rows: list[dict[str, Any]]) -> bytes:
+    """Rows as they stand in a file."""
     return "".join(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
                    for row in rows).encode()
 

@@ -4,7 +4,7 @@
                        rank-R-A.exp_avg.safetensors  exp_avg_sq, ema; A names the attempt
                        buffers-A.safetensors         router bias, atom usage (rank 0)
                        manifest.json                 the commit: sizes, sha256, fragments, config
-    latest                                           "step-N", written after the manifest
+    latest                                           "step-N" or "none", after the manifest
 
 A directory without its manifest does not count, so a kill at any instant leaves the last committed
 checkpoint good.  Reading goes by parameter name and range, so the number of ranks and the ZeRO
@@ -75,7 +75,10 @@ def latest_step(run_dir: str) -> int | None:
     where = join(run_dir, "latest")
     if (data := read_if_there(where)) is None:  # killed between the first manifest and it
         return max(committed_steps(run_dir), default=None)
-    text = data.decode(errors="replace").strip()
+    # in an object store a second line names the token of the owner that wrote it
+    text = next(iter(data.decode(errors="replace").split()), "")
+    if text == "none":
+        return None
     steps = committed_steps(run_dir)  # after it: a live run commits, then writes ``latest``
     number = text.removeprefix("step-")
     if not number.isdigit() or int(number) not in steps:

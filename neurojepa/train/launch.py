@@ -55,10 +55,17 @@ def launch(config: RootConfig, module: str, argv: list[str]) -> int:
     ------
     ClusterError
         Ray is not reachable, has no room for the ranks, or lost one.
+    ConfigError
+        A relative path, under Ray.
     """
     if config.run.launcher == "local":
         return _local(config.run.ranks, [sys.executable, "-u", "-m", module, *argv])
     if config.run.launcher == "ray":
+        for key, value in (("run.dir", config.run.dir), ("data.feed", config.data.feed)):
+            if "://" not in value and not os.path.isabs(value):
+                raise ConfigError(f"{key} = {value!r}: Ray starts ranks in folders of its own, "
+                                  "where a relative path leads elsewhere; give an absolute path "
+                                  "or a URI")
         return _ray(config.run.ranks, module, argv)
     raise ConfigError(f"run.launcher={config.run.launcher}: starts no ranks; use local or ray")
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from neurojepa.config import RootConfig, dump_config
-from neurojepa.errors import ConfigError
+from neurojepa.errors import ConfigError, LeaseLost
 from neurojepa.feed.format import open_feed
 from neurojepa.feed.loader import Batch, Loader
 from neurojepa.feed.order import Window, first_position
@@ -34,6 +34,7 @@ from neurojepa.train.engine import Engine
 from neurojepa.train.health import Damage, Health, collapsed, diverged
 from neurojepa.train.hooks import Hook, Progress
 from neurojepa.train.metrics import Heartbeat, Metrics
+from neurojepa.train.ownership import Ownership, owned
 from neurojepa.train.probe import OnlineProbe
 from neurojepa.train.resume import check_fits, check_same_run
 from neurojepa.train.saver import Saver
@@ -55,15 +56,18 @@ def train(config: RootConfig) -> int:
     ------
     ConfigError, DataError, CheckpointError
         See ``Run``; the run directory is as before.
+    LeaseHeld, LeaseLost
+        The run directory belongs to someone else.
     NeurojepaError
         The run diverged or collapsed, or the feed failed; its last checkpoint counts.
     """
     world = start_world(config.run.deterministic)
-    run = Run(config, world)
-    try:
-        return run.to_end()
-    finally:
-        run.close()
+    with owned(config, world) as owner:
+        run = Run(config, world, owner)
+        try:
+            return run.to_end()
+        finally:
+            run.close()
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Decision:
     report: bool  # say what any rank met in feed and store
     flush: bool  # write the rows and look at them
     stop: bool  # leave before the last step
+    leave: bool = False  # at once, doing nothing of the above
 
 
 class Run:
@@ -91,12 +96,14 @@ class Run:
         The latest checkpoint is damaged.
     """
 
-    def __init__(self, config: RootConfig, world: World) -> None:
+    def __init__(self, config: RootConfig, world: World,
+                 owner: Ownership | None = None) -> None:
         if config.train.global_batch < world.size:
             raise ConfigError(
                 f"train.global_batch = {config.train.global_batch}: this run has {world.size} "
                 "ranks, and each needs a scan per step; raise it or start fewer ranks")
         self.config, self.world = config, world
+        self.owner = owner = owner or Ownership(config.run.dir)
         self.stop = StopRequest(config.run.time_limit_min)
         self.feed = open_feed(config.data.feed)
         self.patience = Patience(config.data.retry_s)
@@ -119,14 +126,15 @@ class Run:
         self.began = (time.perf_counter(), self.step)
         self._batches: Iterator[Batch] = iter(())
         self._take_up(found, found.manifest["skipped_windows"] if found else (), changes)
-        self.saver = Saver(config.run.dir, self.engine, world, keep_last=config.train.keep_last,
+        self.saver = Saver(owner, self.engine, world, keep_last=config.train.keep_last,
                            milestone_every=config.train.milestone_every, patience=self.patience)
         self._saving_since = self._stalled_s = 0.0
-        self.metrics = Metrics(config, self.feed.grid, world, self.step, self.patience)
+        self.metrics = Metrics(config, self.feed.grid, world, self.step, self.patience, owner)
         self.hooks: list[Hook] = [
             Heartbeat(config.run.dir, world.rank, self.patience), *probes, Progress()]
         if world.rank == 0:
-            write_bytes(join(config.run.dir, "config.yaml"), dump_config(config).encode())
+            with owner.writing():
+                write_bytes(join(config.run.dir, "config.yaml"), dump_config(config).encode())
         write_environment(config, world, self.fingerprints)
         self.metrics.event("resume" if found else "start", self.step, world=world.size,
                            zero=config.train.zero, dtype=config.train.dtype)
@@ -148,6 +156,8 @@ class Run:
             for hook in self.hooks:
                 hook.after_step(self)
             decision = self._agree(applied)
+            if decision.leave:
+                return self._left()
             self._carry_out(decision)
             if decision.stop:
                 return self._stopped()
@@ -157,9 +167,10 @@ class Run:
     def _agree(self, applied: bool) -> Decision:
         """What to do after a step; one message among the ranks."""
         train = self.config.train
-        stop, writing, reports = self.world.any(
-            bool(self.stop.reason), self.saver.writing,
-            self.loader.has_reports or bool(self.patience.retries))
+        stop, writing, reports, leave = self.world.any(
+            bool(self.stop.reason or self.owner.stop), self.saver.writing,
+            self.loader.has_reports or bool(self.patience.retries),
+            self.owner.lost is not None or self.owner.stop == "now")
         last = self.step == train.steps
         leaving = stop or last
         return Decision(
@@ -167,7 +178,7 @@ class Run:
             # a state in trouble is no place to go back to
             checkpoint=leaving or (self.step % train.checkpoint_every == 0 and applied),
             wait=leaving, report=reports or leaving,
-            flush=last or self.step % train.log_every == 0, stop=stop and not last)
+            flush=last or self.step % train.log_every == 0, stop=stop and not last, leave=leave)
 
     def _carry_out(self, decision: Decision) -> None:
         """Do what was agreed, in the order of its fields."""
@@ -292,9 +303,20 @@ class Run:
             self.metrics.event("checkpoint", step, stalled_s=self._stalled_s, seconds=seconds)
 
     def _stopped(self) -> int:
-        reason = self.stop.reason or "signal"  # maybe of another rank
+        # maybe of another rank
+        reason = self.stop.reason or ("operator" if self.owner.stop else "signal")
         self.metrics.event("stop", self.step, reason=reason)
         self.say(f"stopped at step {self.step} by a {reason}; run again to continue")
+        self.world.gather(None)  # leave together
+        return REQUEUE
+
+    def _left(self) -> int:
+        """End without a checkpoint: the directory is another owner's, or there is no time."""
+        if lost := next(filter(None, self.world.gather(
+                self.owner.lost and str(self.owner.lost))), None):
+            raise LeaseLost(lost)
+        self.metrics.event("stop", self.step, reason="operator, without a checkpoint")
+        self.say(f"stopped at step {self.step} without a checkpoint; run again to continue")
         self.world.gather(None)  # leave together
         return REQUEUE
 

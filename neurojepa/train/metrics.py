@@ -15,6 +15,7 @@ import os
 import resource
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from neurojepa.storage import (
     write_bytes,
 )
 from neurojepa.train.hooks import Hook
+from neurojepa.train.ownership import Ownership
 from neurojepa.train.telemetry import Trackers, check_trackers
 from neurojepa.train.world import World
 
@@ -56,6 +58,8 @@ class Metrics:
         Steps already done; later rows of an earlier attempt are dropped.
     patience : Patience
         With a store that fails.
+    owner : Ownership, optional
+        Of the run directory; without it, everything may be written.
 
     Raises
     ------
@@ -64,9 +68,9 @@ class Metrics:
     """
 
     def __init__(self, config: RootConfig, grid: Grid, world: World, resumed: int,
-                 patience: Patience) -> None:
+                 patience: Patience, owner: Ownership | None = None) -> None:
         check_trackers(config.run.trackers)
-        self.patience = patience
+        self.patience, self.owner = patience, owner or Ownership(config.run.dir)
         self.run_dir, self.world = config.run.dir, world
         self.global_batch = config.train.global_batch
         self.last_row: dict[str, Any] = {}
@@ -135,7 +139,8 @@ class Metrics:
 
     def _write(self) -> None:
         if self._unwritten:
-            self._append("metrics.jsonl", self._unwritten)
+            uri, rows = join(self.run_dir, "metrics.jsonl"), self._unwritten
+            self.patience(lambda: self._guarded(lambda: append_rows(uri, rows)))
             self._unwritten, self._written = [], time.monotonic()
 
     def rewind(self, step: int) -> None:
@@ -149,19 +154,22 @@ class Metrics:
         """Append to events.jsonl (rank 0), after the rows that led to it."""
         if self.world.rank == 0:
             self._write()
-            self._append("events.jsonl",
-                         [{"time": time.time(), "event": name, "step": step, **facts}])
+            row = {"time": time.time(), "event": name, "step": step, **facts}
+            uri = join(self.run_dir, "events.jsonl")
+            self.patience(lambda: self.owner.append(uri, [row]))
 
     def close(self) -> None:
         if self._trackers is not None:
             self._trackers.close()
 
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        self.patience(lambda: append_rows(join(self.run_dir, name), rows))
-
     def _keep_until(self, step: int) -> None:
-        self.patience(lambda: drop_rows(join(self.run_dir, "metrics.jsonl"),
-                                         lambda row: row["step"] <= step))
+        uri = join(self.run_dir, "metrics.jsonl")
+        self.patience(lambda: self._guarded(
+            lambda: drop_rows(uri, lambda row: row["step"] <= step)))
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        with self.owner.writing():
+            write()
 
 
 class _Work:

@@ -34,6 +34,7 @@ from neurojepa.model.averaged import Averaged
 from neurojepa.storage import join, read_rows, write_rows
 from neurojepa.train.hooks import Hook
 from neurojepa.train.metrics import Metrics
+from neurojepa.train.ownership import Ownership
 from neurojepa.train.world import World
 
 if TYPE_CHECKING:
@@ -97,13 +98,14 @@ class OnlineProbe(Hook):
             total, place, modality = places.variance()
             scores |= {"place": place / total, "place_and_modality": modality / total}
         scores["seconds"] = time.perf_counter() - began
-        metrics.patience(lambda: self._write({"step": step, **scores}))
+        metrics.patience(lambda: self._write({"step": step, **scores}, metrics.owner))
         metrics.event("probe", step, **scores)
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: dict[str, Any], owner: Ownership) -> None:
         uri = join(self.config.run.dir, "probes.jsonl")
         kept = [old for old in read_rows(uri) if old["step"] < row["step"]]  # or rolled back
-        write_rows(uri, [*kept, row])
+        with owner.writing():
+            write_rows(uri, [*kept, row])
 
     def _embed(self, model: nn.Module) -> tuple[np.ndarray, Places | None]:
         """[n, D] embeddings of all scans, on every rank, and what their tokens were compared with.

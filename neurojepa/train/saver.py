@@ -3,8 +3,8 @@
     start     every rank copies its fragments into host memory (pinned, reused): training waits
               for this copy and no longer
     thread    hashes and writes this rank's files, straight from that copy
-    advance   at a later step boundary, once every rank has written: rank 0's thread writes the
-              manifest, then ``latest``, then drops old checkpoints and exports milestones
+    advance   at a later step boundary, once every rank has written: rank 0's thread commits
+              (commit.py)
 
 File names carry the attempt, so what a killed attempt left can never be taken for this one's.
 While the store fails, the threads try again and training goes on until the next checkpoint is due.
@@ -27,24 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurojepa import storage
 from neurojepa.errors import CheckpointError, NeurojepaError
 from neurojepa.storage import (
     Patience,
     join,
     local_path,
     store_errors,
-    write_bytes,
     write_parts,
 )
-from neurojepa.train.checkpoint import (
-    FORMAT_VERSION,
-    all_steps,
-    committed_steps,
-    remove,
-    step_uri,
-)
+from neurojepa.train.checkpoint import FORMAT_VERSION, step_uri
+from neurojepa.train.commit import Commits
 from neurojepa.train.engine import Engine
+from neurojepa.train.ownership import Ownership
 from neurojepa.train.world import World
 
 Rows = list[list[Any]]
@@ -67,21 +61,20 @@ class Saver:
 
     Parameters
     ----------
-    run_dir : str
-        Run directory, local or URI.
-    keep_last : int
-        Committed checkpoints to keep.
-    milestone_every : int
-        Steps whose checkpoints are kept for good and exported to weights/step-N; 0 for none.
+    owner : Ownership
+        Of the run directory, local or URI.
+    keep_last, milestone_every : int
+        See ``Commits``.
     patience : Patience
         With a store that fails.
     """
 
-    def __init__(self, run_dir: str, engine: Engine, world: World, *, keep_last: int,
+    def __init__(self, owner: Ownership, engine: Engine, world: World, *, keep_last: int,
                  milestone_every: int, patience: Patience) -> None:
-        self.run_dir, self.engine, self.world = run_dir, engine, world
+        self.run_dir, self.engine, self.world = owner.run_dir, engine, world
         self._patience = patience
-        self.keep_last, self.milestone_every = keep_last, milestone_every
+        self._commits = Commits(owner.run_dir, owner, keep_last=keep_last,
+                                milestone_every=milestone_every)
         self._attempt = world.gather(uuid.uuid4().hex[:8])[0]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host: dict[str, dict[str, Tensor]] = {}
@@ -146,7 +139,7 @@ class Saver:
                     "files": {name: entry for part in results for name, entry in part.items()}}
         pending.committing = True
         pending.job = (self._pool.submit(
-            self._patience, lambda: self._commit(pending.step, manifest))
+            self._patience, lambda: self._commits.commit(pending.step, manifest))
             if self.world.rank == 0 else _done())
         return None
 
@@ -191,23 +184,6 @@ class Saver:
     def _rows(self) -> Rows:
         return [[f.name, list(f.shape), f.start, f.length, self._owner]
                 for f in self.engine.fragments]
-
-    def _commit(self, step: int, manifest: dict[str, Any]) -> None:
-        uri = step_uri(self.run_dir, step)
-        write_bytes(join(uri, "manifest.json"), json.dumps(manifest).encode())
-        write_bytes(join(self.run_dir, "latest"), f"step-{step}".encode())
-        earlier = [s for s in committed_steps(self.run_dir) if s <= step]
-        kept = {s for s in earlier if self._is_milestone(s)} | set(earlier[-self.keep_last:])
-        for other in set(all_steps(self.run_dir)) - kept:
-            remove(self.run_dir, other)
-        _remove_strangers(uri, {"manifest.json", *manifest["files"]})
-        if self._is_milestone(step):
-            from neurojepa.weights import export
-
-            export(self.run_dir, join(self.run_dir, "weights", f"step-{step}"), step)
-
-    def _is_milestone(self, step: int) -> bool:
-        return self.milestone_every > 0 and step % self.milestone_every == 0
 
 
 def _write_files(uri: str, contents: dict[str, dict[str, Tensor]],
@@ -258,13 +234,6 @@ def _check_space(uri: str, num_bytes: int) -> None:
             raise CheckpointError(f"{path}: {free / 2**20:.0f} MiB free, this rank's checkpoint "
                                   f"needs {num_bytes / 2**20:.0f} MiB; free space or lower "
                                   "train.keep_last")
-
-
-def _remove_strangers(uri: str, known: set[str]) -> None:
-    """Delete what an attempt that was killed left in a checkpoint's directory."""
-    for name in storage.list_names(uri):
-        if name not in known:
-            storage.remove(join(uri, name))
 
 
 def _together(world: World, action: Callable[[], Any]) -> list[Any]:

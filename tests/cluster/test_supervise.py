@@ -10,56 +10,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import s3fs
 import yaml
 
 from cluster import processes
 from cluster.attempt import DeepSpeedLaunch, Progress
-from cluster.processes import TOKEN, members, pid_space, same_process
+from cluster.processes import TOKEN, members, same_process
 from cluster.rundir import Heartbeat, RunDir, run_of_arguments
 from cluster.status import read_status, render
-from cluster.supervise import Supervisor
-from neurojepa.errors import ClusterError, ConfigError, DataError
-from neurojepa.storage import read_rows, write_bytes
-from tests.helpers.proxy import Proxy
-
-# starts toy ranks and passes on the first bad status, as deepspeed's launcher does
-LAUNCHER = """
-import os, subprocess, sys, time
+from cluster.stop import stop
+from cluster.supervise import Outcome, Supervisor
+from neurojepa.errors import ClusterError, ConfigError, DataError, LeaseLost
+from neurojepa.storage import append_rows, lease, owners, read_rows, write_bytes
+from neurojepa.storage.owners import pid_space
 from tests.helpers import ROOT
-world = int(sys.argv[1])
-ranks = [subprocess.Popen([sys.executable, "-m", "tests.helpers.toy_rank", *sys.argv[2:]],
-                          env={**os.environ, "RANK": str(r), "WORLD_SIZE": str(world)})
-         for r in range(world)]
-status = 0
-while not status and any(p.poll() is None for p in ranks):
-    time.sleep(0.05)
-    status = next((p.returncode for p in ranks if p.poll()), 0)
-for p in ranks:
-    if p.poll() is None:
-        p.terminate()
-    p.wait()
-sys.exit((status or max(p.returncode for p in ranks)) & 255)
-"""
-
-
-@dataclass(frozen=True)
-class ToyLaunch:
-    arguments: list[str]
-    ranks: int = 2
-
-    def hosts(self) -> list[str]:
-        return []
-
-    def command(self) -> list[str]:
-        return [sys.executable, "-c", LAUNCHER, str(self.ranks), *self.arguments]
-
-    def environment(self, token: str, scratch: Path) -> dict[str, str]:
-        return {**os.environ, TOKEN: token}
+from tests.helpers.proxy import Proxy
+from tests.helpers.toy_launch import ToyLaunch
 
 
 @pytest.fixture
@@ -203,6 +173,99 @@ def test_asked_to_stop_it_lets_the_ranks_stop_and_passes_their_status(toy) -> No
     assert supervisor.run() == 75
     assert names(run_dir)[-1] == "stopped" and "stop" in names(run_dir)
     assert read_status(run_dir)["state"] == "stopped"
+
+
+@pytest.fixture
+def orphans(toy, tmp_path: Path) -> Callable[..., tuple[Supervisor, RunDir, str]]:
+    """A supervisor whose predecessor was killed while its ranks trained; and their token."""
+    def make(*options: str) -> tuple[Supervisor, RunDir, str]:
+        supervisor, run_dir = toy("toy.step_s=0.1", steps=30)
+        first = subprocess.Popen([sys.executable, "-m", "tests.helpers.toy_launch",
+                                  str(tmp_path / "toy.yaml"), "toy.step_s=0.1"], cwd=ROOT)
+        soon(lambda: run_dir.committed_step())
+        first.kill()
+        first.wait()
+        (token,) = {dict(psutil.Process(beat.pid).environ())[TOKEN]
+                    for beat in run_dir.heartbeats()}
+        return supervisor, run_dir, token
+
+    return make
+
+
+@pytest.mark.slow(5)
+def test_a_new_supervisor_goes_on_with_the_ranks_of_one_that_was_killed(orphans) -> None:
+    supervisor, run_dir, token = orphans()
+    assert supervisor.run() == 0
+    assert names(run_dir) == ["started", "start", "takeover", "finish", "exit", "finished"]
+    takeover, end = run_dir.events()[2], run_dir.events()[4]
+    assert takeover["adopted"] and "supervisor on" in takeover["from"]
+    assert (end["status"], end["attempt"]) == (0, 1) and members(token) == []
+
+
+@pytest.mark.slow(6)
+def test_ranks_that_were_started_otherwise_are_ended_first(orphans) -> None:
+    supervisor, run_dir, token = orphans()
+    supervisor.launch.arguments.append("toy.step_s=0.01")
+    seen: list[int] = []
+    attempt = supervisor._attempt
+    supervisor._attempt = lambda scratch: [  # type: ignore[method-assign,assignment]
+        seen.append(len(members(token))), attempt(scratch)][1]
+    assert supervisor.run() == 0
+    assert seen == [0]
+    assert names(run_dir) == ["started", "start", "takeover", "started", "resume", "finish",
+                              "exit", "finished"]
+    assert not run_dir.events()[2]["adopted"]
+
+
+def test_a_supervisor_that_lost_its_lease_writes_and_ends_nothing(
+        toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.05)
+    supervisor, run_dir = toy("toy.step_s=0.1", steps=20)
+
+    def overtake() -> None:
+        soon(lambda: run_dir.committed_step())
+        mine = owners.newest(run_dir.uri)
+        later = {**vars(mine), "token": 2, "id": "other", "adopts": mine.id}
+        (Path(run_dir.uri) / "lease" / "00000002.json").write_text(json.dumps(later))
+
+    in_background(overtake)
+    with pytest.raises(LeaseLost, match="was taken over by the supervisor"):
+        supervisor.run()
+    assert names(run_dir) == ["started", "start"]
+    assert supervisor._world is not None and len(members(supervisor._world.token)) == 3
+    supervisor._world.end()
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_run_is_stopped_from_anywhere(toy, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str], now: bool) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.05)
+    supervisor, run_dir = toy("toy.step_s=0.2", steps=100)
+    with pytest.raises(ClusterError, match="nobody has owned a run here"):
+        stop(run_dir, now, 5)
+    answers: list[int] = []
+
+    def ask() -> None:
+        soon(lambda: len(run_dir.heartbeats()) == 2)
+        answers.append(stop(run_dir, now, 30, sleep=lambda _: time.sleep(0.05)))
+
+    asking = in_background(ask)
+    assert supervisor.run() == 75
+    asking.join(30)
+    assert answers == [0] and "stopped; last checkpoint" in capsys.readouterr().out
+    assert names(run_dir)[-1] == "stopped" and ("stop" in names(run_dir)) is not now
+    assert stop(run_dir, now, 5) == 0
+
+
+def test_after_a_flap_a_clean_stop_is_no_failure(toy) -> None:
+    """pdsh says 255 for its lost connection, whatever the ranks said."""
+    supervisor, run_dir = toy()
+    for told, status, ended in (("stop", 255, 75), ("finish", 255, 0), ("start", 255, None),
+                                ("stop", 247, None), ("start", 75, 75)):
+        supervisor._event("started", None)
+        append_rows(f"{run_dir.uri}/events.jsonl", [{"time": 1, "event": told, "step": 3}])
+        outcome = Outcome(status, 3, [], [], hung=False, fatal=None)
+        assert supervisor._ended(outcome) == ended, (told, status)
 
 
 @pytest.mark.slow(15)

@@ -213,12 +213,13 @@ def _resave(config: RootConfig, folder: str) -> None:
     """Load a run's checkpoint into an engine and write it again from there."""
     from neurojepa.train import checkpoint
     from neurojepa.train.loop import Run
+    from neurojepa.train.ownership import Ownership
     from neurojepa.train.saver import Saver
     from neurojepa.train.world import start_world
 
     run = Run(config, start_world())
     old = checkpoint.open_checkpoint(config.run.dir, run.step).manifest
-    saver = Saver(folder, run.engine, run.world, keep_last=1, milestone_every=0,
+    saver = Saver(Ownership(folder), run.engine, run.world, keep_last=1, milestone_every=0,
                   patience=run.patience)
     saver.start(run.step, {key: old[key] for key in ("config", "feed", "order", "regions", "health",
                                                    "skipped_windows")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,31 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(feed: str, tmp_path:
         assert list((tmp_path / name / "tensorboard").glob("events.out*"))
         assert (tmp_path / name / "config.yaml").exists()
     assert ends[0] == ends[1]
+
+
+@pytest.mark.slow(14)
+def test_a_live_run_is_refused_to_others_and_stopped_from_elsewhere(
+        feed: str, tmp_path: Path, run_cli) -> None:
+    config = tiny_config(feed, tmp_path / "run", steps=9999, checkpoint_every=9999, log_every=50)
+    path = write_config(config, tmp_path)
+    first = start_pretrain("--config", path)
+    try:
+        beat = tmp_path / "run" / "heartbeat" / "rank-0.json"
+        while not beat.exists() and first.poll() is None:
+            time.sleep(0.01)
+        other = run_cli("-m", "neurojepa.pretrain", "--config", path)
+        assert other.returncode == 2 and f"(process {first.pid}, since " in other.stderr
+        stop = run_cli("-m", "cluster", "stop", str(tmp_path / "run"))
+        assert stop.returncode == 0, stop.stderr
+        assert f"asked the training on {socket.gethostname()} (process {first.pid}" in stop.stdout
+        first.communicate(timeout=100)
+    finally:
+        first.kill()
+    assert first.returncode == 75
+    events = read_rows(str(tmp_path / "run" / "events.jsonl"))
+    assert [row["event"] for row in events] == ["start", "checkpoint", "stop"]
+    assert events[-1]["reason"] == "operator"
+    assert latest_step(str(tmp_path / "run")) == events[-1]["step"]
 
 
 @pytest.mark.slow(13)

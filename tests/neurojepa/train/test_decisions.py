@@ -12,17 +12,19 @@ from neurojepa.train.loop import Decision, Run
 from tests.helpers.feeds import tiny_config
 
 NOTHING = {"commit": False, "checkpoint": False, "wait": False, "report": False, "flush": False,
-           "stop": False}
+           "stop": False, "leave": False}
 LEAVING = {"checkpoint": True, "wait": True, "report": True}
 
 
 def decide(tmp_path: Path, step: int, applied: bool = True, stop: str = "", pending: bool = False,
-           writing: bool = False, reports: bool = False) -> Decision:
+           writing: bool = False, reports: bool = False,
+           leave: bool = False) -> Decision:
     """A decision of rank 0 where this is what any rank knows; of 8 steps, checkpoints every 4."""
     run: Any = SimpleNamespace(
         config=tiny_config("feed", tmp_path), step=step, stop=SimpleNamespace(reason=""),
         world=SimpleNamespace(any=lambda *mine: [any(pair) for pair in zip(
-            mine, (bool(stop), writing, reports), strict=True)]),
+            mine, (bool(stop), writing, reports, leave), strict=True)]),
+        owner=SimpleNamespace(stop="", lost=None),
         saver=SimpleNamespace(pending=pending, writing=False),
         loader=SimpleNamespace(has_reports=False), patience=SimpleNamespace(retries=[]))
     return Run._agree(run, applied)
@@ -37,6 +39,7 @@ def decide(tmp_path: Path, step: int, applied: bool = True, stop: str = "", pend
     ({"step": 5, "pending": True, "writing": True}, {}),
     ({"step": 5, "reports": True}, {"report": True}),
     ({"step": 5, "stop": "signal", "applied": False}, {**LEAVING, "stop": True}),
+    ({"step": 5, "leave": True}, {"leave": True}),
     ({"step": 8}, {**LEAVING, "flush": True}),
     ({"step": 8, "stop": "signal"}, {**LEAVING, "flush": True}),  # finished all the same
 ])
