@@ -46,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     supervise.add_argument("--ranks", type=int, help="ranks on this machine (default: run.ranks)")
     supervise.add_argument("--max-restarts", type=int, default=3, metavar="K",
                            help="restarts in a row without a new checkpoint (default 3)")
+    supervise.add_argument("--retry-minutes", type=float, default=30, metavar="M",
+                           help="and for how long it is tried without one before giving up "
+                           "(default 30)")
     supervise.add_argument("--hang-seconds", type=float, default=60, metavar="S",
                            help="no step for this long (and for ten median steps) is a hang "
                            "(default 60)")
@@ -79,14 +82,15 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
     launch.hosts()  # reads the hostfile: a mistake in it shows before anything starts
     launcher_tools(hostfile=options.hostfile is not None)
     return Supervisor(launch, run_dir, options.max_restarts, options.hang_seconds,
-                      options.start_seconds, last_step=settings.get("train.steps")).run()
+                      options.start_seconds, last_step=settings.get("train.steps"),
+                      retry_s=60 * options.retry_minutes).run()
 
 
 def _status(options: argparse.Namespace) -> int:
     from cluster.rundir import RunDir
     from cluster.status import read_status, render
 
-    status = read_status(RunDir(options.run))
+    status = read_status(RunDir(options.run), sleep=time.sleep)
     print(json.dumps(status) if options.json else render(status))
     return 0
 
@@ -97,7 +101,7 @@ def _watch(options: argparse.Namespace) -> int:
 
     before = ""
     while True:
-        status = read_status(RunDir(options.run))
+        status = read_status(RunDir(options.run), sleep=time.sleep)
         clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
         print(clear + render(status), flush=True)
         state = status["state"]

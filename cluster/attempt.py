@@ -24,8 +24,12 @@ from neurojepa.ports import free_port
 
 # Variables the ranks on other hosts need; DeepSpeed itself sends only PYTHON*.  Credentials stay
 # out: they would show on the ssh command line; hosts have their own (~/.aws or an instance role).
-EXPORTED = ("OMP_", "DS_", "GLOO_", "NCCL_", "FI_", "TORCH_", "NEUROJEPA_",
+EXPORTED = ("OMP_", "DS_", "GLOO_", "NCCL_", "FI_", "TORCH_", "NEUROJEPA_", "SLURM_JOB",
+            "LD_LIBRARY_PATH", "WANDB_", "MLFLOW_", "CUDA_HOME",
             "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+# What is never put on a command line, by its name or because it holds a password
+SECRET = re.compile(r"(KEY|KEY_ID|SECRET|TOKEN|PASSWORD|CREDENTIALS?|JWT)$", re.IGNORECASE)
+PASSWORD_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 # A host that vanishes ends its ssh within 8 s instead of never.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=5 -o ServerAliveInterval=4 " \
               "-o ServerAliveCountMax=2"
@@ -93,16 +97,43 @@ class DeepSpeedLaunch:
         environment = {name: value for name, value in os.environ.items()
                        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {TOKEN: token}
         if self.hostfile is not None:
-            lines = [f"{name}={value}" for name, value in environment.items()
-                     if name.startswith(EXPORTED)]
-            for folder in (Path.home(), Path.cwd()):
-                own = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-                lines += own.read_text().splitlines() if own.is_file() else []
+            sent = {name: value for name, value in environment.items()
+                    if name.startswith(EXPORTED)} | _own_variables()
+            secret = {name for name, value in sent.items() if is_secret(name, value)}
+            if secret:
+                print(f"not sent to the hosts, as all their users could read it: "
+                      f"{', '.join(sorted(secret))}; set it in each host's own environment",
+                      flush=True)
             file = scratch / "deepspeed_env"
-            file.write_text("".join(f"{line}\n" for line in lines if "=" in line))
+            # DeepSpeed puts them into a remote shell's line as they are
+            file.write_text("".join(f"{name}={shlex.quote(value)}\n"
+                                    for name, value in sent.items()
+                                    if name not in secret and "\n" not in value))
+            # MLFLOW_* it takes from its own environment, secrets included
+            environment = {name: value for name, value in environment.items()
+                           if not (name.startswith("MLFLOW_") and is_secret(name, value))}
             environment["DS_ENV_FILE"] = str(file)
             environment["PDSH_SSH_ARGS_APPEND"] = ssh_options()
         return environment
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable must not show on a command line."""
+    return bool(SECRET.search(name) or PASSWORD_IN_URL.search(value))
+
+
+def _own_variables() -> dict[str, str]:
+    """What the user has written into DeepSpeed's own file for the hosts."""
+    found = {}
+    for folder in (Path.home(), Path.cwd()):
+        own = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+        for line in own.read_text().splitlines() if own.is_file() else []:
+            name, equals, value = line.partition("=")
+            if equals:
+                # a shell's quotes in the file stay what they are
+                found[name.strip()] = " ".join(shlex.split(value)) if "'" in value or '"' in value \
+                    else value.strip()
+    return found
 
 
 def ssh_options() -> str:
@@ -117,6 +148,9 @@ def launcher_tools(hostfile: bool) -> None:
             raise ClusterError(f"{tool} is not installed on this machine; it starts the ranks on "
                                "the hosts of --hostfile (Debian: apt-get install pdsh "
                                "openssh-client)")
+
+
+WAITING = "waiting for store"
 
 
 @dataclass
@@ -141,6 +175,9 @@ class Progress:
             return False
         slowest = min(fresh, key=lambda beat: beat.step)
         advanced = len(fresh) > len(self.beats) or slowest.step != self.step
+        if any(beat.state == WAITING and beat not in self.beats for beat in fresh):
+            # alive, and has told why it stands; it gives up by itself after data.retry_s
+            self.changed_at = time.monotonic()
         previous = self._slowest
         if previous and previous.rank == slowest.rank and slowest.step > previous.step:
             self.step_times_s.append((slowest.time - previous.time)

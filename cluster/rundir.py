@@ -25,13 +25,25 @@ TRAIN_EVENTS = ("start", "resume", "checkpoint", "skip", "stop", "finish")
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The last sign of life of one rank; ``time`` is that host's clock in seconds."""
+    """The last sign of life of one rank.
+
+    ``time`` (of its last step) and ``seen`` (of this sign) are its host's clock in seconds; only
+    their difference means anything elsewhere.
+    """
 
     rank: int
     host: str
     pid: int
     step: int
     time: float
+    seen: float = 0.0
+    state: str = "step"  # or "waiting for store"
+    attempt: str = ""  # of which world it is
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds without a step when it gave this sign."""
+        return max(0.0, self.seen - self.time)
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,10 @@ class RunDir:
         return self.rows("events.jsonl")
 
     def heartbeats(self) -> list[Heartbeat]:
-        """The last heartbeat of every rank, by rank."""
+        """The last heartbeat of every rank, by rank.
+
+        Those of an earlier attempt with more ranks are left out; rank 0 is of every attempt.
+        """
         beats = []
         for name in self.names("heartbeat"):
             if not (name.startswith("rank-") and name.endswith(".json")):
@@ -77,10 +92,14 @@ class RunDir:
             try:
                 row = json.loads(self.read(f"heartbeat/{name}") or b"")
                 beats.append(Heartbeat(int(row["rank"]), str(row["host"]), int(row["pid"]),
-                                       int(row["step"]), float(row["time"])))
+                                       int(row["step"]), float(row["time"]),
+                                       float(row.get("seen", row["time"])),
+                                       str(row.get("state", "step")),
+                                       str(row.get("attempt", ""))))
             except ValueError:  # being rewritten just now; the next look finds it whole
                 continue
-        return sorted(beats, key=lambda beat: beat.rank)
+        beats.sort(key=lambda beat: beat.rank)
+        return [beat for beat in beats if beat.attempt == beats[0].attempt]
 
     def committed_step(self) -> int | None:
         """The step of the last committed checkpoint, or None before the first."""

@@ -1,36 +1,67 @@
 """What a run is doing, on one screen, from its run directory alone.
 
 ``read_status`` makes plain data of the heartbeats, events and metrics; ``render`` makes the screen.
-States: running; stalled (no step for longer than is normal, or gone without a word); stopped (on
-request); failed (exited, or the supervisor gave up); finished.
+States: running; waiting (for a store, or for room on a disk); stalled (no step for longer than is
+normal, or gone without a word); stopped (on request); failed (exited, or the supervisor gave up);
+finished.
+
+Clocks of hosts may differ.  What looks silent by our clock is looked at twice: whoever has given a
+sign in between is alive, and how long it has made no step it says by its own clock.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from cluster.attempt import WAITING
 from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
 from neurojepa.errors import ClusterError
 
 TAIL_BYTES = 262_144
+AGAIN_S = 6.0  # between two looks; signs of life come every 2 s, from object stores every 5 s
 START_S = 600.0  # a start (imports, compilation, reading a checkpoint) may take this long
 SILENT_S = 60.0
 ENDED = {"finish": "finished", "finished": "finished", "stop": "stopped", "stopped": "stopped",
          "exit": "failed", "give_up": "failed"}
 
 
-def read_status(run_dir: RunDir, now: float | None = None) -> dict[str, Any]:
+def read_status(run_dir: RunDir, now: float | None = None,
+                sleep: Callable[[float], None] | None = None) -> dict[str, Any]:
     """The state of a run as plain data (see the keys below); nothing is changed.
+
+    Parameters
+    ----------
+    now
+        By default, this machine's clock.
+    sleep
+        Waits for a second look where the run looks stalled; None looks once.
 
     Raises
     ------
     ClusterError
         There is no run there.
     """
-    now = time.time() if now is None else now
+    began, beats = time.time(), run_dir.heartbeats()
+    now = began if now is None else now
+    status = _read(run_dir, beats, now)
+    if sleep is None or status["state"] != "stalled":
+        return status
+    sleep(AGAIN_S)
+    now += max(AGAIN_S, time.time() - began)
+    return _read(run_dir, [_by_our_clock(beat, now) if beat not in beats else beat
+                           for beat in run_dir.heartbeats()], now)
+
+
+def _by_our_clock(beat: Heartbeat, now: float) -> Heartbeat:
+    """A sign that was given just now; its host's clock may say something else."""
+    return replace(beat, time=now - beat.quiet_s, seen=now)
+
+
+def _read(run_dir: RunDir, beats: list[Heartbeat], now: float) -> dict[str, Any]:
     events = run_dir.events()
-    beats = run_dir.heartbeats()
     metrics = run_dir.rows("metrics.jsonl", TAIL_BYTES)
     config = run_dir.config()
     if not (events or beats or metrics or config):
@@ -62,17 +93,21 @@ def _state(events: list[dict[str, Any]], beats: list[Heartbeat], step_s: float |
            now: float) -> str:
     """The last event that says what the run is doing, against the age of the last sign of life."""
     telling = [row for row in events if row.get("event") in
-               {*TRAIN_EVENTS, *ENDED, "started", "restart", "hang"}]
+               {*TRAIN_EVENTS, *ENDED, "started", "restart", "hang", "disk_full"}]
     event = telling[-1]["event"] if telling else None
     if event == "hang":
         return "stalled"
     if event in ENDED:
         return ENDED[event]
+    if event == "disk_full":
+        return "waiting"
     signs = [beat.time for beat in beats]
     newest_start = max((row["time"] for row in telling
                         if row["event"] in ("started", "restart", "start", "resume")), default=0.0)
     if newest_start > max(signs, default=0.0):
         return "running" if now - newest_start < START_S else "stalled"
+    if any(beat.state == WAITING for beat in beats) and now - max(b.seen for b in beats) < SILENT_S:
+        return "waiting"
     # the slowest rank counts: the others may be waiting for it
     return "running" if now - min(signs) < max(SILENT_S, 10 * (step_s or 0.0)) else "stalled"
 

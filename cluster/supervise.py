@@ -35,19 +35,21 @@ from typing import Any, Protocol
 import psutil
 
 from cluster.attempt import Progress
+from cluster.outcome import LOG_BYTES, Budget, Outcome, last_lines, lines_of
 from cluster.processes import ranks, same_process
-from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
+from cluster.room import room
+from cluster.rundir import TRAIN_EVENTS, RunDir
 from cluster.world import World
 from neurojepa.errors import ClusterError, DataError, LeaseLost
-from neurojepa.storage import Patience, append_rows, is_outage, join, write_bytes
+from neurojepa.storage import Patience, append_rows, is_outage, join, no_space, write_bytes
 from neurojepa.storage.lease import Keeper, Lease, take
 from neurojepa.storage.owners import Owner
 
 REQUEUE = 75  # exit status of a training that stopped on request, to be queued again
 REFUSED = 2  # exit status of a command that cannot work as it was given
 NO_CONNECTION = 255  # ssh's own status, which pdsh passes on
+ROOM_S = 5.0  # between looks for room on a full disk
 POLL_S = 0.2
-LOG_LINES, LOG_BYTES = 20, 16_384
 FATAL = ("diverged", "collapse")  # last events of trainings that cannot go on
 
 
@@ -59,26 +61,15 @@ class Launch(Protocol):
     def environment(self, token: str, scratch: Path) -> dict[str, str]: ...
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt ended: the launcher's status and the step its slowest rank had reached."""
-
-    status: int
-    step: int | None
-    heartbeats: list[Heartbeat]
-    log_lines: list[str]
-    hung: bool
-    fatal: str | None  # the event with which the training said that it cannot go on
-
-
 @dataclass
 class Supervisor:
     """Supervises one run.
 
     Parameters
     ----------
-    max_restarts
-        Restarts in a row without a new committed checkpoint before giving up.
+    max_restarts, retry_s
+        Restarts in a row without a new committed checkpoint, and seconds for which it is tried,
+        before giving up: both have to be used up.
     hang_s, start_s
         Seconds without a step that count as a hang: at least ``hang_s`` (and ten median steps)
         while training; ``start_s`` before the first step and after the last one.
@@ -98,6 +89,7 @@ class Supervisor:
     grace_s: float = 120.0
     last_step: int | None = None
     store_s: float = 600.0
+    retry_s: float = 0.0
     _stop_signals: int = field(default=0, init=False)
     _patience: Patience = field(init=False)
     _lease: Lease | None = field(default=None, init=False)
@@ -132,24 +124,40 @@ class Supervisor:
                 self._patience(self._lease.release)
 
     def _to_end(self, scratch: Path) -> int:
-        failures = restarts = 0
+        budget, restarts = Budget(self.max_restarts, self.retry_s), 0
         while True:
+            self._wait_for_room()
             committed = self._patience(self.run_dir.committed_step)
+            if self._stop_signals:
+                self._event("stopped", committed, status=REQUEUE)
+                return REQUEUE
             outcome = self._attempt(scratch)
             if (status := self._ended(outcome)) is not None:
                 return status
             now_committed = self._patience(self.run_dir.committed_step)
-            failures = failures + 1 if now_committed == committed else 1
+            budget.failed(progressed=now_committed != committed)
             # the very first start refused its input: trying again cannot help
             refused = outcome.status == REFUSED and outcome.step is None and restarts == 0
-            if failures > self.max_restarts or refused or outcome.fatal:
-                self._give_up(outcome, failures, now_committed)
+            if budget.spent or refused or outcome.fatal:
+                self._event("give_up", outcome.step, failures=budget.failures,
+                            status=outcome.status, committed=now_committed, after=outcome.fatal)
+                raise ClusterError(outcome.give_up_message(self.run_dir.uri, budget.failures,
+                                                           now_committed))
             restarts += 1
-            self._event("restart", now_committed, restarts=restarts, failures=failures)
-            self._wait(min(60.0, 2.0 ** (failures - 1)))
-            if self._stop_signals:
-                self._event("stopped", now_committed, status=REQUEUE)
-                return REQUEUE
+            self._event("restart", now_committed, restarts=restarts, failures=budget.failures)
+            self._wait(budget.pause_s)
+
+    def _wait_for_room(self) -> None:
+        """Where the run's disk is full, say so and wait until it has room, or we shall stop."""
+        told = False
+        while not self._stop_signals and (found := self._patience(lambda: room(self.run_dir))) \
+                and not found.enough:
+            if not told:
+                print(f"{found}; waiting for it", flush=True)
+                self._event("disk_full", None, path=found.path, free_mib=found.free >> 20,
+                            need_mib=found.need >> 20)
+            told = True
+            self._wait(ROOM_S)
 
     # ---- owning the run --------------------------------------------------------------------------
 
@@ -217,7 +225,7 @@ class Supervisor:
         progress.update(self._patience(self.run_dir.heartbeats))
         status = self._status(world)
         outcome = Outcome(status, progress.step, progress.beats,
-                          _last_lines(log) if log else self._logged(world.number), hung,
+                          last_lines(log) if log else self._logged(world.number), hung,
                           self._fatal_event())
         self._world = None
         self._event("exit", outcome.step, attempt=world.number, status=outcome.status, hung=hung,
@@ -272,7 +280,7 @@ class Supervisor:
 
     def _logged(self, number: int) -> list[str]:
         data = self._patience(lambda: self.run_dir.read(f"logs/attempt-{number}.log", LOG_BYTES))
-        return _lines(data or b"")
+        return lines_of(data or b"")
 
     def _look(self, progress: Progress) -> None:
         """Read the heartbeats; where that fails, silence says nothing about the ranks."""
@@ -322,20 +330,6 @@ class Supervisor:
             return REQUEUE
         return None
 
-    def _give_up(self, outcome: Outcome, failures: int, committed: int | None) -> None:
-        step = "its start" if outcome.step is None else f"step {outcome.step}"
-        last = "no checkpoint yet" if committed is None else f"last checkpoint: step {committed}"
-        how = "hung" if outcome.hung else f"status {outcome.status}"
-        self._event("give_up", outcome.step, failures=failures, status=outcome.status,
-                    committed=committed, after=outcome.fatal)
-        cause = next((line for line in reversed(outcome.log_lines) if "rror" in line), "")
-        if outcome.fatal:
-            raise ClusterError(f"{self.run_dir.uri}: gave up: the training ended with the event "
-                               f"{outcome.fatal} at {step}, to which a restart would lead again "
-                               f"({last}). {cause}".rstrip())
-        raise ClusterError(f"{self.run_dir.uri}: gave up after {failures} failure(s) in a row "
-                           f"at {step} ({how}; {last}); see logs/ there. {cause}".rstrip())
-
     def _refuse_running(self) -> None:
         """Two trainings in one run directory would overwrite each other's checkpoints."""
         host = os.uname().nodename
@@ -361,7 +355,15 @@ class Supervisor:
         row = {"time": time.time(), "event": event, "step": step, "by": "supervisor", **fields}
         uri = join(self.run_dir.uri, "events.jsonl")
         append = self._lease.append if self._lease else append_rows
-        self._patience(lambda: append(uri, [row]))
+        while True:
+            try:
+                self._patience(lambda: append(uri, [row]))
+                break
+            except DataError as error:  # what happened must not be lost: wait for room
+                if not no_space(error) or self._stop_signals > 1:
+                    raise
+                print(f"cannot write the event {event}: {error}", flush=True)
+                time.sleep(ROOM_S)
         shown = {key: value for key, value in fields.items() if key not in ("ranks", "log")}
         print(f"{event} at step {step} {shown}", flush=True)
 
@@ -383,14 +385,3 @@ class Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _last_lines(log: Path) -> list[str]:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - LOG_BYTES))
-        return _lines(file.read())
-
-
-def _lines(data: bytes) -> list[str]:
-    text = data.decode(errors="replace")
-    return [line for line in text.splitlines() if line.strip()][-LOG_LINES:]

@@ -6,6 +6,7 @@ one line and exits with status 2; anything else is a fault of ours and keeps its
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -56,6 +57,12 @@ def run_command(main: Callable[[], int | None], teardown: bool = True) -> None:
         status = 141  # as SIGPIPE would end it
     except NeurojepaError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'standard output'}: no space left on its disk; free some "
+              "and run the same command again", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)

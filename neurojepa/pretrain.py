@@ -71,9 +71,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def already_finished(config: RootConfig) -> bool:
     """Whether the last event of training in run.dir is the end of this many steps."""
-    from neurojepa.storage import join, read_rows
+    from neurojepa.storage import Patience, join, read_rows
 
-    rows = [row for row in read_rows(join(config.run.dir, "events.jsonl"))
+    events = join(config.run.dir, "events.jsonl")
+    rows = [row for row in Patience(config.data.retry_s)(lambda: read_rows(events))
             if row.get("event") in ("start", "resume", "stop", "finish")]
     return bool(rows) and rows[-1]["event"] == "finish" and \
         rows[-1]["step"] == config.train.steps

@@ -25,7 +25,7 @@ from neurojepa.storage.files import (
     write_bytes,
     write_parts,
 )
-from neurojepa.storage.outage import Patience, is_outage, store_errors
+from neurojepa.storage.outage import Patience, is_outage, no_space, store_errors
 from neurojepa.storage.rows import append_rows, drop_rows, read_rows, write_rows
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "join",
     "list_names",
     "local_path",
+    "no_space",
     "open_store",
     "parquet_bytes",
     "parquet_table",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +16,13 @@ _POLL_S = 0.1
 # what a store says when it is well
 _ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
             PermissionError)
-_ANSWER_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_ANSWER_CODES = (*_NO_SPACE, errno.EROFS, errno.ENAMETOOLONG)
+# of S3's own codes and of its client's errors those that say: asked so, never
+_REFUSALS = ("InvalidBucketName", "NoSuchBucket", "AuthorizationHeaderMalformed",
+             "MethodNotAllowed", "NotImplemented", "InvalidRequest", "PreconditionFailed")
+_OF_THE_CLIENT = ("ParamValidationError", "NoCredentialsError", "PartialCredentialsError",
+                  "InvalidRegionError", "ProfileNotFound", "UnsupportedSignatureVersionError")
 
 
 def store_errors() -> tuple[type[Exception], ...]:
@@ -31,7 +38,20 @@ def is_outage(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, store_errors()):
         error = error.__cause__
     return error is not None and not isinstance(error, _ANSWERS) and \
-        getattr(error, "errno", None) not in _ANSWER_CODES
+        getattr(error, "errno", None) not in _ANSWER_CODES and not _is_refusal(error)
+
+
+def no_space(error: BaseException | None) -> bool:
+    """Whether a disk or a quota behind an error is full."""
+    while error is not None and getattr(error, "errno", None) not in _NO_SPACE:
+        error = error.__cause__
+    return error is not None
+
+
+def _is_refusal(error: BaseException) -> bool:
+    said = getattr(error.__cause__, "response", None)  # s3fs: an OSError from botocore's answer
+    code = said.get("Error", {}).get("Code") if isinstance(said, dict) else None
+    return code in _REFUSALS or type(error).__name__ in _OF_THE_CLIENT
 
 
 class Patience:
@@ -52,12 +72,25 @@ class Patience:
     def __init__(self, seconds: float, tell: Callable[[str], None] | None = None) -> None:
         self.seconds = seconds
         self.retries: deque[str] = deque()
+        self._waiting: dict[int, float] = {}  # thread -> when it gives up
         self._tell = tell or self.retries.append
         self._closed = False
 
     def __call__(self, work: Callable[[], T]) -> T:
         """The result of ``work``, or its last error."""
         began, delay = time.monotonic(), FIRST_DELAY_S
+        try:
+            return self._until_done(work, began, delay)
+        finally:
+            self._waiting.pop(threading.get_ident(), None)
+
+    @property
+    def left_s(self) -> float | None:
+        """For how long the store is still asked again; None where nobody waits for it."""
+        ends = list(self._waiting.values())  # threads may come and go
+        return max(0.0, max(ends) - time.monotonic()) if ends else None
+
+    def _until_done(self, work: Callable[[], T], began: float, delay: float) -> T:
         while True:
             try:
                 return work()
@@ -65,7 +98,10 @@ class Patience:
                 left = began + self.seconds - time.monotonic()
                 if delay == FIRST_DELAY_S and self.seconds:  # a slow failure is no refusal
                     left = max(left, delay)
-                if not is_outage(error) or left <= 0 or not self._pause(min(delay, left)):
+                if not is_outage(error) or left <= 0:
+                    raise
+                self._waiting[threading.get_ident()] = time.monotonic() + left
+                if not self._pause(min(delay, left)):
                     raise
                 self._tell(f"{error or type(error).__name__}")
                 delay = min(2 * delay, LONGEST_DELAY_S)

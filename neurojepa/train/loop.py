@@ -32,8 +32,9 @@ from neurojepa.storage import Patience, join, write_bytes
 from neurojepa.train import checkpoint
 from neurojepa.train.engine import Engine
 from neurojepa.train.health import Damage, Health, collapsed, diverged
+from neurojepa.train.heartbeat import Heartbeat
 from neurojepa.train.hooks import Hook, Progress
-from neurojepa.train.metrics import Heartbeat, Metrics
+from neurojepa.train.metrics import Metrics
 from neurojepa.train.ownership import Ownership, owned
 from neurojepa.train.probe import OnlineProbe
 from neurojepa.train.resume import check_fits, check_same_run
@@ -105,15 +106,17 @@ class Run:
         self.config, self.world = config, world
         self.owner = owner = owner or Ownership(config.run.dir)
         self.stop = StopRequest(config.run.time_limit_min)
-        self.feed = open_feed(config.data.feed)
         self.patience = Patience(config.data.retry_s)
+        self.feed = self.patience(lambda: open_feed(config.data.feed))
         regions = check_anatomy(config, self.feed.grid)
         self.loader = Loader(self.feed, config, rank=world.rank, world=world.size, first_step=0)
         self.fingerprints = {"feed": self.feed.fingerprint, "regions": regions,
                              "order": self.loader.order.fingerprint}
-        self.labels = METHODS[config.objective.method].load().labels(self.feed, config)
-        probes = [OnlineProbe(config, self.feed, world)] if config.train.probe_every else []
-        (found, changes), model = self._latest(), build_model(config, self.feed.grid)
+        method = METHODS[config.objective.method].load()
+        self.labels = self.patience(lambda: method.labels(self.feed, config))
+        probes = [self.patience(lambda: OnlineProbe(config, self.feed, world))] \
+            if config.train.probe_every else []
+        (found, changes), model = self.patience(self._latest), build_model(config, self.feed.grid)
         if found:
             check_fits(found, model)
         self.engine = Engine(model, config, world, self.loader.micro_steps)
@@ -131,15 +134,21 @@ class Run:
         self._saving_since = self._stalled_s = 0.0
         self.metrics = Metrics(config, self.feed.grid, world, self.step, self.patience, owner)
         self.hooks: list[Hook] = [
-            Heartbeat(config.run.dir, world.rank, self.patience), *probes, Progress()]
+            Heartbeat(config.run.dir, world.rank, attempt=self.saver.attempt, world=world.size,
+                      patiences=(self.patience, self.loader.reader.patience)),
+            *probes, Progress()]
         if world.rank == 0:
-            with owner.writing():
-                write_bytes(join(config.run.dir, "config.yaml"), dump_config(config).encode())
+            self.patience(self._write_config)
         write_environment(config, world, self.fingerprints)
         self.metrics.event("resume" if found else "start", self.step, world=world.size,
                            zero=config.train.zero, dtype=config.train.dtype)
         if changes:
             self.metrics.event("accepted", self.step, changes=changes)
+
+    def _write_config(self) -> None:
+        with self.owner.writing():
+            write_bytes(join(self.config.run.dir, "config.yaml"),
+                        dump_config(self.config).encode())
 
     def to_end(self) -> int:
         """Train until the last step or a request to stop."""

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, events.jsonl, heartbeat/, trackers.
+"""What a run tells about itself: metrics.jsonl, events.jsonl, trackers.
 
 The loop hands over device scalars; they stay on the device until a flush (every log_every steps
 and before each checkpoint), which sums them over ranks in one collective, reads them once and lets
@@ -9,15 +9,11 @@ while it fails, training waits for it.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import resource
-import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,18 +27,12 @@ from neurojepa.storage import (
     drop_rows,
     join,
     local_path,
-    write_bytes,
 )
-from neurojepa.train.hooks import Hook
 from neurojepa.train.ownership import Ownership
 from neurojepa.train.telemetry import Trackers, check_trackers
 from neurojepa.train.world import World
 
-if TYPE_CHECKING:
-    from neurojepa.train.loop import Run
-
-HEARTBEAT_PUT_S = 5.0  # shortest time between heartbeats to an object store
-ROWS_PUT_S = 60.0  # and between rows of metrics that nothing hurries
+ROWS_PUT_S = 60.0  # between puts of rows of metrics that nothing hurries
 
 
 class Metrics:
@@ -189,58 +179,6 @@ class _Work:
         return {"volumes_per_s": volumes_per_s, "tokens_per_s": volumes_per_s * self._tokens,
                 "mfu": None if self._share is None else volumes_per_s * self._share,
                 "memory_mib": peak / 2**20}
-
-
-class Heartbeat(Hook):
-    """heartbeat/rank-R.json: this rank's latest step; whoever watches sees a hang.
-
-    Object stores are spared more than one write in a few seconds, made by a thread.
-    """
-
-    def __init__(self, run_dir: str, rank: int, patience: Patience) -> None:
-        self._uri = join(run_dir, "heartbeat", f"rank-{rank}.json")
-        self._path = local_path(self._uri)
-        self._facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
-        self._written = -math.inf
-        self._patience = patience
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
-        self._putting: Future[None] | None = None
-
-    def after_attempt(self, run: Run) -> None:
-        self.beat(run.step)
-
-    def beat(self, step: int) -> None:
-        """Rewrite the file.
-
-        Raises
-        ------
-        DataError
-            It cannot be written; of an object store that has failed for long, at a later beat.
-        """
-        data = json.dumps({**self._facts, "step": step, "time": time.time()}).encode()
-        if self._path is None:
-            self._put(data)
-        elif self._written > 0:
-            new = self._path + ".new"
-            with open(new, "wb") as file:  # no fsync: it only has to be seen, not kept
-                file.write(data)
-            os.replace(new, self._path)
-        else:
-            write_bytes(self._uri, data)
-            self._written = time.monotonic()
-
-    def _put(self, data: bytes) -> None:
-        now = time.monotonic()
-        if now - self._written < HEARTBEAT_PUT_S or (self._putting and not self._putting.done()):
-            return
-        if self._putting:
-            self._putting.result()
-        self._putting = self._pool.submit(self._patience, lambda: write_bytes(self._uri, data))
-        self._written = now
-
-    def close(self) -> None:
-        """Let go of the thread; a beat that is on its way arrives, unless the store fails."""
-        self._pool.shutdown(wait=True)
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:

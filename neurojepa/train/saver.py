@@ -67,6 +67,11 @@ class Saver:
         See ``Commits``.
     patience : Patience
         With a store that fails.
+
+    Attributes
+    ----------
+    attempt : str
+        Names this world; the same on all ranks.
     """
 
     def __init__(self, owner: Ownership, engine: Engine, world: World, *, keep_last: int,
@@ -75,7 +80,7 @@ class Saver:
         self._patience = patience
         self._commits = Commits(owner.run_dir, owner, keep_last=keep_last,
                                 milestone_every=milestone_every)
-        self._attempt = world.gather(uuid.uuid4().hex[:8])[0]
+        self.attempt = world.gather(uuid.uuid4().hex[:8])[0]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host: dict[str, dict[str, Tensor]] = {}
         self._pending: _Pending | None = None
@@ -164,7 +169,7 @@ class Saver:
                 file = f"{self._owner}.{key}.safetensors"
                 sources.setdefault(file, {})[f"{fragment.name}|{fragment.start}"] = tensor
         if self.world.rank == 0:
-            sources[f"buffers-{self._attempt}.safetensors"] = self.engine.buffers()
+            sources[f"buffers-{self.attempt}.safetensors"] = self.engine.buffers()
         for file, tensors in sources.items():
             host = self._host.setdefault(file, {})
             for name, tensor in tensors.items():
@@ -179,7 +184,7 @@ class Saver:
 
     @property
     def _owner(self) -> str:
-        return f"rank-{self.world.rank:05d}-{self._attempt}"
+        return f"rank-{self.world.rank:05d}-{self.attempt}"
 
     def _rows(self) -> Rows:
         return [[f.name, list(f.shape), f.start, f.length, self._owner]

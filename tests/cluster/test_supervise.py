@@ -19,11 +19,12 @@ import yaml
 
 from cluster import processes
 from cluster.attempt import DeepSpeedLaunch, Progress
+from cluster.outcome import Outcome
 from cluster.processes import TOKEN, members, same_process
 from cluster.rundir import Heartbeat, RunDir, run_of_arguments
 from cluster.status import read_status, render
 from cluster.stop import stop
-from cluster.supervise import Outcome, Supervisor
+from cluster.supervise import Supervisor
 from neurojepa.errors import ClusterError, ConfigError, DataError, LeaseLost
 from neurojepa.storage import append_rows, lease, owners, read_rows, write_bytes
 from neurojepa.storage.owners import pid_space
@@ -344,7 +345,8 @@ def test_hang_limit_follows_the_median_step() -> None:
     assert progress.limit_s(60, 600) == 600  # the last checkpoint may take its time
 
 
-def test_deepspeed_command_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_command_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("# two\n10.0.0.1 slots=1\n10.0.0.2 slots=4\n")
     launch = DeepSpeedLaunch(["--config", "c.yaml", "data.modalities=[T1w]"],
@@ -358,6 +360,22 @@ def test_deepspeed_command_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
     assert {"NEUROJEPA_ATTEMPT=t0ken", "GLOO_SOCKET_IFNAME=eth0"} <= set(exported)
     assert not any("hidden" in line for line in exported)
+    for name, value in (("WANDB_PROJECT", "scans"), ("LD_LIBRARY_PATH", "/opt/lib:/a b"),
+                        ("MLFLOW_TRACKING_URI", "http://tracker"), ("SLURM_JOB_END_TIME", "99"),
+                        ("WANDB_API_KEY", "hidden"), ("MLFLOW_TRACKING_PASSWORD", "hidden"),
+                        ("SLURM_JWT", "hidden"), ("WANDB_BASE_URL", "https://me:hidden@w")):
+        monkeypatch.setenv(name, value)
+    (tmp_path / "own").write_text("MY_TOKEN=hidden\nTORCH_HOME='/a b'\nPLAIN=1\n")
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "own"))
+    environment = launch.environment("t0ken", tmp_path)
+    lines = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
+    assert {"WANDB_PROJECT=scans", "LD_LIBRARY_PATH='/opt/lib:/a b'", "SLURM_JOB_END_TIME=99",
+            "MLFLOW_TRACKING_URI=http://tracker", "TORCH_HOME='/a b'", "PLAIN=1"} <= set(lines)
+    assert not any("hidden" in line for line in lines)
+    # DeepSpeed itself would put it on the command line
+    assert "MLFLOW_TRACKING_PASSWORD" not in environment
+    said = capsys.readouterr().out
+    assert "MY_TOKEN" in said and "WANDB_API_KEY" in said and "hidden" not in said
     hostfile.write_text("10.0.0.1\n")
     with pytest.raises(ConfigError, match=r"hosts:1: '10.0.0.1' is not 'HOST slots=N'"):
         launch.hosts()

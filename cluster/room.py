@@ -1,0 +1,48 @@
+"""Whether the disk of a local run directory has room for another checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+
+from cluster.rundir import RunDir
+
+LEAST_ROOM = 16 << 20  # bytes, for logs, events and rows
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is free and what is needed, in bytes."""
+
+    path: str
+    free: int
+    need: int
+
+    @property
+    def enough(self) -> bool:
+        return self.free >= self.need
+
+    def __str__(self) -> str:
+        return (f"{self.path}: {self.free >> 20} MiB free, {self.need >> 20} MiB needed for a "
+                "checkpoint")
+
+
+def room(run_dir: RunDir) -> Room | None:
+    """The room of a run directory that need not be there yet; None in an object store."""
+    if (path := run_dir.local_path) is None:
+        return None
+    there = path
+    while not os.path.isdir(there):
+        there = os.path.dirname(there.rstrip("/")) or "."
+    return Room(path, shutil.disk_usage(there).free,
+                max(LEAST_ROOM, _last_checkpoint_bytes(run_dir) * 21 // 20))
+
+
+def _last_checkpoint_bytes(run_dir: RunDir) -> int:
+    step = run_dir.committed_step()
+    if step is None:
+        return 0
+    manifest = json.loads(run_dir.read(f"checkpoints/step-{step}/manifest.json") or b"{}")
+    return sum(int(entry.get("size", 0)) for entry in manifest.get("files", {}).values())

@@ -1,0 +1,117 @@
+"""What a rank tells of itself, and that telling never ends a training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neurojepa.errors import DataError
+from neurojepa.storage import Patience, is_outage, no_space, read_bytes
+from neurojepa.train import heartbeat
+from neurojepa.train.heartbeat import Heartbeat
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.02)
+    monkeypatch.setattr(heartbeat, "PUT_S", 0.05)
+
+
+def soon(happened: Any) -> None:
+    end = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_a_rank_tells_its_step_and_that_it_still_lives(tmp_path: Path, where: str) -> None:
+    run_dir = str(tmp_path) if where == "local" else f"memory://{uuid.uuid4().hex}"
+    beats = Heartbeat(run_dir, 3, attempt="a1", world=4)
+    beats.beat(7)
+
+    def row() -> dict[str, Any]:
+        try:
+            return json.loads(read_bytes(f"{run_dir}/heartbeat/rank-3.json"))
+        except DataError:
+            return {"seen": 0, "time": 0, "step": -1}
+
+    soon(lambda: row()["step"] == 7 and row()["seen"] > row()["time"] + 0.1)
+    assert {key: row()[key] for key in ("rank", "attempt", "world", "state")} == {
+        "rank": 3, "attempt": "a1", "world": 4, "state": "step"}
+    beats.close()
+    last = row()
+    time.sleep(0.1)
+    assert row() == last
+
+
+def test_before_its_first_step_it_says_nothing(tmp_path: Path) -> None:
+    beats = Heartbeat(str(tmp_path), 0)
+    time.sleep(0.1)
+    beats.close()
+    assert not (tmp_path / "heartbeat").exists()
+
+
+def test_waiting_for_a_store_is_told_for_as_long_as_it_is_asked(tmp_path: Path) -> None:
+    patience, back = Patience(300), threading.Event()
+    beats = Heartbeat(str(tmp_path), 0, patiences=(Patience(1), patience))
+    beats.beat(1)
+    path = tmp_path / "heartbeat" / "rank-0.json"
+
+    def work() -> int:
+        if not back.is_set():
+            raise ConnectionResetError("gone")
+        return 5
+
+    answers: list[int] = []
+    asking = threading.Thread(target=lambda: answers.append(patience(work)), daemon=True)
+    asking.start()
+    soon(lambda: json.loads(path.read_text())["state"] == "waiting for store")
+    assert 250 < json.loads(path.read_text())["wait_left_s"] <= 300
+    back.set()
+    asking.join(10)
+    assert answers == [5] and patience.left_s is None
+    soon(lambda: json.loads(path.read_text())["state"] == "step")
+    beats.close()
+
+
+def test_what_cannot_be_written_is_said_once(tmp_path: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "heartbeat").write_text("in the way")
+    beats = Heartbeat(str(tmp_path), 0)
+    for step in range(20):
+        beats.beat(step)
+    beats.close()
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    (tmp_path / "heartbeat").unlink()
+    beats = Heartbeat(str(tmp_path), 0)
+    beats.beat(1)
+    shutil.rmtree(tmp_path / "heartbeat")
+    soon(lambda: (tmp_path / "heartbeat" / "rank-0.json").exists())  # written again
+    beats.close()
+
+
+def test_what_a_store_will_never_do_is_no_outage(s3: Any) -> None:
+    for uri in ("s3://Bad_Bucket!/x", "s3://Ab/x"):
+        with pytest.raises(DataError, match=uri.split("/")[2]) as caught:
+            read_bytes(uri)
+        assert not is_outage(caught.value)
+    from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+
+    for error, out in ((NoCredentialsError(), False),
+                       (EndpointConnectionError(endpoint_url="x"), True)):
+        assert is_outage(error) is out
+
+
+def test_a_full_disk_is_told_from_an_outage() -> None:
+    error = DataError("x")
+    error.__cause__ = OSError(28, "No space left on device")
+    assert no_space(error) and not is_outage(error)
+    assert not no_space(DataError("x")) and not no_space(OSError(5, "I/O error"))
