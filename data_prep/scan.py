@@ -6,6 +6,7 @@ each Scan and keeps every row, whatever became of it (rows.py).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -62,6 +63,8 @@ FACTS = ("FrameTimesStart", "FrameDuration", "Units", "TimeZero", "InjectionStar
          "ContrastBolusIngredient", "Defaced", "RadionuclideHalfLife", "InjectedRadioactivity",
          "InjectedRadioactivityUnits", "BodyWeight")
 
+_MEMBER = re.compile(r"(.*?\.(?:zip|tgz|tar|tar\.gz))::(.*)", re.IGNORECASE | re.DOTALL)
+
 SCAN_SCHEMA = pa.schema([
     (name, pa.float64() if name in ("age_at_scan", "field_strength", "modified")
      else pa.int64() if name == "size_bytes" else pa.string())
@@ -70,9 +73,9 @@ SCAN_SCHEMA = pa.schema([
 
 
 def split_member(uri: str) -> tuple[str, str | None]:
-    """ARCHIVE::MEMBER to its two parts; a plain URI has no member."""
-    archive, separator, member = uri.partition("::")
-    return archive, member if separator else None
+    """ARCHIVE::MEMBER to its two parts; a plain URI, which may hold "::" too, has no member."""
+    match = _MEMBER.fullmatch(uri)
+    return (match[1], match[2]) if match else (uri, None)
 
 
 def labels_path(manifest: str) -> str:

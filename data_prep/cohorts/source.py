@@ -215,11 +215,9 @@ class Source:
         wanted = [found.uri for found in files if not self._is_known(found)]
         if not self._local and wanted:
             with _naming_errors(self.uri):
-                contents = self._fs.cat(wanted, on_error="return")
-            if isinstance(contents, bytes):  # of a single path
-                contents = {self._fs._strip_protocol(wanted[0]): contents}
-            self._fetched = {self._fs.unstrip_protocol(path): data
-                             for path, data in contents.items() if isinstance(data, bytes)}
+                contents = self._fs.cat_ranges(wanted, None, None)
+            self._fetched = {uri: data for uri, data in zip(wanted, contents, strict=True)
+                             if isinstance(data, bytes)}
 
     def read(self, found: Found) -> bytes:
         """The whole of a small file, or DataError naming it."""

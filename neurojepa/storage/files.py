@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _CHECK_STORE = "check the store and AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+MAGIC = re.compile(r"[*?\[]")  # what fsspec's methods for lists of paths take for a pattern
 
 
 def join(uri: str, *parts: str) -> str:
@@ -34,28 +37,39 @@ def sha256(data: bytes) -> str:
 def open_store(uri: str, own_retries: bool = True) -> tuple[AbstractFileSystem, str]:
     """The file system and path of a URI; s3:// is configured by the usual AWS_* variables.
 
+    A path is a name, never a pattern or a chain of stores: ``a [1]::b?`` is a file of that name.
+    So of the file system only methods for a single path may be used, and ``cat_ranges``: its
+    ``cat``, ``rm``, ``get`` and ``put`` expand brackets, ``*`` and ``?``.
+
     An object store that refuses is noticed in seconds, one that is silent in two minutes.
     ``own_retries=False`` is for callers that ask again themselves: each request is made once.
 
     Raises
     ------
     DataError
-        The URI's scheme is unknown or its driver is not installed.
+        The URI's scheme is unknown, its driver is not installed, or an s3:// key holds
+        ``?versionId=``, which its driver would cut off.
     """
     import fsspec
 
-    options: dict[str, Any] = {}
-    if uri.startswith("s3:"):
-        limits = {"connect_timeout": 5, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
-        options = {"use_listings_cache": False, "config_kwargs": limits,
-                   "skip_instance_cache": not own_retries}
+    scheme = match[1].lower() if (match := _SCHEME.match(uri)) else "file"
     try:
-        fs, path = fsspec.core.url_to_fs(uri, **options)
+        kind = fsspec.get_filesystem_class(scheme)
+        if scheme == "s3":
+            if "?versionId=" in uri:
+                raise DataError(f"{uri}: a key with \"?versionId=\" cannot be read; rename it")
+            limits = {"connect_timeout": 5, "read_timeout": 20,
+                      "retries": {"total_max_attempts": 1}}
+            options = {"use_listings_cache": False, "config_kwargs": limits,
+                       "skip_instance_cache": not own_retries}
+        else:
+            options = kind._get_kwargs_from_urls(uri)  # host and port of other stores
+        fs = fsspec.filesystem(scheme, **options)
     except (ValueError, ImportError) as error:
         raise DataError(f"{uri}: cannot open this kind of store ({error})") from error
-    if options and not own_retries:  # else s3fs asks five times itself
+    if scheme == "s3" and not own_retries:  # else s3fs asks five times itself
         fs.retries = 1
-    return fs, path
+    return fs, kind._strip_protocol(uri)
 
 
 def is_local(fs: AbstractFileSystem) -> bool:
@@ -171,8 +185,13 @@ def remove(uri: str) -> None:
     """Delete an object, or a folder and everything below it; nothing if it is not there."""
     fs, path = open_store(uri)
     with _naming(uri, "removed"):
-        if fs.exists(path):
+        if not fs.exists(path):
+            return
+        if is_local(fs) or not MAGIC.search(path):
             fs.rm(path, recursive=True)
+        else:  # one by one, for rm would take the path for a pattern
+            for item in fs.find(path):
+                fs.rm_file(item)
 
 
 @contextmanager

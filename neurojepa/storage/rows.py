@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from neurojepa.errors import DataError
-from neurojepa.storage.files import local_path, open_store, read_if_there, write_bytes
+from neurojepa.storage.files import MAGIC, local_path, open_store, read_if_there, write_bytes
 from neurojepa.storage.outage import store_errors
 
 TAIL_BYTES = 1 << 20  # longer than any row: one of the supervisor's names every rank
@@ -79,6 +79,8 @@ def _append_object(uri: str, rows: list[dict[str, Any]]) -> None:
     try:
         if fs.exists(path) and fs.tail(path, len(lines)) == lines:
             return
+        if MAGIC.search(path):  # s3fs appends by a method that takes the path for a pattern
+            raise NotImplementedError
         with fs.open(path, "ab") as file:
             file.write(lines)
     except (NotImplementedError, ValueError):  # a store that has no such thing

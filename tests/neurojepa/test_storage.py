@@ -9,16 +9,20 @@ import pytest
 
 from neurojepa.errors import DataError
 from neurojepa.storage import (
+    append_rows,
     exists,
     join,
     list_names,
     open_store,
     read_bytes,
     read_if_there,
+    read_rows,
     remove,
     walk,
     write_bytes,
+    write_parts,
 )
+from tests.helpers.odd_names import ODD_NAMES
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -66,3 +70,33 @@ def test_a_store_that_refuses_is_named(tmp_path: Path) -> None:
         write_bytes(f"{tmp_path}/file/x", b"")
     with pytest.raises(DataError, match=f"{tmp_path}: cannot be read"):
         read_bytes(str(tmp_path))  # a folder
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
+def test_a_path_is_a_name_and_no_pattern(folder: str, name: str) -> None:
+    """What its pattern would match lies beside it, and is never touched."""
+    if folder.startswith("memory:") and "::" in name:
+        pytest.skip("the store in memory itself takes :: for a chain")
+    matched = {"MPRAGE [ND]": "MPRAGE N", "a[0-9]": "a1", "T1 *GRE*": "T1 xGREx", "why?": "whyx"}
+    beside = join(folder, matched.get(name, "other"), "1")
+    write_bytes(beside, b"beside")
+    place = join(folder, name)
+    write_bytes(join(place, name), b"0123")
+    write_parts(join(place, "parts"), [b"01", b"23"])
+    append_rows(join(place, "rows.jsonl"), [{"a": 1}])
+    append_rows(join(place, "rows.jsonl"), [{"a": 2}])
+    assert exists(place) and exists(join(place, name)) and not exists(join(place, "no"))
+    assert read_bytes(join(place, name)) == read_bytes(join(place, "parts")) == b"0123"
+    assert read_if_there(join(place, name), 2) == b"23"
+    assert read_rows(join(place, "rows.jsonl")) == [{"a": 1}, {"a": 2}]
+    assert list_names(place) == sorted(["parts", "rows.jsonl", name])
+    assert name in list_names(folder) and walk(place) == list_names(place)
+    remove(join(place, name))
+    assert list_names(place) == ["parts", "rows.jsonl"]
+    remove(place)
+    assert walk(folder) == [beside[len(folder) + 1:]]
+
+
+def test_a_key_that_the_driver_would_cut_is_refused(s3) -> None:
+    with pytest.raises(DataError, match="rename it"):
+        write_bytes(f"{s3.uri}/x?versionId=1", b"1")

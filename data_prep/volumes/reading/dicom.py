@@ -121,8 +121,7 @@ def _stored(uri: str) -> Iterator[tuple[str, bytes]]:
                                          f"the limits are {MAX_FILES} and {MAX_SERIES_BYTES}")
         for start in range(0, len(entries), 64):  # an object store answers many reads at once
             batch = [entry for entry, _ in entries[start:start + 64]]
-            content = fs.cat(batch)
-            yield from ((entry, content[entry]) for entry in batch)
+            yield from zip(batch, fs.cat_ranges(batch, None, None, on_error="raise"), strict=True)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ScanError("missing", f"{uri}: not found; index the source again") from error
     except store_errors() as error:
