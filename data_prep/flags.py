@@ -39,6 +39,9 @@ class Flag(_Code):
     SLOPE_NOT_FINITE = (
         "slope_not_finite", "scl_slope or scl_inter is NaN or Inf; values were taken as stored",
         "nothing for MR; convert PET again, whose unit hangs on it")
+    VOXEL_OFFSET_MENDED = (
+        "voxel_offset_mended", "vox_offset points into the header; the voxels behind it were read",
+        "check the slices, and what wrote the file")
     SPACE_UNIT_CONVERTED = (
         "space_unit_converted", "the header counts in metres or micrometres; turned into mm",
         "check the head's size in the report")
@@ -107,6 +110,9 @@ class Flag(_Code):
 class Note(_Code):
     """How a map was made.  Nothing is wrong with it."""
 
+    TRAILING_BYTES = (
+        "trailing_bytes", "other bytes follow the packed ones, which are whole by their checksum",
+        "nothing")
     MINIMAL = (
         "minimal", "the series was delivered without removal of motion, and none was removed here",
         "read its maps beside qc_fd_mean, or deliver fMRIPrep's confounds")

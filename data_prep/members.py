@@ -165,13 +165,22 @@ def _of_tar(file: IO[bytes], uri: str) -> Iterator[_Member]:
                 continue
             if not info.isfile() or info.issparse():
                 raise _no_file(uri, info.name)
-            yield _Member(info.name.removeprefix("./"), info.size,
+            yield _Member(_decoded(info.name).removeprefix("./"), info.size,
                           partial(_extract, archive, info))
         # tarfile takes a damaged header for the end, so look at what it read last.
         if careful.last != bytes(tarfile.BLOCKSIZE):
             raise ScanError("truncated", f"{uri}: ends without the end mark of a tar; fetch it "
                                          "again")
         file.read(_BLOCK_BYTES)  # padding; at the end gzip compares its checksum
+
+
+def _decoded(name: str) -> str:
+    """A name of a tar, whose bytes are Latin-1 where they are not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogateescape").decode("latin-1")
+    return name
 
 
 def _extract(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:

@@ -13,14 +13,18 @@ participants.tsv.  Give the table, or several, as ``--table``.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterator
 from itertools import groupby
 
 from data_prep.cohorts.bids.derived import Taken
+from data_prep.cohorts.bids.forms import join_pairs
 from data_prep.cohorts.bids.names import MODALITIES, Image, Name
 from data_prep.cohorts.bids.scan import Reader
 from data_prep.cohorts.bids.tables import BidsPerson
 from data_prep.cohorts.source import Findings, Found, Source
+from data_prep.filenames import image_ending, is_partner, stem
 from data_prep.tables import Cells, parse_table
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.storage import read_bytes
@@ -28,6 +32,7 @@ from neurojepa.storage import read_bytes
 _NEEDED = ("file", "participant_id", "modality")
 _FILES = ("file", "mask", "labels")  # columns that hold a path
 _OWN = {*_FILES, "modality", "tracer"}  # of the scan, not of the person
+_CIFTI = re.compile(r"\.(d(tseries|scalar|label)\.nii)$", re.IGNORECASE)
 _SUFFIXES = {modality: suffix for suffix, modality in MODALITIES.items()}
 Line = tuple[str, Cells]  # where it stands, for errors
 
@@ -79,25 +84,42 @@ def _lines(uri: str) -> Iterator[Line]:
 
 
 def _find(source: Source, wanted: set[str]) -> dict[str, Found]:
-    """The wanted files and folders of slices, and JSON sidecars, by path below the source."""
-    sidecars = {_sidecar(path) for path in wanted}
+    """The wanted files and folders of slices, and JSON sidecars, by path as the tables spell it.
+
+    An umlaut may be one character in a table and two in a file's name, or the other way round.
+    """
+    wanted = wanted | {_sidecar(path) for path in wanted}
+    spelt = {unicodedata.normalize("NFC", path): path for path in sorted(wanted)}
     files: dict[str, Found] = {}
+    voxels: list[Found] = []  # of .hdr/.img pairs
+
+    def as_spelt(path: str) -> str | None:
+        return path if path in wanted else spelt.get(unicodedata.normalize("NFC", path))
+
     for found in source.walk():
-        folder = f"{found.folder}/"
-        if found.path in wanted or found.path in sidecars:
-            files[found.path] = found
-        elif folder in wanted:
+        folder = as_spelt(f"{found.folder}/")
+        if (path := as_spelt(found.path)) and (path not in files or path == found.path):
+            files[path] = found
+        elif folder:
             uri = found.uri.removesuffix(found.name)
-            others = files.get(folder, Found(folder, uri, 0, 0.0))
-            files[folder] = Found(folder, uri, (others.size_bytes or 0) + (found.size_bytes or 0),
+            others = files.get(folder, Found(f"{found.folder}/", uri, 0, 0.0))
+            files[folder] = Found(f"{found.folder}/", uri,
+                                  (others.size_bytes or 0) + (found.size_bytes or 0),
                                   max(others.modified or 0.0, found.modified or 0.0))
+        elif is_partner(found.name):
+            voxels.append(found)
         else:
             source.notes["not taken: file that no table lists"] += 1
-    return files
+    spellings = {found.path: path for path, found in files.items()}
+    halves = {path: found for path, found in files.items() if is_partner(found.name)}
+    whole = [found for path, found in files.items() if path not in halves]
+    return halves | {spellings[found.path]: found
+                     for found in join_pairs([*whole, *voxels], source.notes)}
 
 
 def _sidecar(path: str) -> str:
-    return f"{path.removesuffix('.gz').rpartition('.')[0]}.json"
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}{stem(name)}.json"
 
 
 def _person(reader: Reader, participant: str, lines: list[Line], files: dict[str, Found]
@@ -133,8 +155,10 @@ def _take(reader: Reader, line: Line, files: dict[str, Found]) -> Taken:
     assert found is not None  # _lines has seen to it
     entities = {"ses": str(row["session_id"]), **({"trc": tracer} if (tracer := row.get("tracer"))
                                                   else {})}
-    name = Name(entities, _SUFFIXES[str(row["modality"])], found.name.partition(".")[2])
-    sidecar = files.get(_sidecar(found.path))
+    cifti = _CIFTI.search(found.name)
+    name = Name(entities, _SUFFIXES[str(row["modality"])],
+                cifti[1].lower() if cifti else image_ending(found.name) or "")
+    sidecar = files.get(_sidecar(str(row["file"])))
     taken = reader.take(Image(found, name), reader.load(sidecar) if sidecar else {})
     taken.mask_uri = mask.uri if mask else None
     taken.label_uri = labels.uri if labels else None

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from data_prep.cohorts.left_out import LeftOut, first_hidden
 from data_prep.scan import Scan
 from neurojepa.errors import DataError
 from neurojepa.storage import is_local, join, open_store, read_bytes, store_errors
@@ -82,6 +83,7 @@ class Source:
         self._fetched: dict[str, bytes] = {}
         self._made: dict[str, Any] = {}
         self._pool = ThreadPoolExecutor(REQUESTS)
+        self.left_out = LeftOut(self.notes)
         self._fs, root = open_store(uri)
         self._local = is_local(self._fs)
         self._root = os.path.abspath(root) if self._local else root.rstrip("/")
@@ -91,7 +93,8 @@ class Source:
 
         Files of a folder come together, names in order with a folder sorted as NAME/ (an object
         store's own order may differ where a file and a folder share the beginning of a name).
-        Hidden folders are left out.  ``starting``: only what begins so directly below ``under``.
+        What is hidden or ignored is left out and counted.  ``starting``: only what begins so
+        directly below ``under``.
 
         Raises
         ------
@@ -102,12 +105,15 @@ class Source:
         with _naming_errors(join(self.uri, under) if under else self.uri):
             for found in (self._walk_local if self._local else self._walk_remote)(under, starting):
                 empty = False
-                yield found
+                if self.left_out.looks_at(found.path):
+                    yield found
         if empty and not under and not starting:
             raise DataError(f"{self.uri}: no files there; check --source")
 
     def listing(self, under: str = "") -> tuple[list[Found], list[str]]:
         """Files and names of folders directly in the folder ``under``, in order.
+
+        What is hidden or ignored is left out, and counted the first time.
 
         Raises
         ------
@@ -118,16 +124,21 @@ class Source:
         with _naming_errors(self.uri + "/" + under):
             if self._local:
                 entries = _entries(f"{self._root}/{under}")
-                return ([self._found(entry) for entry in entries if not entry.is_dir()],
-                        [entry.name for entry in entries
-                         if entry.is_dir() and not entry.name.startswith(".")])
-            infos = [(info["name"][len(self._root) + 1:].rstrip("/"), info) for info in
-                     self._fs.ls(f"{self._root}/{under}".rstrip("/"), detail=True)]
-            infos.sort(key=lambda pair: pair[0])
-            return ([self._object(path, info) for path, info in infos
-                     if info["type"] == "file" and len(path) > len(prefix)],
-                    [path[len(prefix):] for path, info in infos
-                     if info["type"] == "directory" and not path[len(prefix):].startswith(".")])
+                files = [self._found(entry) for entry in entries if not entry.is_dir()]
+                folders = [entry.name for entry in entries if entry.is_dir()]
+            else:
+                infos = [(info["name"][len(self._root) + 1:].rstrip("/"), info) for info in
+                         self._fs.ls(f"{self._root}/{under}".rstrip("/"), detail=True)]
+                infos.sort(key=lambda pair: pair[0])
+                files = [self._object(path, info) for path, info in infos
+                         if info["type"] == "file" and len(path) > len(prefix)]
+                folders = [path[len(prefix):] for path, info in infos
+                           if info["type"] == "directory"]
+        files = [found for found in files if self.left_out.looks_at(found.path)]
+        folders = [name for name in folders
+                   if self.left_out.looks_at(f"{prefix}{name}", is_folder=True)]
+        self.left_out.has_listed(under)
+        return files, folders
 
     def _walk_local(self, under: str, starting: str) -> Iterator[Found]:
         """Depth first with scandir; the entries of the open folders are all that is held."""
@@ -140,7 +151,7 @@ class Source:
                 continue
             elif not entry.is_dir():
                 yield self._found(entry)
-            elif not entry.name.startswith("."):
+            elif self.left_out.looks_at(entry.path[len(self._root) + 1:], is_folder=True):
                 folder = _Folder(entry.path)
                 if all(folder.identity != above.identity for above in pending):  # a link back up
                     pending.append(folder)
@@ -157,6 +168,7 @@ class Source:
         """Flat listings, a page at a time: a request for 1,000 files, whatever the folders."""
         folder = f"{self._root}/{under}" if under else self._root
         bucket, _, prefix = f"{folder}/{starting}".partition("/")
+        passing = ""  # the hidden folder that the listing is in
         page = {"IsTruncated": True}
         while page["IsTruncated"]:
             token = page.get("NextContinuationToken")
@@ -165,7 +177,10 @@ class Source:
             for info in page.get("Contents", []):
                 path = f"{bucket}/{info['Key']}"[len(self._root) + 1:]
                 *folders, name = path.split("/")
-                if name and not any(folder.startswith(".") for folder in folders):
+                if (hidden := first_hidden(folders)) and hidden != passing:
+                    passing = hidden
+                    self.left_out.looks_at(hidden, is_folder=True)
+                if name and not hidden:
                     yield self._object(path, info)
 
     def _object(self, path: str, info: dict[str, Any]) -> Found:

@@ -36,9 +36,10 @@ class Read:
         self.scans: dict[str, Scan] = {}
         for one in self.found:
             for scan in one.scans:
-                name = scan.uri.rsplit("/", 1)[-1].split(".")[0]
-                assert name not in self.scans and scan.participant == one.participant
-                self.scans[name] = scan
+                file = scan.uri.rsplit("/", 1)[-1]
+                name = file.split(".")[0]
+                assert file not in self.scans and scan.participant == one.participant
+                self.scans[file if name in self.scans else name] = scan  # another form of a scan
 
 
 def tree_bytes(root: Path) -> dict[str, bytes]:

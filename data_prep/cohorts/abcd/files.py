@@ -10,12 +10,13 @@ from typing import Any
 from data_prep.cohorts.abcd.tables import participant_of
 from data_prep.cohorts.bids.derived import Taken
 from data_prep.cohorts.source import Found, Source
+from data_prep.filenames import image_ending, is_hidden, other_file
 from data_prep.members import first_member
 from data_prep.scan import ScanError
 from data_prep.tables import TABLE_ENDINGS
 
 _PACKAGE = re.compile(r"(NDAR_?INV\w{8})_([A-Za-z0-9]+)_ABCD-(.+)_(\d{14})\.tgz$")
-_IMAGES = (".nii", ".nii.gz", ".dcm")
+_SLICES = (".dcm", ".dcm.gz")
 _FORM = ("space", "desc", "res", "den")  # entities in which forms of one scan differ
 
 
@@ -44,8 +45,10 @@ class Tree:
                 self._add(match[1], self.packages, (match, found))
             elif found.name.lower().endswith(TABLE_ENDINGS):
                 self.tables.append(found.uri)
-            elif found.name.endswith((".tgz", ".nii", ".nii.gz")):
+            elif found.name.lower().endswith(".tgz") or image_ending(found.name):
                 self.source.notes["not taken: name of neither a package nor a participant"] += 1
+            elif not found.name.endswith(".json"):
+                self.source.notes[f"not taken: {other_file(found.name)}"] += 1
         for name in folders:
             inner = f"{under}/{name}" if under else name
             if not name.startswith("sub-"):
@@ -94,12 +97,17 @@ class Delivered:
         return self.taken.session, self.taken.modality, self.task
 
 
+def is_slice(name: str) -> bool:
+    return name.lower().endswith(_SLICES)
+
+
 def first_image(found: Found) -> list[str | None]:
     """Name of a package's first image and None, or None and the code of why there is none."""
     try:
         if found.size_bytes is None:
             raise ScanError("not_downloaded", f"{found.uri}: a link that leads nowhere")
-        member = first_member(found.uri, lambda name: name.lower().endswith(_IMAGES))
+        member = first_member(found.uri, lambda name: not is_hidden(name) and (
+            is_slice(name) or image_ending(name) is not None))
     except ScanError as error:
         return [None, error.code]
     return [member, None if member else "missing_member"]

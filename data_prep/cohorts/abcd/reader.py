@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.cohorts.abcd.files import Delivered, Tree, first_image, inside
+from data_prep.cohorts.abcd.files import Delivered, Tree, first_image, inside, is_slice
 from data_prep.cohorts.abcd.tables import AbcdTables, participant_of, session_of
 from data_prep.cohorts.bids.derived import Companions, Taken, cleaned_series
 from data_prep.cohorts.bids.names import (
@@ -102,7 +102,7 @@ class _PersonFiles:
                 self.notes["not taken: file name and folder name different people"] += 1
                 continue
             name = self._named(name)
-            stem = found.path.removesuffix(f".{name.extension}")
+            stem = found.path[:-len(name.extension) - 1]
             if name.extension in (*VOLUMES, SERIES):
                 self._add_image(pipeline, Image(found, name), sidecars.get(stem))
             elif name.extension in ("tgz", "tar.gz") and name.suffix in MODALITIES:
@@ -190,7 +190,7 @@ class _PersonFiles:
     def _peek(self, found: Found, dicom: bool) -> tuple[str | None, str | None]:
         """The first image in a package, or the code of why there is none of the kind."""
         member, fault = self.source.opened(found, first_image)
-        if member and member.lower().endswith(".dcm") != dicom:
+        if member and is_slice(member) != dicom:
             return None, "missing_member"
         return member, fault
 

@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_prep.cohorts.adni.tables import PTID
+from data_prep.cohorts.left_out import HIDDEN
 from data_prep.cohorts.source import Found, Source
+from data_prep.filenames import image_ending, is_hidden, other_file
 from data_prep.members import list_members
 from data_prep.scan import ScanError
 
-_NIFTI, _DICOM = (".nii", ".nii.gz"), (".dcm", ".ima")
-_NUMBERS = re.compile(r"(?:_S(\d+))?_I(\d+)\.[A-Za-z.]+$")
+_DICOM = (".dcm", ".ima", ".dcm.gz", ".ima.gz")
+_NUMBERS = re.compile(r"(?:_S(\d+))?_I(\d+)\.[A-Za-z0-9.]+$")
 _STAMP = re.compile(r"\d{4}-\d{2}-\d{2}_\d{2}_\d{2}_\d{2}")
 
 
@@ -39,7 +41,7 @@ def survey(source: Source, under: str, place: Place) -> None:
             place.tables.append(found.uri)
         elif name.endswith(".zip"):
             place.zips.append(found)
-        elif name.endswith((*_NIFTI, *_DICOM)):
+        elif _is_image(name):
             source.notes["not taken: image outside a participant's folder"] += 1
         else:
             source.notes[_other(name)] += 1
@@ -51,8 +53,12 @@ def survey(source: Source, under: str, place: Place) -> None:
             survey(source, path, place)
 
 
+def _is_image(name: str) -> bool:
+    return image_ending(name) is not None or name.lower().endswith(_DICOM)
+
+
 def _other(name: str) -> str:
-    return f"not taken: {name.rpartition('.')[2] if '.' in name else 'unknown'} file"
+    return f"not taken: {other_file(name)}"
 
 
 @dataclass
@@ -98,13 +104,15 @@ def _gather(files: Iterable[tuple[str, int | None, float | None]]
         folder, _, name = path.rpartition("/")
         people = [part for part in folder.split("/") if PTID.fullmatch(part)]
         named = re.match(r"ADNI_(\d{3}_S_\d{4,5})_", name)
-        if not name.lower().endswith((*_NIFTI, *_DICOM)):
-            others[_other(name.lower())] += 1
+        if is_hidden(path):
+            others[HIDDEN] += 1
+        elif not _is_image(name):
+            others[_other(name)] += 1
         elif not people:
             others["not taken: image outside a participant's folder"] += 1
         elif named and named[1] != people[0]:
             others["not taken: file name and folder name different people"] += 1
-        elif name.lower().endswith(_NIFTI):
+        elif image_ending(name):
             images.append(Image(path, name, size, modified, missing=size is None))
         elif folder not in series:
             series[folder] = Image(f"{folder}/", name, size, modified, missing=size is None)

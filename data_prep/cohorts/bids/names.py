@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from data_prep.cohorts.source import Found
+from data_prep.filenames import IMAGES
 
 ANATOMICAL = ("T1w", "T2w", "FLAIR")
 MODALITIES = {**{suffix: suffix for suffix in ANATOMICAL}, "pet": "PET", "bold": "BOLD"}
-VOLUMES = ("nii.gz", "nii", "mgz")
+VOLUMES = IMAGES
 SERIES = "dtseries.nii"  # the one kind of CIFTI file that is a run's
 # entities by which a derivative may differ from the scan it belongs to
 DERIVED = {"space", "desc", "label", "seg", "atlas", "res", "den", "hemi"}
@@ -22,7 +23,8 @@ DERIVED = {"space", "desc", "label", "seg", "atlas", "res", "den", "hemi"}
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """Entities of a file name in any order, its suffix, and its extension without first dot."""
+    """Entities of a file name in any order, its suffix, and its extension in lower case, without
+    its first dot."""
 
     entities: dict[str, str]
     suffix: str
@@ -54,7 +56,7 @@ def parse_name(name: str) -> Name:
         key, _, value = part.partition("-")
         if value and key.isalnum():
             entities[key] = value
-    return Name(entities, suffix, extension)
+    return Name(entities, suffix, extension.lower())
 
 
 @cache

@@ -6,6 +6,8 @@ scans.tsv and phenotype/*.tsv give age, sex, site, labels and exclusions.  The c
 ``family_id`` and ``split_group`` of participants.tsv tie people to one split.  Derivatives are
 looked for below derivatives/ and sourcedata/ at any depth: see derived.py.
 
+Of several forms of one acquisition one is taken: see forms.py.  What .bidsignore names is left out.
+
 Loose files: without dataset_description.json, files named *_T1w, *_T2w, *_FLAIR, *_pet or *_bold
 are taken; the participant is the name before the first underscore, and a sidecar of the same name
 is read.  BIDS datasets inside such a folder are left alone and reported.
@@ -29,6 +31,12 @@ from data_prep.cohorts.bids.derived import (
     is_derived,
     take_maps,
 )
+from data_prep.cohorts.bids.forms import (
+    OTHER_FORM,
+    form_rank,
+    join_pairs,
+    rule_out_other_forms,
+)
 from data_prep.cohorts.bids.names import (
     ANATOMICAL,
     MODALITIES,
@@ -43,6 +51,7 @@ from data_prep.cohorts.bids.names import (
 from data_prep.cohorts.bids.scan import Reader
 from data_prep.cohorts.bids.tables import BidsTables
 from data_prep.cohorts.source import Findings, Found, Source
+from data_prep.filenames import other_file, stem
 from data_prep.tables import Cells, parse_table
 
 _DERIVATIVE_DEPTH = 5  # folders between the dataset and a derivative's sub-*
@@ -60,6 +69,7 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
     """
     files, folders = source.listing()
     if any(found.name == _DESCRIPTION for found in files):
+        source.left_out.obey_bidsignore(source.uri)
         yield from _Dataset(source, cohort, files, folders).people()
     else:
         yield from _read_loose(source, cohort)
@@ -74,19 +84,23 @@ def _read_loose(source: Source, cohort: str, folder: str = "") -> Iterator[Findi
         source.notes[f"participants.tsv not used: without {_DESCRIPTION} this is no BIDS dataset"
                      ] += 1
     reader = Reader(source, cohort)
-    sidecars = {found.name.removesuffix(".json"): found for found in files
-                if found.name.endswith(".json")}
-    for found in files:
+    sidecars = {stem(found.name): found for found in files if found.name.endswith(".json")}
+    people: dict[str, list[Taken]] = defaultdict(list)
+    for found in join_pairs(files, source.notes):
         name = parse_name(found.name)
         if name.extension not in (*VOLUMES, SERIES):
-            continue
-        if name.suffix not in MODALITIES or "_" not in found.name:
+            if name.extension not in ("json", "tsv"):
+                source.notes[f"not taken: {other_file(found.name)}"] += 1
+        elif name.suffix not in MODALITIES or "_" not in found.name:
             source.notes["not taken: file without a _T1w, _T2w, _FLAIR, _pet or _bold ending"] += 1
-            continue
-        sidecar = sidecars.get(found.name.removesuffix("." + name.extension))
-        participant = found.name.split("_")[0].removeprefix("sub-")
-        taken = reader.take(Image(found, name), reader.load(sidecar) if sidecar else {})
-        yield Findings(participant, [reader.scan(taken, participant)])
+        else:
+            sidecar = sidecars.get(found.name[:-len(name.extension) - 1])
+            participant = found.name.split("_")[0].removeprefix("sub-")
+            people[participant].append(reader.take(Image(found, name),
+                                                   reader.load(sidecar) if sidecar else {}))
+    for participant, taken in people.items():
+        rule_out_other_forms(taken, source.notes)
+        yield Findings(participant, [reader.scan(one, participant) for one in taken])
     for inner in folders:
         yield from _read_loose(source, cohort, f"{folder}/{inner}" if folder else inner)
 
@@ -138,16 +152,19 @@ class _Dataset(Reader):
         tables = [found for found in files if found.name.endswith(("_scans.tsv", "_sessions.tsv"))]
         self.source.fetch([*sidecars, *tables])
         inherited = _sidecars(sidecars)
-        raw, processed, others = self._sort(label, files, derived)
-        taken = self._take(raw, processed, inherited)
+        raw, processed, others = self._sort(label, join_pairs(files, self.notes), derived)
+        own: dict[str, dict[str, Any]] = {}  # of the sidecars that were read
+        taken = self._take(raw, processed, inherited, own)
         self._rule_out(taken, tables, {found.path for found in files})
+        rule_out_other_forms(taken, self.notes)
         runs = choose_runs([one for one in taken if one.modality == "BOLD"], self.notes)
         taken = [*(one for one in taken if one.modality != "BOLD"), *runs,
                  *take_maps(processed, runs)]
         used = {id(one.image) for one in taken}
-        Companions(taken, self.notes).give(
+        Companions([one for one in taken if one.reason != OTHER_FORM], self.notes).give(
             [image for image in processed if id(image) not in used
              and not cleaned_series(image) and not self._is_gone(image)], others)
+        self._count_unused(files, taken, {*own, *(found.uri for found in tables)})
         if not taken:
             return None
         if is_phantom(label):
@@ -170,8 +187,10 @@ class _Dataset(Reader):
             name = parse_name(found.name)
             if name.extension.endswith((".gii", "tsv")):
                 others.append(Image(found, name))
-            elif name.extension not in VOLUMES and not name.extension.endswith(".nii"):
+            elif name.extension == "json":
                 continue
+            elif name.extension not in VOLUMES and not name.extension.endswith(".nii"):
+                self.notes[f"not taken: {other_file(found.name)}"] += 1
             elif "sub" not in name.entities and place == "derived":
                 self.notes["derivative not used: a file of FreeSurfer or without a name of BIDS"
                            ] += 1
@@ -182,14 +201,22 @@ class _Dataset(Reader):
                     Image(found, name))
         return raw, processed, others
 
+    def _count_unused(self, files: list[Found], taken: list[Taken], used: set[str]) -> None:
+        """Count the person's own sidecars, tables and surfaces that no scan needed."""
+        for one in taken:
+            used |= {one.confounds_uri or "", *(one.surface_uri or "").split(";")}
+        for found in files:
+            if found.name.endswith((".json", "tsv", ".gii")) and found.uri not in used:
+                self.notes[f"not used: {other_file(found.name)}"] += 1
+
     def _is_gone(self, image: Image) -> bool:
         gone = self.source.not_downloaded(image.found)
         if gone:
             self.notes["derivative not used: not downloaded"] += 1
         return gone
 
-    def _take(self, raw: list[Image], processed: list[Image], inherited: Sidecars) -> list[Taken]:
-        own: dict[str, dict[str, Any]] = {}
+    def _take(self, raw: list[Image], processed: list[Image], inherited: Sidecars,
+              own: dict[str, dict[str, Any]]) -> list[Taken]:
         taken = [self.take(image, self._facts(image, inherited, own))
                  for image in self._first_echoes(raw)]
         have = {one.modality for one in taken}
@@ -214,7 +241,8 @@ class _Dataset(Reader):
             else:
                 echoes[image.name.suffix, image.name.without("echo")].append(image)
         for images in echoes.values():
-            images.sort(key=lambda image: image.name.entities.get("echo", "").zfill(4))
+            images.sort(key=lambda image: (image.name.entities.get("echo", "").zfill(4),
+                                           form_rank(image.found)))
             if "echo" in images[-1].name.entities and len(images) > 1:
                 self.notes["not taken: further echo of a scan"] += len(images) - 1
                 images = images[:1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -12,7 +13,8 @@ from data_prep.scan import FACTS, Scan
 from data_prep.tables import as_float
 
 _KEPT = {*FACTS, "MagneticFieldStrength", "Manufacturer", "ManufacturersModelName",
-         "DeviceSerialNumber", "InstitutionName", "TracerName"}
+         "DeviceSerialNumber", "InstitutionName", "TracerName",
+         "AcquisitionTime", "SeriesNumber", "ImageType"}  # the last: forms of one acquisition
 
 
 class Reader:
@@ -38,8 +40,10 @@ class Reader:
             return None
         if not isinstance(content, dict):
             return None
-        return {key: value for key, value in content.items()
-                if key in _KEPT and value is not None}
+        kept = {key: value for key, value in content.items() if key in _KEPT and value is not None}
+        if series := content.get("SeriesInstanceUID"):  # an identifier: kept as its hash
+            kept["SeriesInstanceUID"] = hashlib.sha256(str(series).encode()).hexdigest()[:16]
+        return kept
 
     def take(self, image: Image, facts: dict[str, Any], processing: str | None = None) -> Taken:
         """What a scan is, by its name and the facts of its sidecars."""

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from data_prep.cohorts.source import Found, Source
+from data_prep.filenames import is_hidden
 from data_prep.members import list_members
 from data_prep.scan import ScanError
 from data_prep.tables import TABLE_ENDINGS
@@ -96,8 +97,9 @@ def listing(found: Found) -> dict[str, Any]:
 
 def sorted_out(names: list[str]) -> dict[str, Any]:
     dicom: dict[str, int] = {}
+    names = [name for name in names if not is_hidden(name)]
     for name in names:
-        if name.lower().endswith(".dcm"):
+        if name.lower().endswith((".dcm", ".dcm.gz")):
             folder = name.rpartition("/")[0] + "/"
             dicom[folder] = dicom.get(folder, 0) + 1
     return {"names": sorted(name for name in names if _KEPT.search(name)), "dicom": dicom}

@@ -27,6 +27,7 @@ import yaml
 from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.cohorts.ukb.packages import Package, listing, packaged, sorted_out, survey
 from data_prep.cohorts.ukb.tables import UkbTables
+from data_prep.filenames import image_ending
 from data_prep.scan import Scan
 
 _AHEAD = 32  # people whose packages are opened at once on an object store
@@ -128,7 +129,7 @@ class _Reader:
         start, _, inside = found.path.partition(f"{name}/")
         if package.first.path.startswith(f"{start}{name}/"):
             package.unpacked[inside] = found
-        elif inside.endswith((".nii", ".nii.gz", ".dcm")):
+        elif image_ending(inside) or inside.endswith(".dcm"):
             self.notes["not taken: file of a second copy of a package"] += 1
 
     # ---- scans

@@ -35,7 +35,8 @@ from data_prep.volumes.functional.temporal import displacement_figures, normalis
 from data_prep.volumes.output import mask_codes, to_archive
 from data_prep.volumes.placing.align import template
 from data_prep.volumes.placing.geometry import on_grid, to_itk
-from data_prep.volumes.reading.decode import CIFTI_INTENTS, MAX_UNPACKED_BYTES, fetch, inflate
+from data_prep.volumes.reading.decode import CIFTI_INTENTS, MAX_UNPACKED_BYTES, fetch
+from data_prep.volumes.reading.packed import unpack
 from data_prep.volumes.reading.sniff import Kind, sniff
 from data_prep.volumes.reading.timing import choose_time
 from data_prep.volumes.reading.volume import MAX_SERIES_VOXELS, Volume, content_id
@@ -130,7 +131,7 @@ def _load(raw: bytes, name: str) -> tuple[str, Any]:
     if not 1 <= size <= MAX_SERIES_VOXELS or needed > MAX_UNPACKED_BYTES:
         raise ScanError("too_large", f"{name}: header claims {header['dim'][5:7].tolist()} values, "
                                      f"the limit is {MAX_SERIES_VOXELS} in all")
-    content = inflate(raw, int(needed) + 4096, name)
+    content, _ = unpack(raw, int(needed) + 4096, name)
     if len(content) < needed:
         raise ScanError("truncated", f"{name}: {len(content)} bytes, the header promises "
                                      f"{needed:.0f}; fetch it again")

@@ -6,10 +6,8 @@ anything of the size it claims is allocated.
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
-import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +15,10 @@ import nibabel as nib
 import numpy as np
 from nibabel.freesurfer.mghformat import MGHHeader, MGHImage
 
-from data_prep.flags import Flag
+from data_prep.filenames import is_partner, partners
+from data_prep.flags import Flag, Note
 from data_prep.scan import ScanError
+from data_prep.volumes.reading.packed import unpack
 from data_prep.volumes.reading.sniff import Kind, sniff
 from neurojepa.errors import DataError
 from neurojepa.storage import is_local, open_store
@@ -37,6 +37,7 @@ class Decoded:
     shape: tuple[int, ...]  # without trailing axes of length 1; at least 3 axes
     facts: dict[str, object] = field(default_factory=dict)  # of a DICOM series
     flags: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def decode(uri: str, member: str | None, max_voxels: int) -> Decoded:
@@ -56,10 +57,10 @@ def decode(uri: str, member: str | None, max_voxels: int) -> Decoded:
         raw, facts = to_nifti(uri, member)
         return _decode(raw, None, name, max_voxels, facts)
     raw, pair = fetch(uri, member), None
-    if (member or uri).lower().removesuffix(".gz").endswith(".img"):
-        raw, pair = fetch(*_partner(uri, member)), raw
+    if is_partner(member or uri):
+        raw, pair = _partner(uri, member), raw
     elif sniff(raw, name, ScanError)[0] is Kind.PAIR:
-        pair = fetch(*_partner(uri, member))
+        pair = _partner(uri, member)
     return _decode(raw, pair, name, max_voxels, {})
 
 
@@ -84,28 +85,20 @@ def fetch(uri: str, member: str | None) -> bytes:
         raise DataError(f"{uri}: cannot be read ({error}); check the store") from error
 
 
-def inflate(data: bytes, limit: int, name: str) -> bytes:
-    """At most ``limit`` bytes of a gzip stream; plain bytes pass through."""
-    if data[:2] != b"\x1f\x8b":
-        return data
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            return file.read(limit)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ScanError("truncated", f"{name}: damaged gzip stream ({error}); fetch it "
-                                     "again") from error
-
-
-def _partner(uri: str, member: str | None) -> tuple[str, str | None]:
-    """The .img that belongs to a .hdr, or the other way round."""
+def _partner(uri: str, member: str | None) -> bytes:
+    """Content of the .img that belongs to a .hdr, or the other way round."""
     path = member or uri
-    stem, _, ending = path.removesuffix(".gz").rpartition(".")
-    other = {"hdr": "img", "img": "hdr", "HDR": "IMG", "IMG": "HDR"}.get(ending)
-    if other is None:
+    if not (places := partners(path)):
         raise ScanError("not_nifti", f"{path}: header of a .hdr/.img pair under another name; "
                                      "rename it to .hdr")
-    partner = f"{stem}.{other}{'.gz' if path.endswith('.gz') else ''}"
-    return (uri, partner) if member else (partner, None)
+    for place in places:
+        try:
+            return fetch(uri, place) if member else fetch(place, None)
+        except ScanError as error:
+            if error.code not in ("missing", "missing_member"):
+                raise
+    raise ScanError("missing", f"{path}: half of a pair, without {places[0].rpartition('/')[2]} "
+                               "beside it; fetch that too")
 
 
 # ---- header --------------------------------------------------------------------------------------
@@ -114,11 +107,12 @@ def _decode(raw: bytes, pair: bytes | None, name: str, max_voxels: int,
             facts: dict[str, object]) -> Decoded:
     kind, head = sniff(raw, name, ScanError)
     header = _header(kind, head, name)
+    flags = _mend_offset(header, kind)
     shape = _check_header(header, kind, name, max_voxels)
-    flags: list[str] = []
     if kind is not Kind.MGH and not np.isfinite([header["scl_slope"], header["scl_inter"]]).all():
         flags.append(Flag.SLOPE_NOT_FINITE)
-    return Decoded(name, _load(kind, header, shape, raw, pair, name), shape, facts, flags)
+    image, trailed = _load(kind, header, shape, raw, pair, name)
+    return Decoded(name, image, shape, facts, flags, [Note.TRAILING_BYTES] if trailed else [])
 
 
 def _header(kind: Kind, head: bytes, name: str) -> Any:
@@ -132,6 +126,18 @@ def _header(kind: Kind, head: bytes, name: str) -> Any:
         return classes[kind](head[:classes[kind].template_dtype.itemsize], check=False)
     except Exception as error:  # nibabel raises many kinds on damaged headers
         raise ScanError("not_nifti", f"{name}: header cannot be parsed ({error})") from error
+
+
+def _mend_offset(header: Any, kind: Kind) -> list[str]:
+    """Voxels of a single file cannot begin inside its header: then they follow it.
+
+    Writers that leave vox_offset 0 mean that; what reads there takes the header for voxels.
+    """
+    first = {Kind.NIFTI1: 352, Kind.NIFTI2: 544}.get(kind)
+    if first is None or not header["vox_offset"] < first:
+        return []
+    header["vox_offset"] = first
+    return [Flag.VOXEL_OFFSET_MENDED]
 
 
 def _check_header(header: Any, kind: Kind, name: str, max_voxels: int) -> tuple[int, ...]:
@@ -170,21 +176,26 @@ def _check_header(header: Any, kind: Kind, name: str, max_voxels: int) -> tuple[
 
 
 def _load(kind: Kind, header: Any, shape: tuple[int, ...], raw: bytes, pair: bytes | None,
-          name: str) -> Any:
+          name: str) -> tuple[Any, bool]:
+    """The image, and whether other bytes follow its packed ones."""
     offset = int(header.get_data_offset())
     needed = offset + int(np.prod(shape)) * header.get_data_dtype().itemsize
     # MGH files carry a footer with scan parameters after the voxels.
-    content = inflate(pair if pair is not None else raw, needed + 4096, name)
+    content, trailed = unpack(pair if pair is not None else raw, needed + 4096, name)
     if len(content) < needed:
         raise ScanError("truncated", f"{name}: {len(content)} bytes, the header promises {needed}; "
                                      "fetch it again")
     try:
         if pair is not None:
-            files = {"header": inflate(raw, 1 << 20, name), "image": content}
+            files = {"header": unpack(raw, 1 << 20, name)[0], "image": content}
             return nib.Nifti1Pair.from_file_map(
-                {key: nib.FileHolder(fileobj=io.BytesIO(data)) for key, data in files.items()})
-        classes: dict[Kind, Any] = {Kind.NIFTI1: nib.Nifti1Image, Kind.NIFTI2: nib.Nifti2Image,
-                                    Kind.MGH: MGHImage}
-        return classes[kind].from_bytes(content)
+                {key: nib.FileHolder(fileobj=io.BytesIO(data)) for key, data in files.items()}
+            ), trailed
+        if kind is Kind.MGH:
+            return MGHImage.from_bytes(content), trailed
+        if not content.startswith(header.binaryblock):  # it was mended
+            content = header.binaryblock + content[len(header.binaryblock):]
+        single = nib.Nifti1Image if kind is Kind.NIFTI1 else nib.Nifti2Image
+        return single.from_bytes(content), trailed
     except Exception as error:
         raise ScanError("not_nifti", f"{name}: cannot be decoded ({error})") from error

@@ -22,8 +22,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from data_prep.filenames import is_hidden
 from data_prep.members import read_members
 from data_prep.scan import FACTS, ScanError
+from data_prep.volumes.reading.packed import GZIP, unpack, unpack_head
 from neurojepa.errors import DataError
 from neurojepa.storage import open_store, store_errors
 
@@ -45,7 +47,8 @@ _SCANNER = ("Manufacturer", "ManufacturerModelName", "MagneticFieldStrength")
 _TAGS = ["SOPInstanceUID", "SeriesInstanceUID", "ImageType", "ImagePositionPatient",
          "ImageOrientationPatient", "NumberOfFrames", "NumberOfSlices", "NumberOfTimeSlices",
          "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "Units",
-         "PatientWeight", "ContrastBolusAgent", "RadiopharmaceuticalInformationSequence"]
+         "PatientWeight", "DiffusionBValue", "ContrastBolusAgent",
+         "RadiopharmaceuticalInformationSequence"]
 # Units (0054,1001) as BIDS writes them
 _UNITS = {"BQML": "Bq/mL", "CNTS": "counts", "GML": "g/mL", "PROPCNTS": "counts"}
 
@@ -67,7 +70,8 @@ def to_nifti(uri: str, member: str | None = None) -> tuple[bytes, dict[str, obje
     ------
     ScanError
         With ``code``: missing, not_downloaded, too_large, not_dicom, mixed_series,
-        incomplete_series, uneven_slices, derived_image, conversion_failed; of an archive also
+        incomplete_series, uneven_slices, derived_image, diffusion_series, truncated,
+        conversion_failed; of an archive also
         those of ``read_member``.
     DataError
         The store itself cannot be read.
@@ -94,6 +98,8 @@ def scanner_of(uri: str) -> dict[str, str | float | None]:
     fs, path = open_store(uri)
     try:
         head = fs.cat_file(path, start=0, end=HEAD_BYTES)
+        if head.startswith(GZIP):
+            head = unpack_head(head, HEAD_BYTES, uri)
         header = pydicom.dcmread(io.BytesIO(head), stop_before_pixels=True, force=True,
                                  specific_tags=list(_SCANNER))
         maker, model, strength = (header.get(tag) for tag in _SCANNER)
@@ -140,7 +146,7 @@ def _archived(uri: str, folder: str) -> Iterator[tuple[str, bytes]]:
 
 def _belongs(path: str) -> bool:
     name = path.rsplit("/", 1)[-1]
-    return not name.startswith(".") and name != "DICOMDIR" and not name.lower().endswith(BESIDE)
+    return not is_hidden(name) and name != "DICOMDIR" and not name.lower().endswith(BESIDE)
 
 
 def _copy(files: Iterator[tuple[str, bytes]], folder: str, name: str) -> list[Any]:
@@ -150,7 +156,8 @@ def _copy(files: Iterator[tuple[str, bytes]], folder: str, name: str) -> list[An
     """
     headers: list[Any] = []
     digests: dict[str, str] = {}
-    for path, content in files:
+    for path, packed in files:
+        content, _ = unpack(packed, MAX_SERIES_BYTES, f"{name}{path.rsplit('/', 1)[-1]}")
         header = _header(content, f"{name}{path.rsplit('/', 1)[-1]}")
         instance, digest = str(header.SOPInstanceUID), hashlib.sha256(content).hexdigest()
         if digests.setdefault(instance, digest) != digest:
@@ -200,6 +207,8 @@ def _check(headers: list[Any], name: str) -> int | None:
     if no_intensity := sorted(kinds & DERIVED):
         raise ScanError("derived_image", f"{name}: ImageType has {', '.join(no_intensity)}; this is"
                                          " no acquired image of the head")
+    if "DIFFUSION" in kinds or any("DiffusionBValue" in header for header in headers):
+        raise _diffusion(name)
     if "MOSAIC" in kinds:  # one file holds a whole volume; its slices are not in the headers
         return None
     places = [place for header in headers for place in _places(header)]
@@ -207,6 +216,11 @@ def _check(headers: list[Any], name: str) -> int | None:
         _check_slices(np.array(places, np.float64), name)
     _check_promise(headers[0], len(places), name)
     return len(places)
+
+
+def _diffusion(name: str) -> ScanError:
+    return ScanError("diffusion_series", f"{name}: a diffusion-weighted series, which is none of "
+                                         "the modalities taken; leave it out")
 
 
 def _values(header: Any, tag: str) -> list[Any]:
@@ -289,6 +303,8 @@ def _convert(source: str, target: str, name: str) -> None:
 def _outcome(target: str, frames: int | None, name: str) -> tuple[bytes, dict[str, Any]]:
     """The image and sidecar that dcm2niix wrote; anything but one image is refused."""
     made = sorted(file for file in os.listdir(target) if not file.endswith(".json"))
+    if any(file.endswith((".bval", ".bvec")) for file in made):
+        raise _diffusion(name)
     if made != ["image.nii"]:
         raise ScanError("conversion_failed" if len(made) < 2 else "mixed_series",
                         f"{name}: one image is expected, dcm2niix made {', '.join(made) or 'none'} "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable
 from enum import Enum
 
+from data_prep.volumes.reading.packed import unpack_head
+
 HEADER_BYTES = 544  # the NIfTI-2 header and its extension flag
+_PACKED_BYTES = 1 << 20  # holds the first block of bzip2, which unpacks as a whole
 
 
 class Kind(Enum):
@@ -29,10 +31,10 @@ def sniff(data: bytes, name: str, error: Callable[[str, str], Exception]) -> tup
     if data.startswith(b"version https://git-lfs") or b"/annex/objects/" in data[:512]:
         raise error("not_downloaded", f"{name}: a pointer of git-lfs or git-annex, not the scan; "
                                       "download its content first")
-    if data[128:132] == b"DICM":
+    head = unpack_head(data[:_PACKED_BYTES], HEADER_BYTES, name)
+    if head[128:132] == b"DICM":
         raise error("not_nifti", f"{name}: one DICOM file; give the folder of its series, with a "
                                  "\"/\" at the end")
-    head = _head(data, name, error)
     sizes = {struct.unpack(order, head[:4])[0] for order in ("<i", ">i")} if len(head) > 3 else {0}
     if 348 in sizes and len(head) >= 348:
         magic = head[344:347]
@@ -47,13 +49,3 @@ def sniff(data: bytes, name: str, error: Callable[[str, str], Exception]) -> tup
     if sizes & {348, 540}:
         raise error("truncated", f"{name}: ends inside its header; fetch it again")
     raise error("not_nifti", f"{name}: begins with {head[:12]!r}, which is no NIfTI or MGH header")
-
-
-def _head(data: bytes, name: str, error: Callable[[str, str], Exception]) -> bytes:
-    if data[:2] != b"\x1f\x8b":
-        return data[:HEADER_BYTES]
-    try:
-        return zlib.decompressobj(31).decompress(data[: 1 << 16], HEADER_BYTES)
-    except zlib.error as cause:
-        raise error("truncated", f"{name}: damaged gzip stream ({cause}); fetch it "
-                                 "again") from cause

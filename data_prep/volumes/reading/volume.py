@@ -211,7 +211,7 @@ def _canonical(found: Decoded) -> Volume:
         dtype=str(image.get_data_dtype()),
         sform_code=int(header["sform_code"]) if nifti else None,
         qform_code=int(header["qform_code"]) if nifti else None,
-        flags=found.flags + flags, facts=dict(found.facts))
+        flags=found.flags + flags, notes=list(found.notes), facts=dict(found.facts))
     if nifti and volume.sform_code and volume.qform_code:
         _compare_forms(volume, header, shape)
     _check_shear(volume)

@@ -384,7 +384,7 @@ def test_loose_files(tmp_path: Path):
         ("IXI9", "1", "T1w")]
     assert read.scans["sub-3_bold"].facts == '{"RepetitionTime": 3}'
     assert read.notes == {
-        "BIDS dataset inside, not entered: other": 1,
+        "BIDS dataset inside, not entered: other": 1, "not taken: md file": 1,
         "not taken: file without a _T1w, _T2w, _FLAIR, _pet or _bold ending": 2}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import shutil
 import tarfile
 import zipfile
@@ -201,6 +203,40 @@ def test_mosaic_keeps_its_slices_to_itself():
     volumes = [slice_of(depth, number, ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"])
                for number, depth in enumerate((0, 0.3, 7))]  # positions of tiles mean nothing
     assert dicom._check(volumes, "x") is None
+
+
+def test_packed_slices(tmp_path: Path):
+    folder = write_series(tmp_path / "plain", DEPTHS)
+    expected = to_nifti(f"{folder}/")
+    packed = tmp_path / "MPRAGE [ND] #1"
+    packed.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        pack = (gzip.compress, bz2.compress, bytes)[number % 3]
+        (packed / f"{file.name}.gz").write_bytes(pack(file.read_bytes()))
+    assert to_nifti(f"{packed}/") == expected
+    shutil.copy(folder / "a slice 0.dcm", packed / "again.dcm")  # the same file, once unpacked
+    assert to_nifti(f"{packed}/") == expected
+    assert dicom.scanner_of(str(packed / "a slice 0.dcm.gz")) == {
+        "scanner": "SIEMENS Prisma", "field_strength": 3}
+    cut = packed / "a slice 1.dcm.gz"
+    cut.write_bytes(gzip.compress((folder / "a slice 1.dcm").read_bytes())[:-20])
+    refused(packed, "truncated", "a slice 1.dcm.gz: damaged gzip stream")
+
+
+@pytest.mark.parametrize("tags", [
+    {"ImageType": ["ORIGINAL", "PRIMARY", "DIFFUSION", "NONE", "ND", "MOSAIC"]},
+    {"ImageType": ["ORIGINAL", "PRIMARY", "DIFFUSION", "NONE"]}, {"DiffusionBValue": 1000.0}])
+def test_a_diffusion_series_is_called_that(tmp_path: Path, tags: dict[str, object]):
+    refused(write_series(tmp_path, DEPTHS, **tags), "diffusion_series", "diffusion-weighted")
+
+
+def test_b_values_that_only_the_converter_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def with_b_values(source: str, target: str, name: str) -> None:
+        for file in ("image.nii", "image.bval", "image.bvec", "image.json"):
+            Path(target, file).write_bytes(b"")
+
+    monkeypatch.setattr(dicom, "_convert", with_b_values)
+    refused(write_series(tmp_path, DEPTHS), "diffusion_series", "diffusion-weighted")
 
 
 def test_real_series(shared_data: Path):
