@@ -9,7 +9,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neurojepa.errors import DataError
 from neurojepa.storage.outage import store_errors
