@@ -176,11 +176,13 @@ def _write(task: PersonTask, result: Prepared, provenance: str, seen: set[str]) 
     """Write the voxels of a scan, unless they are among those ``seen`` of this person."""
     scan = result.scan
     place = slot(scan.participant, result.scan_id)
+    judged = judged_by(result.flags)
     outcome: Outcome = {
         "uri": scan.uri, "member": scan.member, "modality": scan.modality,
         "figures": {name: _plain(value) for name, value in result.figures.items()},
         "provenance": provenance, "scan_id": result.scan_id,
-        **judged_by(result.flags), "notes": joined(result.notes), "message": None}
+        "status": judged["status"], "reason": judged["reason"], "flags": judged["flags"],
+        "notes": joined(result.notes), "message": None}
     if result.scan_id in seen:
         return {**outcome, **duplicate_of(place)}
     seen.add(result.scan_id)
