@@ -7,18 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.qc.air import MIN_SCALP_SHARE
+from data_prep.qc.face import face_is_gone
 from data_prep.volumes.reading.volume import Volume
 
 ANISOTROPY_2D = 2.0  # slices this much thicker than the pixels: acquired slice by slice
 # DICOM (0018,1048); other words are free text and are not passed on
 CONTRAST_AGENTS = ("GADOLINIUM", "IODINE", "CARBON DIOXIDE", "BARIUM", "XENON")
-FRONTAL_MM = 30.0  # depth of the frontal pole, whose underside is the face's upper limit
-FACE_MM = (-12.0, 25.0)  # the face's box along y, from the brain's foremost point
-FACE_HALF_WIDTH_MM = 20.0
-MIN_FACE_HEIGHT_MM = 10.0
-ZEROED, SEEN = 0.9, 0.2  # shares of the face's box: constant, and tissue
-TISSUE_LEVEL = 0.15  # of the brain's median
 
 
 def describe(volume: Volume, facts: Mapping[str, Any] | None,
@@ -38,8 +32,7 @@ def describe(volume: Volume, facts: Mapping[str, Any] | None,
         acquisition : "2D" or "3D"; acquisition_source : "header" or "spacing".
         slice_thickness_mm : of the sidecar, else the coarsest spacing of a 2D scan.
         contrast_agent : of CONTRAST_AGENTS, "other", or "none" where the sidecar says so.
-        defaced : "yes" or "no"; defaced_source : "header" or "voxels" (the face is a constant;
-            faces that were blurred or replaced look like faces).
+        defaced : "yes" or "no"; defaced_source : "header" or "voxels" (face.py).
     """
     facts = facts or {}
     spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
@@ -84,24 +77,8 @@ def _defaced(volume: Volume, spacing: np.ndarray, stated: Any, mask: np.ndarray 
              ) -> tuple[str | None, str | None]:
     if isinstance(stated, bool):
         return ("yes" if stated else "no"), "header"
-    found = _face_is_gone(volume.data, spacing, mask) if mask is not None and mask.any() else None
+    found = None
+    if mask is not None and mask.any():
+        # An intercept may put the air below zero; signal is counted from there.
+        found = face_is_gone(volume.data - min(0.0, float(volume.data.min())), mask, spacing)
     return (None, None) if found is None else (("yes" if found else "no"), "voxels")
-
-
-def _face_is_gone(data: np.ndarray, spacing: np.ndarray, mask: np.ndarray) -> bool | None:
-    """Whether the box of nose and upper jaw is one constant; None where neither is clear."""
-    x, y, z = (np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
-    front, half = y[-1], int(FACE_HALF_WIDTH_MM / spacing[0])
-    frontal = mask[:, front - int(FRONTAL_MM / spacing[1]):]
-    top = int(np.flatnonzero(frontal.any(axis=(0, 1)))[0])
-    behind, ahead = (front + int(mm / spacing[1]) for mm in FACE_MM)
-    centre = (x[0] + x[-1]) // 2
-    face = data[centre - half:centre + half + 1, behind:ahead, z[0]:top]
-    if (top - z[0]) * spacing[2] < MIN_FACE_HEIGHT_MM or not face.size:
-        return None
-    level = TISSUE_LEVEL * float(np.median(data[mask]))
-    if (data[~mask] > level).sum() < MIN_SCALP_SHARE * mask.sum():
-        return None  # no scalp either: a stripped brain
-    if (face == np.median(face)).mean() > ZEROED:
-        return True
-    return False if (face > level).mean() > SEEN else None

@@ -138,7 +138,7 @@ def map_id(scan_id: str, name: str) -> str:
 
 def _described(image: Volume, series: Series, pose: Pose, modality: str) -> Figures:
     return (quality(image, pose.native_brain, modality=modality)
-            | describe(image, series.facts, pose.native_brain) | source_figures(image)
+            | describe(image, series.facts) | source_figures(image)  # faces show in neither
             | {"brain_ml_archive": float(pose.brain.sum() / 1000)} | pose.figures)
 
 
