@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
-from neurojepa.feed.format import Feed, Grid, open_feed
+from neurojepa.feed.format import Feed, open_feed
 from neurojepa.feed.order import Order
 from neurojepa.methods import METHODS
-from neurojepa.model.build import build_model
-from neurojepa.model.flops import DEVICES, step_flops, tokens_per_volume
+from neurojepa.model.flops import DEVICES, Device, step_flops, tokens_per_volume
 from neurojepa.model.moe import MoE
-from neurojepa.objective.anatomy import TISSUES
-from neurojepa.objective.views import Views
+from neurojepa.planning.step import Label, hollow_model, num_masks, saved_bytes
 from neurojepa.train.engine import REDUCED_AT_ONCE
 
 # Reading, hash and decoding of one volume of the 1.5 mm grid on one core, ms: tools/bench feed.
@@ -82,13 +78,13 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
         that does not fit the feed's grid.
     """
     train = config.train
-    peak = _device(device)[0]
+    peak = _device(device).flops
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu}: a share of the peak lies in (0, 1]; 0.4 is usual")
     if not 1 <= gpus <= train.global_batch:
         raise ConfigError(f"--gpus {gpus}: at least 1, and each of train.global_batch = "
                           f"{train.global_batch} scans goes to one rank")
-    model = _model(config, feed.grid)
+    model = hollow_model(config, feed.grid)
     weights, tokens = _weights(model), tokens_per_volume(config, feed.grid)
     targets = round(tokens * config.objective.masks.target_share)
     flops = step_flops(config, feed.grid)
@@ -127,20 +123,21 @@ def activation_bytes(config: RootConfig, feed: Feed, every: int) -> float:
     every : int
         As ``model.activation_checkpointing``: 0 none, k = every k-th block of the encoder.
     """
-    kept = _saved_bytes(config, feed, every)
+    label = _label(config, feed)
+    kept = saved_bytes(config, feed.grid, every, label)
     if not every:
         return kept
     from neurojepa.model.sizes import SIZES
 
     recomputed = math.ceil(SIZES[config.model.size].depth / every)
-    return kept + (_saved_bytes(config, feed, 0) - kept) / recomputed
+    return kept + (saved_bytes(config, feed.grid, 0, label) - kept) / recomputed
 
 
 def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> str:
     """The plan as text."""
     found = plan(config, feed, gpus, device, mfu)
     train, weights = config.train, found.weights
-    memory = _device(device)[1]
+    memory = _device(device).memory_gib
     lines = [
         f"model {config.model.size}: {weights.trained / 1e6:.1f} M trained parameters, "
         f"{sum(weights.active.values()) / 1e6:.1f} M active per token; target copy "
@@ -151,7 +148,7 @@ def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -
     lines += [
         f"tokens per volume: {tokens}" + (
             "" if METHODS[config.objective.method].whole_volumes else
-            f" ({context} context, {targets} target in each of {_num_masks(config)} mask(s))"),
+            f" ({context} context, {targets} target in each of {num_masks(config)} mask(s))"),
         f"compute: {found.flops_per_volume / 1e9:.1f} GFLOPs a volume, "
         f"{found.flops_per_volume * train.global_batch / 1e12:.2f} TFLOPs a step of "
         f"{train.global_batch} scans",
@@ -197,16 +194,19 @@ def dry_run(config: RootConfig, gpus: int | None, device: str, mfu: float) -> in
 
 # ---- pieces --------------------------------------------------------------------------------------
 
-def _device(name: str) -> tuple[float, int]:
+def _device(name: str) -> Device:
     for known, facts in DEVICES.items():
         if known.lower() == name.lower():
             return facts
     raise ConfigError(f"--device {name}: not known; one of {', '.join(DEVICES)}")
 
 
-def _model(config: RootConfig, grid: Grid) -> nn.Module:
-    with torch.device("meta"):
-        return build_model(config, grid)
+def _label(config: RootConfig, feed: Feed) -> Label | None:
+    labels = METHODS[config.objective.method].load().labels(feed, config)
+    if labels is None:
+        return None
+    scan_ids = feed.index["scan_id"].to_pylist() * config.train.micro_batch
+    return lambda views: labels.attach(views, scan_ids[:config.train.micro_batch])
 
 
 def _weights(model: nn.Module) -> Weights:
@@ -246,60 +246,6 @@ def _offload(parts: dict[str, float], stage: int, what: str) -> float:
     size = sum(parts[name] for name in moved)
     parts |= dict.fromkeys(moved, 0.0)
     return size
-
-
-def _saved_bytes(config: RootConfig, feed: Feed, every: int) -> float:
-    """Bytes of the distinct tensors that a micro-batch's forward saves for the backward."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    config = config.model_copy(update={
-        "model": config.model.model_copy(update={"activation_checkpointing": every})})
-    model = _model(config, feed.grid).bfloat16()  # the type in which torch knows grouped_mm's shape
-    labels = METHODS[config.objective.method].load().labels(feed, config)
-    saved: dict[int, Any] = {}  # kept alive, lest an address is used again
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to_empty(device="cpu")
-        parameters = {_address(parameter) for parameter in model.parameters()}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if _address(tensor) not in parameters:
-                saved[_address(tensor)] = tensor.untyped_storage()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(_views(config, feed, labels), 0.0)
-    width = 2 if config.train.dtype == "fp32" else 1
-    return float(width * sum(storage.nbytes() for storage in saved.values()))
-
-
-def _address(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _views(config: RootConfig, feed: Feed, labels: Any) -> Views:
-    """A micro-batch of the right shapes, without contents."""
-    B, N, M = config.train.micro_batch, tokens_per_volume(config, feed.grid), _num_masks(config)
-    T = round(N * config.objective.masks.target_share)
-    index = torch.int64
-    tokens, share = torch.empty(B, N, config.model.patch_voxels**3), torch.empty(B, N)
-    valid, modality = torch.empty(B, N, dtype=torch.bool), torch.empty(B, dtype=index)
-    views = Views(
-        tokens_BNP=tokens, coords_BN3=torch.empty(B, N, 3), foreground_BN=share, valid_BN=valid,
-        context_BMC=torch.empty(B, M, N - T, dtype=index),
-        target_BMT=torch.empty(B, M, T, dtype=index), modality_B=modality, weight_B=torch.empty(B),
-        target_tokens_BNP=tokens, target_foreground_BN=share, target_valid_BN=valid,
-        target_modality_B=modality,
-        tissue_BNK=torch.empty(B, N, 1 + len(TISSUES) if config.objective.tissue else 0))
-    if labels is None:
-        return views
-    scan_ids = feed.index["scan_id"].to_pylist() * B
-    labelled: Views = labels.attach(views, scan_ids[:B])
-    return labelled
-
-
-def _num_masks(config: RootConfig) -> int:
-    by_scale = METHODS[config.objective.method].masks == "blocks"
-    return len(config.objective.masks.scales) if by_scale else 1
 
 
 def _total(parts: dict[str, float], activations: float, memory: int) -> str:

@@ -11,30 +11,39 @@ forward together from the parts here.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from neurojepa.config import ModelConfig, RootConfig
 from neurojepa.feed.format import Grid
 from neurojepa.methods import METHODS
 from neurojepa.model.sizes import SIZES
 
-# Dense bf16 FLOP/s by a part of the name that CUDA gives the device, from the makers' data sheets;
-# the first that matches counts.  Memory is that of the device in GiB.
+
+class Device(NamedTuple):
+    """What the maker's data sheet says."""
+
+    flops: float  # dense, bf16, a second
+    memory_gib: int
+    bandwidth: float  # of the memory, bytes a second
+
+
+# By a part of the name that CUDA gives the device; the first that matches counts.
 DEVICES = {
-    "B200": (2250e12, 180),
-    "GH200": (989e12, 96),
-    "H200": (989e12, 141),
-    "H100 PCIe": (756e12, 80),
-    "H100 NVL": (835e12, 94),
-    "H100": (989e12, 80),
-    "A100": (312e12, 80),
-    "L40S": (362e12, 48),
-    "A40": (150e12, 48),
+    "B200": Device(2250e12, 180, 8.0e12),
+    "GH200": Device(989e12, 96, 4.0e12),
+    "H200": Device(989e12, 141, 4.8e12),
+    "H100 PCIe": Device(756e12, 80, 2.0e12),
+    "H100 NVL": Device(835e12, 94, 3.9e12),
+    "H100": Device(989e12, 80, 3.35e12),
+    "A100": Device(312e12, 80, 2.0e12),
+    "L40S": Device(362e12, 48, 0.86e12),
+    "A40": Device(150e12, 48, 0.7e12),
 }
 
 
 def peak_flops(device: str) -> float | None:
     """The bf16 peak of a device by its name; None where it is not known, as for CPUs."""
-    return next((peak for part, (peak, _) in DEVICES.items() if part in device), None)
+    return next((facts.flops for part, facts in DEVICES.items() if part in device), None)
 
 
 def tokens_per_volume(config: RootConfig, grid: Grid) -> int:

@@ -1,0 +1,1 @@
+"""What a training step will cost, counted before any device is at hand."""
