@@ -50,8 +50,9 @@ class MAE(Averaged):
         coords_BN3, valid_BN = _take(views.coords_BN3, order_BN), _take(views.valid_BN, order_BN)
         C = visible_BC.shape[1]
         y_BCD = self.encoder(_take(views.tokens_BNP, visible_BC), coords_BN3[:, :C],
-                             valid_BN[:, :C])
-        filled_BTP = self.voxels(self.decoder(y_BCD, coords_BN3, valid_BN, views.modality_B))
+                             valid_BN[:, :C], views.all_scanned)
+        filled_BTP = self.voxels(self.decoder(y_BCD, coords_BN3, valid_BN, views.modality_B,
+                                              views.all_scanned))
         truth_BTP = _standardised(_take(views.tokens_BNP, hidden_BT))
         error_BT = (filled_BTP.float() - truth_BTP).square().mean(-1)
         weight_BT = token_weights(_take(views.foreground_BN, hidden_BT), valid_BN[:, C:],

@@ -18,14 +18,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import DataError
-from neurojepa.feed.format import MODALITIES, Feed, decode_array
+from neurojepa.feed.format import MODALITIES, Feed, FeedCode, decode_array
 from neurojepa.feed.order import Order, Window, first_position
 from neurojepa.storage import Patience, join, open_store, sha256, store_errors
 
@@ -49,6 +49,7 @@ class Batch:
     # Both None where it is the scan itself throughout.
     target_voxels: torch.Tensor | None = None  # as voxels
     target_modality: torch.Tensor | None = None  # as modality
+    all_scanned: bool = False  # no voxel is FeedCode.NOT_SCANNED; False says nothing
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; the copy does not block when memory is pinned."""
@@ -56,6 +57,14 @@ class Batch:
                                  for name, value in vars(self).items()
                                  if isinstance(value, torch.Tensor)}
         return replace(self, **moved)
+
+
+class _Read(NamedTuple):
+    """What became of a position."""
+
+    row: int
+    target_row: int
+    all_scanned: bool
 
 
 class SampleReader:
@@ -148,7 +157,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="feed")
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead: deque[tuple[Batch, list[Future[tuple[int, int]]]]] = deque()
+        ahead: deque[tuple[Batch, list[Future[_Read]]]] = deque()
         for positions, weights in self._plan():
             ahead.append(self._begin(positions, weights))
             if len(ahead) > self.prefetch:
@@ -189,7 +198,7 @@ class Loader:
                 yield begin + place, real.astype(np.float32)
 
     def _begin(self, positions: np.ndarray,
-               weights: np.ndarray) -> tuple[Batch, list[Future[tuple[int, int]]]]:
+               weights: np.ndarray) -> tuple[Batch, list[Future[_Read]]]:
         """A batch whose voxels are being read, straight into (pinned) memory of its own."""
         pinned = torch.cuda.is_available()
 
@@ -213,10 +222,10 @@ class Loader:
         return batch, [self._pool.submit(self._read, int(position), out[place], target[place])
                        for place, position in enumerate(positions)]
 
-    def _read(self, position: int, out: np.ndarray, target: np.ndarray | None) -> tuple[int, int]:
+    def _read(self, position: int, out: np.ndarray, target: np.ndarray | None) -> _Read:
         """Read the sample of a position, or who stands in for it, and what its targets come from.
 
-        Returns the rows of both; they are one without ``target``.
+        The rows are one without ``target``.
         """
         sample = self._first_whole(position, (self.order.row(position, ahead)
                                               for ahead in range(MAX_REPLACEMENTS + 1)), out)
@@ -225,11 +234,12 @@ class Loader:
                             f"{MAX_REPLACEMENTS} after it are damaged; run: python -m data_prep "
                             f"verify {self.reader.feed.uri}")
         if target is None:
-            return sample, sample
+            return _Read(sample, sample, _is_scanned(out))
         partner = self._first_whole(position, self.order.partners(sample, position), target)
         if partner is None:
             target[...] = out
-        return sample, sample if partner is None else partner
+        return _Read(sample, sample if partner is None else partner,
+                     _is_scanned(out) and _is_scanned(target))
 
     def _first_whole(self, position: int, rows: Iterable[int], out: np.ndarray) -> int | None:
         """Read the first of ``rows`` that is not damaged; None where there is none."""
@@ -247,17 +257,23 @@ class Loader:
                 return row
         return None
 
-    def _finish(self, batch: Batch, reads: list[Future[tuple[int, int]]]) -> Batch:
+    def _finish(self, batch: Batch, reads: list[Future[_Read]]) -> Batch:
         begin = time.perf_counter()
-        rows = [read.result() for read in reads]
+        found = [read.result() for read in reads]
         self.wait_s += time.perf_counter() - begin
         value = self.reader.value
-        batch.scan_ids = [value("scan_id", row) for row, _ in rows]
-        for place, pair in enumerate(rows):
-            for modality, row in zip((batch.modality, batch.target_modality), pair, strict=True):
+        batch.all_scanned = all(read.all_scanned for read in found)
+        batch.scan_ids = [value("scan_id", read.row) for read in found]
+        for place, read in enumerate(found):
+            for modality, row in ((batch.modality, read.row),
+                                  (batch.target_modality, read.target_row)):
                 if modality is not None:
                     modality[place] = MODALITIES.index(value("modality", row))
         return batch
+
+
+def _is_scanned(codes: np.ndarray) -> bool:
+    return bool(codes.max() != FeedCode.NOT_SCANNED)  # the largest code: one pass in the cache
 
 
 def _drain(items: deque[Any]) -> list[Any]:

@@ -54,7 +54,8 @@ class Averaged(nn.Module, ABC):
         """float32 [B, N, D]: layer-normed output of the target encoder for every token."""
         for target, source in zip(_moes(self.target), _moes(self.encoder), strict=True):
             target.bias.copy_(source.bias)  # routing follows the encoder; only weights are averaged
-        z_BND = self.target(views.tokens_BNP, views.coords_BN3, views.valid_BN)
+        z_BND = self.target(views.tokens_BNP, views.coords_BN3, views.valid_BN,
+                            views.all_scanned)
         return F.layer_norm(z_BND.float(), z_BND.shape[-1:])
 
     @torch.no_grad()

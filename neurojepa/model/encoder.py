@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neurojepa.config import ModelConfig
-from neurojepa.model.layers import Block, init_weights, residual_outputs
+from neurojepa.model.layers import Block, init_weights, readable, residual_outputs
 from neurojepa.model.linear import Linear
 from neurojepa.model.moe import MoE
 from neurojepa.model.rope import rotation
@@ -34,7 +34,8 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(size.dim)
         init_weights(self, size.dim, residual_outputs(self.blocks))
 
-    def forward(self, tokens_BNP: Tensor, coords_BN3: Tensor, valid_BN: Tensor) -> Tensor:
+    def forward(self, tokens_BNP: Tensor, coords_BN3: Tensor, valid_BN: Tensor,
+                all_scanned: bool = False) -> Tensor:
         """Encode tokens.
 
         Parameters
@@ -42,19 +43,22 @@ class Encoder(nn.Module):
         tokens_BNP : standardised voxels of each patch, any float dtype.
         coords_BN3 : patch centres, mm.
         valid_BN : False for padding and what was not scanned: neither read nor routed.
+        all_scanned : in every scan all tokens are valid, or none are.
 
         Returns
         -------
         [B, N, D] in the dtype of the parameters
         """
         x_BND = self.patch(tokens_BNP.to(self.patch.weight.dtype))
-        turn_B1Np = rotation(coords_BN3, self.head_dim)
+        turn_BN1p2 = rotation(coords_BN3, self.head_dim)
+        readable_B11N = None if all_scanned else readable(valid_BN)
         for i, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.checkpoint_every and i % self.checkpoint_every == 0:
-                x_BND, load_E = checkpoint(block, x_BND, turn_B1Np, valid_BN, use_reentrant=False,
+                x_BND, load_E = checkpoint(block, x_BND, turn_BN1p2, valid_BN, readable_B11N,
+                                           use_reentrant=False,
                                            preserve_rng_state=False)  # nothing here is drawn
             else:
-                x_BND, load_E = block(x_BND, turn_B1Np, valid_BN)
+                x_BND, load_E = block(x_BND, turn_BN1p2, valid_BN, readable_B11N)
             if load_E is not None and torch.is_grad_enabled():
                 # out here and not in the layer: a recomputed block would count its tokens twice
                 _moe_of(block).load += load_E

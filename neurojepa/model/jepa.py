@@ -114,9 +114,10 @@ class SparseJEPA(Averaged):
                               take(views.target_valid_BN, views.target_BMT)], -1).flatten(0, 1)
         C = context_BMC.shape[-1]
         y_VCD = self.encoder(take(views.tokens_BNP, context_BMC).flatten(0, 1),
-                             coords_VN3[:, :C], valid_VN[:, :C])
+                             coords_VN3[:, :C], valid_VN[:, :C], views.all_scanned)
         modality_V = views.target_modality_B[:, None].expand(-1, masks).flatten()
-        predicted = self.predictor(y_VCD, coords_VN3, valid_VN, modality_V)
+        predicted = self.predictor(y_VCD, coords_VN3, valid_VN, modality_V,
+                                   views.all_scanned)
         z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
         return self.code(predicted, z_VTD, valid_VN[:, C:]), z_VTD, y_VCD
 

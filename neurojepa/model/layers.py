@@ -30,17 +30,23 @@ class Attention(nn.Module):
         self.gate = Linear(dim, heads) if head_gate else None
         self.proj = Linear(dim, dim)
 
-    def forward(self, x_BND: Tensor, turn_B1Np: Tensor, readable_B11N: Tensor,
+    def forward(self, x_BND: Tensor, turn_BN1p2: Tensor, readable_B11N: Tensor | None,
                 first: int = 0) -> Tensor:
-        """What the tokens from ``first`` on read from all readable ones, [B, N - first, D]."""
+        """What the tokens from ``first`` on read from all readable ones, [B, N - first, D].
+
+        None, all of them, leaves torch free to choose its fastest kernels, which know no masks.
+        """
         B, N, D = x_BND.shape
-        q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q = rotate(self.q_norm(q[:, :, first:]), turn_B1Np[:, :, first:])
-        k = rotate(self.k_norm(k), turn_B1Np)
-        y_BhNc = F.scaled_dot_product_attention(q, k, v, attn_mask=readable_B11N)
+        q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, -1).unbind(2)  # [B, N, h, c]
+        q = rotate(self.q_norm(q[:, first:]), turn_BN1p2[:, first:])
+        k = rotate(self.k_norm(k), turn_BN1p2)
+        # tokens stay outside heads in memory: what comes out lies as the projection takes it
+        y_BNhc = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=readable_B11N
+        ).transpose(1, 2)
         if self.gate is not None:
-            y_BhNc = y_BhNc * self.gate(x_BND[:, first:]).sigmoid().transpose(1, 2)[..., None]
-        return self.proj(y_BhNc.transpose(1, 2).reshape(B, N - first, D))
+            y_BNhc = y_BNhc * self.gate(x_BND[:, first:]).sigmoid()[..., None]
+        return self.proj(y_BNhc.reshape(B, N - first, D))
 
 
 class MLP(nn.Module):
@@ -68,15 +74,21 @@ class Block(nn.Module):
             dim, num_experts=experts.num_experts, top_k=experts.top_k, hidden=experts.expert_hidden,
             shared=MLP(dim, experts.num_shared * experts.expert_hidden))
 
-    def forward(self, x_BND: Tensor, turn_B1Np: Tensor, valid_BN: Tensor,
-                first: int = 0) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BND: Tensor, turn_BN1p2: Tensor, valid_BN: Tensor,
+                readable_B11N: Tensor | None, first: int = 0) -> tuple[Tensor, Tensor | None]:
         """Tokens from ``first`` on (a last block's others go unread), all of which are read from.
+
+        Parameters
+        ----------
+        turn_BN1p2 : from ``rope.rotation``.
+        valid_BN : tokens that are routed.
+        readable_B11N : from ``readable``; None for all.
 
         Returns
         -------
         [B, N - first, D] and, of an MoE block, how many of them were routed to each expert
         """
-        y = self.attention(self.norm1(x_BND), turn_B1Np, readable(valid_BN), first)
+        y = self.attention(self.norm1(x_BND), turn_BN1p2, readable_B11N, first)
         x, load_E = x_BND[:, first:] + y, None
         y = self.norm2(x)
         if isinstance(self.mlp, MoE):

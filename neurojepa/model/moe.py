@@ -1,12 +1,12 @@
 """Sparse mixture of experts: each token goes to its top-k routed experts and to the shared one.
 
     tokens -> router (float32) -> top-k of score + bias -> rows (token, choice) sorted by expert
-    -> one grouped matrix product per projection -> rows back in token order -> weighted sum over k
+    -> a grouped matrix product, GELU, weights, another one -> rows in token order -> sum over k
 
 Shapes are static, nothing is read back to the host, and there is no loop over experts.  The order
 is undone by its inverse, also in the backward, so no gradient is accumulated with atomics: results
-are bit-reproducible on a GPU too.  Padding tokens are not routed: their rows are zeros behind the
-last expert's and count for no load.
+are bit-reproducible on a GPU too.  Padding tokens are not routed: their rows lie behind the last
+expert's, weigh 0 in forward and backward, and count for no load.
 
 Experts are balanced without an auxiliary loss (DeepSeek-V3; Wang et al. 2024): ``bias`` only enters
 the choice, and ``update_router_bias`` raises it for experts that got too little.
@@ -51,19 +51,20 @@ class MoE(nn.Module):
         weight_Qk, expert_Qk = self.route(x_QD)
         weight_Qk = weight_Qk * valid_Q1
         num_experts = len(self.router)
-        # rows of padding sort behind all others; their zeros pass the last expert without effect
+        # rows of padding sort behind all others and weigh 0: they pass the last expert in vain
         key_S = torch.where(valid_Q1, expert_Qk, num_experts).flatten()
         order_S = key_S.sort(stable=True).indices
         load_E = (key_S[:, None] == torch.arange(num_experts, device=key_S.device)).sum(0)
         ends_E = load_E.cumsum(0)
         ends_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), len(key_S))]).int()
 
-        rows_SD = _Dispatch.apply(x_QD * valid_Q1, order_S, self.top_k)  # type: ignore[no-untyped-call]
+        rows_SD = _Dispatch.apply(x_QD, order_S, self.top_k)  # type: ignore[no-untyped-call]
+        weight_S1 = _Permute.apply(weight_Qk.flatten(), order_S)[:, None]  # type: ignore[no-untyped-call]
         hidden_SH = F.gelu(grouped_matmul(rows_SD, self.w1, ends_E))
+        # weighted here and not behind w2: these rows are the narrower ones
+        hidden_SH = hidden_SH * weight_S1.to(hidden_SH.dtype)
         out_SD = grouped_matmul(hidden_SH, self.w2, ends_E)
-        in_order_SD = _Permute.apply(out_SD, _inverse(order_S))  # type: ignore[no-untyped-call]
-        out_QkD = in_order_SD.view(-1, self.top_k, x_QD.shape[1])
-        y_QD = (out_QkD * weight_Qk[..., None].to(out_QkD.dtype)).sum(1)
+        y_QD = _Combine.apply(out_SD, order_S, self.top_k)  # type: ignore[no-untyped-call]
         return self.shared(x_BND) + y_QD.view_as(x_BND), load_E.float()
 
     def route(self, x_QD: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,13 +88,35 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx: Any, x_QD: Tensor, order_S: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(order_S)
         ctx.k = k
-        return x_QD[order_S // k]
+        return _spread(x_QD, order_S, k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (order_S,) = ctx.saved_tensors
-        grad_SD = grads[0][_inverse(order_S)]
-        return grad_SD.view(-1, ctx.k, grad_SD.shape[1]).sum(1), None, None
+        return _gathered(grads[0], order_S, ctx.k), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The sum of each token's k rows: what ``_Dispatch`` does, the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SD: Tensor, order_S: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order_S)
+        ctx.k = k
+        return _gathered(x_SD, order_S, k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order_S,) = ctx.saved_tensors
+        return _spread(grads[0], order_S, ctx.k), None, None
+
+
+def _spread(x_QD: Tensor, order_S: Tensor, k: int) -> Tensor:
+    return x_QD[order_S // k]
+
+
+def _gathered(x_SD: Tensor, order_S: Tensor, k: int) -> Tensor:
+    return x_SD[_inverse(order_S)].view(-1, k, x_SD.shape[1]).sum(1)
 
 
 class _Permute(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neurojepa.feed.format import MODALITIES
-from neurojepa.model.layers import INIT_STD, Block, init_weights, residual_outputs
+from neurojepa.model.layers import INIT_STD, Block, init_weights, readable, residual_outputs
 from neurojepa.model.linear import Linear
 from neurojepa.model.rope import rotation
 from neurojepa.model.sizes import Size
@@ -34,7 +34,7 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
 
     def forward(self, context_BCD: Tensor, coords_BN3: Tensor, valid_BN: Tensor,
-                modality_B: Tensor) -> Tensor:
+                modality_B: Tensor, all_scanned: bool = False) -> Tensor:
         """Predict the target tokens.
 
         Parameters
@@ -42,6 +42,7 @@ class Predictor(nn.Module):
         context_BCD : latents of the context tokens.
         coords_BN3, valid_BN : of the C context tokens, followed by the T target tokens.
         modality_B : int64, modality of the targets.
+        all_scanned : as of ``Encoder.forward``.
 
         Returns
         -------
@@ -54,7 +55,9 @@ class Predictor(nn.Module):
         modality_Bd = self.modality((modality_B[:, None] == known).to(x_BCd.dtype))
         mask_BTd = (self.mask_token + modality_Bd)[:, None].expand(B, coords_BN3.shape[1] - C, d)
         x_BNd = torch.cat([x_BCd, mask_BTd], 1)
-        turn_B1Np, last = rotation(coords_BN3, self.head_dim), len(self.blocks) - 1
+        turn_BN1p2, last = rotation(coords_BN3, self.head_dim), len(self.blocks) - 1
+        readable_B11N = None if all_scanned else readable(valid_BN)
         for i, block in enumerate(self.blocks):
-            x_BNd, _ = block(x_BNd, turn_B1Np, valid_BN, first=C if i == last else 0)
+            x_BNd, _ = block(x_BNd, turn_BN1p2, valid_BN, readable_B11N,
+                             first=C if i == last else 0)
         return self.norm(x_BNd)

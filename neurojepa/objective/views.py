@@ -44,6 +44,7 @@ class VoxelBatch(Protocol):
     weight: Tensor  # float32 [B]
     target_voxels: Tensor | None  # uint8 [B, X, Y, Z]; None: the targets come from voxels
     target_modality: Tensor | None  # int64 [B]
+    all_scanned: bool  # no voxel of either says NOT_SCANNED
 
 
 class _Scans(NamedTuple):
@@ -73,6 +74,7 @@ class Views:
     target_valid_BN: Tensor  # scanned in both
     target_modality_B: Tensor  # another than modality_B where it is another scan
     tissue_BNK: Tensor  # float32, shares of air, fluid, grey, white; or K = 0 without the head
+    all_scanned: bool = False  # the host knows that nothing unscanned is in these scans
 
     def without_fill_up(self) -> Self:
         """The same views, of which no token of a sample that weighs 0 is valid.
@@ -123,7 +125,7 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> 
         weight_B=batch.weight * own.shows_brain_B * target.shows_brain_B,
         target_tokens_BNP=target.tokens_BNP, target_foreground_BN=target.foreground_BN,
         target_valid_BN=target.valid_BN, target_modality_B=target_modality_B,
-        tissue_BNK=_tissue(batch.voxels, keep_BN, config, grid))
+        tissue_BNK=_tissue(batch.voxels, keep_BN, config, grid), all_scanned=batch.all_scanned)
 
 
 def _cut(voxels: Tensor, counted: tuple[Tensor, Tensor], keep_BN: Tensor, key_B: Tensor,

@@ -154,8 +154,8 @@ class Engine:
     @torch.no_grad()
     def update_ema(self, momentum: float) -> None:
         """target = momentum * target + (1 - momentum) * encoder, in fp32 on the owned parts."""
-        for i, ema in self._ema.items():
-            ema.lerp_(self._flats[i].detach(), 1 - momentum)
+        flats = [self._flats[i].detach() for i in self._ema]
+        torch._foreach_lerp_(list(self._ema.values()), flats, 1 - momentum)
         self._publish()
 
     @torch.no_grad()
@@ -167,22 +167,26 @@ class Engine:
                 self._publish_replicated(i, ema)
 
     def _publish_sharded(self, i: int, ema: Tensor) -> None:
+        targets, parts = [], []
         for param in self._groups[i]:
             _, offset, length = self._zero.grad_position[self._zero.get_param_id(param)]
             # the same shape is partitioned the same way: no communication
             target: Any = self._target(param)
-            target.ds_tensor.copy_(ema.narrow(0, offset, length))
+            targets.append(target.ds_tensor)
+            parts.append(ema.narrow(0, offset, length))
+        torch._foreach_copy_(targets, parts)
 
     def _publish_replicated(self, i: int, ema: Tensor) -> None:
         whole = local = ema.to(self.world.device, self._zero.bit16_groups_flat[i].dtype)
         if self.world.size > 1:
             whole = local.new_empty(local.numel() * self.world.size)
             dist.all_gather_into_tensor(whole, local, group=self._zero.real_dp_process_group[i])
+        targets: list[Tensor] = [
+            self._target(param) for param in self._zero.round_robin_bit16_groups[i]]
         # offsets are padded for alignment, so not the running sum of sizes
-        for param, offset in zip(self._zero.round_robin_bit16_groups[i],
-                                 self._zero.round_robin_bit16_offsets[i], strict=True):
-            target = self._target(param)
-            target.copy_(whole.narrow(0, offset, target.numel()).view_as(target))
+        torch._foreach_copy_(targets, [
+            whole.narrow(0, offset, target.numel()).view_as(target) for target, offset in
+            zip(targets, self._zero.round_robin_bit16_offsets[i], strict=True)])
 
     def _target(self, param: nn.Parameter) -> nn.Parameter:
         return self._params[TARGET + self._names[id(param)].removeprefix(SOURCE)]

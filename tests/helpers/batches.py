@@ -30,10 +30,10 @@ def make_batch(num: int, grid: Grid = GRID) -> SimpleNamespace:
     return SimpleNamespace(
         voxels=torch.where(radius < size, voxels.clamp(1, 254), 0).to(torch.uint8),
         modality=torch.arange(num) % 3, position=1000 + torch.arange(num), weight=torch.ones(num),
-        target_voxels=None, target_modality=None)
+        target_voxels=None, target_modality=None, all_scanned=False)
 
 
 def part(batch: SimpleNamespace, index: list[int]) -> SimpleNamespace:
     """The samples of a batch at these places."""
-    return SimpleNamespace(**{name: None if value is None else value[index]
+    return SimpleNamespace(**{name: value[index] if isinstance(value, torch.Tensor) else value
                               for name, value in vars(batch).items()})

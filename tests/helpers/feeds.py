@@ -6,7 +6,7 @@ import hashlib
 import io
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from neurojepa.config import RootConfig, validate
 from neurojepa.feed.format import (
     INDEX_SCHEMA,
     LABELS_SCHEMA,
+    FeedCode,
     Grid,
     commit_feed,
     encode_array,
@@ -40,8 +41,12 @@ def blob(rng: np.random.Generator) -> np.ndarray:
 
 
 def write_feed(uri: str, num_samples: int = 24, seed: int = 0,
-               modalities: tuple[str, ...] = ("T1w", "T2w"), per_session: int = 1) -> str:
-    """Write a feed of ``num_samples`` scans (split train), of modalities in turn, in two shards."""
+               modalities: tuple[str, ...] = ("T1w", "T2w"), per_session: int = 1,
+               unscanned: Sequence[int] = ()) -> str:
+    """Write a feed of ``num_samples`` scans (split train), of modalities in turn, in two shards.
+
+    The last layers along z of ``unscanned`` ones were not scanned.
+    """
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for shard, numbers in enumerate(np.array_split(np.arange(num_samples), 2)):
@@ -50,6 +55,8 @@ def write_feed(uri: str, num_samples: int = 24, seed: int = 0,
         with tarfile.open(fileobj=buffer, mode="w") as tar:
             for number in numbers:
                 codes = blob(rng)
+                if number in unscanned:
+                    codes[..., -6:] = FeedCode.NOT_SCANNED
                 data = encode_array(codes)
                 scan_id = hashlib.sha256(codes.tobytes()).hexdigest()[:24]
                 member = tarfile.TarInfo(f"{scan_id}.image.npy.zst")

@@ -173,7 +173,8 @@ def test_head_size_does_not_move_an_embedding() -> None:
     views = make_views(SimpleNamespace(
         voxels=torch.from_numpy(voxels), modality=torch.zeros(num, dtype=torch.int64),
         position=torch.zeros(num, dtype=torch.int64), weight=torch.ones(num),
-        target_voxels=None, target_modality=None), embedding.without_augmentation(config), GRID, 0)
+        target_voxels=None, target_modality=None, all_scanned=False),
+        embedding.without_augmentation(config), GRID, 0)
     found = Tokens(model.latents(views), patch_numbers(views.coords_BN3, GRID, 3),
                    views.foreground_BN, views.modality_B)
     plain = first_component(model.embed(views).numpy())

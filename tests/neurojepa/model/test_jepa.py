@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
@@ -31,7 +32,8 @@ def views(config: RootConfig) -> Views:
 
 
 def with_rows(views: Views, index: list[int]) -> Views:
-    return Views(**{name: value[index] for name, value in vars(views).items()})
+    return Views(**{name: value[index] if isinstance(value, torch.Tensor) else value
+                    for name, value in vars(views).items()})
 
 
 @pytest.mark.parametrize("objective", [{}, {"sparse": {"code": "gated"}},
@@ -255,3 +257,35 @@ def test_every_size_builds(size: str):
     low, high = {"tiny": (0.5, 1), "small": (25, 50), "base": (115, 130), "large": (500, 1000),
                  "huge": (1500, 4000)}[size]
     assert low < millions < high
+
+
+class _Masks(TorchFunctionMode):
+    """Notes which attention gets a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked: list[bool] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.masked.append(kwargs["attn_mask"] is not None)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["jepa", "mae"])
+def test_where_all_is_scanned_no_mask_is_made_and_nothing_changes(method: str):
+    config = make_config(objective={"method": method})
+    batch = make_batch(3)
+    batch.weight[2] = 0  # one that fills up: none of its tokens is valid
+    views = make_views(batch, config, GRID, 0).without_fill_up()
+    assert views.valid_BN[:2].all() and not views.valid_BN[2].any()
+    model, results = build_model(config, GRID), []
+    for known in (False, True):
+        model.zero_grad()
+        with _Masks() as attention:
+            loss, _ = model(replace(views, all_scanned=known), 1e-3)
+        loss.backward()
+        assert set(attention.masked) == {not known}
+        results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for masked, free in zip(*results, strict=True):
+        torch.testing.assert_close(free, masked, atol=1e-6, rtol=1e-5)

@@ -15,9 +15,9 @@ GRIDS = [Grid("8x9x8", (24, 27, 24), 2.0), Grid("9x11x9", (27, 33, 27), 1.5)]
 def scores(coords_N3: torch.Tensor, head_dim: int = 32) -> torch.Tensor:
     """Query-key products of one query and one key placed at every pair of coordinates."""
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, head_dim).expand(2, 1, 1, len(coords_N3), head_dim)
+    q, k = torch.randn(2, 1, 1, 1, head_dim).expand(2, 1, len(coords_N3), 1, head_dim)
     turn = rotation(coords_N3[None], head_dim)
-    return (rotate(q, turn) @ rotate(k, turn).transpose(-1, -2))[0, 0]
+    return rotate(q, turn)[0, :, 0] @ rotate(k, turn)[0, :, 0].T
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
@@ -67,7 +67,7 @@ def test_scores_follow_a_subset_and_a_permutation():
 
 @pytest.mark.parametrize("head_dim", [24, 32, 40, 64, 80])
 def test_rotation_keeps_norms(head_dim: int):
-    x = torch.randn(1, 2, 576, head_dim)
+    x = torch.randn(1, 576, 2, head_dim)
     turned = rotate(x, rotation(patch_centres_mm(GRIDS[0], 3)[None], head_dim))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
@@ -79,3 +79,12 @@ def test_neighbouring_patches_never_alias():
         step[0, axis] = 18.0
         left_right = scores(torch.cat([-step, torch.zeros(1, 3), step]))
         assert (left_right[1, 0] - left_right[1, 2]).abs() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_complex_and_real_arithmetic_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    x = torch.randn(2, 50, 3, 32).to(dtype)
+    turn = rotation(200 * torch.randn(2, 50, 3), 32)
+    with_complex = rotate(x, turn)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x, turn), with_complex)

@@ -227,7 +227,8 @@ def test_the_head_learns_tissue_beside_the_prediction_and_is_absent_when_off(
         method: str, none: float | None) -> None:
     voxels = torch.cat([brain_of("T1w", True)[0], brain_of("T2w", False)[0]])
     batch = SimpleNamespace(voxels=voxels, modality=torch.tensor([0, 1]), weight=torch.ones(2),
-                            position=torch.arange(2), target_voxels=None, target_modality=None)
+                            position=torch.arange(2), target_voxels=None,
+                            target_modality=None, all_scanned=False)
     model_of = {"size": "tiny", "patch_voxels": PATCH, "token_budget": 128}
     on, off = (make_config(model=model_of, objective={"method": method, "tissue_weight": weight})
                for weight in (0.5, none))

@@ -190,7 +190,8 @@ def test_targets_count_where_both_scans_show_something() -> None:
 
 def losses(model: torch.nn.Module, views: Views) -> torch.Tensor:
     """Loss of each sample, [B]."""
-    parts = [Views(**{name: value[[n]] for name, value in vars(views).items()}) for n in range(3)]
+    parts = [Views(**{name: value[[n]] if isinstance(value, torch.Tensor) else value
+                      for name, value in vars(views).items()}) for n in range(3)]
     return torch.stack([model(part, 1e-3)[0].detach() for part in parts])
 
 
