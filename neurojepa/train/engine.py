@@ -69,6 +69,8 @@ class Engine:
             raise ConfigError(f"deepspeed {deepspeed.__version__}: this version of neurojepa knows "
                               f"where {KNOWN_VERSION}* keeps its state; install deepspeed 0.19.8")
         self.world = world
+        # of bf16 inputs (the router's) its products are exact; the others' sums are metrics, spread
+        torch.backends.cuda.matmul.allow_tf32 = config.train.dtype == "bf16"
         optimizer = torch.optim.AdamW(param_groups(model, config.optim.weight_decay),
                                       lr=config.optim.lr, betas=config.optim.betas, fused=True)
         with bounded_groups(), _nothing_compiled():
