@@ -173,7 +173,7 @@ class _Linked:
     def __init__(self, cohort: str, key: bytes, links: str | None, beside: Sequence[str]) -> None:
         self.ties: list[tuple[str, str]] = []
         self.splits: dict[str, str] = {}
-        rows = read_tsv(links, ",") if links else []
+        rows = read_tsv(links) if links else []
         if links and (not rows or {"cohort", "participant", "person"} - rows[0].keys()):
             raise DataError(f"{links}: needs the columns cohort, participant, person and a row")
         known = {row["participant"]: row for manifest in beside for row in read_table(

@@ -67,7 +67,7 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
 
 
 def _lines(uri: str) -> Iterator[Line]:
-    rows = parse_table(read_bytes(uri), uri, "," if uri.endswith(".csv") else "\t")
+    rows = parse_table(read_bytes(uri), uri)
     if missing := [name for name in _NEEDED if rows and name not in rows[0]]:
         raise DataError(f"{uri}: has no column {', '.join(missing)}; add it")
     for number, row in enumerate(rows, 1):

@@ -10,7 +10,8 @@ import re
 from collections import Counter, defaultdict
 from typing import Any
 
-from data_prep.tables import as_float, read_columns
+from data_prep.tables import as_float
+from data_prep.wide import read_columns
 
 _ID = re.compile(r"(?:sub-)?(?:NDAR_?INV)?([A-Z0-9]{8})$", re.IGNORECASE)
 _SAME_AGE_YEARS = 0.2  # one table has months, another years

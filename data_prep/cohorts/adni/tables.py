@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from data_prep.tables import Cells, as_float, read_columns
+from data_prep.tables import Cells, as_float
+from data_prep.wide import read_columns
 
 RULES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("adni.yaml").read_text("utf-8"))
 PTID = re.compile(r"\d{3}_S_(\d{4,5})")

@@ -38,8 +38,7 @@ class _PersonTable:
         self.name = uri.rsplit("/", 1)[-1]
         self._rows: dict[str, dict[str, Cells]] = defaultdict(dict)
         self.unused: set[str] = set()
-        delimiter = "," if uri.endswith(".csv") else "\t"
-        for row in parse_table(data, uri, delimiter):
+        for row in parse_table(data, uri, notes):
             if "participant_id" not in row:
                 if needed:
                     raise DataError(f"{uri}: has no column participant_id; add it or remove the "

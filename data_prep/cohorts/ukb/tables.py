@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from data_prep.tables import as_float, read_columns
+from data_prep.tables import as_float
+from data_prep.wide import read_columns
 
 _COLUMN = re.compile(r"(?:participant\.)?p(\d+)(?:_i(\d+))?(?:_a\d+)?$|(\d+)-(\d+)\.\d+$")
 _EID = ("eid", "participant.eid")
