@@ -74,12 +74,12 @@ def records(lines: Iterable[str], mark: str, width: int, first: int = 1) -> Iter
 
     ``width``: cells of the header.  Rows may have fewer or more: that is the caller's to judge.
     """
-    ahead: deque[str] = deque()
     rest = iter(lines)
+    ahead: deque[str] = deque()
     number = first - 1
-    while ahead or (line := next(rest, None)) is not None:
+    while ahead or (ahead := deque(islice(rest, 1))):
         number += 1
-        line = ahead.popleft() if ahead else line
+        line = ahead.popleft()
         if not line.strip():
             continue
         if '"' not in line:

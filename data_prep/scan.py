@@ -59,7 +59,7 @@ class Scan:
 
 # Sidecar keys kept in ``facts``: BIDS names, whatever the cohort calls them.
 FACTS = ("FrameTimesStart", "FrameDuration", "Units", "TimeZero", "InjectionStart",
-         "RepetitionTime", "EchoTime", "SliceThickness", "MRAcquisitionType",
+         "RepetitionTime", "VolumeTiming", "EchoTime", "SliceThickness", "MRAcquisitionType",
          "ContrastBolusIngredient", "Defaced", "RadionuclideHalfLife", "InjectedRadioactivity",
          "InjectedRadioactivityUnits", "BodyWeight")
 

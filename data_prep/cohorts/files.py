@@ -18,11 +18,13 @@ import unicodedata
 from collections.abc import Iterator
 from itertools import groupby
 
+from data_prep.cohorts import words
 from data_prep.cohorts.bids.derived import Taken
 from data_prep.cohorts.bids.forms import join_pairs
 from data_prep.cohorts.bids.names import MODALITIES, Image, Name
 from data_prep.cohorts.bids.scan import Reader
-from data_prep.cohorts.bids.tables import BidsPerson
+from data_prep.cohorts.bids.tables import Person, dictionary_of
+from data_prep.cohorts.columns import Columns
 from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.filenames import image_ending, is_partner, stem
 from data_prep.tables import Cells, parse_table
@@ -33,6 +35,7 @@ _NEEDED = ("file", "participant_id", "modality")
 _FILES = ("file", "mask", "labels")  # columns that hold a path
 _OWN = {*_FILES, "modality", "tracer"}  # of the scan, not of the person
 _CIFTI = re.compile(r"\.(d(tseries|scalar|label)\.nii)$", re.IGNORECASE)
+_OWN_NAMES = {name: name for name in _OWN}
 _SUFFIXES = {modality: suffix for suffix, modality in MODALITIES.items()}
 Line = tuple[str, Cells]  # where it stands, for errors
 
@@ -51,7 +54,7 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
     if not source.tables:
         raise ConfigError("--cohort files reads the files that a table lists; give it as "
                           f"--table, with columns {', '.join(_NEEDED)}")
-    lines = [line for uri in source.tables for line in _lines(uri)]
+    lines = [line for uri in source.tables for line in _lines(uri, source)]
     seen: dict[str | None, str] = {}
     for where, row in lines:
         if row["file"] in seen:
@@ -66,11 +69,19 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
         yield _person(reader, str(participant), list(own), files)
 
 
-def _lines(uri: str) -> Iterator[Line]:
-    rows = parse_table(read_bytes(uri), uri)
-    if missing := [name for name in _NEEDED if rows and name not in rows[0]]:
+def _lines(uri: str, source: Source) -> Iterator[Line]:
+    rows = parse_table(read_bytes(uri), uri, source.notes)
+    for number, row in enumerate(rows):
+        rows[number] = {_OWN_NAMES.get(words.plain(name), name): value
+                        for name, value in row.items()}
+    about = [{name: value for name, value in row.items() if name not in _OWN} for row in rows]
+    columns = Columns(about, dictionary_of(uri, source.notes), name=uri.rsplit("/", 1)[-1],
+                      source=source)
+    there = {*(rows[0] if rows else ()), *columns.roles}
+    if missing := [name for name in _NEEDED if rows and name not in there]:
         raise DataError(f"{uri}: has no column {', '.join(missing)}; add it")
-    for number, row in enumerate(rows, 1):
+    for number, (own, told) in enumerate(zip(rows, map(columns.tidy, about), strict=True), 1):
+        row = {name: own[name] for name in _OWN if name in own} | told
         where = f"{uri} row {number}"
         for name in _NEEDED:
             if not row[name]:
@@ -128,15 +139,8 @@ def _person(reader: Reader, participant: str, lines: list[Line], files: dict[str
     for _, row in lines:
         told = {name: value for name, value in row.items() if name not in _OWN and value}
         people[str(row["session_id"])] = {**told, **people.get(str(row["session_id"]), {})}
-    person = BidsPerson(people, sessions={}, measured=[], notes=reader.notes)
-    findings = Findings(participant, ties=person.ties())
-    lines.sort(key=lambda line: str(line[1]["session_id"]))
-    for session, own in groupby(lines, key=lambda line: str(line[1]["session_id"])):
-        about = person.describe(session)
-        findings.scans += [reader.scan(_take(reader, line, files), participant, age=about.age,
-                                       sex=about.sex, site=about.site) for line in own]
-        findings.labels += [(session, name, value) for name, value in about.labels.items()]
-    return findings
+    person = Person([people], [("", people)], sessions={}, notes=reader.notes)
+    return reader.findings(person, participant, [_take(reader, line, files) for line in lines])
 
 
 def _take(reader: Reader, line: Line, files: dict[str, Found]) -> Taken:

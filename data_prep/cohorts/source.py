@@ -70,7 +70,7 @@ class Source:
 
     A reader is ``read_cohort(source: Source, cohort: str) -> Iterator[Findings]``: it yields people
     while it walks, and counts in ``source.notes`` whatever it saw and did not use.  ``tables`` are
-    URIs of tables that lie elsewhere.
+    URIs of tables that lie elsewhere; ``columns`` tell, by table, what each column was taken for.
     """
 
     def __init__(self, uri: str, *, remembered: Memory | None = None, tables: Sequence[str] = (),
@@ -78,6 +78,7 @@ class Source:
         self.uri = uri
         self.tables = list(tables)
         self.notes: Counter[str] = Counter()
+        self.columns: dict[str, dict[str, str]] = {}
         self.seen: Memory = {} if seen is None else seen
         self._remembered: Memory = {} if remembered is None else remembered
         self._fetched: dict[str, bytes] = {}

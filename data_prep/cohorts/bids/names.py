@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from data_prep.cohorts.source import Found
 from data_prep.filenames import IMAGES
 
 ANATOMICAL = ("T1w", "T2w", "FLAIR")
+DESCRIPTION = "dataset_description.json"
 MODALITIES = {**{suffix: suffix for suffix in ANATOMICAL}, "pet": "PET", "bold": "BOLD"}
 VOLUMES = IMAGES
 SERIES = "dtseries.nii"  # the one kind of CIFTI file that is a run's
@@ -57,6 +59,22 @@ def parse_name(name: str) -> Name:
         if value and key.isalnum():
             entities[key] = value
     return Name(entities, suffix, extension.lower())
+
+
+def scan_key(path: str, base: Mapping[str, str] | None = None) -> tuple[str, frozenset[
+        tuple[str, str]]]:
+    """Suffix and entities of a scan's name, whatever its folder, ending and order.
+
+    ``base``: entities that go without saying, as those in the name of a scans.tsv do.
+
+    >>> scan_key("sub-1/anat/sub-1_run-01_T1w.nii.gz") == scan_key("anat\\\\run-1_sub-1_T1w.nii")
+    True
+    """
+    name = parse_name(re.split(r"[/\\]", path.strip())[-1])
+    entities = {**(base or {}), **name.entities}
+    return name.suffix.lower(), frozenset(
+        (key, str(int(value)) if value.isdecimal() and key not in ("sub", "ses") else value)
+        for key, value in entities.items())
 
 
 @cache

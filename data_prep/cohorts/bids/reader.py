@@ -1,4 +1,4 @@
-"""A BIDS tree, or a folder of loose files, to Scans.
+"""A BIDS tree to Scans.
 
 BIDS: a folder with dataset_description.json.  Entities may come in any order, sessions are
 optional, JSON sidecars are inherited from the levels above, participants.tsv, sessions.tsv,
@@ -7,10 +7,7 @@ scans.tsv and phenotype/*.tsv give age, sex, site, labels and exclusions.  The c
 looked for below derivatives/ and sourcedata/ at any depth: see derived.py.
 
 Of several forms of one acquisition one is taken: see forms.py.  What .bidsignore names is left out.
-
-Loose files: without dataset_description.json, files named *_T1w, *_T2w, *_FLAIR, *_pet or *_bold
-are taken; the participant is the name before the first underscore, and a sidecar of the same name
-is read.  BIDS datasets inside such a folder are left alone and reported.
+Without dataset_description.json it is a folder of loose files: see loose.py.
 
 A person's files are held at a time, never the tree's.
 """
@@ -23,7 +20,6 @@ from itertools import groupby
 from typing import Any
 
 from data_prep.cohorts.bids.derived import (
-    UNUSABLE,
     Companions,
     Taken,
     choose_runs,
@@ -37,10 +33,11 @@ from data_prep.cohorts.bids.forms import (
     join_pairs,
     rule_out_other_forms,
 )
+from data_prep.cohorts.bids.loose import read_loose
 from data_prep.cohorts.bids.names import (
     ANATOMICAL,
+    DESCRIPTION,
     MODALITIES,
-    SERIES,
     VOLUMES,
     Image,
     Name,
@@ -49,13 +46,12 @@ from data_prep.cohorts.bids.names import (
     parse_name,
 )
 from data_prep.cohorts.bids.scan import Reader
-from data_prep.cohorts.bids.tables import BidsTables
+from data_prep.cohorts.bids.tables import PersonTables
+from data_prep.cohorts.bids.visits import TABLES, Visits
 from data_prep.cohorts.source import Findings, Found, Source
-from data_prep.filenames import other_file, stem
-from data_prep.tables import Cells, parse_table
+from data_prep.filenames import other_file
 
 _DERIVATIVE_DEPTH = 5  # folders between the dataset and a derivative's sub-*
-_DESCRIPTION = "dataset_description.json"
 Sidecars = dict[tuple[str, str], list[Image]]  # by folder and suffix
 
 
@@ -68,41 +64,11 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
         The source is missing or empty, or one of its tables is damaged.
     """
     files, folders = source.listing()
-    if any(found.name == _DESCRIPTION for found in files):
+    if any(found.name == DESCRIPTION for found in files):
         source.left_out.obey_bidsignore(source.uri)
         yield from _Dataset(source, cohort, files, folders).people()
     else:
-        yield from _read_loose(source, cohort)
-
-
-def _read_loose(source: Source, cohort: str, folder: str = "") -> Iterator[Findings]:
-    files, folders = source.listing(folder)
-    if any(found.name == _DESCRIPTION for found in files):
-        source.notes[f"BIDS dataset inside, not entered: {folder}"] += 1
-        return
-    if not folder and any(found.name == "participants.tsv" for found in files):
-        source.notes[f"participants.tsv not used: without {_DESCRIPTION} this is no BIDS dataset"
-                     ] += 1
-    reader = Reader(source, cohort)
-    sidecars = {stem(found.name): found for found in files if found.name.endswith(".json")}
-    people: dict[str, list[Taken]] = defaultdict(list)
-    for found in join_pairs(files, source.notes):
-        name = parse_name(found.name)
-        if name.extension not in (*VOLUMES, SERIES):
-            if name.extension not in ("json", "tsv"):
-                source.notes[f"not taken: {other_file(found.name)}"] += 1
-        elif name.suffix not in MODALITIES or "_" not in found.name:
-            source.notes["not taken: file without a _T1w, _T2w, _FLAIR, _pet or _bold ending"] += 1
-        else:
-            sidecar = sidecars.get(found.name[:-len(name.extension) - 1])
-            participant = found.name.split("_")[0].removeprefix("sub-")
-            people[participant].append(reader.take(Image(found, name),
-                                                   reader.load(sidecar) if sidecar else {}))
-    for participant, taken in people.items():
-        rule_out_other_forms(taken, source.notes)
-        yield Findings(participant, [reader.scan(one, participant) for one in taken])
-    for inner in folders:
-        yield from _read_loose(source, cohort, f"{folder}/{inner}" if folder else inner)
+        yield from read_loose(source, cohort)
 
 
 class _Dataset(Reader):
@@ -111,10 +77,14 @@ class _Dataset(Reader):
     def __init__(self, source: Source, cohort: str, files: list[Found],
                  folders: list[str]) -> None:
         super().__init__(source, cohort)
-        by_name = {found.name: found for found in files}
+        top = {found.name.lower(): found for found in files}
         phenotypes = source.listing("phenotype")[0] if "phenotype" in folders else []
-        self.tables = BidsTables(source, by_name.get("participants.tsv"), [
-            *(found.uri for found in phenotypes if found.name.endswith(".tsv")), *source.tables])
+        people = top.get("participants.tsv") or top.get("participants.csv")
+        self.tables = PersonTables(
+            source, people=[people.uri] if people else [], given=source.tables, measured=[
+                *(found.uri for found in phenotypes if found.name.endswith(".tsv")),
+                *source.tables])
+        self.visits = Visits(source, top)
         self.sidecars = {"": _sidecars(files)}  # of the tops of the dataset and its derivatives
         self.derivatives: dict[str, list[str]] = defaultdict(list)  # folders of each person
         for folder in ("derivatives", "sourcedata"):
@@ -149,13 +119,13 @@ class _Dataset(Reader):
         derived = [found for folder in self.derivatives.pop(label, [])
                    for found in self.source.walk(folder)]
         sidecars = [found for found in (*files, *derived) if found.name.endswith(".json")]
-        tables = [found for found in files if found.name.endswith(("_scans.tsv", "_sessions.tsv"))]
+        tables = [found for found in files if found.name.endswith(TABLES)]
         self.source.fetch([*sidecars, *tables])
         inherited = _sidecars(sidecars)
         raw, processed, others = self._sort(label, join_pairs(files, self.notes), derived)
         own: dict[str, dict[str, Any]] = {}  # of the sidecars that were read
         taken = self._take(raw, processed, inherited, own)
-        self._rule_out(taken, tables, {found.path for found in files})
+        self.visits.rule_out(taken, files)
         rule_out_other_forms(taken, self.notes)
         runs = choose_runs([one for one in taken if one.modality == "BOLD"], self.notes)
         taken = [*(one for one in taken if one.modality != "BOLD"), *runs,
@@ -170,7 +140,7 @@ class _Dataset(Reader):
         if is_phantom(label):
             for one in taken:
                 one.reason = "phantom"
-        return self._describe(label, taken, tables)
+        return self.findings(self.tables.person(label, self.visits.sessions(files)), label, taken)
 
     # ---- files
 
@@ -272,44 +242,6 @@ class _Dataset(Reader):
                     loaded[uri] = self.load(sidecar.found)
                 merged.update(loaded[uri])
         return merged
-
-    # ---- tables
-
-    def _rows(self, found: Found) -> list[Cells]:
-        """Rows of a small table of one person, without its times."""
-        return self.source.opened(found, lambda one: [
-            {name: value for name, value in row.items() if name != "acq_time"}
-            for row in parse_table(self.source.read(one), one.uri)])
-
-    def _rule_out(self, taken: list[Taken], tables: list[Found], paths: set[str]) -> None:
-        """Set the reason of scans that the cohort rules out in scans.tsv."""
-        by_path = {one.image.found.path: one for one in taken}
-        for table in tables:
-            if not table.name.endswith("_scans.tsv"):
-                continue
-            for row in self._rows(table):
-                path = f"{table.folder}/{row.get('filename')}"  # relative to the table
-                one = by_path.get(path)
-                if path not in paths:
-                    self.notes["scans.tsv names a file that is not there"] += 1
-                for column, values in habits()["unusable"].items():
-                    if one and (row.get(column) or "").lower() in values:
-                        one.reason = UNUSABLE
-
-    def _describe(self, label: str, taken: list[Taken], tables: list[Found]) -> Findings:
-        """The scans with age, sex and site, and labels and ties."""
-        sessions = {(row.get("session_id") or "").removeprefix("ses-"): row
-                    for table in tables if table.name.endswith("_sessions.tsv")
-                    for row in self._rows(table)}
-        person = self.tables.person(label, sessions)
-        findings = Findings(label, ties=person.ties())
-        for session, own in groupby(sorted(taken, key=lambda one: one.session),
-                                    key=lambda one: one.session):
-            told = person.describe(session)
-            findings.scans += [self.scan(one, label, age=told.age, sex=told.sex,
-                                         site=told.site) for one in own]
-            findings.labels += [(session, name, value) for name, value in told.labels.items()]
-        return findings
 
 
 def _sidecars(files: Iterable[Found]) -> Sidecars:

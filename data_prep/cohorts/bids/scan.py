@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import groupby
 from typing import Any
 
 from data_prep.cohorts.bids.derived import Taken
 from data_prep.cohorts.bids.names import MODALITIES, Image, habits
-from data_prep.cohorts.source import Found, Source
+from data_prep.cohorts.bids.tables import Person
+from data_prep.cohorts.sidecars import Loaded, load_json, plain_facts
+from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.scan import FACTS, Scan
 from data_prep.tables import as_float
 
@@ -26,24 +29,22 @@ class Reader:
 
     def load(self, sidecar: Found) -> dict[str, Any]:
         """The facts of a sidecar that are kept; none, with a note, where it cannot be read."""
-        facts = self.source.opened(sidecar, self._parse)
+        facts, mended = self.source.opened(sidecar, self._parse)
         if facts is None:
             self.notes["JSON sidecar unreadable, its facts are unknown"] += 1
+        self.notes.update(f"JSON sidecar: {note}" for note in mended)
         return facts or {}
 
-    def _parse(self, found: Found) -> dict[str, Any] | None:
+    def _parse(self, found: Found) -> Loaded:
         if found.size_bytes is None:
-            return None
-        try:
-            content = json.loads(self.source.read(found).decode("utf-8-sig"))
-        except ValueError:
-            return None
-        if not isinstance(content, dict):
-            return None
-        kept = {key: value for key, value in content.items() if key in _KEPT and value is not None}
+            return None, []
+        content, mended = load_json(self.source.read(found))
+        if content is None:
+            return None, []
+        facts, odd = plain_facts({key: value for key, value in content.items() if key in _KEPT})
         if series := content.get("SeriesInstanceUID"):  # an identifier: kept as its hash
-            kept["SeriesInstanceUID"] = hashlib.sha256(str(series).encode()).hexdigest()[:16]
-        return kept
+            facts["SeriesInstanceUID"] = hashlib.sha256(str(series).encode()).hexdigest()[:16]
+        return facts, mended + [f"{key} is no number: unknown" for key in odd]
 
     def take(self, image: Image, facts: dict[str, Any], processing: str | None = None) -> Taken:
         """What a scan is, by its name and the facts of its sidecars."""
@@ -59,6 +60,17 @@ class Reader:
             reason="not_downloaded" if self.source.not_downloaded(image.found) else None,
             tracer=_tracer(entities.get("trc"), facts.get("TracerName"))
             if modality == "PET" else None)
+
+    def findings(self, person: Person, participant: str, taken: list[Taken]) -> Findings:
+        """A person's scans with age, sex and site, and labels and ties."""
+        findings = Findings(participant, ties=person.ties())
+        for session, own in groupby(sorted(taken, key=lambda one: one.session),
+                                    key=lambda one: one.session):
+            told = person.describe(session)
+            findings.scans += [self.scan(one, participant, age=told.age, sex=told.sex,
+                                         site=told.site) for one in own]
+            findings.labels += [(session, name, value) for name, value in told.labels.items()]
+        return findings
 
     def scan(self, taken: Taken, participant: str, *, age: float | None = None,
              sex: str | None = None, site: str | None = None) -> Scan:

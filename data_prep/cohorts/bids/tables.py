@@ -7,18 +7,20 @@ is meant.  What contradicts itself is unknown, and counted.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from data_prep.cohorts.bids.names import habits
-from data_prep.cohorts.source import Found, Source
+from data_prep.cohorts.columns import PEOPLE, TIES, UNREADABLE, Columns
+from data_prep.cohorts.sidecars import load_json
+from data_prep.cohorts.source import Source
 from data_prep.tables import Cells, as_float, parse_table
 from neurojepa.errors import DataError
-from neurojepa.storage import read_bytes
+from neurojepa.storage import read_bytes, read_if_there
 
-TIES = ("family_id", "split_group")
-SEXES = {"f": "F", "female": "F", "w": "F", "m": "M", "male": "M"}
-_NO_LABEL = {"participant_id", "session_id", "age", "sex", "gender", *TIES}
 _AGE_SLACK = 1.0  # years by which a visit may seem to precede the person's own age
+_CONTRADICTORY = "contradictory"
+Rows = dict[str, Cells]  # of a participant, by session; "" holds for all
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,46 @@ class Description:
     labels: dict[str, str]
 
 
-class _PersonTable:
-    """Rows by participant and session ("" where a row holds for all sessions)."""
+def dictionary_of(uri: str, notes: Counter[str]) -> dict[str, Any]:
+    """The data dictionary beside a table: X.json of X.tsv; empty where there is none."""
+    data = read_if_there(f"{uri.rpartition('.')[0]}.json")
+    return {} if data is None else parse_dictionary(data, notes)
 
-    def __init__(self, uri: str, data: bytes, notes: Counter[str], needed: bool = True) -> None:
-        self.name = uri.rsplit("/", 1)[-1]
-        self._rows: dict[str, dict[str, Cells]] = defaultdict(dict)
-        self.unused: set[str] = set()
-        for row in parse_table(data, uri, notes):
-            if "participant_id" not in row:
-                if needed:
-                    raise DataError(f"{uri}: has no column participant_id; add it or remove the "
-                                    "table")
-                notes[f"{self.name}: no column participant_id, not used"] += 1
-                return
+
+def parse_dictionary(data: bytes, notes: Counter[str]) -> dict[str, Any]:
+    """Of a data dictionary's bytes; empty, with a note, where they are no JSON object."""
+    content, mended = load_json(data)
+    if content is None:
+        notes["data dictionary unreadable, units and levels of its table are unknown"] += 1
+    notes.update(f"data dictionary: {note}" for note in mended)
+    return content or {}
+
+
+class PersonTable:
+    """Rows by participant and session ("" where a row holds for all sessions).
+
+    Raises
+    ------
+    DataError
+        It cannot be read, or ``needed`` and it has no column of participants.
+    """
+
+    def __init__(self, uri: str, source: Source, needed: bool = True, given: bool = False) -> None:
+        self.uri, self.name, notes = uri, uri.rsplit("/", 1)[-1], source.notes
+        self._rows: dict[str, Rows] = defaultdict(dict)
+        self._short: dict[str, list[str]] = defaultdict(list)
+        self.matched = False
+        rows = parse_table(read_bytes(uri), uri, notes)
+        columns = Columns(rows, dictionary_of(uri, notes), name=self.name, source=source,
+                          bare_id=given)
+        if rows and "participant_id" not in columns.roles:
+            if needed:
+                raise DataError(f"{uri}: has no column participant_id (it has "
+                                f"{', '.join(list(rows[0])[:8])}); add it or remove the table")
+            notes[f"{self.name}: no column participant_id, not used"] += 1
+            source.columns.pop(self.name)
+            rows = []
+        for row in map(columns.tidy, rows):
             person = (row["participant_id"] or "").removeprefix("sub-")
             session = (row.get("session_id") or "").removeprefix("ses-")
             if session in self._rows[person]:
@@ -53,11 +81,10 @@ class _PersonTable:
             else:
                 self._rows[person][session] = row
         self.unused = set(self._rows)
-        self._short: dict[str, list[str]] = defaultdict(list)
         for person in self._rows:
             self._short[person.lstrip("0")].append(person)
 
-    def rows(self, participant: str, notes: Counter[str]) -> dict[str, Cells]:
+    def rows(self, participant: str, notes: Counter[str]) -> Rows:
         """Rows of a participant by session; empty where there are none."""
         if not self._rows:
             return {}
@@ -67,95 +94,143 @@ class _PersonTable:
                 return {}
             notes[f"{self.name}: id without its leading zeros, matched"] += 1
             participant = same[0]
+        self.matched = True
         self.unused.discard(participant)
         return self._rows[participant]
 
 
 def _contradict(first: Cells, other: Cells) -> None:
     """Mark age and sex that a repeated row has otherwise; None alone would mean not told."""
-    for column in ("age", "sex", "gender"):
-        if first.get(column) and other.get(column) and first[column] != other[column]:
-            first[column] = "contradictory"
+    for column in ("age", "sex"):
+        one, two = first.get(column), other.get(column)
+        if one and two and one != two and (as_float(one) is None or as_float(one) != as_float(two)):
+            first[column] = _CONTRADICTORY
 
 
-class BidsTables:
-    """All tables of a dataset, asked person by person."""
+class PersonTables:
+    """All tables of people, asked person by person.
 
-    def __init__(self, source: Source, participants: Found | None,
-                 phenotypes: list[str]) -> None:
-        self._notes = source.notes
-        self._people = _PersonTable(participants.uri, read_bytes(participants.uri), source.notes
-                             ) if participants else None
-        self._phenotypes = [_PersonTable(uri, read_bytes(uri), source.notes, needed=False)
-                            for uri in phenotypes]
+    Parameters
+    ----------
+    people
+        URIs of tables whose columns are the person's own: participants.tsv.
+    measured
+        Of tables whose columns are labels TABLE.COLUMN: phenotypes, and what ``given`` names.
+    given
+        Of the tables that the user named, every one of which has to be of use.
+    """
 
-    def person(self, participant: str, sessions: dict[str, Cells]) -> BidsPerson:
+    def __init__(self, source: Source, *, people: Sequence[str], measured: Sequence[str] = (),
+                 given: Sequence[str] = ()) -> None:
+        self._notes, self._source = source.notes, source
+        self._given = set(given)
+        self._people = [PersonTable(uri, source, given=uri in given) for uri in people]
+        self._measured = [PersonTable(uri, source, needed=uri in given, given=uri in given)
+                          for uri in measured]
+        for table in self._measured:
+            if table.uri not in self._given:  # ages and sexes at the time of a questionnaire
+                for column, told in source.columns.get(table.name, {}).items():
+                    if told.startswith(("age", "sex", "site")):
+                        source.columns[table.name][column] = f"{told}: not used"
+
+    def person(self, participant: str, sessions: Rows) -> Person:
         """What is known of a participant; ``sessions`` are the rows of their sessions.tsv."""
-        rows = self._people.rows(participant, self._notes) if self._people else {}
-        if not rows:
-            self._notes["people without a row in participants.tsv"] += 1
-        measured = [(table.name.split(".")[0], table.rows(participant, self._notes))
-                    for table in self._phenotypes]
-        return BidsPerson(rows, sessions=sessions, measured=measured, notes=self._notes)
+        own = [table.rows(participant, self._notes) for table in self._people]
+        if self._people and not any(own):
+            names = " and ".join(table.name for table in self._people)
+            self._notes[f"people without a row in {names}"] += 1
+        measured = [(table, table.rows(participant, self._notes)) for table in self._measured]
+        return Person([*(rows for table, rows in measured if table.uri in self._given), *own],
+                      [*(("", rows) for rows in own),
+                       *((f"{table.name.split('.')[0]}.", rows) for table, rows in measured)],
+                      sessions=sessions, notes=self._notes)
 
     def finish(self) -> None:
-        """Count the rows that nobody asked for."""
-        for table in [self._people, *self._phenotypes]:
-            if table and table.unused:
+        """Count the rows that nobody asked for.
+
+        Raises
+        ------
+        DataError
+            A table that the user named is about nobody who has a scan.
+        """
+        for table in [*self._people, *self._measured]:
+            if table.unused:
                 self._notes[f"{table.name} rows without a scan that is taken"] += len(table.unused)
+            if table.uri in self._given and not table.matched:
+                raise DataError(f"{table.uri}: none of its {len(table.unused)} participants has a "
+                                "scan here; write its ids as file names and folders have them")
 
 
-class BidsPerson:
-    """The rows of one participant, from participants.tsv, sessions.tsv and phenotype tables."""
+class Person:
+    """The rows of one participant by session, from several tables and their sessions.tsv.
 
-    def __init__(self, rows: dict[str, Cells], *, sessions: dict[str, Cells],
-                 measured: list[tuple[str, dict[str, Cells]]], notes: Counter[str]) -> None:
-        self._rows, self._sessions, self._measured = rows, sessions, measured
+    Parameters
+    ----------
+    facts
+        Rows of the tables that tell age, sex, site and relatives; later ones win.
+    labels
+        Rows of the tables that give labels, with what their names begin with.
+    """
+
+    def __init__(self, facts: Sequence[Rows], labels: Sequence[tuple[str, Rows]], *,
+                 sessions: Rows, notes: Counter[str]) -> None:
+        self._facts, self._labels, self._sessions = facts, labels, sessions
         self._notes = notes
 
     def ties(self) -> list[str]:
         """Tags shared with relatives."""
-        return sorted({f"{column}:{value}" for row in self._rows.values() for column in TIES
-                       if (value := row.get(column))})
+        return sorted({f"{column}:{value}" for rows in self._facts for row in rows.values()
+                       for column in TIES if (value := row.get(column))})
 
     def describe(self, session: str) -> Description:
         """Age, sex, site and labels at a session; the row nearest to the session wins."""
-        layers = [row for row in (self._rows.get(""), self._rows.get(session),
-                                  self._sessions.get(session)) if row]
-        facts = {name: value for row in layers for name, value in row.items() if value is not None}
+        layers = [row for place in ("", session) for rows in self._facts
+                  if (row := rows.get(place))]
+        layers += filter(None, [self._sessions.get(session)])
         age, sex = self._age(layers), self._sex(layers)
         labels = {name: str(value) for name, value in (("age", age), ("sex", sex))
                   if value is not None}
-        for name, value in facts.items():  # free text stays out: it may name people
-            if name not in _NO_LABEL and (name in habits()["diagnosis"]
-                                          or as_float(value) is not None):
-                labels[name] = value
-        for stem, rows in self._measured:
-            for row in (rows.get(""), rows.get(session)):
-                labels.update({f"{stem}.{name}": value for name, value in (row or {}).items()
-                               if name not in _NO_LABEL and value and as_float(value) is not None})
-        return Description(age, sex, facts.get("site") or facts.get("site_id"), labels)
+        labels |= self._given(session) | _labels(self._sessions.get(session))
+        site = [row["site"] for row in layers if row.get("site")]
+        return Description(age, sex, site[-1] if site else None, labels)
+
+    def _given(self, session: str) -> dict[str, str]:
+        """Labels of all tables; one that two tables tell differently is left out."""
+        labels: dict[str, str] = {}
+        odd = set()
+        for start, rows in self._labels:
+            own = {start + name: value for name, value in
+                   {**_labels(rows.get("")), **_labels(rows.get(session))}.items()}
+            odd |= {name for name in own.keys() & labels.keys() if own[name] != labels[name]}
+            labels |= own
+        if odd:
+            self._notes["label that two tables tell differently: left out"] += len(odd)
+        return {name: value for name, value in labels.items() if name not in odd}
 
     def _age(self, layers: list[Cells]) -> float | None:
-        told = [row["age"] for row in layers if row.get("age")]
+        told = [age for row in layers if (age := row.get("age"))]
         ages = [as_float(age) for age in told]
-        if "contradictory" in told or (
+        if _CONTRADICTORY in told or (
                 ages and ages[0] is not None and ages[-1] is not None
                 and ages[-1] < ages[0] - _AGE_SLACK):
             self._notes["contradictory age: unknown"] += 1
             return None
-        age = ages[-1] if ages else None
-        if told and (age is None or not 0 <= age <= 120):
-            self._notes["age is not a number of years (such as 89+): unknown"] += 1
-            return None
-        return age
+        return ages[-1] if ages and UNREADABLE not in told[-1:] else None
 
     def _sex(self, layers: list[Cells]) -> str | None:
-        told = [value.lower() for row in layers if (value := row.get("sex") or row.get("gender"))]
-        sexes = {SEXES.get(value) for value in told}
-        if "contradictory" in told or len(sexes - {None}) > 1:
+        told = {sex for row in layers if (sex := row.get("sex"))}
+        sexes = told & {"F", "M"}
+        if _CONTRADICTORY in told or len(sexes) > 1:
             self._notes["contradictory sex: unknown"] += 1
             return None
-        if None in sexes:
+        if codes := {sex for sex in told - sexes if as_float(sex) is not None}:
+            self._notes[f"sex is a code ({min(codes)}) that no Levels of a data dictionary "
+                        "explain: unknown"] += 1
+        elif told - sexes:
             self._notes["sex is neither F nor M: unknown"] += 1
-        return next(iter(sexes - {None}), None)
+        return next(iter(sexes), None)
+
+
+def _labels(row: Cells | None) -> dict[str, str]:
+    return {name: value for name, value in (row or {}).items()
+            if name not in PEOPLE and value is not None}

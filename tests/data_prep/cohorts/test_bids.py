@@ -299,8 +299,7 @@ def test_labels_of_freesurfer_and_fmriprep_at_any_depth(tmp_path: Path):
     assert label["2"].endswith("sub-2_desc-aseg_dseg.nii.gz")
     assert label["3"].endswith("freesurfer/sub-3/mri/aseg.mgz") and label["4"] is None
     assert read.scans["sub-3_ses-a_T1w"].mask_uri.endswith("sub-3_desc-brain_mask.nii.gz")
-    assert read.notes == {
-        "people without a row in participants.tsv": 4,
+    assert read.notes == {  # nothing of a participants.tsv, for there is none
         "people with derivatives but no raw folder": 1,
         "derivative not used: not downloaded": 1, "derivative not used: T1w": 1,
         "derivative not used: the scan has another dseg": 2,
