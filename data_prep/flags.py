@@ -67,6 +67,10 @@ class Flag(_Code):
     TR_UNIT_GUESSED = (
         "tr_unit_guessed", "the header does not say in which unit it counts time",
         "write RepetitionTime in seconds into the sidecar")
+    VOLUME_TIMING = (
+        "volume_timing", "the sidecar gives each volume a time of its own (VolumeTiming), so one "
+        "repetition time does not hold and there are no ALFF and fALFF",
+        "nothing for a sparse acquisition; else write RepetitionTime and remove VolumeTiming")
     NO_TR = (
         "no_tr", "no repetition time is known, so there are no ALFF and fALFF",
         "write RepetitionTime in seconds into the sidecar")

@@ -29,6 +29,7 @@ from data_prep.identity import pseudonym
 from data_prep.scan import SCAN_SCHEMA, Scan, labels_path
 from data_prep.splits import LINK, SPLIT_BELOW, group_people, scope, settle
 from data_prep.tables import read_table, read_tsv
+from data_prep.told import tell_columns, tell_labels
 from data_prep.withdrawal.lists import read_lists
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import LABELS_SCHEMA
@@ -69,6 +70,11 @@ def index(cohort: str, source: str, *, out: str, key: bytes, name: str | None = 
         of other people.
     """
     labels_path(out)
+    for table in [*tables, *filter(None, [links])]:
+        fs, path = open_store(table)
+        if fs.isdir(path):
+            raise DataError(f"{table}: is a folder; name the table in it, one --table for each"
+                            if table != links else f"{table}: is a folder; name the table in it")
     name = _cohort_name(source, name)
     seen_at = out.removesuffix(".parquet") + ".seen.parquet"
     earlier = _Earlier(out)
@@ -92,10 +98,13 @@ def index(cohort: str, source: str, *, out: str, key: bytes, name: str | None = 
         if people.num_left_out:
             walked.notes["scans of people who withdrew"] = people.num_left_out
         seen.save(seen_at, cohort)
-        write_bytes(labels_path(out), parquet_bytes(people.label_table(walked.notes)))
+        labels = people.label_table(walked.notes)
+        write_bytes(labels_path(out), parquet_bytes(labels))
         scans, states = _with_splits(spool, families, splits)
         write_bytes(out, scans)
     _tell(name, out, scans, walked.notes)
+    tell_columns(walked.columns)
+    tell_labels(labels)
     earlier.compare(states)
     return people.names
 

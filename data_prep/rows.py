@@ -120,11 +120,13 @@ def rejected_outcome(scan: Scan, *, reason: str, message: str, provenance: str |
             "reason": reason, "flags": joined(flags), "notes": None, "message": message}
 
 
-def duplicate_of(place: str) -> Verdict:
-    """What a row says whose content is already in the slot ``place``."""
+def duplicate_of(place: str, *, same_person: bool) -> Verdict:
+    """What a row says whose content is already in the slot ``place``, of this person or another."""
+    what = ("the same person has this scan twice; remove one copy, or leave it" if same_person else
+            "if the two participants are one person, tie them by split_group in participants.tsv; "
+            "else find out whose scan it is")
     return {"status": Status.REJECTED, "reason": f"duplicate_of:{place}", "voxels_sha256": None,
-            "message": f"same voxels and affine as {place}; if two ids are one person, tie them "
-                       "by split_group in participants.tsv"}
+            "message": f"same voxels and affine as {place}: {what}"}
 
 
 def scan_table(rows: Sequence[ArchiveRow]) -> pa.Table:

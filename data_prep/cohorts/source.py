@@ -89,6 +89,17 @@ class Source:
         self._local = is_local(self._fs)
         self._root = os.path.abspath(root) if self._local else root.rstrip("/")
 
+    def used(self, uri: str, was_used: bool, needed: str) -> None:
+        """DataError where a table that the user named is of no use; one of the source's is noted.
+
+        ``needed``: what a table must have.
+        """
+        if not was_used:
+            self.columns.pop(uri.rsplit("/", 1)[-1], None)
+            if uri in self.tables:
+                raise DataError(f"--table {uri}: has no row or lacks {needed}, so it would not be "
+                                "used; correct its header or leave it out")
+
     def walk(self, under: str = "", starting: str = "") -> Iterator[Found]:
         """Every file below the folder ``under``; paths are relative to the source.
 

@@ -90,7 +90,8 @@ def _without_duplicates(table: pa.Table) -> pa.Table:
     later = first[names] != rows
     people, scan_ids = table["participant"], table["scan_id"]
     return _marked(table, {
-        int(row): duplicate_of(slot(people[int(original)].as_py(), scan_ids[int(original)].as_py()))
+        int(row): duplicate_of(slot(people[int(original)].as_py(), scan_ids[int(original)].as_py()),
+                               same_person=people[int(row)].equals(people[int(original)]))
         for row, original in zip(rows[later], first[names[later]], strict=True)})
 
 

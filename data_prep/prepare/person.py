@@ -184,7 +184,7 @@ def _write(task: PersonTask, result: Prepared, provenance: str, seen: set[str]) 
         "status": judged["status"], "reason": judged["reason"], "flags": judged["flags"],
         "notes": joined(result.notes), "message": None}
     if result.scan_id in seen:
-        return {**outcome, **duplicate_of(place)}
+        return {**outcome, **duplicate_of(place, same_person=True)}
     seen.add(result.scan_id)
     outcome["figures"]["fingerprint"] = fingerprint(result.image, result.mask)
     outcome["voxels_sha256"] = write_volume(task.out, place, image=result.image, mask=result.mask,

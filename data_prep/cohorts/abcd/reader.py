@@ -30,10 +30,10 @@ from data_prep.cohorts.bids.names import (
     VOLUMES,
     Image,
     Name,
-    habits,
     parse_name,
 )
 from data_prep.cohorts.bids.scan import Reader
+from data_prep.cohorts.bids.visits import is_ruled_out, judged_rows
 from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.scan import Scan, split_member
 from data_prep.tables import parse_table
@@ -49,9 +49,10 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
     """
     table = yaml.safe_load(Path(__file__).with_name("abcd.yaml").read_text())
     reader, tree = Reader(source, cohort), Tree(source, table)
-    people = AbcdTables(table, source.notes)
+    people = AbcdTables(table, source)
     for uri in [*source.tables, *tree.tables]:
-        people.add(uri)
+        source.used(uri, people.add(uri), "a column of participants: participant_id, "
+                    "src_subject_id or subjectkey")
     for participant in sorted(tree.spellings):
         person = _PersonFiles(reader, table, participant)
         for pipeline, folder in tree.folders.pop(participant, []):
@@ -76,7 +77,7 @@ class _PersonFiles:
     images: list[Image] = field(default_factory=list)  # masks and label maps
     labels: list[tuple[str, str]] = field(default_factory=list)  # FreeSurfer's: session, URI
     others: list[Image] = field(default_factory=list)  # surfaces, motion
-    unusable: set[str] = field(default_factory=set)  # paths
+    unusable: set[object] = field(default_factory=set)  # scans, by ``_scan_key``
 
     def __post_init__(self) -> None:
         self.source, self.notes = self.reader.source, self.reader.notes
@@ -121,12 +122,17 @@ class _PersonFiles:
         rows = self.source.opened(found, lambda one: [
             {name: value for name, value in row.items() if name != "acq_time"}
             for row in parse_table(self.source.read(one), one.uri)])
-        for row in rows:
-            if found.name.endswith("_sessions.tsv"):
+        if found.name.endswith("_sessions.tsv"):
+            for row in rows:
                 people.add_row(self.participant, row)
-            elif any((row.get(column) or "").lower() in values
-                     for column, values in habits()["unusable"].items()):
-                self.unusable.add(f"{found.folder}/{row.get('filename')}")
+        else:
+            self.unusable |= {self._scan_key(row.get("filename") or "")
+                              for row in judged_rows(rows, {}) if is_ruled_out(row)}
+
+    def _scan_key(self, path: str) -> object:
+        """What names a scan in any spelling of participant and session."""
+        name = parse_name(path.rsplit("/", 1)[-1].rsplit("\\", 1)[-1])
+        return name.suffix.lower(), self._named(name).without()
 
     def _add_freesurfer(self, found: Found) -> None:
         session = re.search(r"ses-([A-Za-z0-9]+)", found.path)
@@ -234,7 +240,7 @@ class _PersonFiles:
         groups: dict[tuple[Any, ...], list[Delivered]] = defaultdict(list)
         # Of equal forms the later stamp comes first.
         for one in sorted(self.nifti, key=lambda one: one.taken.image.found.uri, reverse=True):
-            if one.taken.image.found.path in self.unusable:
+            if self._scan_key(one.taken.image.found.name) in self.unusable:
                 one.taken.reason = "cohort_unusable"
             groups[one.scan_key].append(one)
         chosen = [self._best(group) for group in groups.values()]

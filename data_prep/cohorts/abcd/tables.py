@@ -7,9 +7,10 @@ column has several names (abcd.yaml).
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any
 
+from data_prep.cohorts.source import Source
 from data_prep.tables import as_float
 from data_prep.wide import read_columns
 
@@ -37,8 +38,8 @@ def session_of(text: str, table: dict[str, Any]) -> str:
 class AbcdTables:
     """Facts of all participants, gathered from the tables that were added."""
 
-    def __init__(self, table: dict[str, Any], notes: Counter[str]) -> None:
-        self.table, self.notes = table, notes
+    def __init__(self, table: dict[str, Any], source: Source) -> None:
+        self.table, self.notes, self._source = table, source.notes, source
         self._names = {column: name for name, columns in table["columns"].items()
                        for column in columns}
         self._flags = {column for rule in table["exclusion"] for column in rule["columns"]}
@@ -47,20 +48,32 @@ class AbcdTables:
         self._known: set[str] = set()
         self._families: dict[str, set[str]] = defaultdict(set)
 
-    def add(self, uri: str) -> None:
-        """Read a table; raises DataError where it is damaged.  Tables without ids are counted."""
+    def add(self, uri: str) -> bool:
+        """Read a table; false where it is about nobody.  Raises DataError where it is damaged."""
         used = False
-        for row in read_columns(uri, lambda name: name in self._names or name in self._flags):
+        told = self._source.columns.setdefault(uri.rsplit("/", 1)[-1], {})
+
+        def wanted(column: str) -> bool:
+            name = self._names.get(column.lower())
+            if name or column.lower() in self._flags:
+                told[column] = name or "exclusion"
+            return column in told
+
+        for row in read_columns(uri, wanted, self.notes):
             # NDA's tables have a row of descriptions below the header
             if participant := participant_of(self._facts_of(row).get("participant", "")):
                 used = True
                 self.add_row(participant, row)
         if not used:
             self.notes["table without participants: not used"] += 1
+        return used
 
     def _facts_of(self, row: dict[str, str | None]) -> dict[str, str]:
-        return {self._names[column]: value for column, value in row.items()
-                if value is not None and column in self._names}
+        facts: dict[str, str] = {}
+        for column, value in row.items():
+            if value is not None and (name := self._names.get(column.lower())):
+                facts[name] = value
+        return facts
 
     def add_row(self, participant: str, row: dict[str, str | None]) -> None:
         """Take in what a row tells of a participant; what contradicts itself becomes unknown."""
@@ -68,8 +81,8 @@ class AbcdTables:
         facts = self._facts_of(row)
         facts.pop("participant", None)
         session = session_of(facts.pop("session", ""), self.table)
-        self._excluded |= {(participant, session, column) for column in self._flags & row.keys()
-                           if as_float(row[column]) == 0}
+        self._excluded |= {(participant, session, column.lower()) for column, value in row.items()
+                           if column.lower() in self._flags and as_float(value) == 0}
         months = as_float(facts.pop("age_months", None))
         if months is not None:
             facts.setdefault("age_years", str(round(months / 12, 3)))

@@ -36,9 +36,10 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
     """
     place = Place()
     survey(source, "", place)
-    tables = AdniTables(source.notes)
+    tables = AdniTables(source)
     for uri in [*place.tables, *source.tables]:
-        tables.add(uri)
+        if not tables.add(uri) and uri in source.tables:  # a download's dictionaries are among them
+            source.notes[f"--table {uri.rsplit('/', 1)[-1]}: of no known kind, not used"] += 1
     tables.check()
     packed = zipped(source, place.zips)
     seen: set[str] = set()

@@ -7,7 +7,7 @@ spellings.  Dates stay in here: what leaves are ages, days and codes of visits.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from datetime import date, datetime
@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.cohorts.source import Source
 from data_prep.tables import Cells, as_float
 from data_prep.wide import read_columns
 
@@ -110,8 +111,8 @@ class AdniPerson:
 class AdniTables:
     """All tables of a source, by image number and by the number of a person (RID)."""
 
-    def __init__(self, notes: Counter[str]) -> None:
-        self.notes = notes
+    def __init__(self, source: Source) -> None:
+        self.notes, self._source = source.notes, source
         self.images: defaultdict[str, Listed] = defaultdict(Listed)
         self.collected: set[str] = set()  # images of a download's own list
         self.people: defaultdict[str, AdniPerson] = defaultdict(AdniPerson)
@@ -120,22 +121,33 @@ class AdniTables:
         self._graded: dict[str, float] = {}
         self._selected: set[str] = set()
 
-    def add(self, uri: str) -> None:
-        """Read a table, or count it where it is of no known kind.  DataError: it is damaged."""
-        header = _header(uri)
+    def add(self, uri: str) -> bool:
+        """Read a table; false, and counted, where it is of no known kind.
+
+        Raises
+        ------
+        DataError
+            It is damaged.
+        """
+        header = {name.lower(): name for name in _header(uri)}
         roles = {role: found for role, spellings in RULES["columns"].items()
-                 if (found := next((name for name in spellings if name in header), None))}
+                 if (found := next((header[name.lower()] for name in spellings
+                                    if name.lower() in header), None))}
         kind = next((kind for kind, needs in RULES["kinds"].items()
                      if all(role in roles for role in needs)), None)
         if kind is None:
             self.notes["table of no known kind: not used"] += 1
-            return
-        wanted = {*roles.values(), *(RULES["labels"] if kind == "visits" else ())}
-        for cells in read_columns(uri, wanted.__contains__):
+            return False
+        labels = {*RULES["labels"]} & {*header.values()} if kind == "visits" else set()
+        self._source.columns[uri.rsplit("/", 1)[-1]] = {
+            **dict.fromkeys(sorted(labels), "label, numbers"),
+            **{name: role for role, name in roles.items()}}
+        for cells in read_columns(uri, {*roles.values(), *labels}.__contains__, self.notes):
             present = {name: None if value in RULES["missing"] else value
                        for name, value in cells.items()}
             getattr(self, f"_add_{kind}")({role: present[name] for role, name in roles.items()}
                                           | {"cells": present})
+        return True
 
     # ---- kinds of tables: rows by the roles of their columns
 
@@ -251,7 +263,7 @@ class AdniTables:
     def _sex(self, text: str | None) -> set[str]:
         if not text:
             return set()
-        sex = RULES["sexes"].get(text.lower())
+        sex = RULES["sexes"].get(text.lower().removesuffix(".0"))
         if sex is None:
             self.notes["sex is neither F nor M: unknown"] += 1
         return {sex} - {None}

@@ -45,7 +45,7 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
     reader = _Reader(source, cohort, table)
     roots, tables = survey(source)
     for uri in [*source.tables, *tables]:
-        reader.people.add(uri)
+        source.used(uri, reader.people.add(uri), "a column eid")
     # Every root comes in the order of the first two digits: one hundredth of the people is held.
     found = merge(*(packaged(source, root) for root in roots), key=lambda pair: pair[0][:2])
     for _, group in groupby(found, key=lambda pair: pair[0][:2]):
@@ -67,7 +67,7 @@ class _Reader:
     def __init__(self, source: Source, cohort: str, table: dict[str, Any]) -> None:
         self.source, self.cohort, self.table = source, cohort, table
         self.notes = source.notes
-        self.people = UkbTables(table, self.notes)
+        self.people = UkbTables(table, source)
         # fields whose packages are opened
         self.served = {*table["packages"], *table["companions"],
                        *(product.get("dicom") for products in table["packages"].values()

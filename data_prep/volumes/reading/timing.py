@@ -15,7 +15,8 @@ TR_TOLERANCE = 0.01  # header against sidecar, relative
 
 
 def repetition_time(header: Any, facts: Mapping[str, object]) -> tuple[float | None, list[str]]:
-    """Seconds between volumes and flags: tr_disagrees, tr_implausible, tr_unit_guessed.
+    """Seconds between volumes and flags: tr_disagrees, tr_implausible, tr_unit_guessed,
+    volume_timing.
 
     The sidecar's RepetitionTime (seconds, as BIDS has it) is believed before the header, whose
     field converters and resampling tools often lose.  None where neither has a usable value.
@@ -25,7 +26,13 @@ def repetition_time(header: Any, facts: Mapping[str, object]) -> tuple[float | N
 
 def choose_time(header_s: float | None, flags: list[str], facts: Mapping[str, object]
                 ) -> tuple[float | None, list[str]]:
-    """The sidecar's time or else the header's, and ``flags`` with what is odd about them."""
+    """The sidecar's time or else the header's, and ``flags`` with what is odd about them.
+
+    None, flagged volume_timing, where volumes do not follow each other by one time: BIDS lets a
+    sidecar give VolumeTiming in place of RepetitionTime.
+    """
+    if facts.get("VolumeTiming"):
+        return None, sorted({*flags, Flag.VOLUME_TIMING})
     given = facts.get("RepetitionTime")
     sidecar_s = float(given) if isinstance(given, int | float) else None
     times = {"header": header_s, "sidecar": sidecar_s}
