@@ -99,7 +99,7 @@ def test_hidden_files_in_a_store_are_counted_alike(tmp_path: Path, s3) -> None:
     write(tmp_path / "d", {".bidsignore": "*_T2w*\n", "sub-1/anat/sub-1_T2w.nii": "x"})
     s3fs.S3FileSystem().put(f"{tmp_path}/d/", f"{s3.uri}/hidden/", recursive=True)
     here, there = Read(tmp_path / "d"), Read(f"{s3.uri}/hidden")
-    assert here.notes == there.notes and len(here.notes) == 6
+    assert here.notes == there.notes and len(here.notes) == 5
     assert {one.reason for found in there.found for one in found.scans} == {OTHER_FORM, None}
 
 
