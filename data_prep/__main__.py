@@ -1,4 +1,4 @@
-"""python -m data_prep synth | index | prepare | pack | verify | withdraw | report
+"""python -m data_prep synth | index | doctor | prepare | pack | verify | withdraw | report
 
     python -m data_prep synth   --out cohort --participants 8
     python -m data_prep index   --cohort bids --source cohort --out cohort.parquet
@@ -75,6 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--key", help="file of the pseudonym key (default: $NEUROJEPA_KEY_FILE, "
                       "else one made once at ~/.config/neurojepa/pseudonym.key)")
     step.set_defaults(run=_index)
+
+    step = steps.add_parser("doctor", help="one person or file: what index and prepare see of it")
+    step.add_argument("source", help="folder or s3:// prefix of the cohort")
+    step.add_argument("who", metavar="PERSON|FILE", help="id as the source has it, or a file")
+    step.add_argument("--cohort", choices=list(COHORTS), default="bids", metavar="COHORT",
+                      help="kind of source, as for index (default: bids)")
+    step.add_argument("--table", action="append", default=[], metavar="URI",
+                      help="as for index; may be repeated")
+    step.set_defaults(run=_doctor)
 
     step = steps.add_parser("prepare", help="scans -> quality-checked volumes in MNI space")
     step.add_argument("--manifest", required=True, nargs="+")
@@ -153,6 +162,13 @@ def _index(arguments: argparse.Namespace) -> int:
     index(arguments.cohort, arguments.source, out=arguments.out, key=load_key(arguments.key),
           name=arguments.name, tables=arguments.table, links=arguments.links,
           beside=arguments.beside, withdrawn=arguments.withdrawn)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from data_prep.doctor import doctor
+
+    doctor(arguments.source, arguments.who, cohort=arguments.cohort, tables=arguments.table)
     return 0
 
 

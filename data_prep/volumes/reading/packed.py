@@ -20,9 +20,10 @@ _PIECE_BYTES = 1 << 12  # of Zstandard: 4 bytes can stand for 128 KiB
 class _Stream(Protocol):
     """What zlib and bz2 have in common."""
 
-    eof: bool
-    unused_data: bytes
-
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
     def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
 
