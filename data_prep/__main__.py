@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
                       help="and how long it may last (default: 30)")
     step.add_argument("--retry-quarantined", action="store_true",
                       help="try the people again of whom an earlier run had to give up a scan")
+    step.add_argument("--turn", metavar="TABLE", help="TSV or CSV with columns file and turn: "
+                      "scans with wrong axes, and where their R, A and S really point, such as "
+                      "LPS; RAS says that the header is right")
     step.set_defaults(run=_prepare)
 
     step = steps.add_parser("pack", help="archive -> WebDataset tars at a training grid")
@@ -181,7 +184,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     limits = Limits(int(arguments.memory_gib * 2**30), 60 * arguments.minutes_per_scan)
     prepare(arguments.manifest, out=arguments.out, preset=preset, workers=arguments.workers,
             ray_address=arguments.ray_address, limits=limits,
-            retry_quarantined=arguments.retry_quarantined)
+            retry_quarantined=arguments.retry_quarantined, turns=arguments.turn)
     return 0
 
 

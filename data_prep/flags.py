@@ -94,6 +94,9 @@ class Flag(_Code):
         "pet_clipped", "more than 1 % of the brain lies above the tracer's SUVR range",
         "check the reference region and the tracer")
     # the place in MNI152
+    ORIENTATION_UNSURE = (
+        "orientation_unsure", "the head fits the template about as well turned by right angles",
+        "look at the slices: do front and top lie where they should?")
     NO_ANCHOR = (
         "no_anchor", "placed by its silhouette alone: the person has no usable T1w, T2w or FLAIR",
         "look at the slices; deliver a structural scan of the person")
@@ -117,6 +120,10 @@ class Note(_Code):
     TRAILING_BYTES = (
         "trailing_bytes", "other bytes follow the packed ones, which are whole by their checksum",
         "nothing")
+    LEFT_RIGHT_FROM_HEADER = (
+        "left_right_from_header", "left and right are as the header says; no other scan of the "
+        "person confirms them, and a head and its mirror image fit the template alike",
+        "nothing, or compare a few scans with their source where the side matters")
     MINIMAL = (
         "minimal", "the series was delivered without removal of motion, and none was removed here",
         "read its maps beside qc_fd_mean, or deliver fMRIPrep's confounds")

@@ -6,6 +6,7 @@ each Scan and keeps every row, whatever became of it (rows.py).
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -56,6 +57,11 @@ class Scan:
     size_bytes: int | None = None
     modified: float | None = None  # seconds since the epoch
 
+    @property
+    def turn(self) -> str | None:
+        """What the user says of its axes (reading/turn.py); None: the header is put to the test."""
+        return json.loads(self.facts).get(TURN) if self.facts else None
+
 
 # Sidecar keys kept in ``facts``: BIDS names, whatever the cohort calls them.
 FACTS = ("FrameTimesStart", "FrameDuration", "Units", "TimeZero", "InjectionStart",
@@ -64,6 +70,7 @@ FACTS = ("FrameTimesStart", "FrameDuration", "Units", "TimeZero", "InjectionStar
          "InjectedRadioactivityUnits", "BodyWeight")
 
 _MEMBER = re.compile(r"(.*?\.(?:zip|tgz|tar|tar\.gz))::(.*)", re.IGNORECASE | re.DOTALL)
+TURN = "Turn"  # the key in ``facts`` that prepare --turn writes, and no sidecar
 
 SCAN_SCHEMA = pa.schema([
     (name, pa.float64() if name in ("age_at_scan", "field_strength", "modified")

@@ -50,6 +50,7 @@ from data_prep.prepare.person import (
     record_name,
     run_person_task,
 )
+from data_prep.prepare.turns import read_turns, with_turns
 from data_prep.rows import (
     ArchiveRow,
     Outcome,
@@ -74,7 +75,8 @@ _DEFAULT_LIMITS = Limits()
 
 def prepare(manifests: Sequence[str], *, out: str, preset: Preset, workers: int | None = None,
             ray_address: str | None = None, prepare_one: PrepareOne | None = None,
-            limits: Limits = _DEFAULT_LIMITS, retry_quarantined: bool = False) -> Counter[str]:
+            limits: Limits = _DEFAULT_LIMITS, retry_quarantined: bool = False,
+            turns: str | None = None) -> Counter[str]:
     """Prepare the scans of manifests into an archive; returns its number of scans by status.
 
     Parameters
@@ -85,9 +87,13 @@ def prepare(manifests: Sequence[str], *, out: str, preset: Preset, workers: int 
         Turns the scans of one person into volumes; ``volumes.pipeline.prepare_person`` if None.
     retry_quarantined
         Try the people again of whom an earlier run had to give up a scan.
+    turns
+        Table of the scans whose axes the user names, see turns.py.
 
     Raises
     ------
+    ConfigError
+        A row of ``turns`` cannot be used.
     DataError
         A manifest or a store cannot be read or written, people are in two splits, or no scan of
         the archive is usable.
@@ -95,6 +101,8 @@ def prepare(manifests: Sequence[str], *, out: str, preset: Preset, workers: int 
     for uri in (*manifests, out):
         check_reachable(uri)
     scans, labels = _read(manifests, withdrawn_people(out))
+    if turns:
+        scans = with_turns(scans, read_turns(turns), turns)
     people = ScansByPerson(scans, preset)
     run = _Run(out, people, preset, workers, ray_address, prepare_one, limits)
     todo = run.without_record()

@@ -8,7 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from data_prep import qc
-from data_prep.flags import Flag, of_companion
+from data_prep.flags import Flag, Note, of_companion
 from data_prep.qc import Figures
 from data_prep.scan import Scan, ScanError, split_member
 from data_prep.volumes.placing.align import Placement, coverage, template
@@ -55,8 +55,9 @@ def write_scan(work: StructuralScan, to_scan: np.ndarray, placement: Placement,
     if work.transform_fault:
         flags.append(Flag.COHORT_TRANSFORM_FAILED)
     flags += judged(figures, work.scan.modality, volume.name)
+    notes = volume.notes + ([] if work.same_side else [Note.LEFT_RIGHT_FROM_HEADER])
     return Prepared(work.scan, work.scan_id, scale(image, brain), mask, label, figures, flags,
-                    volume.notes)
+                    notes)
 
 
 # ---- voxels --------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def label_map(scan: Scan, matrix: np.ndarray) -> tuple[np.ndarray | None, list[s
     """
     if not scan.label_uri:
         return None, []
-    source = read_scan(*split_member(scan.label_uri), label=True)
+    source = read_scan(*split_member(scan.label_uri), label=True, turn=scan.turn)
     return codes_on_archive(source, matrix), of_companion("label", source.flags)
 
 

@@ -23,7 +23,13 @@ from data_prep.volumes.functional.pose import Anchor
 from data_prep.volumes.functional.prepare import prepare_functional
 from data_prep.volumes.output import write_scan
 from data_prep.volumes.placing.align import Placement, place, place_given
-from data_prep.volumes.placing.within import average, midpoint, register_rigid
+from data_prep.volumes.placing.within import (
+    average,
+    midpoint,
+    mirrored_error,
+    register_rigid,
+    same_side,
+)
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.published import prepare_published
 from data_prep.volumes.reading.volume import read_scan
@@ -95,7 +101,7 @@ def _structural(scans: list[tuple[int, Scan]], preset: Preset, done: Results) ->
     sessions: dict[str, list[Numbered]] = {}
     for number, scan in scans:
         try:
-            volume = read_scan(scan.uri, scan.member)
+            volume = read_scan(scan.uri, scan.member, turn=scan.turn)
             sessions.setdefault(scan.session, []).append(
                 (number, StructuralScan(scan, volume, volume.scan_id)))
         except ScanError as error:
@@ -131,6 +137,17 @@ def _write_session(group: list[Numbered], to_anchor: np.ndarray, placement: Plac
     return Anchor(group[0][1], to_anchor, placement, label)
 
 
+def _check_sides(first: StructuralScan, other: StructuralScan, matrix: np.ndarray) -> None:
+    """Raise ScanError left_right_doubtful where two visits are mirror images of each other."""
+    if first.volume.turn is not None and other.volume.turn is not None:
+        return
+    agree = same_side(first.volume, mask=first.brain, moving=other.volume, matrix=matrix)
+    if agree is False:
+        raise mirrored_error(other.volume.name, first.volume.name)
+    for work in (first, other):
+        work.same_side = work.same_side or agree
+
+
 def _place(anchors: list[StructuralScan], preset: Preset) -> tuple[Placement, list[np.ndarray]]:
     """The person's placement, and for each anchor the matrix from midpoint mm to anchor mm."""
     first = anchors[0]
@@ -144,6 +161,7 @@ def _place(anchors: list[StructuralScan], preset: Preset) -> tuple[Placement, li
         start[:3, 3] = other.centre - centre
         from_first.append(register_rigid(first.volume, mask=first.brain, moving=other.volume,
                                          preset=preset, start=start))
+        _check_sides(first, other, from_first[-1])
     to_midpoint = midpoint(from_first, centre)
     matrices = [matrix @ np.linalg.inv(to_midpoint) for matrix in from_first]
     middle = to_midpoint[:3, :3] @ centre + to_midpoint[:3, 3]

@@ -9,7 +9,7 @@ takes head size away.  What differs from the scripts, which need FSL and FreeSur
     - The affine is found between brains, as in the other presets, where the scripts give FLIRT
       whole heads.  No installed package ships a whole-head template, and a whole head on the
       template's brain went astray in 3 of 7 scans here.  So a first, discarded brain mask is drawn.
-    - The search for turns of 90 degrees is left out: headers say how a head lies.
+    - A head that lies turned by 90 degrees is refused, not turned: see orientation.py.
     - The preset's mask tool stands for SynthStrip, nilearn's MNI152 for FSL's and the ICBM T2w.
     - The volume has the 180 x 216 x 180 mm of the published crop but lies on the archive grid.
     - A registration that fails is rejected instead of passed on.
@@ -35,6 +35,7 @@ from data_prep.volumes.output import (
 )
 from data_prep.volumes.placing.align import coverage, fault, judge, place
 from data_prep.volumes.placing.geometry import on_grid, resample, to_array, to_itk
+from data_prep.volumes.placing.orientation import refuse_turned
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.reading.volume import Volume, read_scan
 from data_prep.volumes.results import Prepared
@@ -59,10 +60,11 @@ def prepare_published(scan: Scan, preset: Preset) -> Prepared:
     if scan.modality not in ("T1w", "T2w", "FLAIR"):
         raise ScanError("not_in_preset", f"{scan.uri}: the published order has no step for "
                                          f"{scan.modality}; prepare it with the default preset")
-    read = read_scan(scan.uri, scan.member)
+    read = read_scan(scan.uri, scan.member, turn=scan.turn)
     head, inside = crop_neck(read)
     head = replace(head, data=correct_bias_field(head.data, head.affine, inside))
     first, source = brain_mask(head, preset)
+    refuse_turned(head, first)
     matrix = place(head, first, scan.modality, preset).affine
     image = on_grid(to_itk(head.data, head.affine), matrix, ARCHIVE_GRID, sitk.sitkBSpline3)
     image = np.clip(image, head.data.min(), head.data.max())

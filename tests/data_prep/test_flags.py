@@ -66,20 +66,20 @@ def structural(folder: Path, patch: pytest.MonkeyPatch) -> list[Prepared | Rejec
 
 def rejected_later(folder: Path, patch: pytest.MonkeyPatch) -> list[Prepared | Rejected]:
     """A scan that is read and then fails."""
-    patch.setattr(pipeline, "read_scan", lambda *_: replace(
+    patch.setattr(pipeline, "read_scan", lambda *_, **__: replace(
         odd_volume(), data=np.ones((40, 40, 40), np.float32)))
     return prepare_person([scan("a", mask_uri=None)], replace(QUICK, brain_ml=(1.0, 2.0)))
 
 
 def paper(folder: Path, patch: pytest.MonkeyPatch) -> list[Prepared | Rejected]:
-    patch.setattr(published, "read_scan", lambda *_: odd_volume())
+    patch.setattr(published, "read_scan", lambda *_, **__: odd_volume())
     patch.setattr(published, "correct_bias_field", lambda data, *_: data)
     patch.setattr(published, "place", lambda *_: placed())
     patch.setattr(published, "judge", lambda *_, **__: placed())
     return prepare_person([scan("a")], replace(PRESETS["paper"], spline=False))
 
 
-def odd_series(*_: object) -> Series:
+def odd_series(*_: object, **__: object) -> Series:
     still, affine = head()
     data = np.repeat(still[..., None], 3, axis=3) + np.arange(3, dtype=np.float32)
     return Series("a", data, affine, 2.0, flags=list(ALL_FLAGS), notes=list(ALL_NOTES))
@@ -91,7 +91,7 @@ def bold(folder: Path, patch: pytest.MonkeyPatch) -> list[Prepared | Rejected]:
 
 
 def pet(folder: Path, patch: pytest.MonkeyPatch) -> list[Prepared | Rejected]:
-    def read(*_: object) -> Series:
+    def read(*_: object, **__: object) -> Series:
         series = odd_series()
         data = np.where(series.data[..., :1] > 0, 5, 0).astype(np.float32)
         return replace(series, data=data, facts=json.loads(BQ))

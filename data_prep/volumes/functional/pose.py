@@ -20,6 +20,7 @@ from data_prep.volumes.output import placement_figures, placement_flags, to_arch
 from data_prep.volumes.placing.align import Placement, place, template
 from data_prep.volumes.placing.geometry import centre_of
 from data_prep.volumes.placing.matching import dice
+from data_prep.volumes.placing.orientation import fits_as_stated, refuse_turned
 from data_prep.volumes.placing.within import check_session_shift, register_rigid_from
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.reading.volume import Volume
@@ -80,14 +81,23 @@ def locate(image: Volume, scan: Scan, anchors: Sequence[Anchor], preset: Preset)
     Raises
     ------
     ScanError
-        registration_failed, implausible_mask, or what reading a given mask raised.
+        registration_failed, orientation_doubtful, implausible_mask, or what reading a given mask
+        raised.
     """
-    if in_template_space(scan):
-        return _in_template(image, scan)
     anchor = nearest_anchor(scan, anchors)
-    if anchor is None:
-        return _alone(image, scan, preset)
-    return _anchored(image, scan, anchor, preset)
+    try:
+        pose = (_in_template(image, scan) if in_template_space(scan) else
+                _alone(image, scan, preset) if anchor is None else
+                _anchored(image, scan, anchor, preset))
+    except ScanError as error:
+        if error.code == "registration_failed":
+            refuse_turned(image, silhouettes(image, scan.mask_uri, preset)[0])
+        raise
+    from_template = pose.matrix @ np.linalg.inv(pose.to_template)
+    if not fits_as_stated(image, pose.native_brain, from_template):
+        # A mask that was carried along may lie beside the brain; the image's own does not.
+        refuse_turned(image, silhouettes(image, scan.mask_uri, preset)[0])
+    return pose
 
 
 def _in_template(image: Volume, scan: Scan) -> Pose:

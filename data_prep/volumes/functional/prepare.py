@@ -48,7 +48,8 @@ def prepare_functional(scan: Scan, anchors: Sequence[Anchor], preset: Preset
         if is_cifti_name(scan):
             return _cifti(scan)
         try:
-            series = read_series(scan.uri, scan.member, json.loads(scan.facts or "{}"))
+            series = read_series(scan.uri, scan.member, json.loads(scan.facts or "{}"),
+                                 turn=scan.turn)
         except ScanError as error:
             if error.code != "cifti":  # a NIfTI by name, grayordinates by its intent code
                 raise

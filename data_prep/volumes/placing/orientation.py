@@ -28,16 +28,17 @@ import SimpleITK as sitk
 from scipy import optimize
 from scipy.spatial.transform import Rotation
 
+from data_prep.flags import Flag
 from data_prep.scan import ScanError
 from data_prep.volumes.placing.align import template
-from data_prep.volumes.placing.geometry import centre_of, resample, to_itk
+from data_prep.volumes.placing.geometry import centre_of, resample
 from data_prep.volumes.placing.matching import shrunk, stripped
-from data_prep.volumes.reading.turn import AS_STATED, turn_of
+from data_prep.volumes.reading.turn import AS_STATED, WORDS, turn_of
 from data_prep.volumes.reading.volume import Volume
 
 GRID_MM = 6  # of the comparison
 HEAD_MM = 3.0  # of the scan behind it
-CLEAR = 0.25  # above every turn that is not refined: no more to ask
+CLEAR = 0.2  # above every turn that is not refined: no more to ask
 MARGIN = 0.05  # between two refined turns, or nothing is said about which is right
 REFINED = 3  # turns, the best of the others
 MIN_VOXELS = 200  # of the grid, where the two brains overlap
@@ -186,15 +187,33 @@ def check_turn(volume: Volume, mask: np.ndarray, matrix: np.ndarray | None = Non
     return Verdict(AS_STATED, scores[name] < stated - MARGIN)
 
 
-def refuse_turned(verdict: Verdict, name: str) -> None:
-    """Raise ScanError orientation_doubtful where a scan fits better turned."""
+def fits_as_stated(volume: Volume, mask: np.ndarray, matrix: np.ndarray | None = None) -> bool:
+    """Whether a scan lies as its header says, beyond doubt; as ``check_turn``."""
+    return volume.turn is not None or check_turn(volume, mask, matrix) == Verdict(AS_STATED, True)
+
+
+def refuse_turned(volume: Volume, mask: np.ndarray, matrix: np.ndarray | None = None) -> None:
+    """Refuse a scan that fits better turned; flag one that fits two ways; as ``check_turn``.
+
+    A scan whose axes the user named is believed.
+
+    Raises
+    ------
+    ScanError
+        orientation_doubtful, with the better turn.
+    """
+    if volume.turn is not None:
+        return
+    verdict = check_turn(volume, mask, matrix)
+    if not verdict.sure:
+        volume.flags.append(Flag.ORIENTATION_UNSURE)
     if verdict.turn != AS_STATED:
-        raise ScanError("orientation_doubtful", f"{name}: the head fits the template better "
-                        f"turned {verdict.turn}: what the header calls right, anterior and "
-                        f"superior is {verdict.turn} in the head (or a mirror image of that). "
-                        "Correct the affine from its source, or look at the scan and name it in "
-                        f"the table of prepare --turn, as {verdict.turn}, or as {AS_STATED} if "
-                        "the header is right")
+        raise ScanError("orientation_doubtful", f"{volume.name}: the head fits the template better "
+                        f"turned {verdict.turn}: what the header calls right, anterior, superior "
+                        f"is {', '.join(WORDS[letter] for letter in verdict.turn)} (or the mirror "
+                        "image of that, which looks alike). Correct the affine; or look at the "
+                        "scan and name it in the table of prepare --turn, with turn "
+                        f"{verdict.turn}, or with {AS_STATED} if the header is right")
 
 
 def _about(centre: np.ndarray, turn: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ All matrices map points of the fixed image to points of the moving one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
@@ -32,6 +34,10 @@ from data_prep.volumes.reading.volume import Volume
 
 MAX_SESSION_SHIFT_MM = 40.0  # of the brain's centre, between scans of one session
 MAX_ROTATION_DEG = 45.0
+SIDE_MM = 4.0
+# Mutual information with a mirror image over that as it is: 0.55 to 0.87 in 6 real and 6 synthetic
+# pairs (T1w with T1w, T2w, FLAIR; 1 to 4 mm slices), so at least 1.15 where one is mirrored.
+SAME_SIDE, OTHER_SIDE = 0.95, 1.05
 # Of the mutual information at the start.  Where two grids coincide it starts high and a right
 # answer, which interpolates, ends up to 6 % lower; a wrong one lost half.
 MIN_KEPT = 0.8
@@ -97,6 +103,49 @@ def _register_rigid(start: np.ndarray, centre: np.ndarray, images: tuple[sitk.Im
             return found
         what = f"mutual information {-found.value:.3f}, {-found.start_value:.3f} at the start"
     raise _AstrayError(what)
+
+
+def same_side(fixed: Volume, *, mask: np.ndarray, moving: Volume, matrix: np.ndarray
+              ) -> bool | None:
+    """Whether left and right of two scans of a person agree; None where it cannot be told.
+
+    No brain is its own mirror image, so the scan fits its pair better than its reflection does.
+    Which of the two is mirrored, if they disagree, this does not say.
+
+    Parameters
+    ----------
+    mask : bool [x, y, z], the brain in ``fixed``
+    matrix : [4, 4], the rigid transform found: fixed mm to moving mm
+    """
+    centre = centre_of(mask, fixed.affine)
+    there = _reflection(float(matrix[0] @ np.r_[centre, 1]))
+    mirror = replace(moving, data=moving.data[::-1], affine=there @ moving.affine
+                     @ _reflection((moving.data.shape[0] - 1) / 2))
+    image = shrunk(fixed.data, fixed.affine, SIDE_MM)
+    seen = to_itk(_dilated(mask, fixed).astype(np.uint8), fixed.affine)
+    try:
+        as_is, mirrored = (
+            _register_rigid(start, centre, (image, shrunk(one.data, one.affine, SIDE_MM)), seen)
+            for one, start in ((moving, matrix),
+                               (mirror, there @ matrix @ _reflection(float(centre[0])))))
+    except _AstrayError:
+        return None
+    ratio = mirrored.value / as_is.value
+    return True if ratio < SAME_SIDE else False if ratio > OTHER_SIDE else None
+
+
+def _reflection(x: float) -> np.ndarray:
+    """[4, 4], left and right exchanged about the plane at ``x``."""
+    matrix = np.diag([-1.0, 1.0, 1.0, 1.0])
+    matrix[0, 3] = 2 * x
+    return matrix
+
+
+def mirrored_error(name: str, other: str) -> ScanError:
+    """What to say where left and right of two scans disagree."""
+    return ScanError("left_right_doubtful", f"{name}: left and right are exchanged against "
+                     f"{other}, and no header proves which is right. Compare both with their "
+                     "source, and name the wrong one in the table of prepare --turn, with turn LAS")
 
 
 def check_session_shift(matrix: np.ndarray, centre: np.ndarray, name: str) -> None:

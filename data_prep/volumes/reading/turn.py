@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 AS_STATED = "RAS"
+WORDS = {"L": "left", "R": "right", "P": "posterior", "A": "anterior", "I": "inferior",
+         "S": "superior"}
 _PAIRS = ("LR", "PA", "IS")
 
 

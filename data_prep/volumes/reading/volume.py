@@ -22,6 +22,7 @@ from data_prep.flags import Flag
 from data_prep.scan import ScanError
 from data_prep.volumes.reading.decode import Decoded, decode
 from data_prep.volumes.reading.timing import repetition_time
+from data_prep.volumes.reading.turn import AS_STATED, turn_matrix
 
 MAX_VOXELS = 1 << 28  # 1 GiB as float32; a 0.5 mm head has half of it
 MAX_SERIES_VOXELS = 5 << 28  # 5 GiB as float32; 1,200 volumes on the MNI grid at 2 mm have 4.3
@@ -52,6 +53,7 @@ class Volume:
     notes: list[str] = field(default_factory=list)  # of flags.Note
     invalid: np.ndarray | None = None  # bool [x, y, z]: voxels that were NaN or Inf, now 0
     facts: dict[str, object] = field(default_factory=dict)  # of a DICOM series, BIDS keys
+    turn: str | None = None  # as the user stated it, applied; see turn.py
 
     @property
     def voxel_ml(self) -> float:
@@ -80,6 +82,7 @@ class Series:
     spacing: tuple[float, ...] = (1.0, 1.0, 1.0)
     dtype: str = "float32"
     notes: list[str] = field(default_factory=list)
+    turn: str | None = None
 
     @property
     def scan_id(self) -> str:
@@ -91,7 +94,7 @@ class Series:
         """A map [x, y, z] computed from the series, as a Volume on its grid."""
         return Volume(self.name, np.ascontiguousarray(data, np.float32), self.affine,
                       self.orientation, self.spacing, self.dtype, flags=list(self.flags),
-                      notes=list(self.notes))
+                      notes=list(self.notes), turn=self.turn)
 
 
 def content_id(data: np.ndarray, affine: np.ndarray) -> str:
@@ -105,7 +108,7 @@ def content_id(data: np.ndarray, affine: np.ndarray) -> str:
 
 
 def read_scan(uri: str, member: str | None = None, *, label: bool = False,
-              max_voxels: int = MAX_VOXELS) -> Volume:
+              turn: str | None = None, max_voxels: int = MAX_VOXELS) -> Volume:
     """Read NIfTI-1/2 (.nii, .nii.gz, .hdr + .img), MGH/MGZ or a DICOM series from any store.
 
     Parameters
@@ -113,6 +116,7 @@ def read_scan(uri: str, member: str | None = None, *, label: bool = False,
     uri : path or URI of the file, of the zip or tar that holds it, or of a DICOM folder with "/"
     member : path inside the archive
     label : the file is a mask or label map: few slices, constants and negatives are allowed
+    turn : where the header's R, A and S really point, as the user says; see turn.py
     max_voxels : headers that claim more are refused before anything is allocated
 
     Raises
@@ -130,7 +134,7 @@ def read_scan(uri: str, member: str | None = None, *, label: bool = False,
         raise ScanError("not_3d", f"{found.name}: shape {found.shape}, a 3D volume is expected")
     if not label:
         _check_wrap(found)
-    volume = _canonical(found)
+    volume = _canonical(found, turn)[0]
     finite = np.isfinite(volume.data)
     if not finite.all():
         volume.invalid = ~finite
@@ -142,12 +146,13 @@ def read_scan(uri: str, member: str | None = None, *, label: bool = False,
 
 
 def read_series(uri: str, member: str | None = None, facts: Mapping[str, object] | None = None, *,
-                max_voxels: int = MAX_SERIES_VOXELS) -> Series:
+                turn: str | None = None, max_voxels: int = MAX_SERIES_VOXELS) -> Series:
     """Read a 4D scan (t = 1 for a 3D one); containers and stores as ``read_scan``.
 
     Parameters
     ----------
     facts : what the sidecar says (keys of FACTS); it is believed before the header
+    turn : as of ``read_scan``
 
     Returns
     -------
@@ -162,9 +167,9 @@ def read_series(uri: str, member: str | None = None, facts: Mapping[str, object]
     """
     found = decode(uri, member, max_voxels)
     _check_wrap(found)
-    first = _canonical(found)
+    first, axes = _canonical(found, turn)
     count = found.shape[3] if len(found.shape) == 4 else 1
-    axes, finite = nib.io_orientation(found.image.affine), True
+    finite = True
     # Time is the slowest axis in memory, as in the file, so that reading is one pass.
     data = np.moveaxis(np.empty((count, *first.data.shape), np.float32), 0, 3)
     for t in range(count):
@@ -179,7 +184,7 @@ def read_series(uri: str, member: str | None = None, facts: Mapping[str, object]
     frames = count == 1 or "FrameTimesStart" in known  # of PET, whose steps are no constant
     tr_s, flags = (None, []) if frames else repetition_time(found.image.header, known)
     return Series(found.name, data, first.affine, tr_s, known, first.flags + flags,
-                  first.orientation, first.spacing, first.dtype, first.notes)
+                  first.orientation, first.spacing, first.dtype, first.notes, turn)
 
 
 # ---- voxels and axes -----------------------------------------------------------------------------
@@ -191,8 +196,8 @@ def _voxels(found: Decoded, t: int = 0) -> np.ndarray:
     return data.reshape(found.shape[:3]).astype(np.float32)
 
 
-def _canonical(found: Decoded) -> Volume:
-    """The first volume, its axes turned to the closest of R, A, S."""
+def _canonical(found: Decoded, turn: str | None) -> tuple[Volume, np.ndarray]:
+    """The first volume, its axes turned to the closest of R, A, S, and how they were turned."""
     image, name, shape = found.image, found.name, found.shape[:3]
     affine = np.asarray(image.affine, np.float64)
     size = np.prod(np.linalg.norm(affine[:3, :3], axis=0))
@@ -202,6 +207,7 @@ def _canonical(found: Decoded) -> Volume:
     header = image.header
     nifti = isinstance(header, nib.Nifti1Header)
     affine, flags = _in_mm(affine, header, shape) if nifti else (affine, [])
+    affine = turn_matrix(turn or AS_STATED) @ affine
     axes = nib.io_orientation(affine)
     volume = Volume(
         name=name, data=np.ascontiguousarray(nib.apply_orientation(_voxels(found), axes)),
@@ -211,11 +217,12 @@ def _canonical(found: Decoded) -> Volume:
         dtype=str(image.get_data_dtype()),
         sform_code=int(header["sform_code"]) if nifti else None,
         qform_code=int(header["qform_code"]) if nifti else None,
-        flags=found.flags + flags, notes=list(found.notes), facts=dict(found.facts))
+        flags=found.flags + flags, notes=list(found.notes), facts=dict(found.facts),
+        turn=turn)
     if nifti and volume.sform_code and volume.qform_code:
         _compare_forms(volume, header, shape)
     _check_shear(volume)
-    return volume
+    return volume, axes
 
 
 def _in_mm(affine: np.ndarray, header: Any, shape: tuple[int, ...]

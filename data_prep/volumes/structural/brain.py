@@ -61,7 +61,7 @@ def brain_mask(volume: Volume, preset: Preset, mask_uri: str | None = None
 
 def given_mask(volume: Volume, mask_uri: str) -> np.ndarray:
     """The mask that came with a volume, on its grid; the mask's flags go to the volume."""
-    given = read_scan(*split_member(mask_uri), label=True)
+    given = read_scan(*split_member(mask_uri), label=True, turn=volume.turn)
     volume.flags += of_companion("mask", given.flags)
     return carried(given, volume)
 

@@ -17,8 +17,14 @@ from data_prep.scan import Scan, ScanError
 from data_prep.volumes.placing.align import Placement, place_given
 from data_prep.volumes.placing.geometry import centre_of, nearest_rotation, resample, to_itk
 from data_prep.volumes.placing.matching import dice
+from data_prep.volumes.placing.orientation import fits_as_stated, refuse_turned
 from data_prep.volumes.placing.transforms import template_to_scan
-from data_prep.volumes.placing.within import check_session_shift, register_rigid
+from data_prep.volumes.placing.within import (
+    check_session_shift,
+    mirrored_error,
+    register_rigid,
+    same_side,
+)
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.reading.volume import Volume
 from data_prep.volumes.results import Rejected, rejected
@@ -44,6 +50,7 @@ class StructuralScan:
     placement: Placement | None = None  # by the cohort's transform; of an anchor that passed
     to_anchor: np.ndarray = field(default_factory=lambda: np.eye(4))  # anchor mm to this scan's mm
     session_dice: float | None = None
+    same_side: bool | None = None  # left and right agree with another scan; None: it is not known
 
     @property
     def brain(self) -> np.ndarray:
@@ -82,11 +89,31 @@ def join_session(ranked: list[Numbered], preset: Preset) -> tuple[list[Numbered]
             kept.append((number, work))
         except ScanError as error:
             lost[number] = rejected(work.scan, error, work.volume.flags)
-    return kept, lost
+    return _without_mirrored(kept, lost)
+
+
+def _without_mirrored(kept: list[Numbered], lost: dict[int, Rejected]
+                      ) -> tuple[list[Numbered], dict[int, Rejected]]:
+    """Drop the fewer scans whose left and right differ from the rest; all where it is even."""
+    other = [item for item in kept[1:] if item[1].same_side is False]
+    agree = [item for item in kept[1:] if item[1].same_side]
+    if not other:
+        if kept:
+            kept[0][1].same_side = bool(agree) or None
+        return kept, lost
+    gone, anchor = other if len(agree) + 1 > len(other) else kept, kept[0][1]
+    for number, work in gone:
+        pair = other[0][1] if work is anchor else anchor
+        lost[number] = rejected(work.scan, mirrored_error(work.volume.name, pair.volume.name),
+                                work.volume.flags)
+    anchor.same_side = bool(agree) or None
+    numbers = {number for number, _ in gone}
+    return [item for item in kept if item[0] not in numbers], lost
 
 
 def _mask(work: StructuralScan, preset: Preset) -> None:
     work.mask, work.mask_source = brain_mask(work.volume, preset, work.scan.mask_uri)
+    refuse_turned(work.volume, work.mask)
     work.figures = native_figures(work.scan, work.volume, work.mask)
     if preset.bias_field:
         volume = work.volume
@@ -140,15 +167,29 @@ def _join(work: StructuralScan, anchor: StructuralScan, preset: Preset) -> None:
     """Bring a scan to its session's anchor, and give it a mask."""
     if not preset.share_mask or work.scan.mask_uri:
         _mask(work, preset)
+    try:
+        _register(work, anchor, preset)
+    except ScanError as error:
+        if work.mask is None and error.code == "registration_failed":
+            refuse_turned(work.volume, brain_mask(work.volume, preset)[0])
+        raise
+
+
+def _register(work: StructuralScan, anchor: StructuralScan, preset: Preset) -> None:
     shared = _shared_transform(work, anchor)
     work.to_anchor = (register_rigid(anchor.volume, mask=anchor.brain, moving=work.volume,
                                      preset=preset)
                       if shared is None else shared)
     check_session_shift(work.to_anchor, anchor.centre, work.volume.name)
+    if work.volume.turn is None or anchor.volume.turn is None:
+        work.same_side = same_side(anchor.volume, mask=anchor.brain, moving=work.volume,
+                                   matrix=work.to_anchor)
     moved, covered = carried_from(anchor, work.to_anchor, work.volume)
     if work.mask is None:
         work.mask, work.mask_source = moved, "anchor"
         check_mask(work.mask, work.volume, preset, work.mask_source)
+        if not fits_as_stated(work.volume, moved):  # the anchor's mask may be beside the brain
+            refuse_turned(work.volume, brain_mask(work.volume, preset)[0])
         work.figures = native_figures(work.scan, work.volume, work.mask)
         return
     work.session_dice = dice(moved, work.mask & covered)
