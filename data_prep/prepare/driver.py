@@ -69,6 +69,8 @@ from neurojepa.storage import join, list_names, remove
 if TYPE_CHECKING:
     from data_prep.volumes.preset import Preset
 
+# Reasons that ask the user a question: the run did what it could.
+DOUBTFUL = {"orientation_doubtful", "left_right_doubtful"}
 _PEOPLE_AT_ONCE = 2000  # whose records are in memory
 _DEFAULT_LIMITS = Limits()
 
@@ -318,6 +320,10 @@ def _review(out: str, table: pa.Table) -> pa.Table:
 
 def _checked(out: str, table: pa.Table, counts: Counter[str]) -> Counter[str]:
     if not counts[Status.ACCEPTED] + counts[Status.FLAGGED]:
+        if len(table) and set(table["reason"].to_pylist()) <= DOUBTFUL:
+            print(f"{out}: no scan is usable until someone says how the heads lie: see the "
+                  "messages in scans.parquet, and prepare --turn")
+            return counts
         example = next(iter(table["message"].to_pylist()), "the manifest is empty")
         raise DataError(f"{out}: none of {len(table)} scans is usable; the first one: {example}")
     return counts

@@ -41,6 +41,7 @@ HEAD_MM = 3.0  # of the scan behind it
 CLEAR = 0.2  # above every turn that is not refined: no more to ask
 MARGIN = 0.05  # between two refined turns, or nothing is said about which is right
 REFINED = 3  # turns, the best of the others
+MIN_SCORE = 0.95  # of a turn that is claimed; noise in a box fits no better than 0.9
 MIN_VOXELS = 200  # of the grid, where the two brains overlap
 REACH_RAD, REACH_MM, REACH_SIZE = 0.6, 50.0, 0.3  # of a refinement; of the size its logarithm
 
@@ -182,7 +183,7 @@ def check_turn(volume: Volume, mask: np.ndarray, matrix: np.ndarray | None = Non
     best = sorted(start, key=lambda name: -start[name])[:REFINED]
     scores = {name: head.refined(turns[name]) for name in best}
     name = max(scores, key=lambda one: scores[one])
-    if scores[name] > stated + MARGIN:
+    if scores[name] > max(stated + MARGIN, MIN_SCORE):
         return Verdict(name, True)
     return Verdict(AS_STATED, scores[name] < stated - MARGIN)
 
