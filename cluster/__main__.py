@@ -43,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     supervise.add_argument("--hostfile", help="lines 'HOST slots=N'; default: this machine")
     supervise.add_argument("--master-addr", help="address of the hostfile's first host as the "
                            "others see it (default: its name there)")
+    supervise.add_argument("--min-hosts", type=int, metavar="N",
+                           help="of the hostfile that have to take part (default 1)")
+    supervise.add_argument("--max-hosts", type=int, metavar="N",
+                           help="that take part at most; the rest are spares (default: all)")
     supervise.add_argument("--ranks", type=int, help="ranks on this machine (default: run.ranks)")
     supervise.add_argument("--max-restarts", type=int, default=3, metavar="K",
                            help="restarts in a row without a new checkpoint (default 3)")
@@ -76,14 +80,20 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
 
     if options.hostfile and options.ranks:
         raise ConfigError("--ranks is for this machine; with --hostfile its slots count")
+    if (options.min_hosts or options.max_hosts) and not options.hostfile:
+        raise ConfigError("--min-hosts and --max-hosts are about the hosts of --hostfile; give one")
     run_dir, settings = run_of_arguments(arguments)
     launch = DeepSpeedLaunch(arguments, options.ranks or int(settings.get("run.ranks") or 1),
                              options.hostfile, options.master_addr)
-    launch.hosts()  # reads the hostfile: a mistake in it shows before anything starts
+    hosts = launch.hosts()  # a mistake in the hostfile shows before anything starts
+    least, most = options.min_hosts or 1, options.max_hosts or max(1, len(hosts))
+    if not 1 <= least <= most or (hosts and least > len(hosts)):
+        raise ConfigError(f"--min-hosts {least} --max-hosts {most}: {options.hostfile} has "
+                          f"{len(hosts)} hosts; choose 1 <= min <= max, and min from these")
     launcher_tools(hostfile=options.hostfile is not None)
     return Supervisor(launch, run_dir, options.max_restarts, options.hang_seconds,
                       options.start_seconds, last_step=settings.get("train.steps"),
-                      retry_s=60 * options.retry_minutes).run()
+                      retry_s=60 * options.retry_minutes, min_hosts=least, max_hosts=most).run()
 
 
 def _status(options: argparse.Namespace) -> int:

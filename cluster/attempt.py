@@ -47,6 +47,8 @@ class DeepSpeedLaunch:
         Lines ``HOST slots=N``; None starts ``ranks`` processes on this machine.
     master_addr
         Address of rank 0's host as the others see it; the first host of the hostfile by default.
+    without
+        Hosts of the hostfile that are left out.
     """
 
     arguments: list[str]
@@ -54,17 +56,28 @@ class DeepSpeedLaunch:
     hostfile: str | None = None
     master_addr: str | None = None
     module: str = "neurojepa.pretrain"
+    without: frozenset[str] = frozenset()
 
     def hosts(self) -> list[str]:
-        """The hosts of the hostfile, in its order; empty for a local start."""
+        """The hosts to start on, in the hostfile's order; empty for a local start."""
+        return [host for host in self.slots() if host not in self.without]
+
+    def slots(self) -> dict[str, int]:
+        """Ranks by host, of all hosts of the hostfile.
+
+        Raises
+        ------
+        ConfigError
+            The file cannot be read, or a line of it.
+        """
         if self.hostfile is None:
-            return []
+            return {}
         try:
             lines = Path(self.hostfile).read_text().splitlines()
         except OSError as error:
             raise ConfigError(f"{self.hostfile}: cannot read the hostfile "
                               f"({error.strerror})") from error
-        hosts = []
+        slots: dict[str, int] = {}
         for number, line in enumerate(lines, start=1):
             text = line.partition("#")[0].strip()
             if not text:
@@ -72,10 +85,13 @@ class DeepSpeedLaunch:
             match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
             if not match:
                 raise ConfigError(f"{self.hostfile}:{number}: {line!r} is not 'HOST slots=N'")
-            hosts.append(match[1])
-        if not hosts:
+            if match[1] in slots:
+                raise ConfigError(f"{self.hostfile}:{number}: {match[1]} stands there twice; "
+                                  "give it one line with all its slots")
+            slots[match[1]] = int(match[2])
+        if not slots:
             raise ConfigError(f"{self.hostfile}: names no host; add lines 'HOST slots=N'")
-        return hosts
+        return slots
 
     def command(self) -> list[str]:
         """The launcher's command line; every start takes another free port."""
@@ -88,8 +104,11 @@ class DeepSpeedLaunch:
                     "--module", self.module, *self.arguments]
         # the remote shell splits the command again; DeepSpeed itself quotes those with blanks
         quoted = [item if " " in item else shlex.quote(item) for item in self.arguments]
-        return [*start, "--hostfile", str(self.hostfile), "--launcher", "pdsh", "--force_multi",
-                "--no_ssh_check", "--master_addr", self.master_addr or hosts[0],
+        left_out = ["--exclude", "@".join(sorted(self.without))] if self.without else []
+        # the address that was given is the first host's
+        first = self.master_addr if hosts[0] == next(iter(self.slots())) else None
+        return [*start, "--hostfile", str(self.hostfile), *left_out, "--launcher", "pdsh",
+                "--force_multi", "--no_ssh_check", "--master_addr", first or hosts[0],
                 "--module", self.module, *quoted]
 
     def environment(self, token: str, scratch: Path) -> dict[str, str]:

@@ -33,11 +33,15 @@ def room(run_dir: RunDir) -> Room | None:
     """The room of a run directory that need not be there yet; None in an object store."""
     if (path := run_dir.local_path) is None:
         return None
-    there = path
-    while not os.path.isdir(there):
-        there = os.path.dirname(there.rstrip("/")) or "."
-    return Room(path, shutil.disk_usage(there).free,
+    return Room(path, free_bytes(path),
                 max(LEAST_ROOM, _last_checkpoint_bytes(run_dir) * 21 // 20))
+
+
+def free_bytes(path: str) -> int:
+    """Room on the disk of a directory that need not be there yet."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path.rstrip("/")) or "."
+    return shutil.disk_usage(path).free
 
 
 def _last_checkpoint_bytes(run_dir: RunDir) -> int:

@@ -45,6 +45,10 @@ def stop(run_dir: RunDir, now: bool, wait_s: float, clock: Callable[[], float] =
     end, beat, seen = clock() + wait_s, said.get("beat"), clock()
     while clock() < end:
         sleep(1.0)
+        current = newest(run_dir.uri)
+        if current is not None and current != owner:  # a supervisor claims anew for each attempt
+            owner = current
+            ask_to_stop(run_dir.uri, owner, now)
         said = facts(run_dir.uri, owner)
         if said.get("state") == "released":
             print(f"{run_dir.uri}: stopped; last checkpoint: step {run_dir.committed_step()}")

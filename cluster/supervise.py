@@ -28,13 +28,15 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 
-from cluster.attempt import Progress
+from cluster.attempt import DeepSpeedLaunch, Progress, ssh_options
+from cluster.hosts import NO_CONNECTION, problems
+from cluster.membership import Membership, TooFewHosts
 from cluster.outcome import LOG_BYTES, Budget, Outcome, last_lines, lines_of
 from cluster.processes import ranks, same_process
 from cluster.room import room
@@ -47,7 +49,6 @@ from neurojepa.storage.owners import Owner
 
 REQUEUE = 75  # exit status of a training that stopped on request, to be queued again
 REFUSED = 2  # exit status of a command that cannot work as it was given
-NO_CONNECTION = 255  # ssh's own status, which pdsh passes on
 ROOM_S = 5.0  # between looks for room on a full disk
 POLL_S = 0.2
 FATAL = ("diverged", "collapse")  # last events of trainings that cannot go on
@@ -77,6 +78,8 @@ class Supervisor:
         Seconds the ranks get to commit and stop when the supervisor is asked to stop.
     last_step
         ``train.steps``, where known.
+    min_hosts, max_hosts
+        Of a hostfile: how many have to, and at most may, take part in an attempt.
     store_s
         Seconds for which the run directory's store is asked again when it fails.
     """
@@ -90,13 +93,19 @@ class Supervisor:
     last_step: int | None = None
     store_s: float = 600.0
     retry_s: float = 0.0
+    min_hosts: int = 1
+    max_hosts: int = 10_000
     _stop_signals: int = field(default=0, init=False)
+    _attempts: int = field(default=0, init=False)
     _patience: Patience = field(init=False)
     _lease: Lease | None = field(default=None, init=False)
     _lost: LeaseLost | None = field(default=None, init=False)
     _world: World | None = field(default=None, init=False)
+    _members: Membership | None = field(default=None, init=False)
+    _current: Launch = field(init=False)  # the launch, without hosts that are left out
 
     def __post_init__(self) -> None:
+        self._current = self.launch
         self._patience = Patience(self.store_s, tell=lambda said: print(
             f"trying again: {said}", flush=True))
 
@@ -127,6 +136,8 @@ class Supervisor:
         budget, restarts = Budget(self.max_restarts, self.retry_s), 0
         while True:
             self._wait_for_room()
+            if self._world is None:
+                self._choose_hosts(self.retry_s if restarts else 0.0)
             committed = self._patience(self.run_dir.committed_step)
             if self._stop_signals:
                 self._event("stopped", committed, status=REQUEUE)
@@ -158,6 +169,34 @@ class Supervisor:
                             need_mib=found.need >> 20)
             told = True
             self._wait(ROOM_S)
+
+    def _choose_hosts(self, wait_s: float) -> None:
+        """Look at the hosts and decide where the next attempt runs; none are chosen locally.
+
+        Raises
+        ------
+        TooFewHosts
+            After ``wait_s`` there still are.
+        """
+        if not isinstance(self.launch, DeepSpeedLaunch) or not self.launch.slots():
+            return
+        if self._members is None:
+            self._members = Membership(
+                self.launch.slots(), self.min_hosts, self.max_hosts,
+                lambda slots: problems(slots, self.run_dir.local_path, ssh_options()),
+                lambda event, host, why: self._event(event, None, host=host, why=why))
+        end, told = time.monotonic() + wait_s, False
+        while not self._stop_signals:
+            try:
+                self._current = replace(self.launch, without=self._members.choose())
+                return
+            except TooFewHosts as error:
+                if time.monotonic() >= end:
+                    raise
+                if not told:
+                    print(f"waiting for hosts: {error}", flush=True)
+                told = True
+                self._wait(ROOM_S)
 
     # ---- owning the run --------------------------------------------------------------------------
 
@@ -207,7 +246,7 @@ class Supervisor:
         log: Path | None = None
         if world is None:
             number = self._next_attempt()
-            world = World(uuid.uuid4().hex, number, self.launch.hosts())
+            world = World(uuid.uuid4().hex, number, self._current.hosts())
             log = self._log_path(number, scratch)
             self._start(world, log, scratch)
         else:
@@ -233,22 +272,32 @@ class Supervisor:
         return outcome
 
     def _start(self, world: World, log: Path, scratch: Path) -> None:
-        self._event("started", self._patience(self.run_dir.committed_step), attempt=world.number)
-        self._world = world
         assert self._lease is not None
         lease = self._lease
-        self._patience(lambda: lease.renew(**self._said()))  # its ranks look for it
+        if self._attempts:  # what hosts that could not be reached still run writes no more
+            self._patience(lease.advance)
+        self._attempts += 1
+        self._event("started", self._patience(self.run_dir.committed_step), attempt=world.number,
+                    **({"hosts": world.hosts} if world.hosts else {}))
+        self._world = world
+        self._patience(lambda: lease.renew_by(self._said))  # its ranks look for it
         with log.open("wb") as file:
-            world.start(self.launch.command(), self.launch.environment(world.token, scratch), file)
+            world.start(self._current.command(), self._current.environment(world.token, scratch),
+                        file)
 
     def _watch(self, world: World, progress: Progress) -> bool:
         """Wait for the attempt's end; True if it was ended here because it hung."""
         look_every_s = min(5.0, self.hang_s / 6)
         asked_at = looked_at = 0.0
+        world.watch_hosts()
         while world.alive():
             now = time.monotonic()
             if self._lost is not None:
                 raise self._lost
+            if gone := world.gone_hosts():
+                world.signal(signal.SIGKILL)
+                self._event("host_lost", progress.step, hosts=gone)
+                return False
             if self._stop_signals and not asked_at:
                 world.signal(signal.SIGTERM)
                 asked_at = now

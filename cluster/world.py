@@ -15,6 +15,7 @@ from typing import IO
 import psutil
 
 from cluster.attempt import ssh_options
+from cluster.hosts import HostWatch
 from cluster.processes import NOTHING, ask_remote, members, ranks, send
 from neurojepa.errors import ClusterError
 
@@ -42,12 +43,21 @@ class World:
     process: subprocess.Popen[bytes] | None = None  # None: adopted
     unreached: list[str] = field(default_factory=list)
     _looked_at: float = 0.0
+    _watches: list[HostWatch] = field(default_factory=list)
 
     def start(self, command: list[str], environment: dict[str, str], log: IO[bytes]) -> None:
         """Start the launcher in a session of its own."""
         self.process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
                                         stdout=log, stderr=subprocess.STDOUT,
                                         start_new_session=True)
+
+    def watch_hosts(self) -> None:
+        """From now on notice hosts that go away."""
+        self._watches = [HostWatch(host, ssh_options()) for host in self.hosts]
+
+    def gone_hosts(self) -> list[str]:
+        """Hosts that have not been reached for a while."""
+        return [watch.host for watch in self._watches if watch.gone]
 
     def alive(self) -> bool:
         """Whether the launcher, or for adopted processes any of them, still runs."""
@@ -89,6 +99,8 @@ class World:
         ClusterError
             A process does not end on SIGKILL.
         """
+        for watch in self._watches:
+            watch.close()
         self.signal(signal.SIGKILL)
         if self.process is not None:
             try:

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from neurojepa.errors import DataError, LeaseHeld, LeaseLost
@@ -59,6 +59,8 @@ class Lease:
         self.token, self.id = owner.token, owner.id
         self._follows = follows
         self._beat = 0
+        self._turn = threading.RLock()
+        self._next: Owner | None = None  # our own next claim, on its way
         self._local = local_path(run_dir) is not None
 
     # ---- keeping it ------------------------------------------------------------------------------
@@ -73,16 +75,42 @@ class Lease:
         DataError
             The store does not answer.
         """
-        while (later := claim(self.run_dir, self.token + 1)) is not None:
-            if not (self._follows and later.adopts == self.id):
-                raise LeaseLost(f"{self.run_dir}: was taken over by the {later}; this process "
-                                "(and whatever it trained since) writes there no more")
-            self.token, self.id = later.token, later.id
+        with self._turn:
+            while (later := claim(self.run_dir, self.token + 1)) is not None:
+                if later == self._next:
+                    self.owner = later
+                elif not (self._follows and later.adopts == self.id):
+                    raise LeaseLost(f"{self.run_dir}: was taken over by the {later}; this process "
+                                    "(and whatever it trained since) writes there no more")
+                self.token, self.id = later.token, later.id
+
+    def advance(self) -> None:
+        """Make the next claim ourselves: what an earlier attempt left anywhere writes no more.
+
+        Raises
+        ------
+        LeaseLost
+            Someone else was faster.
+        """
+        with self._turn:
+            self.check()
+            if self._next is None or self._next.token <= self.token:
+                self._next = replace(self.owner, token=self.token + 1, id=uuid.uuid4().hex,
+                                     time=time.time(), adopts=None)
+            with locked(join(self.run_dir, "lease")):
+                create(lease_uri(self.run_dir, self._next.token),
+                       json.dumps(asdict(self._next)).encode())
+            self.check()
 
     def renew(self, **said: Any) -> None:
         """Show that the owner lives; ``said`` is for whoever looks at ``facts``."""
-        self._beat += 1
-        self._say("held", said)
+        self.renew_by(lambda: said)
+
+    def renew_by(self, said: Callable[[], dict[str, Any]]) -> None:
+        """As ``renew``; of two threads the one that writes last asks last."""
+        with self._turn:
+            self._beat += 1
+            self._say("held", said())
 
     def release(self) -> None:
         """Give it back: the next owner need not wait."""
@@ -246,7 +274,7 @@ class Keeper(threading.Thread):
             try:
                 self._lease.check()
                 if self._said is not None:
-                    self._lease.renew(**self._said())
+                    self._lease.renew_by(self._said)
                 if (asked := self._lease.stop_asked()) and asked != told:
                     told = asked
                     self._on_stop(asked)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -69,6 +71,8 @@ def start_world(deterministic: bool = False) -> World:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(free_port()))
+    if interface := interface_to_use(os.environ):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -87,6 +91,33 @@ def start_world(deterministic: bool = False) -> World:
         control = dist.new_group(backend="gloo")
     dist.barrier(group=control)  # nobody ends by an error while another one still joins
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, control=control)
+
+
+def interface_to_use(environment: Mapping[str, str]) -> str | None:
+    """The interface on the way to the master, where gloo would take one that leads nowhere.
+
+    Gloo listens at the address of this host's name.  Where that is loopback (Debian writes
+    127.0.1.1 into /etc/hosts), ranks on other hosts cannot connect, and the start hangs.  None
+    where the name is good, all ranks are here, or the user has chosen.
+    """
+    master = environment.get("MASTER_ADDR", "")
+    if environment.get("GLOO_SOCKET_IFNAME") or not master:
+        return None
+    try:
+        master = socket.gethostbyname(master)
+        own = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        own = "127.0.0.1"  # no name is no better
+    if master.startswith("127.") or not own.startswith("127."):
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((master, 9))  # sends nothing; the kernel chooses the route
+        except OSError:
+            return None
+        address = probe.getsockname()[0]
+    return next((name for name, addresses in psutil.net_if_addrs().items()
+                 if any(each.address == address for each in addresses)), None)
 
 
 def keep_memory() -> None:

@@ -56,13 +56,13 @@ def skip_without_tools() -> None:
 
 
 @contextmanager
-def two_hosts(folder: Path) -> Iterator[Hosts]:
+def two_hosts(folder: Path, count: int = 2) -> Iterator[Hosts]:
     """Bring the hosts up, and take them down again whatever happens."""
     suffix = f"{random.randrange(16**5):05x}"
     subnet = f"10.{random.randrange(64, 128)}.{random.randrange(256)}"
     bridge = f"njbr{suffix}"
-    namespaces = [f"nj{suffix}{letter}" for letter in "ab"]
-    addresses = [f"{subnet}.{number}" for number in (1, 2)]
+    namespaces = [f"nj{suffix}{letter}" for letter in "abcdef"[:count]]
+    addresses = [f"{subnet}.{number}" for number in range(1, count + 1)]
     daemons: list[subprocess.Popen[bytes]] = []
     try:
         run("ip", "link", "add", bridge, "type", "bridge")

@@ -1,0 +1,159 @@
+"""Hosts before a start and during a run: what is wrong with them, and which are gone.
+
+``problems`` asks all hosts at once by ssh what ``python -m cluster.hosts`` says of each: one that
+is dead, runs another version of the code, has no room or too few GPUs is named within seconds.
+``HostWatch`` keeps a connection to a host of a running attempt; the host is gone when neither that
+one nor a new one has answered for ``GONE_S``.  A flap of the network is shorter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.room import LEAST_ROOM, free_bytes
+
+ANSWER_S = 10.0  # ssh gives up on a dead host after 5 s
+GONE_S = 20.0  # after ssh has noticed, which takes 8 s
+OFF_S = 60.0  # a clock that is further off makes logs hard to read
+NO_CONNECTION = 255  # ssh's own status
+
+
+def problems(slots: dict[str, int], folder: str | None, ssh_options: str) -> dict[str, str]:
+    """What keeps hosts from taking part, in words; the hosts without a problem are not in it.
+
+    Parameters
+    ----------
+    slots
+        Ranks by host.
+    folder
+        A local run directory, where there must be room.
+    """
+    # ours differs from nobody's: hosts are compared with the machine that starts them
+    here = about_this_host(folder)
+    calls = {host: subprocess.Popen(
+        ["ssh", *shlex.split(ssh_options), host, _command("cluster.hosts", folder or "")],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for host in slots}
+    found, end, answers = {}, time.monotonic() + ANSWER_S, {}
+    for host, call in calls.items():
+        try:
+            out, errors = call.communicate(timeout=max(0.1, end - time.monotonic()))
+            answers[host] = _read(call.returncode, out, errors)
+        except subprocess.TimeoutExpired:
+            call.kill()
+            call.communicate()
+            answers[host] = f"has not answered by ssh within {ANSWER_S:.0f} s"
+    devices = max((answer["devices"] for answer in answers.values() if isinstance(answer, dict)),
+                  default=0)
+    for host, answer in answers.items():
+        problem = answer if isinstance(answer, str) else _judge(answer, here, slots[host], devices)
+        if problem:
+            found[host] = problem
+    return found
+
+
+def about_this_host(folder: str | None) -> dict[str, Any]:
+    """What others want to know of the host that this runs on."""
+    return {"code": code_version(), "devices": num_devices(), "time": time.time(),
+            "free": free_bytes(folder) if folder else None}
+
+
+def code_version() -> str:
+    """A hash of the packages' code, the same on hosts that run the same."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for package in ("cluster", "neurojepa"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def num_devices() -> int:
+    """GPUs that the driver shows, without loading CUDA."""
+    try:
+        return len(os.listdir("/proc/driver/nvidia/gpus"))
+    except OSError:
+        return 0
+
+
+def _judge(answer: dict[str, Any], here: dict[str, Any], slots: int, devices: int) -> str:
+    if answer["code"] != here["code"]:
+        return (f"runs other code ({answer['code']}, here {here['code']}); bring it to the same "
+                "version")
+    if answer["free"] is not None and answer["free"] < LEAST_ROOM:
+        return (f"has {answer['free'] >> 20} MiB free for the run directory, "
+                f"{LEAST_ROOM >> 20} MiB are needed; free some space")
+    if devices and answer["devices"] < slots:
+        return (f"has {answer['devices']} GPU(s) for slots={slots}; correct the hostfile or look "
+                "at nvidia-smi there")
+    return ""
+
+
+def _read(status: int, out: str, errors: str) -> dict[str, Any] | str:
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    if status == NO_CONNECTION:
+        return f"cannot be reached by ssh ({lines[-1] if lines else 'no answer'})"
+    try:
+        row: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return row
+    except (ValueError, IndexError):
+        return (f"cannot run {sys.executable} in {os.getcwd()} ({lines[-1] if lines else status}); "
+                "it needs the same checkout and environment at the same path")
+
+
+def _command(module: str, *words: str) -> str:
+    return (f"cd {shlex.quote(os.getcwd())} && exec {shlex.quote(sys.executable)} -m {module} "
+            + " ".join(map(shlex.quote, words)))
+
+
+class HostWatch(threading.Thread):
+    """Whether a host can be reached, while an attempt runs there."""
+
+    def __init__(self, host: str, ssh_options: str, gone_s: float = GONE_S) -> None:
+        super().__init__(name=f"watch-{host}", daemon=True)
+        self.host, self._options, self._gone_s = host, shlex.split(ssh_options), gone_s
+        self._ended = threading.Event()
+        self._lost_at: float | None = None
+        self.start()
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has not been reached for so long that it will not come back by itself."""
+        lost_at = self._lost_at
+        return lost_at is not None and time.monotonic() - lost_at > self._gone_s
+
+    def run(self) -> None:
+        while not self._ended.is_set():
+            # cat lives as long as our end of the pipe: nothing is left there when we die
+            call = subprocess.Popen(["ssh", *self._options, self.host, "echo; exec cat"],
+                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    stderr=subprocess.DEVNULL)
+            assert call.stdin and call.stdout
+            if call.stdout.readline():
+                self._lost_at = None
+            while call.poll() is None and not self._ended.wait(0.5):
+                pass
+            if self._lost_at is None:
+                self._lost_at = time.monotonic()
+            call.kill()
+            call.wait()
+            call.stdin.close()
+            call.stdout.close()
+            self._ended.wait(1.0)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._ended.set()
+
+
+if __name__ == "__main__":
+    print(json.dumps(about_this_host(sys.argv[1] if len(sys.argv) > 1 else None)))
