@@ -50,7 +50,10 @@ def problems(slots: dict[str, int], folder: str | None, ssh_options: str) -> dic
             answers[host] = _read(call.returncode, out, errors)
         except subprocess.TimeoutExpired:
             call.kill()
-            call.communicate()
+            call.wait()
+            for pipe in (call.stdout, call.stderr):  # a proxy of ssh's may still hold them open
+                assert pipe
+                pipe.close()
             answers[host] = f"has not answered by ssh within {ANSWER_S:.0f} s"
     devices = max((answer["devices"] for answer in answers.values() if isinstance(answer, dict)),
                   default=0)

@@ -24,7 +24,7 @@ class Membership:
         How many have to, and at most may, take part; the rest are spares.
     look
         Gives the problem of each host that has one.
-    tell
+    event
         Told of each change: "host_excluded" or "host_back", the host and why.
     """
 
@@ -32,7 +32,7 @@ class Membership:
     min_hosts: int
     max_hosts: int
     look: Callable[[dict[str, int]], dict[str, str]]
-    tell: Callable[[str, str, str], None]
+    event: Callable[[str, str, str], None]
     excluded: dict[str, str] = field(default_factory=dict)
 
     def choose(self) -> frozenset[str]:
@@ -46,9 +46,9 @@ class Membership:
         found = self.look(self.slots)
         for host in self.slots:
             if host in found and host not in self.excluded:
-                self.tell("host_excluded", host, found[host])
+                self.event("host_excluded", host, found[host])
             elif host in self.excluded and host not in found:
-                self.tell("host_back", host, self.excluded[host])
+                self.event("host_back", host, self.excluded[host])
         self.excluded = found
         good = [host for host in self.slots if host not in found]
         if len(good) < self.min_hosts:

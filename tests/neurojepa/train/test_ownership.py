@@ -272,6 +272,27 @@ def test_ranks_go_on_under_the_supervisor_that_adopts_them(
     third.release()
 
 
+def test_each_attempt_of_a_supervisor_fences_what_the_last_one_left(run_dir: str) -> None:
+    owner = take(run_dir, "supervisor", NOW)
+    owner.renew(attempt="a1")
+    left = follow(run_dir, "a1")  # on a host that could not be reached
+    owner.advance()
+    owner.renew(attempt="a2")
+    owner.check()
+    assert owner.token == 2 and owner.owner.pid == os.getpid()
+    with pytest.raises(LeaseLost):
+        left.check()
+    with pytest.raises(LeaseLost):
+        follow(run_dir, "a1")
+    assert follow(run_dir, "a2").token == 2
+    owner.advance()
+    assert newest(run_dir) == owner.owner and owner.token == 3
+    owner.release()
+    take(run_dir, "training", NOW)
+    with pytest.raises(LeaseLost):
+        owner.advance()
+
+
 def test_a_keeper_renews_and_tells_of_a_stop_and_of_the_loss(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_S", 0.01)
