@@ -202,6 +202,8 @@ class TrainConfig(Config):
         "3: the weights too")
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="of weights and activations; "
                                            "masters and sums are fp32")
+    compile: Free[Literal["auto", "off"]] = Field(
+        "auto", description="auto: on a GPU blocks, losses and views are compiled, one graph each")
     checkpoint_every: Free[int] = Field(50, ge=1, description="steps between checkpoints")
     keep_last: Free[int] = Field(2, ge=1, description="committed checkpoints to keep")
     milestone_every: Free[int] = Field(0, ge=0, description="steps between checkpoints that are "

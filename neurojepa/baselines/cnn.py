@@ -103,7 +103,10 @@ class CNN(Averaged):
     def forward(self, views: LabelledViews, l1: float | Tensor
                 ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch and its metrics, as of ``SparseJEPA.forward``; no ``l1`` here."""
-        output_B = self.predict(views)
+        return self.losses(views, self.predict(views))
+
+    def losses(self, views: LabelledViews, output_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What ``forward`` returns, of ``predict``'s output."""
         loss_of = F.binary_cross_entropy_with_logits if views.is_binary else F.smooth_l1_loss
         error_B = loss_of(output_B, views.label_B, reduction="none")
         loss_B = views.weight_B * error_B

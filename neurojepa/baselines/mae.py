@@ -51,12 +51,18 @@ class MAE(Averaged):
         C = visible_BC.shape[1]
         y_BCD = self.encoder(_take(views.tokens_BNP, visible_BC), coords_BN3[:, :C],
                              valid_BN[:, :C], views.all_scanned)
-        filled_BTP = self.voxels(self.decoder(y_BCD, coords_BN3, valid_BN, views.modality_B,
-                                              views.all_scanned))
+        decoded_BTd = self.decoder(y_BCD, coords_BN3, valid_BN, views.modality_B, views.all_scanned)
+        return self.losses(views, y_BCD=y_BCD, decoded_BTd=decoded_BTd)
+
+    def losses(self, views: Views, *, y_BCD: Tensor, decoded_BTd: Tensor
+               ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What ``forward`` returns, of latents of the visible tokens and what fills the hidden."""
+        visible_BC, hidden_BT = views.context_BMC[:, 0], views.target_BMT[:, 0]
+        filled_BTP = self.voxels(decoded_BTd)
         truth_BTP = _standardised(_take(views.tokens_BNP, hidden_BT))
         error_BT = (filled_BTP.float() - truth_BTP).square().mean(-1)
-        weight_BT = token_weights(_take(views.foreground_BN, hidden_BT), valid_BN[:, C:],
-                                  self.background_weight)
+        weight_BT = token_weights(_take(views.foreground_BN, hidden_BT),
+                                  _take(views.valid_BN, hidden_BT), self.background_weight)
         prediction_B = (weight_BT * error_BT).sum(-1)
         total_B, told = with_tissue(self.tissue, prediction_B, views,
                                     index_BMC=visible_BC[:, None], latent_VCD=y_BCD)

@@ -25,6 +25,7 @@ class Averaged(nn.Module, ABC):
 
     The class of a method (methods.py) adds what its loss needs.  Its ``forward(views, l1)`` returns
     the loss of a micro-batch, a sum over samples, and sums for the metrics: see ``SparseJEPA``.
+    What follows the network is best a method ``losses``: it is compiled to one graph.
     """
 
     def __init__(self, config: RootConfig, grid: Grid) -> None:

@@ -60,7 +60,19 @@ class SparseJEPA(Averaged):
             modality of the targets, and ``cross`` for targets from another scan) are the parts
             that such samples contribute.
         """
-        coded, z_VTD, y_VCD = self._predict(views)
+        z_BND = self.latents(views.of_targets())
+        predicted_VTd, y_VCD = self._predict(views)
+        # a scalar on the device: as a number of Python each value would be compiled anew
+        return self.losses(views, z_BND=z_BND, y_VCD=y_VCD, predicted_VTd=predicted_VTd,
+                           l1=torch.full((), l1, device=z_BND.device)
+                           if isinstance(l1, float) else l1)
+
+    def losses(self, views: Views, *, z_BND: Tensor, y_VCD: Tensor, predicted_VTd: Tensor,
+               l1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What ``forward`` returns, of target latents, context latents and predictions."""
+        z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
+        valid_VT = take(views.target_valid_BN, views.target_BMT).flatten(0, 1)
+        coded = self.code(predicted_VTd, z_VTD, valid_VT)
         weight_BMT = token_weights(take(views.target_foreground_BN, views.target_BMT),
                                    take(views.target_valid_BN, views.target_BMT),
                                    self.background_weight)
@@ -104,9 +116,8 @@ class SparseJEPA(Averaged):
                                        + predictor + head)
         return encoder_flops(config.model, tokens) + trained, trained
 
-    def _predict(self, views: Views) -> tuple[Coded, Tensor, Tensor]:
-        """Predictions for all masks, target latents [V, T, D], latents of the context [V, C, D]."""
-        z_BND = self.latents(views.of_targets())
+    def _predict(self, views: Views) -> tuple[Tensor, Tensor]:
+        """The predictor's output for all masks [V, T, d], latents of the context [V, C, D]."""
         context_BMC, masks = views.context_BMC, views.context_BMC.shape[1]
         order_BMN = torch.cat([context_BMC, views.target_BMT], -1)
         coords_VN3 = take(views.coords_BN3, order_BMN).flatten(0, 1)
@@ -116,10 +127,7 @@ class SparseJEPA(Averaged):
         y_VCD = self.encoder(take(views.tokens_BNP, context_BMC).flatten(0, 1),
                              coords_VN3[:, :C], valid_VN[:, :C], views.all_scanned)
         modality_V = views.target_modality_B[:, None].expand(-1, masks).flatten()
-        predicted = self.predictor(y_VCD, coords_VN3, valid_VN, modality_V,
-                                   views.all_scanned)
-        z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
-        return self.code(predicted, z_VTD, valid_VN[:, C:]), z_VTD, y_VCD
+        return self.predictor(y_VCD, coords_VN3, valid_VN, modality_V, views.all_scanned), y_VCD
 
 
 @torch.no_grad()

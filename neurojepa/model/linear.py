@@ -24,8 +24,10 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] transposed, plus bias: ``F.linear``, also its errors."""
     onednn = torch.backends.mkldnn
-    if (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
-            and onednn.is_available() and onednn.enabled and not torch.compiler.is_compiling()):
+    # a compiler, which is asked first, chooses its products itself
+    if (not torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel()
+            and x.dtype == weight.dtype == torch.float32
+            and onednn.is_available() and onednn.enabled):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return F.linear(x, weight, bias)
 

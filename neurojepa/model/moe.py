@@ -155,8 +155,9 @@ def grouped_matmul(x_SD: Tensor, w_EDH: Tensor, ends_E: Tensor) -> Tensor:
 def _has_grouped_kernel(x_SD: Tensor, w_EDH: Tensor) -> bool:
     """Whether F.grouped_mm takes these types, and without reading group sizes on the host."""
     aligned = all(size * x_SD.element_size() % 16 == 0 for size in w_EDH.shape[1:])
-    if x_SD.device.type == "cpu":
-        return aligned and x_SD.dtype in (torch.float32, torch.bfloat16)
+    if x_SD.device.type == "cpu":  # torch cannot trace it in float32
+        return aligned and (x_SD.dtype == torch.bfloat16 or (
+            x_SD.dtype == torch.float32 and not torch.compiler.is_compiling()))
     return (aligned and x_SD.dtype == torch.bfloat16 and x_SD.device.type == "cuda"
             and torch.cuda.get_device_capability(x_SD.device) >= (9, 0))
 

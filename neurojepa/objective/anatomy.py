@@ -37,6 +37,7 @@ PRIOR_SIGMA_MM = 4.0  # heads keep their size, so the template fits to within so
 PRIOR_FLOOR = 0.02  # of each tissue anywhere inside a brain
 EM_STEPS = 5
 LEAST_VARIANCE = 25.0  # of a tissue's codes (1..254): no class shrinks to a single value
+_AIR, _NOT_SCANNED = int(FeedCode.AIR), int(FeedCode.NOT_SCANNED)  # torch traces plain numbers
 _SAMPLED_MM = 3.0
 _STRIDE_MM, _LLOYD_STEPS = 3, 30
 
@@ -191,7 +192,8 @@ def read_atlas(path: str, grid: Grid, named: str) -> np.ndarray:
 
 # ---- tissue --------------------------------------------------------------------------------------
 
-def tissue_shares(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int) -> Tensor:
+def tissue_shares(codes_BNP: Tensor, keep_BN: Tensor,
+                  priors_on_grid: tuple[Tensor, Tensor]) -> Tensor:
     """float32 [B, N, K]: shares of air and of each tissue in the scanned part of each token.
 
     Sums of a scan are of whole numbers, hence exact: they depend on no batch or device.  Voxels
@@ -201,10 +203,11 @@ def tissue_shares(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int) ->
     ----------
     codes_BNP : uint8, stored voxels of the kept patches.
     keep_BN : int64, which patches these are.
+    priors_on_grid : from ``priors_on``.
     """
-    priors, chosen = _priors_on(codes_BNP.device, grid, patch)
+    priors, chosen = priors_on_grid
     codes_BNP = codes_BNP[..., chosen]
-    brain_BNP = (codes_BNP != FeedCode.AIR) & (codes_BNP != FeedCode.NOT_SCANNED)
+    brain_BNP = (codes_BNP != _AIR) & (codes_BNP != _NOT_SCANNED)
     value_BNP = codes_BNP.float()
     prior = [(prior_nP[keep_BN] * brain_BNP).float() for prior_nP in priors]
     belongs = prior  # 0..255, summing to about 255 in the brain
@@ -216,7 +219,7 @@ def tissue_shares(codes_BNP: Tensor, keep_BN: Tensor, grid: Grid, patch: int) ->
     tissue = torch.stack([part.sum(-1) for part in belongs], -1)
     brain_BN1 = brain_BNP.sum(-1, keepdim=True)
     tissue = brain_BN1 * tissue / tissue.sum(-1, keepdim=True).clamp(min=1)
-    scanned_BN1 = (codes_BNP != FeedCode.NOT_SCANNED).sum(-1, keepdim=True)
+    scanned_BN1 = (codes_BNP != _NOT_SCANNED).sum(-1, keepdim=True)
     return torch.cat([scanned_BN1 - brain_BN1, tissue], -1) / scanned_BN1.clamp(min=1)
 
 
@@ -233,7 +236,7 @@ def _density(value_BNP: Tensor, weight_BNP: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _priors_on(device: torch.device, grid: Grid, patch: int) -> tuple[Tensor, Tensor]:
+def priors_on(device: torch.device, grid: Grid, patch: int) -> tuple[Tensor, Tensor]:
     """uint8 [K - 1, n, P]: the template's tissues at P voxels of every patch, of 255, smoothed; and
     int64 [P]: which of a patch's voxels these are."""
     from scipy.ndimage import gaussian_filter

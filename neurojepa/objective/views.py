@@ -13,6 +13,7 @@ sample's part depends only on its voxels, its position and the seed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, Self
 
@@ -23,13 +24,14 @@ from neurojepa.config import AugmentConfig, RootConfig
 from neurojepa.feed.format import FeedCode, Grid
 from neurojepa.methods import METHODS
 from neurojepa.objective import random
-from neurojepa.objective.anatomy import regions_on, tissue_shares
+from neurojepa.objective.anatomy import priors_on, regions_on, tissue_shares
 from neurojepa.objective.masks import draw_masks, draw_uniform_masks
 
 # Standardisation of brain intensities, which preparation scales to [0, 1].
 INTENSITY_MEAN, INTENSITY_STD = 0.5, 0.25
 BIAS_TERMS = 3  # per axis: a smooth field of degree two in each coordinate
 
+_AIR, _NOT_SCANNED = int(FeedCode.AIR), int(FeedCode.NOT_SCANNED)  # torch traces plain numbers
 _PARTNER = 1 << 40  # added to the position: the key of a partner's augmentation
 
 _TIES, _GAMMA, _NOISE_LEVEL, _NOISE, _BIAS_LEVEL, _BIAS = range(6)  # random streams
@@ -45,6 +47,11 @@ class VoxelBatch(Protocol):
     target_voxels: Tensor | None  # uint8 [B, X, Y, Z]; None: the targets come from voxels
     target_modality: Tensor | None  # int64 [B]
     all_scanned: bool  # no voxel of either says NOT_SCANNED
+
+
+Regions = tuple[Tensor, int] | None  # from anatomy.regions_on
+Priors = tuple[Tensor, Tensor] | None  # from anatomy.priors_on
+Build = Callable[[VoxelBatch, RootConfig, Grid, int, Regions, Priors], "Views"]
 
 
 class _Scans(NamedTuple):
@@ -92,11 +99,26 @@ class Views:
                        foreground_BN=self.target_foreground_BN, modality_B=self.target_modality_B)
 
 
-def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> Views:
+def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int,
+               build: Build | None = None) -> Views:
     """Cut, choose, augment and mask a batch on its own device.
 
     ``build_model`` has checked that the patch divides the grid and that the budget fits.
+
+    Parameters
+    ----------
+    build : ``build_views``, as it is or compiled.
     """
+    device, patch, objective = batch.voxels.device, config.model.patch_voxels, config.objective
+    regions = (regions_on(device, grid, patch, objective.regions)
+               if objective.masks.region_share else None)
+    priors = priors_on(device, grid, patch) if objective.tissue else None
+    return (build or build_views)(batch, config, grid, seed, regions, priors)
+
+
+def build_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int, regions: Regions,
+                priors: Priors) -> Views:
+    """``make_views`` with what anatomy says of the grid: tensor code alone, one graph."""
     patch, position_B = config.model.patch_voxels, batch.position
     counted = count_brain(batch.voxels, patch)
     keep_BN = _choose_tokens(*counted, config.model.token_budget, seed, position_B)
@@ -110,8 +132,6 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> 
         target = target._replace(valid_BN=target.valid_BN & own.valid_BN)
     masks, device = config.objective.masks, keep_BN.device
     if METHODS[config.objective.method].masks == "blocks":
-        regions = (regions_on(device, grid, patch, config.objective.regions)
-                   if masks.region_share else None)
         context_BMC, target_BMT = draw_masks(
             keep_BN, patch_counts(grid, patch), foreground_BN=own.foreground_BN,
             valid_BN=own.valid_BN, masks=masks, seed=seed, position_B=position_B, regions=regions)
@@ -125,7 +145,7 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int) -> 
         weight_B=batch.weight * own.shows_brain_B * target.shows_brain_B,
         target_tokens_BNP=target.tokens_BNP, target_foreground_BN=target.foreground_BN,
         target_valid_BN=target.valid_BN, target_modality_B=target_modality_B,
-        tissue_BNK=_tissue(batch.voxels, keep_BN, config, grid), all_scanned=batch.all_scanned)
+        tissue_BNK=_tissue(batch.voxels, keep_BN, patch, priors), all_scanned=batch.all_scanned)
 
 
 def _cut(voxels: Tensor, counted: tuple[Tensor, Tensor], keep_BN: Tensor, key_B: Tensor,
@@ -141,12 +161,11 @@ def _cut(voxels: Tensor, counted: tuple[Tensor, Tensor], keep_BN: Tensor, key_B:
                   shows_brain_B=(brain_Bn.sum(-1) > 0).float())
 
 
-def _tissue(voxels: Tensor, keep_BN: Tensor, config: RootConfig, grid: Grid) -> Tensor:
-    if not config.objective.tissue:
+def _tissue(voxels: Tensor, keep_BN: Tensor, patch: int, priors: Priors) -> Tensor:
+    if priors is None:
         return voxels.new_empty(*keep_BN.shape, 0, dtype=torch.float32)
-    patch = config.model.patch_voxels
     rows_B1 = torch.arange(len(keep_BN), device=keep_BN.device)[:, None]
-    return tissue_shares(patchify(voxels, patch)[rows_B1, keep_BN], keep_BN, grid, patch)
+    return tissue_shares(patchify(voxels, patch)[rows_B1, keep_BN], keep_BN, priors)
 
 
 def count_brain(voxels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
@@ -161,14 +180,14 @@ def count_brain(voxels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
 def _count_brain(voxels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     """Bytes are clamped and added rather than compared, which is an order faster on a CPU."""
     B, X, Y, Z = voxels.shape
-    assert (int(FeedCode.AIR), int(FeedCode.NOT_SCANNED)) == (0, 255) and patch < 128
+    assert (_AIR, _NOT_SCANNED) == (0, 255) and patch < 128
     # + 1 wraps: air is 1, not scanned 0, brain more; so clamped to 1 and 2
     ones_and_twos = (voxels + 1).clamp_(1, 2).view(B, X // patch, patch, Y * Z)
     sums = ones_and_twos.sum(2, dtype=torch.uint8).view(B, X // patch, Y // patch, patch, Z)
     brain_Bn = sums.sum(3, dtype=torch.int32).view(B, -1, patch).sum(2, dtype=torch.int32)
     lowest = voxels.view(B, X // patch, patch, Y * Z).amin(2)
     lowest = lowest.view(B, X // patch, Y // patch, patch, Z).amin(3).view(B, -1, patch).amin(2)
-    return brain_Bn - patch**3, lowest < FeedCode.NOT_SCANNED
+    return brain_Bn - patch**3, lowest < _NOT_SCANNED
 
 
 def patchify(voxels: Tensor, patch: int) -> Tensor:

@@ -29,7 +29,7 @@ from neurojepa.model.sparse import sparse_code
 from neurojepa.objective.anatomy import check_anatomy
 from neurojepa.objective.views import make_views
 from neurojepa.storage import Patience, join, write_bytes
-from neurojepa.train import checkpoint
+from neurojepa.train import checkpoint, compiling
 from neurojepa.train.engine import Engine
 from neurojepa.train.health import Damage, Health, collapsed, diverged
 from neurojepa.train.heartbeat import Heartbeat
@@ -119,6 +119,7 @@ class Run:
         (found, changes), model = self.patience(self._latest), build_model(config, self.feed.grid)
         if found:
             check_fits(found, model)
+        self.build, compiled = compiling.prepare(config, model, world.device)
         self.engine = Engine(model, config, world, self.loader.micro_steps)
         self.moe = moe_layers(self.engine.module)
         self.code = sparse_code(self.engine.module)
@@ -141,7 +142,10 @@ class Run:
             self.patience(self._write_config)
         write_environment(config, world, self.fingerprints)
         self.metrics.event("resume" if found else "start", self.step, world=world.size,
-                           zero=config.train.zero, dtype=config.train.dtype)
+                           zero=config.train.zero, dtype=config.train.dtype,
+                           compiled=compiled.why)
+        if world.device.type == "cuda":
+            self.say(f"compiled: {compiled.why}")
         if changes:
             self.metrics.event("accepted", self.step, changes=changes)
 
@@ -213,7 +217,7 @@ class Run:
         applied = False
         for _ in range(self.loader.micro_steps):
             batch = next(self._batches).to(self.world.device)
-            views = make_views(batch, config, self.feed.grid, config.train.seed)
+            views = make_views(batch, config, self.feed.grid, config.train.seed, self.build)
             if self.labels:
                 views = self.labels.attach(views, batch.scan_ids)
             loss, sums = self.engine.forward(views.without_fill_up(), rates.l1)

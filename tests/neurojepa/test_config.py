@@ -52,7 +52,8 @@ def test_keys_that_may_change_are_marked_where_they_stand() -> None:
         "data.replace_damaged", "data.max_damaged_share", "model.activation_checkpointing",
         "train.health.spike_deviations", "train.health.max_skips", "train.health.max_rollbacks",
         "train.health.min_target_std", "train.health.min_effective_rank", "train.zero",
-        "train.offload", "train.micro_batch", "train.checkpoint_every", "train.keep_last",
+        "train.offload", "train.micro_batch", "train.compile", "train.checkpoint_every",
+        "train.keep_last",
         "train.milestone_every", "train.log_every", "train.probe_every", "optim.cooldown_steps",
         "run.dir", "run.launcher", "run.ranks", "run.accept_changes", "run.deterministic",
         "run.trackers", "run.time_limit_min"}

@@ -16,7 +16,7 @@ from neurojepa.errors import ConfigError
 from neurojepa.feed.format import TRAINING_GRIDS, Grid
 from neurojepa.model.build import build_model
 from neurojepa.objective import anatomy
-from neurojepa.objective.anatomy import patch_regions, tissue_shares
+from neurojepa.objective.anatomy import patch_regions, priors_on, tissue_shares
 from neurojepa.objective.masks import draw_masks
 from neurojepa.objective.views import make_views, patch_counts, patchify
 from tests.helpers.batches import GRID, make_batch, make_config, part
@@ -195,7 +195,8 @@ def brain_of(contrast: str, atrophy: bool) -> tuple[torch.Tensor, np.ndarray]:
 
 def shares_of(voxels: torch.Tensor) -> torch.Tensor:
     keep = torch.arange(891).expand(len(voxels), -1)
-    return tissue_shares(patchify(voxels, PATCH), keep, BRAIN, PATCH)
+    return tissue_shares(patchify(voxels, PATCH), keep,
+                         priors_on(voxels.device, BRAIN, PATCH))
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
