@@ -14,10 +14,9 @@ import json
 import pyarrow as pa
 
 from data_prep.scan import TURN
-from data_prep.tables import parse_table
+from data_prep.tables import read_tsv
 from data_prep.volumes.reading.turn import turn_matrix
 from neurojepa.errors import ConfigError
-from neurojepa.storage import read_bytes
 
 
 def read_turns(uri: str) -> dict[str, str]:
@@ -30,9 +29,8 @@ def read_turns(uri: str) -> dict[str, str]:
     DataError
         The table cannot be read.
     """
-    data, turns = read_bytes(uri), dict[str, str]()
-    delimiter = "\t" if b"\t" in data.partition(b"\n")[0] else ","
-    for number, row in enumerate(parse_table(data, uri, delimiter), start=2):
+    turns: dict[str, str] = {}
+    for number, row in enumerate(read_tsv(uri), start=2):
         file, turn = (row.get(name) or "" for name in ("file", "turn"))
         if not file or not turn:
             raise ConfigError(f"{uri}: row {number} has no "

@@ -70,7 +70,7 @@ def to_archive(mask: np.ndarray, affine: np.ndarray, matrix: np.ndarray) -> np.n
 
 def scanned(volume: Volume, matrix: np.ndarray) -> np.ndarray:
     """Where the archive grid lies inside a field of view; bool."""
-    return to_archive(np.ones(volume.data.shape, np.uint8), volume.affine, matrix)
+    return to_archive(volume.seen, volume.affine, matrix)
 
 
 def interpolate(volume: Volume, matrix: np.ndarray, *, brain: np.ndarray, preset: Preset

@@ -102,7 +102,7 @@ def crop_neck(volume: Volume) -> tuple[Volume, np.ndarray]:
     affine = volume.affine.copy()
     affine[:3, 3] += affine[:3, 2] * low
     return replace(volume, data=np.ascontiguousarray(volume.data[:, :, low:]), affine=affine,
-                   invalid=None), bright[:, :, low:]
+                   invalid=None, outside=None), bright[:, :, low:]
 
 
 def _native(brain: np.ndarray, matrix: np.ndarray, volume: Volume) -> np.ndarray:

@@ -11,7 +11,6 @@ What is known of each tracer stands in pet.yaml.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -21,6 +20,7 @@ from data_prep.qc import Figures
 from data_prep.scan import ScanError
 from data_prep.volumes.functional.pet_reference import reference_region
 from data_prep.volumes.functional.pet_table import PET_TRACERS, TABLE, known_tracer, tracer_name
+from data_prep.volumes.functional.pet_units import SUVR, unit_of
 from data_prep.volumes.reading.volume import Series, Volume, check_content
 
 __all__ = ["PET_TRACERS", "check_units", "is_suvr", "mean_frame", "reference_region", "suvr",
@@ -38,7 +38,8 @@ SUVR_MEDIAN = (0.2, 5.0)  # of a brain, where a file says that it holds SUVR
 
 def is_suvr(facts: Mapping[str, object], processing: str | None = None) -> bool:
     """Whether an image is a ratio already, by its units or the name of its processing."""
-    return _unit(facts) in TABLE["suvr_units"] or "suvr" in (processing or "").lower()
+    unit = unit_of(facts.get("Units"))
+    return (unit is not None and unit.name == SUVR) or "suvr" in (processing or "").lower()
 
 
 def check_units(facts: Mapping[str, object], processing: str | None, name: str) -> list[str]:
@@ -48,17 +49,17 @@ def check_units(facts: Mapping[str, object], processing: str | None, name: str) 
     """
     if is_suvr(facts, processing):
         return [Note.ALREADY_SUVR]
-    unit = _unit(facts)
-    if unit in TABLE["units"]:
+    stated = facts.get("Units")
+    if unit_of(stated) is not None:
         return []
-    if not unit and processing:
-        return [Note.UNITS_MISSING]
-    raise ScanError("unknown_units", f"{name}: Units {facts.get('Units')!r} is no activity (Bq/mL, "
-                                     "kBq/mL, SUV, SUVR ...); correct the sidecar")
-
-
-def _unit(facts: Mapping[str, object]) -> str:
-    return re.sub(r"[^a-z0-9]", "", str(facts.get("Units") or "").lower())
+    if not str(stated or "").strip():
+        if processing:
+            return [Note.UNITS_MISSING]
+        raise ScanError("unknown_units", f"{name}: the sidecar names no Units; write what the "
+                        "image counts in (Bq/mL, kBq/mL, uCi/mL, counts, SUV or SUVR)")
+    raise ScanError("unknown_units", f"{name}: Units {stated!r} is none of those known (Bq/mL, "
+                    "kBq/cc, MBq/L, nCi/mL, counts, g/mL, SUV, SUVR and their spellings); correct "
+                    "the sidecar")
 
 
 # ---- frames --------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def mean_frame(series: Series, facts: Mapping[str, object], *, tracer: str | Non
 
     Parameters
     ----------
-    series : frames [x, y, z, t] in any linear unit
+    series : frames [x, y, z, t] in any linear unit; activity is converted to Bq/mL
     facts : FrameTimesStart and FrameDuration in seconds, Units
     tracer : needed to choose among the frames of a dynamic scan
     processing : what the cohort did before delivery
@@ -98,6 +99,8 @@ def mean_frame(series: Series, facts: Mapping[str, object], *, tracer: str | Non
     data = np.zeros(series.data.shape[:3], np.float32)
     for t in used:
         data += series.data[..., t] * np.float32(weights[t] / weights.sum())
+    unit = unit_of(facts.get("Units"))
+    data *= np.float32(unit.factor if unit else 1)
     volume = series.volume(data)
     volume.flags = [flag for flag in series.flags if flag not in NOT_OF_FRAMES] + more
     volume.notes += units
@@ -105,6 +108,7 @@ def mean_frame(series: Series, facts: Mapping[str, object], *, tracer: str | Non
     return volume, {
         "pet_frames": f"{used.size} of {count}",
         "pet_window_min": window,
+        "pet_unit": unit.name if unit else None,
         "pet_frame_motion": "not corrected" if used.size > 1 else "single frame",
     }
 

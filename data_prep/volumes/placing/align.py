@@ -160,7 +160,7 @@ def judge(affine: np.ndarray, *, head: Volume, mask: np.ndarray, modality: str) 
         return resample(to_itk(data, head.affine), affine, shape=target.mask.shape,
                         affine=target.affine, interpolator=interpolator)
 
-    inside = on_target(np.ones(mask.shape, np.uint8), sitk.sitkNearestNeighbor).astype(bool)
+    inside = on_target(head.seen.astype(np.uint8), sitk.sitkNearestNeighbor).astype(bool)
     placed = on_target(mask.astype(np.uint8), sitk.sitkNearestNeighbor).astype(bool)
     ncc = None
     if modality == "T1w":
@@ -177,5 +177,6 @@ def coverage(matrix: np.ndarray, volume: Volume) -> float:
     """Share of the template's brain inside a field of view; ``matrix``: template to volume mm."""
     target = template(2)
     to_voxels = np.linalg.inv(volume.affine) @ matrix @ target.affine
-    voxels = np.argwhere(target.mask) @ to_voxels[:3, :3].T + to_voxels[:3, 3]
-    return float(((voxels > -0.5) & (voxels < np.array(volume.data.shape) - 0.5)).all(1).mean())
+    voxels = np.rint(np.argwhere(target.mask) @ to_voxels[:3, :3].T + to_voxels[:3, 3]).astype(int)
+    inside = ((voxels >= 0) & (voxels < np.array(volume.data.shape))).all(axis=1)
+    return float(volume.seen[tuple(voxels[inside].T)].sum() / len(voxels))

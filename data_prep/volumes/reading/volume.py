@@ -18,9 +18,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from data_prep.flags import Flag
+from data_prep.flags import Flag, Note
 from data_prep.scan import ScanError
 from data_prep.volumes.reading.decode import Decoded, decode
+from data_prep.volumes.reading.padding import at_border, find_padding
 from data_prep.volumes.reading.timing import repetition_time
 from data_prep.volumes.reading.turn import AS_STATED, turn_matrix
 
@@ -51,9 +52,16 @@ class Volume:
     qform_code: int | None = None
     flags: list[str] = field(default_factory=list)  # of flags.Flag
     notes: list[str] = field(default_factory=list)  # of flags.Note
-    invalid: np.ndarray | None = None  # bool [x, y, z]: voxels that were NaN or Inf, now 0
+    # bool [x, y, z]: voxels that were NaN, Inf or padding (padding.py) and hold no measurement
+    invalid: np.ndarray | None = None
+    outside: np.ndarray | None = None  # bool: those of them that reach the border, not scanned
     facts: dict[str, object] = field(default_factory=dict)  # of a DICOM series, BIDS keys
     turn: str | None = None  # as the user stated it, applied; see turn.py
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Where the scan was measured; bool [x, y, z]."""
+        return np.ones(self.data.shape, bool) if self.outside is None else ~self.outside
 
     @property
     def voxel_ml(self) -> float:
@@ -141,8 +149,20 @@ def read_scan(uri: str, member: str | None = None, *, label: bool = False,
         volume.data[volume.invalid] = 0
         volume.flags.append(Flag.NON_FINITE_CLEANED)
     if not label:
+        _clear_padding(volume)
+        if volume.invalid is not None:
+            volume.outside = at_border(volume.invalid)
         check_content(volume)
     return volume
+
+
+def _clear_padding(volume: Volume) -> None:
+    """Take constants that are no intensities out of a volume, with a note."""
+    found = find_padding(volume.data)
+    if found is not None:
+        volume.data[found.where] = found.fill
+        volume.invalid = found.where if volume.invalid is None else found.where | volume.invalid
+        volume.notes.append(Note.PADDING_REMOVED)
 
 
 def read_series(uri: str, member: str | None = None, facts: Mapping[str, object] | None = None, *,
@@ -178,6 +198,13 @@ def read_series(uri: str, member: str | None = None, facts: Mapping[str, object]
     if not finite:
         np.nan_to_num(data, copy=False, nan=0, posinf=0, neginf=0)
         first.flags.append(Flag.NON_FINITE_CLEANED)
+    # One value in the first frame, the middle one and the last: it was never measured.
+    padding = find_padding(data[..., count // 2])
+    if padding is not None:
+        same = padding.where & np.isin(data[..., 0], padding.values) & np.isin(
+            data[..., -1], padding.values)
+        data[same] = padding.fill
+        first.notes.append(Note.PADDING_REMOVED)
     first.data = data.mean(axis=3)  # one frame may well be empty, before the tracer arrives
     check_content(first)
     known = {**found.facts, **(facts or {})}
@@ -293,6 +320,7 @@ def _check_wrap(found: Decoded) -> None:
     if proxy.dtype != np.int16 or scaling != (1, 0):
         return  # with a slope, writers spread any image over the whole range of the type
     stored = _voxels(found, found.shape[3] // 2 if len(found.shape) == 4 else 0)
+    stored[stored == np.iinfo(np.int16).min] = 0  # padding, or the end of the range: no overflow
     if stored.max() - stored.min() < INT16_JUMP:
         return
     from scipy import ndimage

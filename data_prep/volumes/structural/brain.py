@@ -18,6 +18,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from data_prep.flags import of_companion
+from data_prep.qc.air import MIN_SCALP_SHARE
 from data_prep.scan import ScanError, split_member
 from data_prep.volumes.placing.geometry import resample, to_itk
 from data_prep.volumes.preset import Preset
@@ -27,7 +28,7 @@ from data_prep.volumes.structural.brain_tools import external_mask
 # A head is at least twice a brain; slabs of small heads come near, and deepbet decides on those.
 MAX_STRIPPED_ML = 2000.0
 BRIGHT_SMOOTH_MM, OTSU_BORDERS = 2.0, 3
-MAX_INVALID_SHARE = 0.01  # of the brain's voxels that were NaN or Inf
+MAX_INVALID_SHARE = 0.01  # of the brain's voxels that hold no measurement
 
 
 def brain_mask(volume: Volume, preset: Preset, mask_uri: str | None = None
@@ -55,6 +56,11 @@ def brain_mask(volume: Volume, preset: Preset, mask_uri: str | None = None
         source, mask = "deepbet", _deepbet_mask(volume, preset.mask_cube)
     else:
         source, mask = preset.mask_tool, carried(external_mask(volume, preset.mask_tool), volume)
+    if volume.outside is not None:
+        if (volume.seen & ~mask).sum() < MIN_SCALP_SHARE * mask.sum():
+            volume.outside = None  # a stripped brain: what is around it was seen and taken away
+        else:
+            mask &= volume.seen
     check_mask(mask, volume, preset, source)
     return mask, source
 
@@ -74,10 +80,11 @@ def check_mask(mask: np.ndarray, volume: Volume, preset: Preset, source: str) ->
         raise ScanError("implausible_mask", f"{volume.name}: brain mask ({source}) has "
                                             f"{brain_ml:.0f} ml, expected {low:.0f} to {high:.0f}")
     if volume.invalid is not None:
-        share = float(volume.invalid[mask].mean())
+        share = float((volume.invalid & volume.seen)[mask].mean())
         if share > MAX_INVALID_SHARE:
-            raise ScanError("non_finite", f"{volume.name}: {share:.1%} of the brain is NaN or Inf "
-                                          f"(limit {MAX_INVALID_SHARE:.0%})")
+            raise ScanError("non_finite", f"{volume.name}: {share:.1%} of the brain is NaN, Inf or "
+                            f"padding (limit {MAX_INVALID_SHARE:.0%}); convert it again from its "
+                            "source")
 
 
 def carried(source: Volume, target: Volume) -> np.ndarray:

@@ -186,7 +186,7 @@ def _register(work: StructuralScan, anchor: StructuralScan, preset: Preset) -> N
                                    matrix=work.to_anchor)
     moved, covered = carried_from(anchor, work.to_anchor, work.volume)
     if work.mask is None:
-        work.mask, work.mask_source = moved, "anchor"
+        work.mask, work.mask_source = moved & work.volume.seen, "anchor"
         check_mask(work.mask, work.volume, preset, work.mask_source)
         if not fits_as_stated(work.volume, moved):  # the anchor's mask may be beside the brain
             refuse_turned(work.volume, brain_mask(work.volume, preset)[0])
@@ -206,5 +206,5 @@ def carried_from(anchor: StructuralScan, to_anchor: np.ndarray, volume: Volume
     moved, covered = (
         resample(to_itk(data, anchor.volume.affine), inverse, shape=volume.data.shape,
                  affine=volume.affine, interpolator=sitk.sitkNearestNeighbor).astype(bool)
-        for data in (anchor.brain.astype(np.uint8), np.ones(anchor.brain.shape, np.uint8)))
+        for data in (anchor.brain.astype(np.uint8), anchor.volume.seen.astype(np.uint8)))
     return moved, covered

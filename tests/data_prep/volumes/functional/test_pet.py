@@ -18,6 +18,7 @@ from data_prep.volumes.functional.pet import (
     tracer_name,
 )
 from data_prep.volumes.functional.pet_table import REGIONS
+from data_prep.volumes.functional.pet_units import unit_of
 from data_prep.volumes.placing.align import template
 from data_prep.volumes.placing.geometry import on_grid, to_itk
 from data_prep.volumes.reading.volume import Series
@@ -70,7 +71,7 @@ def test_late_frames_are_weighted_by_their_duration():
     value, figures, flags = late(series([9, 8, 1, 4, 100]), facts, tracer="AV45")
     assert value == pytest.approx((300 * 1 + 600 * 4 + 300 * 100) / 1200)
     assert figures == {"pet_frames": "3 of 5", "pet_window_min": "50-70",
-                       "pet_frame_motion": "not corrected"}
+                       "pet_frame_motion": "not corrected", "pet_unit": "Bq/mL"}
     assert flags == []
 
 
@@ -151,6 +152,34 @@ def test_units_are_judged_by_what_is_known():
     assert late(series([1]), {}, processing="Coreg, Avg")[2] == ["units_missing"]
     assert late(series([1]), {"Units": "SUVR"})[2] == ["already_suvr"]
     assert is_suvr({}, "ucb-suvr") and not is_suvr({"Units": "SUV"})
+
+
+@pytest.mark.parametrize(("text", "name", "factor"), [
+    ("Bq/mL", "Bq/mL", 1), ("BQML", "Bq/mL", 1), ("Bq/cc", "Bq/mL", 1), ("bq / ml", "Bq/mL", 1),
+    ("Bq.mL-1", "Bq/mL", 1), ("Bq mL^-1", "Bq/mL", 1), ("Bq/cm^3", "Bq/mL", 1),
+    ("Bq/cm³", "Bq/mL", 1), ("becquerels per millilitre", "Bq/mL", 1), ("[Bq/ml]", "Bq/mL", 1),
+    ("kBq/ml", "Bq/mL", 1e3), ("kBq/cc", "Bq/mL", 1e3), ("KBQ/CC", "Bq/mL", 1e3),
+    ("MBq/mL", "Bq/mL", 1e6), ("kBq/L", "Bq/mL", 1), ("kilobecquerel/ml", "Bq/mL", 1e3),
+    ("nCi/cc", "Bq/mL", 37), ("µCi/mL", "Bq/mL", 37e3), ("uCi/ml", "Bq/mL", 37e3),
+    ("CNTS", "counts", 1), ("counts/sec", "counts", 1), ("PROPCNTS", "counts", 1),
+    ("SUV", "g/mL", 1), ("g/ml", "g/mL", 1), ("GML", "g/mL", 1), ("SUVbw (g/ml)", "g/mL", 1),
+    (["Bq/mL"], "Bq/mL", 1), ("SUVR", "SUVR", 1), ("SUV ratio", "SUVR", 1)])
+def test_units_are_known_by_their_spellings_and_converted(text, name, factor):
+    unit = unit_of(text)
+    assert unit is not None and unit.name == name and unit.factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("text", ["1/min", "mL/cm3", "Bq", "ml/Bq", "HU", "unitless", "mm", "kg/ml",
+                                  "", None, "Bq/g", "DVR", "percent"])
+def test_units_that_are_no_activity_are_not_guessed(text):
+    assert unit_of(text) is None
+    with pytest.raises(ScanError, match=str(text) if text else "names no Units"):
+        late(series([1]), {"Units": text})
+
+
+def test_activity_is_counted_in_becquerel():
+    value, figures = late(series([2]), {"Units": "kBq/cc"})[:2]
+    assert value == pytest.approx(2000) and figures["pet_unit"] == "Bq/mL"
 
 
 # ---- reference and ratio -------------------------------------------------------------------------
