@@ -59,10 +59,14 @@ def tissue_table(column: str, spreads: dict[str, float] | None = None) -> np.nda
     return table
 
 
-def signal_table(column: str, site: Site, rng: np.random.Generator) -> np.ndarray:
-    """The table of one scan: scanners differ in contrast, and a little from scan to scan."""
+def signal_table(column: str, site: Site, rng: np.random.Generator,
+                 spread: float = 1.0) -> np.ndarray:
+    """The table of one scan: scanners differ in contrast, and a little from scan to scan.
+
+    ``spread`` multiplies the (log) differences.
+    """
     scanner = _scanner(site.name, column)
-    return tissue_table(column, {name: value + rng.normal(0, site.contrast_sd)
+    return tissue_table(column, {name: spread * (value + rng.normal(0, site.contrast_sd))
                                  for name, value in scanner.items()})
 
 

@@ -29,10 +29,13 @@ SHAPE_MM = 3.0  # by which one sd of the shape trait moves the poles of the brai
 HALF_LENGTH_MM = 85.0  # from the middle of the brain to its poles
 
 
-def visit_head(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, seed: int) -> Head:
-    """The person's head at a visit."""
+def visit_head(anatomy: Anatomy, person: SyntheticPerson, visit: Visit, seed: int,
+               more: np.ndarray | None = None) -> Head:
+    """The person's head at a visit; ``more`` is a velocity [3, a, b, c] on top of the person's."""
     scale = np.array(person.head_scale)
     own = _own_velocity(anatomy, person, visit, seed)
+    if more is not None:
+        own = own + more
     # by how much the personal deformation makes each place of the anatomy larger
     density = warp.density(own) * np.float32(scale.prod())
     wanted = wanted_ml(person, age=visit.age,

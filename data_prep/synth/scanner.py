@@ -88,6 +88,18 @@ class View:
         """int16 labels at the centres of the voxels."""
         return self._labels(self.grid)
 
+    @property
+    def parts(self) -> np.ndarray:
+        """[3]: into how many parts a voxel is cut along each axis to be averaged."""
+        return np.where(self.grid.voxel_mm > 1.99, 2, 1)
+
+    @cached_property
+    def fine_labels(self) -> np.ndarray:
+        """int16 labels at the centres of the parts."""
+        if (self.parts == 1).all():
+            return self.labels
+        return self._labels(self.grid.finer(self.parts))
+
     def _labels(self, grid: Grid) -> np.ndarray:
         back = self.pose.rotation.T
         return warp.read_labels(
@@ -100,9 +112,8 @@ class View:
 
         From 2 mm on, a voxel is the average of two parts along each axis.
         """
-        parts = np.where(self.grid.voxel_mm > 1.99, 2, 1)
-        fine = table[self.labels if (parts == 1).all() else self._labels(self.grid.finer(parts))]
-        for axis, part in enumerate(parts):
+        fine = table[self.fine_labels]
+        for axis, part in enumerate(self.parts):
             if part > 1:
                 shape = (*fine.shape[:axis], -1, part, *fine.shape[axis + 1:])
                 fine = fine.reshape(shape).mean(axis + 1)
