@@ -24,6 +24,7 @@ from pydantic import (
 
 from neurojepa.errors import ConfigError
 from neurojepa.methods import METHODS
+from neurojepa.model.sizes import SIZES
 from neurojepa.recipes import read_recipe
 
 
@@ -109,9 +110,13 @@ class MaskConfig(Config):
 class SparseConfig(Config):
     """L = ||z - Decoder(h)||^2 + l1 * ||h||_1 on the predictor's output (model/sparse.py)."""
 
-    code: Literal["relu", "gated", "identity"] = Field(
+    code: Literal["relu", "gated", "topk", "identity"] = Field(
         "relu", description="gated: which atoms are active is decided apart from how strongly; "
-        "identity: plain dense JEPA")
+        "topk: the largest of each token are; identity: plain dense JEPA")
+    active: int = Field(16, ge=1, description="atoms of a token under code topk")
+    visible: float = Field(0.0, ge=0, description="weight of the same loss on the visible tokens; "
+                           "above 0 one code acts on visible and predicted tokens alike, so that "
+                           "it shapes the encoder and atoms can be read from any scan")
     atoms: int = Field(0, ge=0, description="0 = four times the encoder's width")
     l1: float = Field(1e-3, ge=0, description="lambda: weight of the code's absolute values")
     l1_warmup_steps: int = Field(100, ge=0, description="l1 grows linearly from 0")
@@ -262,6 +267,18 @@ class RootConfig(Config):
         if objective.regions and not objective.masks.region_share:
             raise ValueError(f"objective.regions {objective.regions}: no mask uses them; set "
                              "objective.masks.region_share too")
+        return self
+
+    @model_validator(mode="after")
+    def _code_fits(self) -> RootConfig:
+        sparse = self.objective.sparse
+        atoms = sparse.atoms or 4 * SIZES[self.model.size].dim
+        if sparse.code == "topk" and sparse.active > atoms:
+            raise ValueError(f"objective.sparse.active {sparse.active} exceeds the {atoms} atoms "
+                             "of the code; set at most as many")
+        if sparse.code == "identity" and sparse.visible:
+            raise ValueError(f"objective.sparse.visible {sparse.visible}: code identity has no "
+                             "atoms to share; set objective.sparse.visible=0")
         return self
 
     @model_validator(mode="after")

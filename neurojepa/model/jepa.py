@@ -3,6 +3,13 @@
     context tokens -> encoder -> predictor -> code h -> Decoder(h)
     all tokens -> target encoder -> layer norm -> z, which Decoder(h) is to match
 
+With ``objective.sparse.visible`` the code is one dictionary for all tokens.  Predictions are
+brought to the width of latents, and the visible tokens' own latents go through the same code:
+
+    predicted or visible latent -> layer norm -> code h -> Decoder(h) ~ z of the same place
+
+Then the penalty shapes the encoder, and ``atoms`` reads h from the tokens of any scan.
+
 A linear head may tell from each context latent how much air, fluid, grey and white matter its patch
 holds (objective/anatomy.py).
 
@@ -17,12 +24,14 @@ the loss by shrinking its latents.  It could by making them alike: that costs ``
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from neurojepa.config import RootConfig
 from neurojepa.feed.format import Grid
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.flops import encoder_flops, predictor_flops, tokens_per_volume
+from neurojepa.model.linear import Linear
 from neurojepa.model.predictor import Predictor
 from neurojepa.model.sizes import SIZES
 from neurojepa.model.sparse import Coded, SparseCode
@@ -39,8 +48,10 @@ class SparseJEPA(Averaged):
         size = SIZES[config.model.size]
         self.background_weight = config.objective.background_weight
         self.predictor = Predictor(size)
-        self.code = SparseCode(config.objective.sparse, predictor_dim=size.predictor_dim,
-                               dim=size.dim)
+        self.visible = config.objective.sparse.visible
+        self.widen = Linear(size.predictor_dim, size.dim, bias=False) if self.visible else None
+        self.code = SparseCode(config.objective.sparse, dim=size.dim,
+                               input_dim=size.dim if self.visible else size.predictor_dim)
         self.spread = config.objective.spread
         self.tissue = tissue_head(config.objective, size.dim)
 
@@ -60,7 +71,7 @@ class SparseJEPA(Averaged):
             modality of the targets, and ``cross`` for targets from another scan) are the parts
             that such samples contribute.
         """
-        z_BND = self.latents(views.of_targets())
+        z_BND = self.targets(views)
         predicted_VTd, y_VCD = self._predict(views)
         # a scalar on the device: as a number of Python each value would be compiled anew
         return self.losses(views, z_BND=z_BND, y_VCD=y_VCD, predicted_VTd=predicted_VTd,
@@ -72,6 +83,8 @@ class SparseJEPA(Averaged):
         """What ``forward`` returns, of target latents, context latents and predictions."""
         z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
         valid_VT = take(views.target_valid_BN, views.target_BMT).flatten(0, 1)
+        if self.widen is not None:
+            predicted_VTd = _normed(self.widen(predicted_VTd))
         coded = self.code(predicted_VTd, z_VTD, valid_VT)
         weight_BMT = token_weights(take(views.target_foreground_BN, views.target_BMT),
                                    take(views.target_valid_BN, views.target_BMT),
@@ -83,6 +96,8 @@ class SparseJEPA(Averaged):
         parts = {"prediction": per_sample(coded.error), "sparsity": l1 * per_sample(coded.penalty)}
         if coded.gate_error is not None:
             parts["gate"] = per_sample(coded.gate_error)
+        if self.visible:
+            parts["visible"] = self.visible * self._visible_cost(views, z_BND, y_VCD, l1)
         total_B, shown = torch.stack(list(parts.values())).sum(0), {}
         if self.spread:
             B = len(views.weight_B)
@@ -112,9 +127,39 @@ class SparseJEPA(Averaged):
         head = 2 * targets * (size.predictor_dim * (atoms or size.dim)
                               + decodings * atoms * size.dim)
         predictor = predictor_flops(config.model, tokens=tokens, targets=targets)
+        if sparse.visible:  # predictions are widened, and the context has its codes too
+            wide = 2 * size.dim * atoms * (1 + decodings)
+            head = targets * (2 * size.predictor_dim * size.dim + wide) + (tokens - targets) * wide
         trained = len(masks.scales) * (encoder_flops(config.model, tokens - targets)
                                        + predictor + head)
         return encoder_flops(config.model, tokens) + trained, trained
+
+    def _visible_cost(self, views: Views, z_BND: Tensor, y_VCD: Tensor, l1: Tensor) -> Tensor:
+        """float32 [B]: the code's loss on the latents of visible tokens, all its parts."""
+        context_BMC = views.context_BMC
+        valid_BMC = take(views.target_valid_BN, context_BMC)
+        coded = self.code(_normed(y_VCD), take(z_BND, context_BMC).flatten(0, 1),
+                          valid_BMC.flatten(0, 1))
+        cost_VC = coded.error + l1 * coded.penalty
+        if coded.gate_error is not None:
+            cost_VC = cost_VC + coded.gate_error
+        weight_BMC = token_weights(take(views.target_foreground_BN, context_BMC), valid_BMC,
+                                   self.background_weight)
+        return (weight_BMC * cost_VC.view_as(weight_BMC)).sum(-1).mean(1)
+
+    @torch.no_grad()
+    def atoms(self, views: Views) -> Tensor:
+        """float32 [B, N, A]: the code of every token, as ``latents`` has them.
+
+        Only where one code acts on all tokens (``objective.sparse.visible``).
+        """
+        assert self.visible
+        latents_BND = self.latents(views).to(self.code.encode.weight.dtype)
+        return self.code.activations(latents_BND)[0].float()
+
+    def targets(self, views: Views) -> Tensor:
+        """float32 [B, N, D]: what is to be predicted, for every token."""
+        return self.latents(views.of_targets())
 
     def _predict(self, views: Views) -> tuple[Tensor, Tensor]:
         """The predictor's output for all masks [V, T, d], latents of the context [V, C, D]."""
@@ -128,6 +173,10 @@ class SparseJEPA(Averaged):
                              coords_VN3[:, :C], valid_VN[:, :C], views.all_scanned)
         modality_V = views.target_modality_B[:, None].expand(-1, masks).flatten()
         return self.predictor(y_VCD, coords_VN3, valid_VN, modality_V, views.all_scanned), y_VCD
+
+
+def _normed(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from neurojepa.objective.views import make_views
 from neurojepa.storage import Patience, join, write_bytes
 from neurojepa.train import checkpoint, compiling
 from neurojepa.train.engine import Engine
+from neurojepa.train.gates import Gates
 from neurojepa.train.health import Damage, Health, collapsed, diverged
 from neurojepa.train.heartbeat import Heartbeat
 from neurojepa.train.hooks import Hook, Progress
@@ -123,6 +124,7 @@ class Run:
         self.engine = Engine(model, config, world, self.loader.micro_steps)
         self.moe = moe_layers(self.engine.module)
         self.code = sparse_code(self.engine.module)
+        self.gates = Gates(config, self.feed.grid, world)
         self.health = Health(config.train.health, found.manifest["health"] if found else None)
         self.damage = Damage(config.data.max_damaged_share)
         self.step = self._started_at = found.step if found else 0
@@ -224,6 +226,7 @@ class Run:
             self.engine.backward(loss * scale)
             applied = self.engine.step(rates.lr)
             self.metrics.add(loss, sums)
+        gates = self.gates.look(self.engine.module, views, self.step + 1)
         balance = {}
         if self.moe:
             load = self.world.sum_(torch.stack([layer.load for layer in self.moe]))
@@ -235,7 +238,8 @@ class Run:
             self.engine.update_ema(rates.ema)
         self.step += 1
         self.metrics.end_step(self.step, {"lr": rates.lr, "l1": rates.l1, "skipped": not applied,
-                                          "grad_norm": self.engine.grad_norm(), **balance})
+                                          "grad_norm": self.engine.grad_norm(), **balance,
+                                          **gates})
         if not applied:
             self.metrics.event("skip", self.step, **self.engine.guard.why())
         return applied

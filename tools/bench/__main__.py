@@ -28,17 +28,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="smaller, for a first look")
     parser.add_argument("--official", type=Path, metavar="DIR")
-    parser.add_argument("--work", metavar="DIR", help="quality, readout: where runs are kept "
-                        "(default: build/bench-NAME)")
+    parser.add_argument("--work", metavar="DIR", help="compare, quality, readout: where runs are "
+                        "kept (default: build/bench-NAME)")
+    parser.add_argument("--feed", help="compare: your own packed feed in place of synthetic people")
+    parser.add_argument("--finished", action="store_true", help="compare: make no more runs, only "
+                        "the tables of those that are there")
     arguments = parser.parse_args(argv)
     official = arguments.official
     if official is not None and not (official / "src/neurojepa").is_dir():
         raise ConfigError(f"--official {official}: holds no src/neurojepa; name a checkout of the "
                           "official repository")
-    if arguments.work and arguments.name not in ("quality", "readout"):
+    if arguments.work and arguments.name not in ("compare", "quality", "readout"):
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
+    for option in ("feed", "finished"):
+        if (value := getattr(arguments, option)) and arguments.name != "compare":
+            raise ConfigError(f"--{option} {value}: {arguments.name} has no use for it; only "
+                              "compare does")
     module = importlib.import_module(f"tools.bench.{arguments.name}")
-    options = {"work": arguments.work} if arguments.work else {}
+    options = {name: value for name in ("work", "feed", "finished")
+               if (value := getattr(arguments, name))}
     print(json.dumps(module.run(arguments.quick, None if official is None else str(official),
                                 **options)))
     return 0

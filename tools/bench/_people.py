@@ -10,8 +10,8 @@ head, of scans of one session to one another, and shading that bias correction l
 Signals that volumes do not hold: contrast of cortex to white matter (``t1w_contrast``) and
 ``texture``, a person's log amplitude of a smooth pattern in white matter.
 
-*Nuisance* comes in doses that multiply everything of scanners at once: contrast of tissues, shading,
-noise, ghosts of motion, slice thickness of T2w and FLAIR, placement.
+*Nuisance* comes in doses that multiply everything of scanners at once: contrast of tissues,
+shading, noise, ghosts of motion, slice thickness of T2w and FLAIR, placement.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from data_prep.synth.scanner import Pose, View
 from data_prep.tables import read_table
 from data_prep.volumes.structural.intensity import scale
 from neurojepa.feed.format import (
-    INDEX_SCHEMA,
     LABELS_SCHEMA,
     TRAINING_GRIDS,
     Grid,
@@ -138,7 +137,9 @@ def plan_shards(cohort: Cohort, work: Path, folder: Path | None) -> list[Shard]:
 
 
 def make_shard(shard: Shard, folder: Path | None, cache: Path) -> str:
-    """Make and write a shard, its record last."""
+    """Make and write a shard, its record last; nothing where that is there already."""
+    if shard.record.exists():
+        return shard.name
     cache.mkdir(parents=True, exist_ok=True)
     mixed = mixer(shard.source, shard.others, folder, cache)
     samples, labels = [], []
@@ -251,5 +252,3 @@ def described(cohort: Cohort) -> dict[str, Any]:
     folder = label_folder()
     return asdict(cohort) | {"sources": split_sources(folder, cohort.fold)}
 
-
-__all__ = ["INDEX_SCHEMA", "Cohort", "described", "make_people"]

@@ -24,22 +24,23 @@ from neurojepa.downstream.pooling import Places, Tokens
 from neurojepa.downstream.stats import participation_ratio
 from neurojepa.feed.format import Feed
 from neurojepa.model.averaged import Averaged
-from neurojepa.objective.views import patch_centres_mm
+from neurojepa.objective.views import Views, patch_centres_mm
 from tools.bench._quality_table import PLAIN, Arrays
 
 BATCH = 8  # scans at a time, with the token budget of training
+Read = Callable[[Averaged, RootConfig, Feed, Views], Tokens]
 Probed = Callable[[Embeddings, str], Arrays]  # predictions, their names beginning with a prefix
 
 
 @torch.no_grad()
 def read_out(model: Averaged, config: RootConfig, feed: Feed, modalities: tuple[str, ...],
-             probed: Probed) -> Arrays:
+             probed: Probed, read: Read = tokens_in) -> Arrays:
     """Predictions and figures under both poolings; modalities begin with the one for figures."""
     rows = np.concatenate([select_rows(feed, modality, None) for modality in modalities])
     known = np.isin(rows, reference_rows(feed, rows))
     tokens, plain, taught = [], [], []  # each scan is encoded once
     for views in views_of(model, config, feed, rows, batch_size=BATCH):
-        each, valid_BN1 = tokens_in(model, config, feed, views), views.valid_BN[..., None].float()
+        each, valid_BN1 = read(model, config, feed, views), views.valid_BN[..., None].float()
         plain.append((each.z_BND * valid_BN1).sum(1) / valid_BN1.sum(1).clamp(min=1))
         known_B = torch.from_numpy(known[sum(map(len, plain[:-1])):][:len(each.z_BND)])
         if known_B.any():

@@ -211,7 +211,8 @@ def predicted_by(model: CNN, config: RootConfig, feed: Feed) -> Arrays:
 # ---- segmentation --------------------------------------------------------------------------------
 
 @torch.no_grad()
-def segmented(model: Averaged, config: RootConfig, feed: Feed) -> Arrays:
+def segmented(model: Averaged, config: RootConfig, feed: Feed,
+              most: int | None = None) -> Arrays:
     """Overlap of true and predicted shares of each structure in each patch, of T1w scans.
 
     A linear map from a frozen token to the share of its patch's voxels that each structure fills,
@@ -221,8 +222,10 @@ def segmented(model: Averaged, config: RootConfig, feed: Feed) -> Arrays:
     ``atlas`` is the mean share of each patch over train, which knows places only.  ``placed`` is
     told the place: it maps how a token differs from the mean token of its patch over train to how
     the shares differ from the atlas.
+
+    Of each split ``most`` scans, spread over the feed; None: all.
     """
-    parts = {split: tokens_and_shares(model, config, feed, split)
+    parts = {split: tokens_and_shares(model, config, feed, split, most)
              for split in ("train", "val", "test")}
     if not all(len(part.rows) for part in parts.values()):
         print("segmentation: left out: a split has no label maps", flush=True)
@@ -295,12 +298,14 @@ def overlap(shares: np.ndarray, guess: np.ndarray) -> np.ndarray:
     return np.where(shares.sum(1) > 0, dice, np.nan)
 
 
-def tokens_and_shares(model: Averaged, config: RootConfig, feed: Feed, split: str) -> Part:
+def tokens_and_shares(model: Averaged, config: RootConfig, feed: Feed, split: str,
+                      most: int | None = None) -> Part:
     """Tokens and shares of the T1w scans of a split that have a label map."""
     index = feed.index
     rows = np.array([row for row, (modality, of_split, length) in enumerate(zip(
         *(index[name].to_pylist() for name in ("modality", "split", "label_length")),
         strict=True)) if modality == "T1w" and of_split == split and length], dtype=np.int64)
+    rows = rows[::max(1, -(-len(rows) // most))] if most else rows
     patch, reader = config.model.patch_voxels, SampleReader(feed)
     none = np.zeros((0, 1, 1))
     values, shares, numbers = [none], [none], [none[..., 0].astype(np.int64)]

@@ -16,7 +16,7 @@ VALID = torch.ones(3, 7, dtype=torch.bool)
 
 def make_code(**changes: object) -> SparseCode:
     torch.manual_seed(0)
-    return SparseCode(SparseConfig(**changes), predictor_dim=8, dim=12)  # type: ignore[arg-type]
+    return SparseCode(SparseConfig(**changes), input_dim=8, dim=12)  # type: ignore[arg-type]
 
 
 def test_parts_equal_the_formula():

@@ -1,0 +1,240 @@
+"""The arithmetic of the comparison and its people, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.synth import codes, warp
+from data_prep.synth.anatomy import Anatomy, Levels
+from data_prep.synth.cohort import draw_person
+from neurojepa.downstream.embed import Embeddings
+from neurojepa.errors import ConfigError
+from neurojepa.feed.format import Grid
+from tests.helpers.batches import GRID, make_batch, make_config
+from tools.bench import _compare_table, _people, _recipes, compare
+from tools.bench._compare_run import CANDIDATES, FEW, few_rows, nearest, retrieved
+from tools.bench._mixing import Mixer, brain_of, registered, split_sources
+from tools.bench._quality_run import stored
+
+
+def embeddings(values: np.ndarray, people: np.ndarray, modality: np.ndarray,
+               split: np.ndarray) -> Embeddings:
+    names = np.array([f"p{person:04d}" for person in people])
+    return Embeddings(values, names, names, names, np.full(len(names), "1"), modality, split)
+
+
+def paired(noise: float, num: int = 240) -> Embeddings:
+    """A T1w and a T2w scan of each person, alike but for noise; half of the people are tested."""
+    rng = np.random.default_rng(0)
+    own = rng.normal(size=(num, 30))
+    values = np.concatenate([own, own + noise * rng.normal(size=own.shape)])
+    return embeddings(values, np.tile(np.arange(num), 2), np.repeat(["T1w", "T2w"], num),
+                      np.tile(np.where(np.arange(num) % 2, "train", "test"), 2))
+
+
+def test_retrieval_is_certain_for_twins_and_luck_for_strangers():
+    assert retrieved(paired(0.0))["retrieval/predicted"] == pytest.approx(1)
+    by_luck = retrieved(paired(1e6))["retrieval/predicted"].mean()
+    assert by_luck == pytest.approx(1 / CANDIDATES, abs=0.02)
+
+
+def test_retrieval_equals_drawing_candidates():
+    found = paired(2.0)
+    exact = retrieved(found)["retrieval/predicted"]
+    assert 0.2 < exact.mean() < 0.95
+    parts = {}
+    for modality in ("T1w", "T2w"):
+        rows = np.flatnonzero(found.modality == modality)
+        train = found.values[rows[found.split[rows] == "train"]]
+        values = (found.values[rows] - train.mean(0)) / train.std(0)
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        parts[modality] = values[found.split[rows] == "test"]
+    alike, rng = parts["T1w"] @ parts["T2w"].T, np.random.default_rng(1)
+    for k in range(0, len(alike), 17):
+        others = np.delete(alike[k], k)
+        hits = [alike[k, k] > rng.choice(others, CANDIDATES - 1, replace=False).max()
+                for _ in range(400)]
+        assert exact[k] == pytest.approx(np.mean(hits), abs=0.09)
+
+
+def test_without_the_other_modality_nothing_is_retrieved():
+    found = paired(0.0)
+    alone = Embeddings(*(value[found.modality == "T1w"] for value in vars(found).values()))
+    assert retrieved(alone) == {}
+
+
+def test_few_people_are_the_same_whatever_the_order_and_keep_all_scans():
+    found = paired(0.0, 400)
+    chosen = few_rows(found)
+    train = found.split == "train"
+    assert len(set(found.participant[chosen & train])) == FEW and chosen[~train].all()
+    assert (chosen & train).sum() == 2 * FEW
+    order = np.random.default_rng(0).permutation(len(chosen))
+    turned = Embeddings(*(value[order] for value in vars(found).values()))
+    assert (few_rows(turned) == chosen[order]).all()
+
+
+def test_the_nearest_people_tell_an_age_that_values_hold():
+    found = paired(0.0)
+    age = np.array([repr(float(value)) for value in found.values[:, 0]])
+    holds = Embeddings(found.values[:, :2], *list(vars(found).values())[1:])
+    scores = nearest(holds, age)
+    assert np.corrcoef(scores["age, nearest/truth"], scores["age, nearest/predicted"])[0, 1] > 0.7
+
+
+def runs_of(quality: float, seeds: int = 2) -> list[dict[str, np.ndarray]]:
+    """Stored predictions of 60 people from three sources, better with ``quality``."""
+    people = np.array([f"p{k:02d}" for k in range(60)])
+    sources, runs = np.array([f"s{k % 3}" for k in range(60)]), []
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        age, ill = rng.normal(size=60), np.arange(60) % 4 == 0
+        noise = rng.normal(size=60)
+        runs.append(
+            stored("age", age, quality * age + (1 - quality) * noise, people, sources)
+            | stored("diagnosis", ill * 1.0, quality * ill + (1 - quality) * noise, people, sources)
+            | stored("segmentation", np.ones((60, 2)), np.full((60, 2), quality), people, sources)
+            | stored("retrieval", np.ones(60), np.full(60, quality), people, sources))
+    return runs
+
+
+def test_the_better_method_is_ahead_by_more_than_noise():
+    found = {"random init": runs_of(0.2), _compare_table.REFERENCE: runs_of(0.5),
+             "ours": runs_of(0.8), "the same": runs_of(0.5)}
+    rows = _compare_table.compared(found)
+    value, low, high = rows["ours"][_compare_table.REFERENCE]
+    assert 0 < low < value < high
+    assert rows["the same"][_compare_table.REFERENCE] == pytest.approx([0, 0, 0])
+    assert rows["random init"][_compare_table.REFERENCE][2] < 0
+    assert "random init" not in rows["random init"]
+
+
+def test_a_method_that_lacks_a_part_has_no_primary_endpoint():
+    lacking = [{key: value for key, value in run.items() if not key.startswith("retrieval")}
+               for run in runs_of(0.9)]
+    rows = _compare_table.compared({"random init": runs_of(0.2), "ours": runs_of(0.5),
+                                    "volumes": lacking})
+    assert set(rows) == {"random init", "ours"}
+
+
+def test_arms_share_no_folder_and_a_teacher_costs_a_part_of_the_budget(tmp_path: Path):
+    jobs = [job for arm in compare.ARMS for job in compare.jobs_of(compare.FULL, tmp_path, arm, 0)]
+    assert len({job.folder for job in jobs}) == len(jobs)
+    teacher, student = compare.jobs_of(compare.FULL, tmp_path, "frozen teacher", 0)
+    assert student.teacher == teacher.folder / "weights"
+    assert teacher.seconds + student.seconds == pytest.approx(compare.FULL.seconds)
+
+
+def test_a_folder_of_other_people_is_refused(tmp_path: Path):
+    compare.claim(compare.QUICK, tmp_path / "work", None)
+    compare.claim(compare.QUICK, tmp_path / "work", None)
+    with pytest.raises(ConfigError, match="another plan"):
+        compare.claim(compare.QUICK, tmp_path / "work", "s3://other/feed")
+
+
+# ---- recipes on trial ----------------------------------------------------------------------------
+
+def test_centred_targets_hold_nothing_of_the_place():
+    config = make_config(None)
+    from neurojepa.objective.views import make_views
+
+    views = make_views(make_batch(6), config, GRID, seed=0)
+    place = torch.randn(640, 8, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(1)
+
+    def targets(model: object, views: object) -> torch.Tensor:
+        return 3 * place + torch.randn(6, 640, 8, generator=draw)
+
+    of_place = _recipes.centred(targets, GRID, 3)
+    for _ in range(60):
+        found = of_place(None, views)
+    assert found.mean(0).abs().mean() < 0.6 < 3 * place.abs().mean()
+    assert found.std() == pytest.approx(1, abs=0.2)
+
+
+# ---- people --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fold", range(4))
+def test_sources_are_split_before_anything_else(fold: int):
+    parts = split_sources(None, fold)
+    assert [len(parts[split]) for split in ("train", "val", "test")] == [10, 2, 4]
+    assert len({name for names in parts.values() for name in names}) == 16
+
+
+def test_every_source_is_tested_once_over_the_folds():
+    tested = [name for fold in range(4) for name in split_sources(None, fold)["test"]]
+    assert len(set(tested)) == len(tested) == 16
+
+
+def ball(radius_mm: float, ventricle_mm: float) -> Anatomy:
+    """A head of concentric balls: ventricles, white matter, cortex, fluid; hippocampi beside."""
+    x, y, z = np.ogrid[:96, :96, :96] - np.full((3, 1, 1, 1), 48.0)
+    distance = np.sqrt(x**2 + y**2 + z**2)
+    labels = np.zeros((96, 96, 96), np.int16)
+    for limit, code in ((radius_mm + 3, codes.FLUID), (radius_mm, 3), (radius_mm - 4, 2),
+                        (ventricle_mm, 4)):
+        labels[distance < limit] = code
+    return Anatomy("ball", labels, Levels(csf=0.1, grey=0.5))
+
+
+def test_a_registration_makes_one_head_look_like_the_other():
+    small, large = ball(28, 8), ball(32, 13)
+    velocity = registered(small, np.eye(4), large, np.eye(4))
+    field = warp.flow(velocity / 2)  # its nodes are twice as far apart
+    assert warp.jacobian(field).min() > 0
+    across = warp.upsample(velocity, warp.coarse_shape(small.labels.shape), 0.5)
+    moved = warp.warp_labels(small.labels, warp.flow(across))
+
+    def overlap(labels: np.ndarray, code: int) -> float:
+        ours, theirs = labels == code, large.labels == code
+        return float(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()))
+
+    for code in (4, 3):
+        assert overlap(moved, code) > overlap(small.labels, code) + 0.1
+    assert overlap(moved, 4) > 0.85
+
+
+def test_a_mask_of_the_brain_closes_its_sulci_and_holes():
+    share = np.zeros((40, 40, 40), np.float32)
+    share[8:32, 8:32, 8:32] = 1
+    share[19:21, 8:32, 20:32] = 0  # a sulcus, two voxels wide
+    share[14:18, 14:18, 14:18] = 0  # a ventricle
+    mask = brain_of(share, 3.0)
+    assert mask[20, 20, 26] and mask[16, 16, 16] and not mask[2].any()
+
+
+@pytest.mark.slow(9)
+def test_a_person_is_the_same_each_time_and_doses_change_the_scanner_alone():
+    from data_prep.synth.anatomy import load_anatomy
+
+    anatomy = load_anatomy("template-00", None)
+    shape = tuple(-(-n // 2) for n in anatomy.shaper.full_shape)
+    rng = np.random.default_rng(0)
+    mixed = Mixer(anatomy, np.array([[1, 0, 0, 92], [0, 1, 0, 124], [0, 0, 1, 108], [0, 0, 0, 1.0]]),
+                  [warp.random_velocity(rng, shape, rms_mm=3.0, smooth_mm=12.0)])
+    person = draw_person(14, 0)
+    made = {dose: _people.make_person(mixed, person, _people.Cohort(dose=dose))
+            for dose in ("small", "large")}
+    again, _ = _people.make_person(mixed, person, _people.Cohort(dose="small"))
+    assert [row for row, *_ in again] == [row for row, *_ in made["small"][0]]
+    truths = {dose: truth for dose, (_, truth) in made.items()}
+    assert truths["small"]["texture"] == truths["large"]["texture"]
+    for name in ("brain_ml", "ventricle_ml"):
+        assert truths["small"][name] == pytest.approx(truths["large"][name], rel=0.03)
+    assert 500 < truths["small"]["brain_ml"] < 1900
+    scans = made["small"][0]
+    assert [row["modality"] for row, *_ in scans] == ["T1w", "T2w", "FLAIR"]
+    assert [label is not None for *_, label in scans] == [True, False, False]
+    assert {row["scan_id"] for row, *_ in scans}.isdisjoint(
+        row["scan_id"] for row, *_ in made["large"][0])
+
+
+def test_grids_have_tokens_of_18_mm():
+    for name, grid in _people.GRIDS.items():
+        patch = round(18 / grid.spacing_mm)
+        assert patch * grid.spacing_mm == 18 and all(n % patch == 0 for n in grid.shape), name
+        assert isinstance(grid, Grid)

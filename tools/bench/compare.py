@@ -1,0 +1,246 @@
+"""compare: which way of training says most of people, at equal CPU seconds.
+
+Frozen before the first result:
+  people     _people.py: 500 to learn from, 200 to choose by, 500 tested, on the 3 mm grid; seed 14,
+             fold 0, nuisance of dose "medium" (others: small, large).  T1w and T2w of all, FLAIR of
+             a third.  Effect sizes are those of data_prep/synth/cohort.py
+  sources    the twelve real label maps where they are at hand, else sixteen from the template;
+             split first (7, 2, 3 and 10, 2, 4), then mixed within a split
+  model      size tiny, tokens of 18 mm, 416 of them, 8 scans a step, fp32, one thread
+  budget     equal CPU seconds of training: steps are the budget over the measured CPU seconds of a
+             step of each recipe.  A frozen teacher's training counts: a quarter of the budget
+  tuning     none here: rate 5e-4 for the present sparse JEPA and 2e-3 for all else, as val chose
+             among 5e-4, 1e-3, 2e-3 for the table of quality.py; new recipes take MAE's rate
+  seeds      0, 1, 2 of weights, order and masks; of a first look 0 alone
+  probes     on embeddings as users get them (downstream/pooling.py), or on atoms pooled alike:
+             ridge and logistic, from 500 and from 100 people; nearest people; T1w to T2w and FLAIR;
+             the T2w scan of the same session among 100; a linear token head for segmentation
+  primary    mean of age R2, diagnosis AUROC, Dice and retrieval, each over its standard deviation
+             between the methods of the table
+  interval   95 %, 1000 draws of source person, then person in it, and seed; paired differences to
+             MAE with the tissue head
+
+What is on trial and not in the package stands in _recipes.py.  Beside them: ridge on volumes that
+a simple program finds (_compare_table.py) and on the true ones.
+
+With --feed the same is made of that feed and its labels, with no synthetic part.  Every run keeps a
+folder below --work (default build/bench-compare); what is finished is not done again, and
+--finished shows what there is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from neurojepa.config import dump_config, validate
+from neurojepa.errors import ConfigError, NeurojepaError
+from neurojepa.feed.format import open_feed
+from tools.bench import _compare_table
+from tools.bench._people import Cohort, described, make_people
+from tools.bench.common import machine
+
+ROOT = Path(__file__).resolve().parents[2]
+RATE = 2e-3
+SINGLE = {"objective.masks": {"scales": [[500, 0.0, 0.001]]}}  # one mask, of single tokens
+MAE = {"objective.method": "mae", "objective.tissue_weight": 1.0}
+TEACHER_SHARE = 0.25  # of the budget
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way of training: what its recipe changes, and what _recipes.py does."""
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    rate: float = RATE
+    changes: dict[str, Any] = field(default_factory=dict)
+    teacher: bool = False
+    trained: bool = True
+
+
+ARMS = {
+    "random init": Arm(trained=False),
+    "MAE with tissue head": Arm(MAE),
+    "tissue head alone": Arm(SINGLE, changes={"head_alone": True}),
+    "sparse JEPA": Arm(rate=5e-4),
+    "one mask": Arm(SINGLE),
+    "frozen teacher": Arm(SINGLE | {"objective.spread": 0.0}, teacher=True),
+    "place-centred": Arm(SINGLE, changes={"centred": True}),
+    "shared code": Arm(SINGLE | {"objective.sparse.visible": 1.0}),
+    "shared code, top 16": Arm(SINGLE | {"objective.sparse.visible": 1.0,
+                                         "objective.sparse.code": "topk"}),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of it."""
+
+    cohort: Cohort | None
+    seconds: float
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...] = tuple(ARMS)
+
+
+FULL = Plan(Cohort(), 120.0, (0, 1, 2))
+QUICK = Plan(Cohort(train=16, val=6, test=10), 8.0, (0,), ("random init", "MAE with tissue head",
+                                                         "frozen teacher", "shared code"))
+
+
+@dataclass
+class Job:
+    """A run to make, in its folder."""
+
+    folder: Path
+    arm: Arm
+    seed: int
+    seconds: float
+    teacher: Path | None = None
+
+
+def run(quick: bool, official: str | None, work: str | None = None, feed: str | None = None,
+        finished: bool = False) -> dict[str, Any]:
+    """Make what is missing, or nothing if ``finished``, and print the tables; returns them."""
+    plan = QUICK if quick else FULL
+    folder = Path(work or ROOT / "build" / "bench-compare") / ("quick" if quick else "full")
+    print(machine())
+    claim(plan, folder, feed)
+    if not finished:
+        measure(plan, folder, feed)
+    runs = folder / "runs"
+    return _compare_table.tables({arm: [runs / folder_of(arm, seed) for seed in plan.seeds]
+                                  for arm in plan.arms}, runs)
+
+
+def measure(plan: Plan, work: Path, feed: str | None = None) -> None:
+    """All runs of a plan, below ``work``; of a feed at hand or of the plan's people."""
+    cores = len(os.sched_getaffinity(0))
+    if feed is None:
+        assert plan.cohort is not None
+        feed = make_people(plan.cohort, work, cores)
+    _compare_table.ridges(open_feed(feed), work / "runs")
+    jobs = [job for seed in plan.seeds for arm in plan.arms
+            for job in jobs_of(plan, work, arm, seed)]
+    teachers = [job for job in jobs if job.folder.name.startswith("teacher")]
+    runner = Runner(feed, work)
+    for stage in (teachers, [job for job in jobs if job not in teachers]):
+        runner.make(stage, cores)
+
+
+def claim(plan: Plan, work: Path, feed: str | None) -> None:
+    """Make ``work`` this plan's, or check that it is; more seeds and arms may come later.
+
+    Raises
+    ------
+    ConfigError
+        It holds the runs of another plan.
+    """
+    of = {"people": feed or (plan.cohort and described(plan.cohort)), "seconds": plan.seconds}
+    text = json.dumps(of, indent=1)
+    file = work / "plan.json"
+    if file.exists() and file.read_text() != text:
+        raise ConfigError(f"--work {work}: holds runs of another plan, {file.read_text()}; choose "
+                          "another folder or delete it")
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+def folder_of(arm: str, seed: int) -> str:
+    return f"{arm.replace(' ', '-').replace(',', '').lower()}-{seed}"
+
+
+def jobs_of(plan: Plan, work: Path, name: str, seed: int) -> list[Job]:
+    """The runs that an arm needs, its teacher first."""
+    arm, runs = ARMS[name], work / "runs"
+    if not arm.teacher:
+        return [Job(runs / folder_of(name, seed), arm, seed, plan.seconds)]
+    teacher = runs / f"teacher-{seed}"
+    return [Job(teacher, Arm(MAE), seed, TEACHER_SHARE * plan.seconds),
+            Job(runs / folder_of(name, seed), arm, seed, (1 - TEACHER_SHARE) * plan.seconds,
+                teacher / "weights")]
+
+
+class Runner:
+    """Makes runs, as many at once as there are cores, each in a process of one thread."""
+
+    def __init__(self, feed: str, work: Path) -> None:
+        self.feed, self.work = feed, work
+
+    def make(self, jobs: list[Job], cores: int) -> None:
+        """Those that are not finished."""
+        missing = [job for job in jobs if not (job.folder / "scores.npz").exists()]
+        began = time.monotonic()
+        with ThreadPoolExecutor(cores) as pool:
+            for done, name in enumerate(pool.map(self._make, missing), 1):
+                minutes = (time.monotonic() - began) / 60
+                print(f"run {done}/{len(missing)} {name}: {minutes:.1f} min so far", flush=True)
+
+    def _make(self, job: Job) -> str:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "run.json").write_text(json.dumps(
+            job.arm.changes | ({"teacher": str(job.teacher)} if job.teacher else {})))
+        if not job.arm.trained:
+            (job.folder / "untrained").touch()
+        steps = self._steps(job) if job.arm.trained else 1
+        self._write(job, steps, job.folder)
+        command(job.folder / "log.txt", str(job.folder))
+        return job.folder.name
+
+    def _steps(self, job: Job) -> int:
+        """The budget over the cost of a step, which is measured once an arm and kept."""
+        arm = job.folder.name.rpartition("-")[0]
+        file = self.work / "runs" / f"{arm}.cost"
+        if not file.exists():
+            folder = job.folder / "cost"
+            self._write(job, 1000, folder)
+            (folder / "run.json").write_text((job.folder / "run.json").read_text())
+            command(folder / "log.txt", str(folder), "--cost")
+            file.write_text((folder / "log.txt").read_text().splitlines()[-1])
+        return max(10, round(job.seconds / float(file.read_text()) / 10) * 10)
+
+    def _write(self, job: Job, steps: int, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        tree = {
+            "data": {"feed": self.feed, "read_threads": 2},
+            "model": {"size": "tiny", "patch_voxels": open_patch(self.feed), "token_budget": 416},
+            "objective": {"sparse": {"l1_warmup_steps": steps // 10}},
+            "optim": {"lr": job.arm.rate, "warmup_steps": steps // 10, "ema": 0.99},
+            "train": {"steps": steps, "global_batch": 8, "micro_batch": 8, "seed": job.seed,
+                      "dtype": "fp32", "keep_last": 1, "log_every": 20,
+                      "checkpoint_every": max(steps // 8, 1)},
+            "run": {"dir": str(folder / "run")}}
+        for dotted, value in job.arm.recipe.items():
+            *parents, leaf = dotted.split(".")
+            node: dict[str, Any] = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = value
+        (folder / "recipe.yaml").write_text(dump_config(validate(tree, str(folder))))
+
+
+def open_patch(feed: str) -> int:
+    """Voxels along a token of 18 mm."""
+    return round(18 / open_feed(feed).grid.spacing_mm)
+
+
+def command(log: Path, *arguments: str) -> None:
+    """Make a run on one thread, in huge pages (a step saves a tenth); its output goes to a file."""
+    with open(log, "w") as file:
+        done = subprocess.run([sys.executable, "-m", "tools.bench._compare_run", *arguments],
+                              cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                              env={**os.environ, "OMP_NUM_THREADS": "1",
+                                   "THP_MEM_ALLOC_ENABLE": "1"})
+    if done.returncode:
+        raise NeurojepaError(f"{arguments[0]}: the run ended with status {done.returncode}; see "
+                             f"{log}")
+
+
