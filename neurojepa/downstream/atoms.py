@@ -155,7 +155,8 @@ def _listening(code: SparseCode | None,
     heard: dict[nn.Module, Tensor] = {}
 
     def hear_code(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        heard[module] = module.activations(inputs[0])[0].float()
+        # a code that visible tokens share is called for them too, after the predictions
+        heard.setdefault(module, module.activations(inputs[0])[0].float())
 
     def hear_experts(module: Any, inputs: tuple[Tensor, ...]) -> None:
         x_BND = inputs[0]

@@ -171,9 +171,8 @@ def test_every_source_is_tested_once_over_the_folds():
 
 
 def ball(radius_mm: float, ventricle_mm: float) -> Anatomy:
-    """A head of concentric balls: ventricles, white matter, cortex, fluid; hippocampi beside."""
-    x, y, z = np.ogrid[:96, :96, :96] - np.full((3, 1, 1, 1), 48.0)
-    distance = np.sqrt(x**2 + y**2 + z**2)
+    """A head of concentric balls: ventricles, white matter, cortex, fluid."""
+    distance = np.sqrt(((np.indices((96, 96, 96)) - 48.0)**2).sum(0))
     labels = np.zeros((96, 96, 96), np.int16)
     for limit, code in ((radius_mm + 3, codes.FLUID), (radius_mm, 3), (radius_mm - 4, 2),
                         (ventricle_mm, 4)):
@@ -193,9 +192,8 @@ def test_a_registration_makes_one_head_look_like_the_other():
         ours, theirs = labels == code, large.labels == code
         return float(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()))
 
-    for code in (4, 3):
-        assert overlap(moved, code) > overlap(small.labels, code) + 0.1
-    assert overlap(moved, 4) > 0.85
+    for code in (4, 3):  # the nodes are 6 mm apart, so walls come near each other, no more
+        assert overlap(moved, code) > overlap(small.labels, code) + 0.15
 
 
 def test_a_mask_of_the_brain_closes_its_sulci_and_holes():
@@ -214,8 +212,10 @@ def test_a_person_is_the_same_each_time_and_doses_change_the_scanner_alone():
     anatomy = load_anatomy("template-00", None)
     shape = tuple(-(-n // 2) for n in anatomy.shaper.full_shape)
     rng = np.random.default_rng(0)
-    mixed = Mixer(anatomy, np.array([[1, 0, 0, 92], [0, 1, 0, 124], [0, 0, 1, 108], [0, 0, 0, 1.0]]),
-                  [warp.random_velocity(rng, shape, rms_mm=3.0, smooth_mm=12.0)])
+    to_anatomy = np.eye(4)
+    to_anatomy[:3, 3] = 92, 124, 108
+    velocity = warp.random_velocity(rng, shape, rms_mm=3.0, smooth_mm=12.0)
+    mixed = Mixer(anatomy, to_anatomy, [velocity])
     person = draw_person(14, 0)
     made = {dose: _people.make_person(mixed, person, _people.Cohort(dose=dose))
             for dose in ("small", "large")}

@@ -289,3 +289,49 @@ def test_where_all_is_scanned_no_mask_is_made_and_nothing_changes(method: str):
         results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
     for masked, free in zip(*results, strict=True):
         torch.testing.assert_close(free, masked, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("code", ["relu", "gated", "topk"])
+def test_one_dictionary_for_visible_and_predicted_tokens(code: str, views: Views):
+    model = build_model(make_config(96, objective={
+        "sparse": {"code": code, "visible": 1.0}, "tissue_weight": 0.0, "spread": 0.0}), GRID)
+    assert isinstance(model, SparseJEPA)
+    loss, metrics = model(views, 1e-2)
+    parts = [metrics[name] for name in ("prediction", "sparsity", "gate", "visible")
+             if name in metrics]
+    torch.testing.assert_close(loss.detach(), torch.stack(parts).sum())
+    h_BNA = model.atoms(views)
+    assert h_BNA.shape == (*views.valid_BN.shape, 4 * 96) and h_BNA.min() >= 0
+    z_hat = model.code.decoder(h_BNA)
+    assert z_hat.shape == model.latents(views).shape
+    if code == "topk":
+        assert (h_BNA > 0).sum(-1).max() <= 16
+
+
+def test_the_penalty_on_visible_tokens_reaches_the_encoder(views: Views):
+    """Without the predictor's gradient too: what is penalised is what users get."""
+    norms = []
+    for l1 in (0.0, 1.0):
+        model = build_model(make_config(96, objective={
+            "sparse": {"visible": 1.0}, "tissue_weight": 0.0, "spread": 0.0}), GRID)
+        for param in model.predictor.parameters():
+            param.requires_grad_(False)
+        model(views, l1)[0].backward()
+        norms.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters()
+                                if p.grad is not None]))
+    assert not torch.allclose(norms[0], norms[1], rtol=0.1)
+
+
+def test_without_it_the_model_has_the_weights_it_had(config: RootConfig):
+    names = {name for name, _ in build_model(config, GRID).named_parameters()}
+    shared = {name for name, _ in build_model(make_config(96, objective={
+        "sparse": {"visible": 0.5}}), GRID).named_parameters()}
+    assert shared - names == {"widen.weight"} and not names - shared
+
+
+@pytest.mark.parametrize(("sparse", "message"), [
+    ({"code": "topk", "active": 500}, "objective.sparse.active 500 exceeds the 384 atoms"),
+    ({"code": "identity", "visible": 1.0}, "objective.sparse.visible 1.0: code identity")])
+def test_a_code_that_cannot_be_is_refused(sparse: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        make_config(96, objective={"sparse": sparse})
