@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Grid
 from tests.helpers.batches import GRID, make_batch, make_config
 from tools.bench import _compare_table, _people, _recipes, compare
-from tools.bench._compare_run import CANDIDATES, FEW, few_rows, nearest, retrieved
+from tools.bench._compare_run import CANDIDATES, FEW, chosen_rows, few_rows, nearest, retrieved
 from tools.bench._mixing import Mixer, brain_of, registered, split_sources
 from tools.bench._quality_run import stored
 
@@ -63,8 +64,7 @@ def test_retrieval_equals_drawing_candidates():
 
 def test_without_the_other_modality_nothing_is_retrieved():
     found = paired(0.0)
-    alone = Embeddings(*(value[found.modality == "T1w"] for value in vars(found).values()))
-    assert retrieved(alone) == {}
+    assert retrieved(chosen_rows(found, found.modality == "T1w")) == {}
 
 
 def test_few_people_are_the_same_whatever_the_order_and_keep_all_scans():
@@ -74,15 +74,13 @@ def test_few_people_are_the_same_whatever_the_order_and_keep_all_scans():
     assert len(set(found.participant[chosen & train])) == FEW and chosen[~train].all()
     assert (chosen & train).sum() == 2 * FEW
     order = np.random.default_rng(0).permutation(len(chosen))
-    turned = Embeddings(*(value[order] for value in vars(found).values()))
-    assert (few_rows(turned) == chosen[order]).all()
+    assert (few_rows(chosen_rows(found, order)) == chosen[order]).all()
 
 
 def test_the_nearest_people_tell_an_age_that_values_hold():
     found = paired(0.0)
     age = np.array([repr(float(value)) for value in found.values[:, 0]])
-    holds = Embeddings(found.values[:, :2], *list(vars(found).values())[1:])
-    scores = nearest(holds, age)
+    scores = nearest(replace(found, values=found.values[:, :2]), age)
     assert np.corrcoef(scores["age, nearest/truth"], scores["age, nearest/predicted"])[0, 1] > 0.7
 
 

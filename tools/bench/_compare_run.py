@@ -145,8 +145,13 @@ def few_rows(embeddings: Embeddings) -> np.ndarray:
 
 
 def only_few(embeddings: Embeddings) -> Embeddings:
-    chosen = few_rows(embeddings)
-    return Embeddings(*(value[chosen] for value in vars(embeddings).values()))
+    return chosen_rows(embeddings, few_rows(embeddings))
+
+
+def chosen_rows(embeddings: Embeddings, chosen: np.ndarray) -> Embeddings:
+    """Those of ``chosen``, bool [n] or row numbers."""
+    return Embeddings(**{name: None if value is None else value[chosen]
+                         for name, value in vars(embeddings).items()})
 
 
 def standardised(embeddings: Embeddings, modality: str) -> tuple[np.ndarray, np.ndarray]:
