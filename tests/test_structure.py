@@ -22,8 +22,9 @@ ARROWS = {
                   "neurojepa.report"),
     "cluster": ("neurojepa.storage", "neurojepa.errors", "neurojepa.ports", "neurojepa.recipes"),
 }
-# Raw scans become a feed by the one way there is, called inside the functions of this module.
-EXCEPTIONS = {"neurojepa.downstream.scans": "data_prep"}
+# Raw scans become a feed, and ids pseudonyms, by the one way there is, called inside functions.
+EXCEPTIONS = {"neurojepa.downstream.scans": "data_prep",
+              "neurojepa.downstream.labels": "data_prep"}
 OWN = ("neurojepa", "data_prep", "cluster", "tools", "tests")
 
 

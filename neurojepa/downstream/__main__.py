@@ -1,13 +1,15 @@
 """Use exported weights: on scans as they are, or on a feed.
 
     python -m neurojepa.downstream embed SCANS... --weights DIR --out DIR
+    python -m neurojepa.downstream probe EMBEDDINGS --labels TABLE --id COLUMN --label COLUMN
     python -m neurojepa.downstream probe --weights DIR --feed FEED --out DIR [--labels age sex]
     python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
 
 ``embed`` takes a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of
-files or a feed; it writes embeddings.parquet and more (table.py).  ``probe`` fits linear probes on
-frozen embeddings of split ``train`` and scores split ``test``, beside the same architecture at
-random initialisation; it writes results.json and report.html.  ``atoms`` shows in a report.html
+files or a feed; it writes embeddings.parquet and more (table.py).  ``probe`` says how well labels
+of a table of yours are told from such embeddings, by nested cross-validation (study.py); or, with
+``--feed``, fits on its split ``train`` and scores its split ``test``, beside the same architecture
+at random initialisation.  It writes results.json and report.html.  ``atoms`` shows in a report.html
 where in the brain each atom of the sparse code fires and which places each expert gets.
 """
 
@@ -34,19 +36,19 @@ def main(argv: list[str] | None = None) -> int:
     for task, text in (("embed", "write frozen embeddings"), ("probe", "linear probes"),
                        ("atoms", "where atoms fire and what experts see")):
         command = commands.add_parser(task, help=text)
-        command.add_argument("--weights", required=True, help="exported weights, or 'random' with "
-                             "--config: that architecture, untrained")
+        command.add_argument("--weights", required=task != "probe", help="exported weights, or "
+                             "'random' with --config: that architecture, untrained")
         command.add_argument("--config", help="recipe of the architecture for --weights random")
-        command.add_argument("--feed", required=task != "embed", help="a packed feed"
+        command.add_argument("--feed", required=task == "atoms", help="a packed feed"
                              + (", the same as SCANS" if task == "embed" else ""))
-        command.add_argument("--out", required=True)
+        command.add_argument("--out", required=task != "probe", help="folder for what is written"
+                             + (" (default: of EMBEDDINGS)" if task == "probe" else ""))
         command.add_argument("--modality", help="only this modality; default: all")
         command.add_argument("--cohort", help="only this cohort; default: all")
         if task == "embed":
             _embed_arguments(command)
         if task == "probe":
-            command.add_argument("--labels", nargs="+", default=["age", "diagnosis"],
-                                 help="what to probe (default: age diagnosis)")
+            _probe_arguments(command)
         if task == "atoms":
             command.add_argument("--split", choices=("train", "val", "test"), default="test",
                                  help="of the scans shown (default: test)")
@@ -120,7 +122,82 @@ def _open_random(arguments: argparse.Namespace, feed: str) -> Weights:
     return untrained(config, open_feed(feed).grid)
 
 
+def _probe_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("embeddings", nargs="?", metavar="EMBEDDINGS", help="folder that embed "
+                         "wrote")
+    command.add_argument("--labels", nargs="+", default=["age", "diagnosis"], help="table of your "
+                         "own (.csv, .tsv), joined by your own ids; with --feed: names of its "
+                         "labels (default: age diagnosis)")
+    command.add_argument("--id", default="participant_id", help="its column of ids (default: "
+                         "participant_id)")
+    command.add_argument("--session", help="its column of visits, where labels change with them")
+    command.add_argument("--label", nargs="+", help="its columns to be told")
+    command.add_argument("--positive", nargs="+", default=[], help="positive class of a label of "
+                         "two; of more, that one against the rest")
+    command.add_argument("--order", nargs="+", default=[], help="levels of an ordinal label, from "
+                         "low to high")
+    command.add_argument("--missing", nargs="+", default=[], help="values that mean missing, "
+                         "beside empty and n/a: such as 999 (write -9 as --missing=-9)")
+    command.add_argument("--cv", default="5x5", help="repeats x folds of the outer "
+                         "cross-validation (default: 5x5)")
+    command.add_argument("--site", help="column of sites: they are left out one by one, and it is "
+                         "told whether the label goes with them")
+    command.add_argument("--adjust", nargs="+", default=[], help="columns whose influence is taken "
+                         "from the features: of the table or age, sex, brain_ml, field_strength")
+    command.add_argument("--allow-seen", action="store_true", help="test people who were in the "
+                         "pretraining, too; the report says so")
+    command.add_argument("--key", help="file of the pseudonym key that embed used")
+
+
 def run_probe(arguments: argparse.Namespace) -> int:
+    if arguments.embeddings:
+        if arguments.feed or arguments.weights:
+            raise ConfigError("probe EMBEDDINGS with labels of a table, or --weights and --feed "
+                              "with labels of the feed; not both")
+        return _study(arguments)
+    if not (arguments.feed and arguments.weights and arguments.out):
+        raise ConfigError("probe needs EMBEDDINGS, or --weights, --feed and --out")
+    return _probe_feed(arguments)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from neurojepa.downstream.labels import join as join_labels
+    from neurojepa.downstream.study import Design, study
+    from neurojepa.downstream.study_output import write_studies
+    from neurojepa.downstream.table import read_embeddings
+
+    if not arguments.label or len(arguments.labels) != 1:
+        raise ConfigError("probe EMBEDDINGS needs one table, --labels TABLE, and the columns of it "
+                          "that are to be told, --label COLUMN")
+    repeats, _, folds = arguments.cv.partition("x")
+    if not (repeats.isdigit() and folds.isdigit() and int(repeats) and int(folds) > 1):
+        raise ConfigError(f"--cv {arguments.cv}: write repeats x folds, such as 5x5")
+    design = Design(int(folds), int(repeats), tuple(arguments.adjust), arguments.site,
+                    tuple(arguments.positive), tuple(arguments.order), arguments.allow_seen)
+    embeddings = read_embeddings(arguments.embeddings)
+    people = join_labels(embeddings, arguments.labels[0], key=arguments.key,
+                         id_column=arguments.id, session_column=arguments.session,
+                         modality=arguments.modality, missing=arguments.missing)
+    for note in people.notes:
+        print(note)
+    studies = []
+    for label in arguments.label:
+        studies.append(study(people, label, design))
+        for line in (*studies[-1].notes, *studies[-1].warnings):
+            print(f"{label}: {line}", flush=True)
+        for name, row in studies[-1].rows.items():
+            print(f"{label}: {name}: " + ", ".join(
+                f"{metric} {value}" for metric, value in row.scores.items()), flush=True)
+    out = arguments.out or arguments.embeddings
+    write_studies(out, studies, {
+        "embeddings": arguments.embeddings, "labels": arguments.labels[0], "cv": arguments.cv,
+        "modality": arguments.modality or embeddings["modality"][0].as_py(),
+        "allow_seen": arguments.allow_seen, "notes": people.notes})
+    print(f"read {out}/report.html")
+    return 0
+
+
+def _probe_feed(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.embed import embed, select_rows
     from neurojepa.downstream.probe import probe
     from neurojepa.downstream.report import probe_page

@@ -8,7 +8,7 @@ that synthetic heads are made from), groups are drawn first, then people within 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -44,19 +44,28 @@ def score(metric: Metric, truth: np.ndarray, predicted: np.ndarray, people: np.n
     people : [n], who each scan is of.
     groups : [n], the group of each scan's person; None takes each person as a group.
     """
+    values = [metric(truth[drawn], predicted[drawn])
+              for drawn in resamples(people, groups, draws, seed)]
+    return Score(metric(truth, predicted), *interval(values), len(truth), len(np.unique(people)))
+
+
+def resamples(people: np.ndarray, groups: np.ndarray | None, draws: int, seed: int = 0
+              ) -> Iterator[np.ndarray]:
+    """Indices of scans, ``draws`` times: groups drawn with replacement, then people within each."""
     rng = np.random.default_rng(seed)
     groups = people if groups is None else groups
     members = [[np.flatnonzero(people == person) for person in np.unique(people[groups == group])]
                for group in np.unique(groups)]
-    values = []
     for _ in range(draws):
-        drawn = np.concatenate([scans for k in rng.integers(len(members), size=len(members))
-                                for scans in _resampled(members[k], rng)])
-        values.append(metric(truth[drawn], predicted[drawn]))
+        yield np.concatenate([scans for k in rng.integers(len(members), size=len(members))
+                              for scans in _resampled(members[k], rng)])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The middle 95 % of the values that are defined; nan without any."""
     defined = [value for value in values if np.isfinite(value)]
     low, high = np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan)
-    return Score(metric(truth, predicted), float(low), float(high), len(truth),
-                 sum(map(len, members)))
+    return float(low), float(high)
 
 
 def _resampled(people: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:

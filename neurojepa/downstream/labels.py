@@ -1,0 +1,209 @@
+"""Labels from a table of the user's own, joined with embeddings by the user's own ids.
+
+Embeddings hold pseudonyms.  An id of the table becomes one by the same key, so ids meet scans on
+the user's machine alone.  What does not meet is counted and told: labels without scans, scans
+without labels, missing values, rows that stand twice.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from neurojepa.downstream.table import vectors
+from neurojepa.errors import ConfigError, DataError
+from neurojepa.storage import read_bytes
+
+MISSING = {"", "n/a", "na", "nan", "none", "null", "."}  # in any table
+CODES = {"-9", "-99", "-999", "-9999", "-7", "-8", "-77", "-88", "99", "999", "9999", "-4", "-1"}
+FAR = 6  # median absolute deviations from the median: a code among numbers, not a value
+_OF_SCANS = ("age", "sex", "brain_ml", "site", "field_strength")  # covariates that embed tells
+
+
+@dataclass(frozen=True)
+class People:
+    """n people, or visits of people, with an embedding and what the table says of them."""
+
+    values: np.ndarray  # float32 [n, D]
+    ids: np.ndarray  # str [n], the user's own
+    participant: np.ndarray  # str [n], pseudonym
+    family: np.ndarray  # str [n]
+    seen: np.ndarray  # bool [n], in the pretraining of the weights
+    columns: dict[str, np.ndarray]  # str [n], "" where missing: the table's, then those of scans
+    notes: list[str] = field(default_factory=list)  # what did not meet, counted
+
+    def column(self, name: str) -> np.ndarray:
+        """A column [n] of str.
+
+        Raises
+        ------
+        ConfigError
+            Neither the table nor the scans have it.
+        """
+        if name not in self.columns:
+            raise ConfigError(f"column {name!r}: neither the table nor the scans have it; there "
+                              "are " + ", ".join(sorted(self.columns)))
+        return self.columns[name]
+
+    def take(self, chosen: np.ndarray) -> People:
+        """The people of an index or mask [n]."""
+        return People(self.values[chosen], self.ids[chosen], self.participant[chosen],
+                      self.family[chosen], self.seen[chosen],
+                      {name: column[chosen] for name, column in self.columns.items()}, self.notes)
+
+
+def read_rows(uri: str, missing: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a table of text; "" is a missing value.
+
+    Raises
+    ------
+    DataError
+        It cannot be read, is no table, or a row has more cells than the header.
+    """
+    data = read_bytes(uri)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    first = text.partition("\n")[0]
+    delimiter = max("\t,;", key=first.count)
+    lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    if len(lines) < 2 or "\0" in text:
+        raise DataError(f"{uri}: no table of text with a header and rows; save it as .csv")
+    header, rows = [name.strip() for name in lines[0]], []
+    codes = MISSING | {code.lower() for code in missing}
+    for number, cells in enumerate(lines[1:], 2):
+        if any(cell.strip() for cell in cells[len(header):]):
+            raise DataError(f"{uri} line {number}: more cells than the header has; fix the row")
+        cells = [cell.strip() for cell in cells] + [""] * (len(header) - len(cells))
+        if any(cells):
+            rows.append({name: "" if cell.lower() in codes else cell
+                         for name, cell in zip(header, cells, strict=False)})
+    return rows
+
+
+def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
+         session_column: str | None = None, modality: str | None = None,
+         missing: Sequence[str] = ()) -> People:
+    """People, or visits where a column of sessions is named, of both the table and the embeddings.
+
+    Parameters
+    ----------
+    embeddings : as table.read_embeddings gives them
+    uri : of the table of labels
+    key : file of the pseudonym key that embed used
+    missing : values that stand for nothing, such as -9
+
+    Raises
+    ------
+    ConfigError
+        A column is not there, or there are several modalities to choose from.
+    DataError
+        Nobody is in both, or an id stands twice with different values.
+    """
+    rows = read_rows(uri, missing)
+    for name in (id_column, session_column):
+        if name and name not in rows[0]:
+            raise ConfigError(f"{uri}: no column {name!r}; it has {', '.join(rows[0])}")
+    embeddings, notes = _one_modality(embeddings, modality), list[str]()
+    told = _by_key(rows, uri, id_column, session_column, notes)
+    groups = _groups(embeddings, session_column is not None)
+    names = _pseudonyms({person for person, _ in told}, set(embeddings["cohort"].to_pylist()), key)
+    met = {(person, session): groups[pseudonym, session]
+           for person, session in told for pseudonym in names[person]
+           if (pseudonym, session) in groups}
+    if not met:
+        raise DataError(f"{uri}: none of its {len(told)} ids (first: {next(iter(told))[0]!r}) is a "
+                        f"person of the embeddings; is {id_column!r} the column of the ids that "
+                        "embed saw, and --key its key?")
+    _count(notes, len(told) - len(met), "rows of the table without a scan")
+    _count(notes, len(groups) - len(met), "people or visits with a scan but no row in the table")
+    order = sorted(met)
+    values, scans = vectors(embeddings), embeddings.drop_columns(["embedding"]).to_pylist()
+    first = [scans[met[each][0]] for each in order]
+    columns = {name: np.array([told[each][name] for each in order])
+               for name in rows[0] if name not in (id_column, session_column)}
+    for name in _OF_SCANS:
+        if name in scans[0]:
+            columns.setdefault(name, np.array(["" if row[name] is None else str(row[name])
+                                               for row in first]))
+    return People(
+        np.stack([values[met[each]].mean(0) for each in order]),
+        np.array([person for person, _ in order]),
+        *(np.array([row[name] for row in first]) for name in ("participant", "family")),
+        np.array([any(scans[number].get("seen") for number in met[each]) for each in order]),
+        columns, notes)
+
+
+def _one_modality(embeddings: pa.Table, modality: str | None) -> pa.Table:
+    names = np.array(embeddings["modality"].to_pylist())
+    there = sorted(set(names.tolist()))
+    if modality is None and len(there) > 1:
+        raise ConfigError(f"the embeddings are of {', '.join(there)}; choose one by --modality")
+    if modality is not None and modality not in there:
+        raise ConfigError(f"--modality {modality}: the embeddings are of {', '.join(there)}")
+    return embeddings.filter(pa.array(names == (modality or there[0])))
+
+
+def _by_key(rows: list[dict[str, str]], uri: str, id_column: str, session_column: str | None,
+            notes: list[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Rows by id and session ("" without sessions); those that stand twice and agree count once."""
+    told: dict[tuple[str, str], dict[str, str]] = {}
+    nameless = twice = 0
+    for row in rows:
+        person = row[id_column].removeprefix("sub-")
+        session = (row[session_column].removeprefix("ses-") or "1") if session_column else ""
+        if not person:
+            nameless += 1
+            continue
+        earlier = told.setdefault((person, session), row)
+        if earlier is not row:
+            twice += 1
+            differing = [name for name in row if row[name] != earlier[name]
+                         and name not in (id_column, session_column)]
+            if differing:
+                raise DataError(
+                    f"{uri}: id {person!r} stands twice, with {differing[0]} "
+                    f"{earlier[differing[0]]!r} and {row[differing[0]]!r}; keep one row, or name "
+                    "the column of visits by --session")
+    _count(notes, nameless, "rows without an id")
+    _count(notes, twice, "rows that stand twice, alike: counted once")
+    return told
+
+
+def _groups(embeddings: pa.Table, by_session: bool) -> dict[tuple[str, str], list[int]]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, (person, session) in enumerate(zip(
+            embeddings["participant"].to_pylist(), embeddings["session"].to_pylist(), strict=True)):
+        groups.setdefault((person, session if by_session else ""), []).append(number)
+    return groups
+
+
+def _pseudonyms(people: set[str], cohorts: set[str], key: str | None) -> dict[str, list[str]]:
+    """What each id is called in each cohort."""
+    from data_prep.identity import load_key, pseudonym
+
+    loaded = load_key(key, make=False)
+    return {person: [pseudonym(loaded, cohort, person) for cohort in sorted(cohorts)]
+            for person in people}
+
+
+def _count(notes: list[str], number: int, what: str) -> None:
+    if number:
+        notes.append(f"{number} {what}")
+
+
+def suspected_codes(name: str, values: np.ndarray) -> list[str]:
+    """A note for each number that looks like a missing-value code among the others."""
+    numbers = values.astype(float)
+    middle = np.median(numbers)
+    spread = np.median(np.abs(numbers - middle)) or 1.0
+    return [f"{name}: {int((values == code).sum())} values {code} look like a code for missing; "
+            f"add --missing {code} if so"
+            for code in sorted(CODES & set(values.tolist()))
+            if abs(float(code) - middle) > FAR * spread]
