@@ -51,6 +51,28 @@ class Flag(_Code):
     SFORM_QFORM_DISAGREE = (
         "sform_qform_disagree", "sform and qform put the head in different places; the sform was "
         "used", "find out which one your tools wrote and restore the header")
+    SFORM_INVALID = (
+        "sform_invalid",
+        "the sform maps voxels onto a plane or holds NaN; the qform was used",
+        "nothing, or restore the header")
+    QFORM_INVALID = (
+        "qform_invalid",
+        "the qform cannot be (its quaternion, pixdim or offset); the sform was used",
+        "nothing, or restore the header")
+    SFORM_STRETCHES = (
+        "sform_stretches",
+        "the sform leads into a template and changes sizes; the qform, in true size, was "
+        "used",
+        "nothing, or check the head's size in the report")
+    VOXEL_SIZE_SETTLED = (
+        "voxel_size_settled",
+        "sform and pixdim name different voxel sizes; the one that gives a head, or has "
+        "the sidecar's slice thickness, was used",
+        "check the head's size in the report, and correct the header")
+    DIM_MENDED = (
+        "dim_mended",
+        "an axis beyond the third has 0 voxels in the header; it was taken as 1",
+        "check that the whole series was delivered")
     HUGE_FIELD_OF_VIEW = (
         "huge_field_of_view", "the field of view is wider than 400 mm",
         "check the voxel size in the header")

@@ -13,6 +13,7 @@ Every scan comes back, as Prepared or as Rejected; nothing is replaced by a stan
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -101,7 +102,8 @@ def _structural(scans: list[tuple[int, Scan]], preset: Preset, done: Results) ->
     sessions: dict[str, list[Numbered]] = {}
     for number, scan in scans:
         try:
-            volume = read_scan(scan.uri, scan.member, turn=scan.turn)
+            volume = read_scan(scan.uri, scan.member, json.loads(scan.facts or "{}"),
+                               turn=scan.turn)
             sessions.setdefault(scan.session, []).append(
                 (number, StructuralScan(scan, volume, volume.scan_id)))
         except ScanError as error:

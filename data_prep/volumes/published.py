@@ -17,6 +17,7 @@ takes head size away.  What differs from the scripts, which need FSL and FreeSur
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -60,7 +61,7 @@ def prepare_published(scan: Scan, preset: Preset) -> Prepared:
     if scan.modality not in ("T1w", "T2w", "FLAIR"):
         raise ScanError("not_in_preset", f"{scan.uri}: the published order has no step for "
                                          f"{scan.modality}; prepare it with the default preset")
-    read = read_scan(scan.uri, scan.member, turn=scan.turn)
+    read = read_scan(scan.uri, scan.member, json.loads(scan.facts or "{}"), turn=scan.turn)
     head, inside = crop_neck(read)
     head = replace(head, data=correct_bias_field(head.data, head.affine, inside))
     first, source = brain_mask(head, preset)

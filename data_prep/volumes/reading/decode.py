@@ -18,6 +18,7 @@ from nibabel.freesurfer.mghformat import MGHHeader, MGHImage
 from data_prep.filenames import is_partner, partners
 from data_prep.flags import Flag, Note
 from data_prep.scan import ScanError
+from data_prep.volumes.reading.headers import mend_header
 from data_prep.volumes.reading.packed import unpack
 from data_prep.volumes.reading.sniff import Kind, sniff
 from neurojepa.errors import DataError
@@ -108,9 +109,9 @@ def _decode(raw: bytes, pair: bytes | None, name: str, max_voxels: int,
     kind, head = sniff(raw, name, ScanError)
     header = _header(kind, head, name)
     flags = _mend_offset(header, kind)
+    if kind is not Kind.MGH and int(header["intent_code"]) not in CIFTI_INTENTS:
+        flags += mend_header(header, name)
     shape = _check_header(header, kind, name, max_voxels)
-    if kind is not Kind.MGH and not np.isfinite([header["scl_slope"], header["scl_inter"]]).all():
-        flags.append(Flag.SLOPE_NOT_FINITE)
     image, trailed = _load(kind, header, shape, raw, pair, name)
     return Decoded(name, image, shape, facts, flags, [Note.TRAILING_BYTES] if trailed else [])
 
@@ -187,7 +188,9 @@ def _load(kind: Kind, header: Any, shape: tuple[int, ...], raw: bytes, pair: byt
                                      "fetch it again")
     try:
         if pair is not None:
-            files = {"header": unpack(raw, 1 << 20, name)[0], "image": content}
+            head = unpack(raw, 1 << 20, name)[0]
+            files = {"header": header.binaryblock + head[len(header.binaryblock):],
+                     "image": content}
             return nib.Nifti1Pair.from_file_map(
                 {key: nib.FileHolder(fileobj=io.BytesIO(data)) for key, data in files.items()}
             ), trailed

@@ -21,6 +21,12 @@ import numpy as np
 from data_prep.flags import Flag, Note
 from data_prep.scan import ScanError
 from data_prep.volumes.reading.decode import Decoded, decode
+from data_prep.volumes.reading.headers import (
+    choose_affine,
+    in_mm,
+    mirrored_forms,
+    refuse_made_up,
+)
 from data_prep.volumes.reading.padding import at_border, find_padding
 from data_prep.volumes.reading.timing import repetition_time
 from data_prep.volumes.reading.turn import AS_STATED, turn_matrix
@@ -35,7 +41,6 @@ MAX_FORM_DISTANCE_MM = 2.0  # sform against qform, at the corners of the field o
 NEGATIVE_SHARE = 0.01
 INT16_JUMP = 1 << 15  # half the range of int16: neighbours in a real image do not differ by it
 MIN_WRAPPED_VOXELS = 10
-MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 
 
 @dataclass
@@ -115,14 +120,16 @@ def content_id(data: np.ndarray, affine: np.ndarray) -> str:
     return digest.hexdigest()[:24]
 
 
-def read_scan(uri: str, member: str | None = None, *, label: bool = False,
-              turn: str | None = None, max_voxels: int = MAX_VOXELS) -> Volume:
+def read_scan(uri: str, member: str | None = None, facts: Mapping[str, object] | None = None, *,
+              label: bool = False, turn: str | None = None, max_voxels: int = MAX_VOXELS
+              ) -> Volume:
     """Read NIfTI-1/2 (.nii, .nii.gz, .hdr + .img), MGH/MGZ or a DICOM series from any store.
 
     Parameters
     ----------
     uri : path or URI of the file, of the zip or tar that holds it, or of a DICOM folder with "/"
     member : path inside the archive
+    facts : what the sidecar says (keys of FACTS); its slice thickness may settle the voxel size
     label : the file is a mask or label map: few slices, constants and negatives are allowed
     turn : where the header's R, A and S really point, as the user says; see turn.py
     max_voxels : headers that claim more are refused before anything is allocated
@@ -131,7 +138,8 @@ def read_scan(uri: str, member: str | None = None, *, label: bool = False,
     ------
     ScanError
         With ``code``: missing, too_large, empty, not_nifti, not_downloaded, truncated,
-        unsupported_dtype, cifti, not_3d, unknown_orientation, singular_affine, sheared_affine,
+        unsupported_dtype, cifti, not_3d, unknown_orientation, left_right_doubtful, bad_pixdim,
+        voxel_size_disagrees, singular_affine, sheared_affine,
         too_few_slices, small_field_of_view, all_zero, constant, integer_wrap; those of
         ``cohorts.archive.read_member`` and of ``volumes.dicom.to_nifti``.
     DataError
@@ -142,7 +150,7 @@ def read_scan(uri: str, member: str | None = None, *, label: bool = False,
         raise ScanError("not_3d", f"{found.name}: shape {found.shape}, a 3D volume is expected")
     if not label:
         _check_wrap(found)
-    volume = _canonical(found, turn)[0]
+    volume = _canonical(found, turn, facts, label)[0]
     finite = np.isfinite(volume.data)
     if not finite.all():
         volume.invalid = ~finite
@@ -187,7 +195,7 @@ def read_series(uri: str, member: str | None = None, facts: Mapping[str, object]
     """
     found = decode(uri, member, max_voxels)
     _check_wrap(found)
-    first, axes = _canonical(found, turn)
+    first, axes = _canonical(found, turn, facts)
     count = found.shape[3] if len(found.shape) == 4 else 1
     finite = True
     # Time is the slowest axis in memory, as in the file, so that reading is one pass.
@@ -223,17 +231,29 @@ def _voxels(found: Decoded, t: int = 0) -> np.ndarray:
     return data.reshape(found.shape[:3]).astype(np.float32)
 
 
-def _canonical(found: Decoded, turn: str | None) -> tuple[Volume, np.ndarray]:
+def _canonical(found: Decoded, turn: str | None, facts: Mapping[str, object] | None,
+               label: bool = False) -> tuple[Volume, np.ndarray]:
     """The first volume, its axes turned to the closest of R, A, S, and how they were turned."""
     image, name, shape = found.image, found.name, found.shape[:3]
-    affine = np.asarray(image.affine, np.float64)
+    header = image.header
+    nifti = isinstance(header, nib.Nifti1Header)
+    affine, flags = np.asarray(image.affine, np.float64), list[str]()
+    if nifti:
+        affine, flags = choose_affine(header, shape, name, _thickness(found, facts))
     size = np.prod(np.linalg.norm(affine[:3, :3], axis=0))
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * size:
         raise ScanError("singular_affine", f"{name}: affine {affine[:3].round(3).tolist()} maps "
                                            "voxels onto a plane; restore the header")
-    header = image.header
-    nifti = isinstance(header, nib.Nifti1Header)
-    affine, flags = _in_mm(affine, header, shape) if nifti else (affine, [])
+    if nifti:
+        affine, more = in_mm(affine, header, shape)
+        flags += more
+        if not label and turn is None:
+            refuse_made_up(affine, name)
+            if mirrored_forms(header):
+                raise ScanError("left_right_doubtful", f"{name}: sform and qform disagree about "
+                                "left and right. Correct the wrong one; or name the scan in the "
+                                "table of prepare --turn, with RAS if the sform is right, LAS if "
+                                "the qform is")
     affine = turn_matrix(turn or AS_STATED) @ affine
     axes = nib.io_orientation(affine)
     volume = Volume(
@@ -252,20 +272,9 @@ def _canonical(found: Decoded, turn: str | None) -> tuple[Volume, np.ndarray]:
     return volume, axes
 
 
-def _in_mm(affine: np.ndarray, header: Any, shape: tuple[int, ...]
-           ) -> tuple[np.ndarray, list[str]]:
-    """An affine in metres or micrometres to mm, where that gives the size of a head."""
-    try:
-        factor = MM[header.get_xyzt_units()[0]]
-    except KeyError:  # a code that the format does not know
-        return affine, [Flag.SPACE_UNIT_IGNORED]
-    if factor == 1:
-        return affine, []
-    scaled = np.diag([factor, factor, factor, 1.0]) @ affine
-    extent = np.linalg.norm(scaled[:3, :3], axis=0) * shape
-    if not MIN_EXTENT_MM <= extent.max() <= 2 * MAX_EXTENT_MM:
-        return affine, [Flag.SPACE_UNIT_IGNORED]
-    return scaled, [Flag.SPACE_UNIT_CONVERTED]
+def _thickness(found: Decoded, facts: Mapping[str, object] | None) -> float | None:
+    value = {**found.facts, **(facts or {})}.get("SliceThickness")
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _compare_forms(volume: Volume, header: Any, shape: tuple[int, ...]) -> None:

@@ -195,6 +195,7 @@ def test_colour_shear_and_small_fields_are_refused(tmp_path):
     sheared[0, 1] = 1.0
     assert refused(save(tmp_path / "sheared.nii", data, sheared)) == "sheared_affine"
     small = np.diag([1.0, 1.0, 1.0, 1.0])
+    small[:3, 3] = -20
     assert refused(save(tmp_path / "small.nii", data, small)) == "small_field_of_view"
 
 
@@ -215,7 +216,9 @@ def test_headers_without_orientation_or_with_two_are_told_apart(tmp_path):
     nib.save(image, tmp_path / "none.nii")
     assert refused(tmp_path / "none.nii") == "unknown_orientation"
     image.set_sform(affine, 1)
-    image.set_qform(np.diag([-4.0, 4.0, 4.0, 1.0]), 1)
+    shifted = affine.copy()
+    shifted[:3, 3] += 30
+    image.set_qform(shifted, 1)
     nib.save(image, tmp_path / "two.nii")
     volume = read_scan(str(tmp_path / "two.nii"))
     assert volume.flags == ["sform_qform_disagree"]
