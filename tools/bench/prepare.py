@@ -149,7 +149,7 @@ def _head(folder: Path) -> Scan:
     from data_prep.synth.cohort import draw_person
     from data_prep.synth.person import file_names, make_visit
 
-    labels = _scans() / "labels"
+    labels = scans_folder() / "labels"
     source = labels if labels.exists() else None
     person = draw_person(0, 0)
     visit = replace(person.visits[0], modalities=("T1w",))
@@ -193,16 +193,14 @@ def _scan(path: Path, modality: str, session_name: str = "1") -> Scan:
 
 # ---- real scans ----------------------------------------------------------------------------------
 
-def _scans() -> Path:
+def scans_folder() -> Path:
+    """Where real scans are, if anywhere."""
     root = Path(__file__).resolve().parents[2]
     return Path(os.environ.get("NEUROJEPA_SCANS", root.parent / "shared" / "data"))
 
 
-def _real_scans(quick: bool) -> dict[str, Any]:
-    folder = _scans()
-    if not folder.exists():
-        print("\nNo real scans here; set NEUROJEPA_SCANS to a folder that has them")
-        return {"real_scans": 0}
+def real_people(folder: Path) -> dict[str, list[Scan]]:
+    """The structural scans of each person."""
     people: dict[str, list[Scan]] = {}
     for path in sorted([*folder.glob("bids-ms/sub-*/ses-*/anat/*.nii.gz"),
                         *folder.glob("ixi/*_T1w.nii.gz"), *folder.glob("colin27/ch2bet.nii.gz"),
@@ -213,6 +211,15 @@ def _real_scans(quick: bool) -> dict[str, Any]:
         person = name.split("_")[0]
         people.setdefault(person, []).append(
             _scan(path, modality, name.split("_")[1] if "ses-" in name else "1"))
+    return people
+
+
+def _real_scans(quick: bool) -> dict[str, Any]:
+    folder = scans_folder()
+    if not folder.exists():
+        print("\nNo real scans here; set NEUROJEPA_SCANS to a folder that has them")
+        return {"real_scans": 0}
+    people = real_people(folder)
     rows = []
     for person, scans in list(people.items())[: 3 if quick else None]:
         for number, one in enumerate(timed(scans, PRESETS["default"])):

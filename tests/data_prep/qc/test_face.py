@@ -92,10 +92,10 @@ def box_filtered(data: np.ndarray, brain: np.ndarray) -> np.ndarray:
 
 
 def replaced(data: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """afni_refacer_run, mri_reface: the average of many faces, which is smooth."""
-    others = [np.roll(data, (dx, dy, dz), (0, 1, 2)) for dx in (-2, 0, 2) for dy in (-2, 0, 2)
-              for dz in (-2, 0, 2)]
-    return np.where(place(data, brain), np.mean(others, axis=0), data)
+    """afni_refacer_run, mri_reface: the average of many faces, interpolated, which is smooth."""
+    others = [np.roll(data, (dx, dy, dz), (0, 1, 2)) for dx in (-4, 0, 4) for dy in (-4, 0, 4)
+              for dz in (-4, 0, 4)]
+    return np.where(place(data, brain), ndimage.gaussian_filter(np.mean(others, axis=0), 0.7), data)
 
 
 GONE: list[Callable[[np.ndarray, np.ndarray], np.ndarray]] = [
