@@ -32,7 +32,7 @@ MAX_RECESSION_MM = 20.0
 FACE_MM = (-12.0, 25.0)  # the face's box along y, from the brain's foremost point
 MAX_CONSTANT = 0.9  # share of that box
 WIDE_MM, BEHIND_MM, CHEEK_MM = 35.0, 35.0, 10.0  # where fine structure is compared
-# Of the face over the head behind it: whole faces 0.7 to 2.1, smoothed and replaced 0.04 to 0.41.
+# Of the face over the head behind it: whole faces 0.6 to 2.1, smoothed and replaced 0.04 to 0.41.
 MIN_ROUGHNESS = 0.45
 MIN_TISSUE_VOXELS = 100
 TISSUE_LEVEL = 0.15  # of the brain's median
