@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers import ROOT
+from tools.bench import gpu
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,3 +34,44 @@ def test_a_folder_without_the_official_code_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"--official {tmp_path}" in done.stderr
     assert bench("nothing").returncode == 2
+
+
+# ---- gpu -----------------------------------------------------------------------------------------
+
+def test_without_a_gpu_one_line_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = bench("gpu")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "no CUDA GPU is visible here; --rehearse" in done.stderr
+    assert "masks has no use for it; only gpu does" in bench("masks", "--rehearse").stderr
+
+
+def test_a_stage_that_fails_or_hangs_is_named_and_ends(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LOGS", tmp_path)
+    monkeypatch.chdir(ROOT)
+    given = {"tiny": True, "work": str(tmp_path)}
+    wrong, late, never = (gpu.answer(gpu.Stage(name, "no_such", 60), given, limit_s)
+                          for name, limit_s in (("wrong", 60), ("late", 0.1), ("never", -1)))
+    assert wrong["failed"].startswith("status 1: KeyError: 'no_such'")
+    assert late["failed"].startswith("stopped after its 0 s") and late["seconds"] < 2
+    assert "of the whole command are over" in never["failed"]
+    assert (tmp_path / "wrong.log").read_text()
+
+
+@pytest.mark.slow(95)
+def test_every_stage_answers_in_a_rehearsal() -> None:
+    done = bench("gpu", "--rehearse")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["rehearsal"] and found["failed"] == []
+    stages = found["stages"]
+    assert {stage.name for stage in gpu.stages(False, None, True)} == set(stages)
+    assert {stage.function for stage in gpu.stages(False, None, False)} == {
+        stage.function for stage in gpu.stages(False, None, True)}
+    assert stages["killed"]["deterministic_equal"] and stages["killed"]["deterministic_killed_at"]
+    assert stages["agreement"]["masks_equal"] and stages["agreement"]["gradients_differ_by"] < 1e-5
+    losses = [stages["zero"][name] for name in ("zero1", "zero2", "zero3", "fp32")]
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
+    assert stages["profile"]["costliest"] and stages["profile"]["predicted"]["products"] > 0

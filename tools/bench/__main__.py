@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--feed", help="compare: your own packed feed in place of synthetic people")
     parser.add_argument("--finished", action="store_true", help="compare: make no more runs, only "
                         "the tables of those that are there")
+    parser.add_argument("--rehearse", action="store_true", help="gpu: every stage at a tiny size, "
+                        "with or without a GPU")
     arguments = parser.parse_args(argv)
     official = arguments.official
     if official is not None and not (official / "src/neurojepa").is_dir():
@@ -40,12 +42,12 @@ def main(argv: list[str] | None = None) -> int:
                           "official repository")
     if arguments.work and arguments.name not in ("compare", "quality", "readout"):
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
-    for option in ("feed", "finished"):
-        if (value := getattr(arguments, option)) and arguments.name != "compare":
+    for option, owner in (("feed", "compare"), ("finished", "compare"), ("rehearse", "gpu")):
+        if (value := getattr(arguments, option)) and arguments.name != owner:
             raise ConfigError(f"--{option} {value}: {arguments.name} has no use for it; only "
-                              "compare does")
+                              f"{owner} does")
     module = importlib.import_module(f"tools.bench.{arguments.name}")
-    options = {name: value for name in ("work", "feed", "finished")
+    options = {name: value for name in ("work", "feed", "finished", "rehearse")
                if (value := getattr(arguments, name))}
     print(json.dumps(module.run(arguments.quick, None if official is None else str(official),
                                 **options)))

@@ -156,7 +156,7 @@ def _ours(kind: str, size: str) -> dict[str, Any]:
             **{field.name: getattr(shape, field.name) for field in fields(sizes.Size)})
     parity = kind != "budget"
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
-        feed = _feed(folder, shape.grid)
+        feed = write_feed(folder, shape.grid)
         config = validate({
             "data": {"feed": feed},
             "model": {"size": name, "patch_voxels": shape.patch, "head_gate": True,
@@ -178,7 +178,7 @@ def _ours(kind: str, size: str) -> dict[str, Any]:
                     "flops": step_flops(config, Grid("bench", shape.grid, GRID_MM))}
 
 
-def _feed(folder: str, shape: tuple[int, int, int]) -> str:
+def write_feed(folder: str, shape: tuple[int, int, int], count: int = 8) -> str:
     """A feed of a few brains on a grid of this shape."""
     import pyarrow as pa
 
@@ -193,7 +193,7 @@ def _feed(folder: str, shape: tuple[int, int, int]) -> str:
     from neurojepa.storage import join, write_bytes
 
     grid, uri, samples = Grid("bench", shape, GRID_MM), str(Path(folder) / "feed"), []
-    for number, (image, mask) in enumerate(brains(8)):
+    for number, (image, mask) in enumerate(brains(count)):
         image, mask, _ = coarsen(image, mask=mask, label=None, grid=grid)
         row = {"scan_id": f"{number:024x}", "participant": f"p{number}", "family": f"p{number}",
                "session": "1", "cohort": "bench", "modality": "T1w", "site": "a",

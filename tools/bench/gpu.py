@@ -1,0 +1,119 @@
+"""gpu: everything that is to be known of a GPU, in one command of at most eight minutes on an H100.
+
+Every stage is a process with a time limit of its own and a log in build/bench-gpu; one that fails
+or takes too long leaves the others as they are.
+
+    versions    packages, device, rate of a large matrix product
+    speed       base and large at two micro-batches, as it is and compiled: MFU by data sheet and
+                by the measured matrix rate, memory, data wait, reads that wait for the device
+    official    the official step, ours at equal work and with the token budget (--official)
+    profile     the 40 costliest kernels beside what the count predicts (neurojepa/planning)
+    agreement   views, masks, loss and gradients of the same positions on the CPU and here
+    killed      a run killed and continued, deterministic and not
+    zero        ZeRO 1 to 3, offloading and float32: do they train, and alike?
+    checkpoint  how long training waits for a checkpoint
+
+With --rehearse all of it runs at a tiny size, with or without a GPU, so that it works on the day.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurojepa.errors import ConfigError
+from tools.bench.common import machine, print_table
+
+TOTAL_S = 480.0
+LOGS = Path("build/bench-gpu")
+TRAINING_SHAPE, TINY_SHAPE = (108, 132, 108), (24, 36, 24)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A process to start: a function of _gpu_stages, its arguments and its seconds."""
+
+    name: str
+    function: str
+    limit_s: float
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def run(quick: bool, official: str | None, rehearse: bool = False) -> dict[str, Any]:
+    """All stages; returns what each answered, or why it did not."""
+    if not (torch.cuda.is_available() or rehearse):
+        raise ConfigError("bench gpu: no CUDA GPU is visible here; --rehearse runs every stage at "
+                          "a tiny size without one")
+    print(machine() + ("; a rehearsal: its figures mean nothing" if rehearse else ""))
+    LOGS.mkdir(parents=True, exist_ok=True)
+    began, found = time.monotonic(), {}
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as work:
+        for stage in stages(quick, official, rehearse):
+            arguments = {"work": work, "tiny": rehearse,
+                         "rate": found.get("versions", {}).get("flops"), **stage.arguments}
+            left_s = TOTAL_S - (time.monotonic() - began)
+            found[stage.name] = answer(stage, arguments, min(stage.limit_s, left_s))
+    print_table(("stage", "s", "found"), [(name, round(result.pop("seconds"), 1), _short(result))
+                                          for name, result in found.items()])
+    print(f"logs: {LOGS}")
+    return {"rehearsal": rehearse, "seconds": time.monotonic() - began,
+            "failed": [name for name, result in found.items() if "failed" in result],
+            "stages": found}
+
+
+def stages(quick: bool, official: str | None, rehearse: bool) -> list[Stage]:
+    """What is run, most wanted first; the feed is made by the first that needs it."""
+    if rehearse:
+        speeds = [("tiny", 2, "off"), ("tiny", 2, "auto")]
+    else:
+        speeds = [(size, micro, compiled)
+                  for size, micros in (("base", (64, 128)), ("large", (32, 64)))
+                  for micro in (micros[:1] if quick else micros) for compiled in ("auto", "off")]
+    listed = [Stage("versions", "versions", 60), Stage("feed", "make_feed", 60)]
+    listed += [Stage(f"speed {size} {micro} {'compiled' if compiled == 'auto' else 'eager'}",
+                     "speed", 120 if compiled == "auto" else 60,
+                     {"size": size, "micro": micro, "compile": compiled})
+               for size, micro, compiled in speeds]
+    if official is not None:
+        listed += [Stage(f"official {side}", "of_step", 70, {"side": side, "official": official})
+                   for side in ("official", "parity", "budget")]
+    return [*listed, Stage("agreement", "agreement", 60), Stage("profile", "profile", 60),
+            Stage("killed", "killed", 150), Stage("zero", "zero", 90),
+            Stage("checkpoint", "checkpoint", 60)]
+
+
+def answer(stage: Stage, arguments: dict[str, Any], limit_s: float) -> dict[str, Any]:
+    """What a stage's process says in its last line, with its seconds; or ``failed`` and why."""
+    log, began = LOGS / f"{stage.name.replace(' ', '-')}.log", time.monotonic()
+    if limit_s <= 0:
+        return {"failed": f"the {TOTAL_S:.0f} s of the whole command are over", "seconds": 0.0}
+    command = [sys.executable, "-m", "tools.bench._gpu_stages", stage.function,
+               json.dumps(arguments)]
+    with log.open("w") as output:
+        try:
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT,
+                                  timeout=limit_s, check=False).returncode
+            problem = f"status {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            problem = f"stopped after its {limit_s:.0f} s"
+    lines = log.read_text(errors="replace").splitlines()
+    found: dict[str, Any] = {}
+    if not problem:
+        found = json.loads(lines[-1])
+    else:
+        found = {"failed": f"{problem}: {lines[-1] if lines else 'it said nothing'}"[:300]}
+    return {**found, "seconds": time.monotonic() - began}
+
+
+def _short(result: dict[str, Any]) -> str:
+    """The scalars of an answer in a line."""
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in result.items() if not isinstance(value, list | dict))
