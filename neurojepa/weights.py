@@ -5,6 +5,7 @@
 
 DIR gets model.safetensors (fp32: encoder, its EMA ``target``, predictor, code, router biases),
 pooling.safetensors (what embeddings compare tokens with, from split train of the run's feed),
+seen.json (hashes of the people and scans of that split, so that nobody is tested who taught),
 README.md (the model card) and, last, config.json (resolved config, grid, step, feed).
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from neurojepa.config import RootConfig, validate
@@ -39,6 +41,7 @@ class Weights:
     step: int
     places: Places | None = None  # what embeddings compare tokens with; None in early exports
     feed: str | None = None  # fingerprint of the feed it was trained on
+    seen: frozenset[str] = frozenset()  # hashes of people and scans of its split train
 
 
 def export(run_dir: str, out: str, step: int | None = None, compare_with: Feed | None = None
@@ -80,6 +83,8 @@ def export(run_dir: str, out: str, step: int | None = None, compare_with: Feed |
               "sha256": sha256(data)}
     config = validate(record["config"], where=run_dir)
     write_bytes(join(out, "model.safetensors"), data)
+    if compare_with is not None:
+        record["seen"] = _write_seen(out, compare_with)
     if compare_with is not None and config.objective.method != "cnn":  # which has no tokens
         record["pooling"] = _write_pooling(out, config, grid_from_record(record["grid"]),
                                            tensors, compare_with)
@@ -109,6 +114,21 @@ def _write_pooling(out: str, config: RootConfig, grid: Grid, tensors: dict[str, 
     data = save(fit_places(model, config, feed, rows).tensors())
     write_bytes(join(out, "pooling.safetensors"), data)
     return {"feed": feed.fingerprint, "scans": dict(count), "sha256": sha256(data)}
+
+
+def _write_seen(out: str, feed: Feed) -> dict[str, Any]:
+    """Write hashes of the people and scans that taught; returns the record of it."""
+    train = feed.index.filter(pc.equal(feed.index["split"], "train"))
+    names = {name for column in ("participant", "scan_id")
+             for name in train[column].to_pylist()}
+    data = json.dumps(sorted(map(hashed, names))).encode()
+    write_bytes(join(out, "seen.json"), data)
+    return {"feed": feed.fingerprint, "sha256": sha256(data)}
+
+
+def hashed(name: str) -> str:
+    """How ``Weights.seen`` holds a pseudonym or a scan's id."""
+    return sha256(f"neurojepa seen {name}".encode())[:16]
 
 
 def verify(run_dir: str) -> int:
@@ -168,20 +188,22 @@ def load(uri: str) -> Weights:
     except RuntimeError as error:
         raise DataError(f"{uri}: the weights do not fit the architecture in config.json: "
                         f"{' '.join(str(error).split())}") from error
-    return Weights(model.eval(), config, grid, record["step"], _load_pooling(uri, record),
-                   record["feed"])
+    pooling, seen = (_companion(uri, record, *each) for each in (
+        ("pooling", "pooling.safetensors"), ("seen", "seen.json")))
+    return Weights(model.eval(), config, grid, record["step"],
+                   Places.from_tensors(load_tensors(pooling)) if pooling else None,
+                   record["feed"], frozenset(json.loads(seen)) if seen else frozenset())
 
 
-def _load_pooling(uri: str, record: dict[str, Any]) -> Places | None:
-    from safetensors.torch import load as load_tensors
-
-    if "pooling" not in record:
+def _companion(uri: str, record: dict[str, Any], name: str, file: str) -> bytes | None:
+    """A file beside the weights, or None where they were exported without."""
+    if name not in record:
         return None
-    data = read_bytes(join(uri, "pooling.safetensors"))
-    if sha256(data) != record["pooling"]["sha256"]:
-        raise DataError(f"{join(uri, 'pooling.safetensors')}: does not match the sha256 in "
-                        "config.json; export again")
-    return Places.from_tensors(load_tensors(data))
+    data = read_bytes(join(uri, file))
+    if sha256(data) != record[name]["sha256"]:
+        raise DataError(f"{join(uri, file)}: does not match the sha256 in config.json; export "
+                        "again")
+    return data
 
 
 def untrained(config: RootConfig, grid: Grid) -> Weights:
@@ -203,6 +225,7 @@ def _card(record: dict[str, Any], method: str, tensors: dict[str, torch.Tensor])
 - use: `neurojepa embed SCANS --weights DIR --out OUT`, in Python `neurojepa.load(DIR).embed(FILE)`
 - an embedding says how the target encoder's tokens differ from what is usual at the same places,
   adjusted for head size; {_pooling_line(record)}
+- people and scans of split train stand in seen.json as hashes; `neurojepa probe` does not test them
 - not a medical device; check on your own scanners and people before drawing conclusions
 """
 

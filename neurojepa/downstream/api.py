@@ -25,7 +25,7 @@ from neurojepa.downstream.scans import Scans, is_feed, prepare_scans, told
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import MODALITIES, Feed, open_feed
 from neurojepa.storage import join, parquet_bytes, write_bytes
-from neurojepa.weights import Weights, load
+from neurojepa.weights import Weights, hashed, load
 
 Path = str | PathLike[str]
 
@@ -151,7 +151,10 @@ class Model:
                skipped: dict[str, int], progress: Callable[[int, int], None]) -> Embedded:
         found = embed(self.weights.model, self.weights.config, feed, rows, self.weights.places,
                       regions=regions, progress=lambda done: progress(done, len(rows)))
-        return Embedded(tables.embedding_table(found, feed, rows, scans),
+        seen = np.array([
+            not self.weights.seen.isdisjoint(map(hashed, each))
+            for each in zip(found.participant.tolist(), found.scan_id.tolist(), strict=True)])
+        return Embedded(tables.embedding_table(found, feed, rows, seen, scans),
                         None if regions is None else tables.region_table(found, regions),
                         scans, feed.fingerprint, skipped)
 

@@ -10,12 +10,13 @@ import torch
 
 from neurojepa.config import dump_config
 from neurojepa.downstream.__main__ import main as downstream
+from neurojepa.downstream.api import Model
 from neurojepa.downstream.embed import Embeddings, embed, select_rows, views_of
 from neurojepa.downstream.probe import probe
 from neurojepa.errors import ConfigError, DataError, NeurojepaError
 from neurojepa.feed.format import open_feed
 from neurojepa.train.checkpoint import latest_step, open_checkpoint
-from neurojepa.weights import export, load, untrained
+from neurojepa.weights import export, hashed, load, untrained
 from neurojepa.weights import main as weights_command
 from tests.helpers.feeds import GRID, Describe, relabel, tiny_config, write_feed
 
@@ -109,6 +110,20 @@ def test_weights_without_pooling_open_and_are_compared_with_the_feed(trained: Pa
         load(str(tmp_path / "moved"))
 
 
+def test_who_was_in_the_pretraining_is_known_by_person_and_by_scan(trained: Path) -> None:
+    weights = load(str(trained / "weights"))
+    found = Model(weights, "W", "cpu").embed(str(trained / "feed")).table
+    split = np.array(found["split"].to_pylist())
+    assert (np.array(found["seen"].to_pylist()) == (split == "train")).all() and len(split) == 24
+    text = (trained / "weights/seen.json").read_text()
+    assert len(json.loads(text)) == 32  # 16 people of one scan each
+    assert not any(name in text for name in found["scan_id"].to_pylist())  # hashes alone
+    under_another_key = hashed(found["scan_id"][int(np.flatnonzero(split == "train")[0])].as_py())
+    assert under_another_key in weights.seen  # a scan is known whatever its person is called
+    export(str(trained / "run"), str(trained / "bare"))
+    assert load(str(trained / "bare")).seen == frozenset()
+
+
 def test_the_probe_command_writes_scores_of_both_models(trained: Path) -> None:
     out = trained / "probe"
     assert downstream(["probe", "--weights", str(trained / "weights"), "--feed",
@@ -151,7 +166,7 @@ def test_what_is_not_there_is_named(trained: Path, arguments: list[str],
 
 
 def test_damaged_weights_and_another_grid_are_refused(trained: Path, tmp_path: Path) -> None:
-    for name in ("model.safetensors", "pooling.safetensors", "config.json"):
+    for name in ("model.safetensors", "pooling.safetensors", "seen.json", "config.json"):
         (tmp_path / name).write_bytes((trained / "weights" / name).read_bytes())
     record = json.loads((tmp_path / "config.json").read_text())
     record["grid"]["spacing_mm"] = 5.0
