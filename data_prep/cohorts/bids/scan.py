@@ -70,6 +70,7 @@ class Reader:
             findings.scans += [self.scan(one, participant, age=told.age, sex=told.sex,
                                          site=told.site) for one in own]
             findings.labels += [(session, name, value) for name, value in told.labels.items()]
+        person.count_unused()
         return findings
 
     def scan(self, taken: Taken, participant: str, *, age: float | None = None,

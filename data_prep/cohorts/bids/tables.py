@@ -6,6 +6,7 @@ is meant.  What contradicts itself is unknown, and counted.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from neurojepa.storage import read_bytes, read_if_there
 
 _AGE_SLACK = 1.0  # years by which a visit may seem to precede the person's own age
 _CONTRADICTORY = "contradictory"
+_WHOLE = re.compile(r"^(\d+)\.0$")  # what spreadsheets make of a number
 Rows = dict[str, Cells]  # of a participant, by session; "" holds for all
 
 
@@ -63,6 +65,8 @@ class PersonTable:
         self._short: dict[str, list[str]] = defaultdict(list)
         self.matched = False
         rows = parse_table(read_bytes(uri), uri, notes)
+        if not rows and given:
+            raise DataError(f"{uri}: has no row; fill it or leave it out")
         columns = Columns(rows, dictionary_of(uri, notes), name=self.name, source=source,
                           bare_id=given)
         if rows and "participant_id" not in columns.roles:
@@ -73,7 +77,7 @@ class PersonTable:
             source.columns.pop(self.name)
             rows = []
         for row in map(columns.tidy, rows):
-            person = (row["participant_id"] or "").removeprefix("sub-")
+            person = _WHOLE.sub(r"\1", (row["participant_id"] or "").removeprefix("sub-"))
             session = (row.get("session_id") or "").removeprefix("ses-")
             if session in self._rows[person]:
                 notes[f"{self.name}: repeated row, the first is used"] += 1
@@ -176,6 +180,7 @@ class Person:
                  sessions: Rows, notes: Counter[str]) -> None:
         self._facts, self._labels, self._sessions = facts, labels, sessions
         self._notes = notes
+        self._asked: set[int] = set()  # rows that a session was described by
 
     def ties(self) -> list[str]:
         """Tags shared with relatives."""
@@ -184,15 +189,34 @@ class Person:
 
     def describe(self, session: str) -> Description:
         """Age, sex, site and labels at a session; the row nearest to the session wins."""
-        layers = [row for place in ("", session) for rows in self._facts
-                  if (row := rows.get(place))]
-        layers += filter(None, [self._sessions.get(session)])
+        layers = [row for rows in self._facts if (row := rows.get(""))]
+        layers += [row for rows in (*self._facts, self._sessions)
+                   if (row := self._visit(rows, session))]
         age, sex = self._age(layers), self._sex(layers)
         labels = {name: str(value) for name, value in (("age", age), ("sex", sex))
                   if value is not None}
-        labels |= self._given(session) | _labels(self._sessions.get(session))
+        labels |= self._given(session) | _labels(self._visit(self._sessions, session))
         site = [row["site"] for row in layers if row.get("site")]
         return Description(age, sex, site[-1] if site else None, labels)
+
+    def count_unused(self) -> None:
+        """Count rows of visits that nobody asked for; once, when all sessions are described."""
+        rows = {id(row): row for table in (*self._facts, *(rows for _, rows in self._labels),
+                                           self._sessions)
+                for session, row in table.items() if session}
+        if unused := len(rows.keys() - self._asked):
+            self._notes["rows of visits without a scan that is taken: not used"] += unused
+
+    def _visit(self, rows: Rows, session: str) -> Cells | None:
+        """The row of a visit, spelt with or without zeros; without visits, the person's only."""
+        known = [row for name, row in rows.items()
+                 if name and (name == session or name.lstrip("0") == session.lstrip("0"))]
+        if not known and session == "1" and len(rows) == 1 and "" not in rows:
+            known = list(rows.values())  # "1" is the session of a tree without that level
+        if len(known) > 1:
+            known = [rows[session]] if session in rows else []
+        self._asked |= {id(row) for row in known}
+        return known[0] if known else None
 
     def _given(self, session: str) -> dict[str, str]:
         """Labels of all tables; one that two tables tell differently is left out."""
@@ -200,7 +224,7 @@ class Person:
         odd = set()
         for start, rows in self._labels:
             own = {start + name: value for name, value in
-                   {**_labels(rows.get("")), **_labels(rows.get(session))}.items()}
+                   {**_labels(rows.get("")), **_labels(self._visit(rows, session))}.items()}
             odd |= {name for name in own.keys() & labels.keys() if own[name] != labels[name]}
             labels |= own
         if odd:
