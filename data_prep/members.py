@@ -261,18 +261,8 @@ def _faults_named(uri: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise ScanError("missing", f"{uri}: not found; index the source again") from error
-    except NotImplementedError as error:
-        raise ScanError("unsupported_archive", f"{uri}: is packed in a way that cannot be read here "
-                                               f"({error}); pack it again as zip or tar.gz"
-                        ) from error
-    except RuntimeError as error:
-        if "encrypted" not in str(error):
-            raise ScanError("truncated", f"{uri}: damaged archive ({error}); fetch it again"
-                            ) from error
-        raise ScanError("encrypted", f"{uri}: needs a password; unpack it with yours first"
-                        ) from error
     except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error,
-            struct.error, ValueError) as error:  # what damaged bytes provoke
+            struct.error, ValueError, RuntimeError) as error:  # what damaged bytes provoke
         raise ScanError("truncated", f"{uri}: damaged archive ({error}); fetch it again"
                         ) from error
     except store_errors() as error:

@@ -129,12 +129,8 @@ def _split(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 def _arrow(block: bytes, header: list[str], places: dict[int, str], mark: str) -> pa.Table | None:
     """The wanted cells of a block as bytes; None where a quote stays open, or a row is ragged."""
-    data = np.frombuffer(block, np.uint8)
-    quotes = np.flatnonzero(data == ord('"'))
-    if quotes.size:
-        before = np.searchsorted(quotes, np.flatnonzero(data == ord("\n")))
-        if (np.append(before, quotes.size) % 2).any():
-            return None
+    if b'"' in block and not _quotes_close(np.frombuffer(block, np.uint8), mark):
+        return None
     if not block.strip():
         return pa.table({name: pa.array([], pa.binary()) for name in places.values()})
     names = [str(place) for place in range(len(header))]
@@ -150,3 +146,15 @@ def _arrow(block: bytes, header: list[str], places: dict[int, str], mark: str) -
     except pa.ArrowInvalid:
         return None
     return table.rename_columns(list(places.values()))
+
+
+def _quotes_close(data: np.ndarray, mark: str) -> bool:
+    """Whether every line of a text (uint8) has pairs of quotes, each at an edge of its cell."""
+    quotes = np.flatnonzero(data == ord('"'))
+    in_line = np.searchsorted(quotes, np.flatnonzero(data == ord("\n")))
+    if (np.append(in_line, quotes.size) % 2).any():
+        return False
+    edge = np.zeros(256, bool)
+    edge[np.frombuffer(f'{mark}"\r\n'.encode(), np.uint8)] = True
+    before = edge[data[quotes - 1]] | (quotes == 0)
+    return bool((before | edge[data[np.minimum(quotes + 1, data.size - 1)]]).all())

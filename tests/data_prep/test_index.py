@@ -234,6 +234,25 @@ def test_s3_is_walked_by_pages(s3, tmp_path: Path):
         list(Source(f"{s3.uri}/walk/nothing").walk())
 
 
+def test_index_prints_columns_and_labels_of_how_many_people(tree: Path, tmp_path: Path, capsys):
+    write(tree, {"participants.tsv": "participant_id\tAge\tGender\tGroup\tnote\n"
+                 "sub-8\t61\tF\tpatient\tseen by Dr X\nsub-9\t62\tM\tcontrol\tn/a\n"})
+    indexed(tree, tmp_path / "m.parquet")
+    told = capsys.readouterr().out
+    for line in ("columns of participants.tsv:", "age in years: Age", "sex: Gender",
+                 "label, words (2 classes): Group", "left out: may name people: note",
+                 "labels: age (2 people), group (2 people, 2 classes), sex (2 people, 2 classes)"):
+        assert f"  {line}\n" in told
+    assert "Dr X" not in told
+
+
+@pytest.mark.parametrize("option", ["tables", "links"])
+def test_a_folder_given_as_a_table_is_named(tree: Path, tmp_path: Path, option: str):
+    given: object = str(tmp_path) if option == "links" else [str(tmp_path)]
+    with pytest.raises(DataError, match="is a folder; name the table in it"):
+        index("bids", str(tree), out=str(tmp_path / "m.parquet"), key=KEY, **{option: given})
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 def test_a_source_without_scans_is_an_error(tmp_path: Path):

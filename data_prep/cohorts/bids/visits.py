@@ -83,9 +83,11 @@ def judged_rows(rows: list[Cells], described: dict[str, Any]) -> Iterator[Cells]
     """Rows of a scans.tsv by plain column names, their codes decoded."""
     lower = {words.plain(str(key)): value for key, value in described.items()}
     for row in rows:
-        yield {(name := words.plain(column)):
-               words.meaning(column, lower.get(name)).word(value)
-               for column, value in row.items()}
+        judged = {(name := words.plain(column)):
+                  words.meaning(column, lower.get(name)).word(value)
+                  for column, value in row.items()}
+        judged.setdefault("filename", judged.get("file_name") or judged.get("file"))
+        yield judged
 
 
 def is_ruled_out(row: Cells) -> bool:

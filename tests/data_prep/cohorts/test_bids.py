@@ -349,9 +349,58 @@ def test_exclusions_of_scans_tsv_and_phantoms(tmp_path: Path):
                        "sub-2_task-a_desc-preproc_bold": "cohort_unusable",
                        "sub-Phantom02_T1w": "phantom"}
     assert read.notes["scans.tsv names a file that is not there"] == 1
+    assert "scans.tsv names a file that is not there, and rules it out" not in read.notes
     assert "2001" not in json.dumps([value for *_, value in read.source.seen.values()])
     labels = ("qa01", "ACR", "012", "tester", "quality")
     assert [label for label in labels if is_phantom(label)] == ["qa01", "ACR"]
+
+
+@pytest.mark.parametrize("path, named", [
+    ("anat/sub-1_ses-a_run-1_T1w.nii", "anat/sub-1_ses-a_run-1_T1w.nii.gz"),
+    ("anat/sub-1_ses-a_run-1_T1w.nii.gz", "anat/sub-1_ses-a_run-1_T1w.nii"),
+    ("anat/sub-1_ses-a_run-1_T1w.nii.gz", "sub-1/ses-a/anat/sub-1_ses-a_run-1_T1w.nii.gz"),
+    ("anat/sub-1_ses-a_run-1_T1w.nii.gz", "anat\\sub-1_ses-a_run-1_T1w.nii.gz"),
+    ("anat/sub-1_ses-a_run-1_T1w.nii.gz", "./anat/sub-1_ses-a_run-01_T1w.nii.gz"),
+    ("anat/sub-1_ses-a_run-1_T1w.nii.gz", "bids::sub-1/ses-a/anat/sub-1_ses-a_run-1_T1w.nii.gz"),
+    ("anat/sub-1_ses-a_run-1_T1w.nii.gz", "/old/place/sub-1_run-1_ses-a_T1w.nii.gz"),
+    ("anat/sub-1_ses-a_run-1_T1w.nii.gz", "anat/run-1_T1w.nii.gz"),
+    ("anat/sub-1_ses-a_run-1_T1w.mgz", "anat/sub-1_ses-a_run-1_T1w")])
+@pytest.mark.parametrize("header, value", [
+    ("filename\tquality", "fail"), ("Filename\tQuality", "Bad"), ("filename\tqc_status", "exclude"),
+    ("FileName\tInclude", "0"), ("filename\tusable", "0.0"), ("filename\tqc", "3")])
+def test_scans_tsv_is_matched_by_entities(tmp_path: Path, path: str, named: str, header: str,
+                                          value: str):
+    read = Read(write(tmp_path / "d", {
+        **DATASET, "sub-1/ses-a/" + path: "x", "sub-1/ses-a/anat/sub-1_ses-a_run-2_T1w.nii.gz": "x",
+        "sub-1/ses-a/anat/sub-1_ses-a_run-1_T2w.nii.gz": "x",
+        "scans.json": json.dumps({"QC": {"Levels": {"1": "good", "3": "unusable"}}}),
+        "sub-1/ses-a/sub-1_ses-a_scans.tsv": f"{header}\n{named}\t{value}\n"
+                                             "anat/sub-1_ses-a_run-9_T1w.nii\t" + value + "\n"}))
+    assert {name[12:] for name, scan in read.scans.items() if scan.reason} == {"run-1_T1w"}
+    assert read.notes["scans.tsv names a file that is not there, and rules it out"] == 1
+
+
+def test_odd_sidecars_are_read_and_said(tmp_path: Path):
+    bold, odd = "sub-{0}/func/sub-{0}_task-rest_bold.{1}", {
+        "a": '{"RepetitionTime": "2.0", "InstitutionName": "Köln"}'.encode("latin-1"),
+        "b": b'{"RepetitionTime": [2.0], "ProtocolName": "rest\x01"}',
+        "c": '\ufeff{"RepetitionTime": 2}'.encode("utf-16"),
+        "d": b'{"RepetitionTime": "2000 ms", "EchoTime": "short"}', "e": b"no JSON"}
+    files = {bold.format(one, "nii"): "x" for one in odd} | {
+        bold.format(one, "json"): data for one, data in odd.items()}
+    read = Read(write(tmp_path / "d", {**DATASET, **files}))
+    facts = [json.loads(scan.facts or "{}") for scan in read.scans.values()]
+    assert facts == [{"RepetitionTime": 2}] * 4 + [{}]
+    assert read.scans["sub-a_task-rest_bold"].site == "Köln"
+    assert read.notes == {
+        "JSON sidecar: is windows-1252, not UTF-8: decoded": 1,
+        "JSON sidecar: is utf-16, not UTF-8: decoded": 1,
+        "JSON sidecar: is not strict JSON (control characters, backslashes or commas): mended": 1,
+        "JSON sidecar: EchoTime is no number: unknown": 1,
+        "JSON sidecar unreadable, its facts are unknown": 1}
+    remembered = {uri: (size, modified, json.loads(json.dumps(value)))
+                  for uri, (size, modified, value) in read.source.seen.items()}
+    assert Read(tmp_path / "d", remembered=remembered).notes == read.notes  # said again
 
 
 def test_a_contrast_agent_in_the_name_alone(tmp_path: Path):

@@ -153,6 +153,43 @@ def test_old_columns_parquet_pairs_and_contradictions(tmp_path: Path):
     assert "2016" not in said_of(people, root) and "1950" not in said_of(people, root)
 
 
+@pytest.mark.parametrize("other", [
+    "participant.eid,participant.p31,participant.p21003_i2,participant.p54_i2,participant.p52\n"
+    "1000001,Female,61,Cheadle (imaging),July\n",
+    "f.eid\tf.31.0.0\tf.21003.2.0\tf.54.2.0\tf.52.0.0\n1000001\tfemale\t61.0\t11025\t7\n",
+    "n_eid,n_31_0_0,n_21003_2_0,n_54_2_0,n_52_0_0\n1000001.0,0.0,61.0,11025.0,7.0\n",
+    "eid,sex_f31_0_0,age_when_attended_f21003_2_0,centre_f54_2_0\n1000001,Female,61,11025\n",
+    "Participant ID,Sex,Age when attended assessment centre | Instance 2,Month of birth\n"
+    "1000001,Female,61,July\n",
+    'EID;P31;P21003_i2\n"1000001";"Female";"61"\n',
+    "eid,p31,p21003_i2\n1000001,Prefer not to answer,-3\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_codes_and_words_of_all_programs_say_the_same(tmp_path: Path, other: str, encoding: str):
+    root = write(tmp_path, {
+        "1000001_20252_2_0.zip": package(T1), "other.csv": other.encode(encoding),
+        "ukb1.csv": "eid,31-0.0,21003-2.0,54-2.0,52-0.0\n1000001,0,61,11025,7\n"})
+    people, source = read(root)
+    scan = only(people["1000001"])
+    assert (scan.sex, scan.age_at_scan, scan.site) == ("F", 61, "Cheadle")
+    assert not [note for note in source.notes if "differs" in note or "unknown" in note]
+    assert set(source.columns) == {"ukb1.csv", "other.csv"}
+    assert source.columns["ukb1.csv"]["31-0.0"] == "sex"
+
+
+def test_words_that_differ_are_still_a_contradiction(tmp_path: Path):
+    root = write(tmp_path, {"1000001_20252_2_0.zip": package(T1), "a.csv": "eid,p31\n1000001,0\n",
+                            "b.csv": "eid,p31\n1000001,Male\n"})
+    people, source = read(root)
+    assert only(people["1000001"]).sex is None
+    assert source.notes["sex differs between tables: unknown"] == 1
+
+
+def test_a_table_given_without_eids_is_refused(tmp_path: Path):
+    write(tmp_path, {"s/1000001_20252_2_0.zip": package(T1), "t.csv": "id,p31\n1000001,0\n"})
+    with pytest.raises(DataError, match=r"--table .*t\.csv: has no row or lacks a column eid"):
+        read(tmp_path / "s", tables=[str(tmp_path / "t.csv")])
+
+
 def test_relatives_that_no_pairs_name_are_counted(tmp_path: Path):
     root = write(tmp_path, {"1000001_20252_2_0.zip": package(T1),
                             "t.csv": "eid,p22021\n1000001,10\n"})

@@ -128,6 +128,9 @@ def test_duplicates_never_take_two_slots(calls, tmp_path: Path):
     ids = {(row["participant"], row["session"], row["modality"]): row["scan_id"] for row in rows}
     assert reasons == {("p1", "3"): f"duplicate_of:p1/{ids['p1', '1', 'T1w']}",
                        ("p3", "1"): f"duplicate_of:p2/{ids['p2', '1', 'T1w']}"}
+    said = {row["participant"]: row["message"] for row in rows if row["status"] == "rejected"}
+    assert "the same person has this scan twice" in said["p1"] and "split_group" not in said["p1"]
+    assert "if the two participants are one person, tie them by split_group" in said["p3"]
     assert len(list_slots(str(out))) == 4 and verify(str(out)) == 0
     prepare(manifest, out)
     assert calls == ["p1", "p2", "p3"]  # the duplicate's record still counts

@@ -225,6 +225,13 @@ def test_the_sidecars_time_and_the_motion_table_are_used(tmp_path, axis, series)
     assert found.figures["qc_fd_max"] == 0.9 and found.figures["qc_fd_share"] == 1 / 99
 
 
+def test_volume_timing_gives_no_alff_from_the_headers_time(tmp_path, axis, series):
+    found = read_cifti(dtseries(tmp_path / "a.dtseries.nii", axis, series, 2.0),
+                       facts={"VolumeTiming": [0, 2, 9]})
+    assert set(found.maps) == {"BOLD", "tSNR"} and found.figures["bold_tr_s"] is None
+    assert set(found.flags) == {"volume_timing", "no_tr"}
+
+
 # ---- the archive grid ----------------------------------------------------------------------------
 
 def test_maps_reach_the_archive_where_they_lie(tmp_path, axis, series, surfaces):

@@ -371,6 +371,16 @@ def test_repetition_time_comes_from_the_sidecar_then_the_header(tmp_path, step, 
     assert series.flags == flags
 
 
+@pytest.mark.parametrize("facts", [
+    {"VolumeTiming": [0, 2, 9]}, {"VolumeTiming": [0, 2, 4], "RepetitionTime": 2.0},
+    {"VolumeTiming": [0.5]}])
+def test_volume_timing_leaves_no_repetition_time(tmp_path, facts):
+    _series(tmp_path / "bold.nii", 2.0, "sec")
+    series = read_series(str(tmp_path / "bold.nii"), facts=facts)
+    assert series.tr_s is None and series.flags == ["volume_timing"]
+    assert read_series(str(tmp_path / "bold.nii"), facts={"VolumeTiming": []}).tr_s == 2
+
+
 def test_a_volume_is_a_series_of_one_with_the_same_id(tmp_path):
     uri = save(tmp_path / "a.nii", *ellipsoid())
     series = read_series(uri)
