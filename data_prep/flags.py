@@ -145,6 +145,9 @@ class Note(_Code):
     PADDING_REMOVED = (
         "padding_removed", "a constant outside the image's range was taken as not scanned",
         "nothing, or look at the slices where parts of the head are missing")
+    RATIO_BACKGROUND_REMOVED = (
+        "ratio_background_removed", "an MP2RAGE UNI image: the noise around the head was set to 0",
+        "nothing, or look at the slices where parts of the head are missing")
     LEFT_RIGHT_FROM_HEADER = (
         "left_right_from_header", "left and right are as the header says; no other scan of the "
         "person confirms them, and a head and its mirror image fit the template alike",

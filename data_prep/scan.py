@@ -66,8 +66,8 @@ class Scan:
 # Sidecar keys kept in ``facts``: BIDS names, whatever the cohort calls them.
 FACTS = ("FrameTimesStart", "FrameDuration", "Units", "TimeZero", "InjectionStart",
          "RepetitionTime", "VolumeTiming", "EchoTime", "SliceThickness", "MRAcquisitionType",
-         "ContrastBolusIngredient", "Defaced", "RadionuclideHalfLife", "InjectedRadioactivity",
-         "InjectedRadioactivityUnits", "BodyWeight")
+         "ImageType", "ContrastBolusIngredient", "Defaced", "RadionuclideHalfLife",
+         "InjectedRadioactivity", "InjectedRadioactivityUnits", "BodyWeight")
 
 _MEMBER = re.compile(r"(.*?\.(?:zip|tgz|tar|tar\.gz))::(.*)", re.IGNORECASE | re.DOTALL)
 TURN = "Turn"  # the key in ``facts`` that prepare --turn writes, and no sidecar

@@ -36,6 +36,7 @@ from data_prep.volumes.published import prepare_published
 from data_prep.volumes.reading.volume import read_scan
 from data_prep.volumes.results import Prepared, Rejected, rejected
 from data_prep.volumes.structural.session import Numbered, StructuralScan, anchor_rank, join_session
+from data_prep.volumes.structural.uni import quiet_background
 
 __all__ = ["Prepared", "Rejected", "prepare_person"]
 
@@ -102,10 +103,11 @@ def _structural(scans: list[tuple[int, Scan]], preset: Preset, done: Results) ->
     sessions: dict[str, list[Numbered]] = {}
     for number, scan in scans:
         try:
-            volume = read_scan(scan.uri, scan.member, json.loads(scan.facts or "{}"),
-                               turn=scan.turn)
+            facts = json.loads(scan.facts or "{}")
+            volume = read_scan(scan.uri, scan.member, facts, turn=scan.turn)
             sessions.setdefault(scan.session, []).append(
-                (number, StructuralScan(scan, volume, volume.scan_id)))
+                (number, StructuralScan(
+                    scan, quiet_background(volume, volume.facts | facts), volume.scan_id)))
         except ScanError as error:
             done[number] = [rejected(scan, error)]
     groups: list[list[Numbered]] = []

@@ -27,7 +27,7 @@ def tree(tmp_path: Path) -> Path:
         "sub-007/ses-a/anat/sub-007_ses-a_T1w.nii.gz": "x",
         "sub-007/ses-a/anat/sub-007_ses-a_T1w.json": '{"MagneticFieldStrength": 3}',
         "sub-007/ses-a/anat/sub-007_ses-a_FLAIR.nii.gz": "x",
-        "sub-8/anat/sub-8_T1w.nii.gz": "x", "sub-8/anat/sub-8_UNIT1.nii.gz": "x",
+        "sub-8/anat/sub-8_T1w.nii.gz": "x", "sub-8/anat/sub-8_T2star.nii.gz": "x",
         "sub-9/anat/sub-9_T1w.nii.gz": "x", "sub-10/anat/sub-10_T1w.nii.gz": "x"})
 
 
@@ -69,7 +69,7 @@ def test_manifest_has_pseudonyms_families_and_splits(tree: Path, tmp_path: Path,
         row["participant"], row["session"], row["name"]))
     printed = capsys.readouterr().out
     assert "5 scans (4 T1w, 1 FLAIR) of 4 people in 2 groups" in printed.replace(
-        "1 FLAIR, 4 T1w", "4 T1w, 1 FLAIR") and "1 x not taken: suffix UNIT1" in printed
+        "1 FLAIR, 4 T1w", "4 T1w, 1 FLAIR") and "1 x not taken: suffix T2star" in printed
 
 
 def test_equal_sources_give_equal_bytes(tree: Path, tmp_path: Path):

@@ -16,7 +16,9 @@ from data_prep.filenames import IMAGES
 
 ANATOMICAL = ("T1w", "T2w", "FLAIR")
 DESCRIPTION = "dataset_description.json"
-MODALITIES = {**{suffix: suffix for suffix in ANATOMICAL}, "pet": "PET", "bold": "BOLD"}
+# UNIT1: MP2RAGE's uniform image, a T1w by its contrast
+MODALITIES = {"UNIT1": "T1w", **{suffix: suffix for suffix in ANATOMICAL}, "pet": "PET",
+              "bold": "BOLD"}
 VOLUMES = IMAGES
 SERIES = "dtseries.nii"  # the one kind of CIFTI file that is a run's
 # entities by which a derivative may differ from the scan it belongs to

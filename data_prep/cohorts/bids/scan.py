@@ -52,6 +52,8 @@ class Reader:
         for unknown in entities.keys() - set(habits()["entities"]):
             self.notes[f"taken, with an entity that BIDS does not know: {unknown}"] += 1
         modality = MODALITIES[image.name.suffix]
+        if image.name.suffix == "UNIT1":
+            facts = {**facts, "ImageType": ["UNI"]}
         if "ce" in entities and "ContrastBolusIngredient" not in facts:
             agent = "GADOLINIUM" if entities["ce"].lower().startswith("gad") else entities["ce"]
             facts = {**facts, "ContrastBolusIngredient": agent}

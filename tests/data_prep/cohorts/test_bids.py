@@ -30,7 +30,7 @@ def tree(tmp_path: Path) -> Path:
             {"MagneticFieldStrength": 3}),
         "sub-007/ses-a/anat/sub-007_ses-a_FLAIR.nii.gz": "x",
         "sub-007/ses-a/anat/sub-007_ses-a_part-phase_T1w.nii.gz": "x",
-        "sub-007/ses-a/anat/sub-007_ses-a_UNIT1.nii.gz": "x",
+        "sub-007/ses-a/anat/sub-007_ses-a_T2star.nii.gz": "x",
         "sub-007/ses-b/anat/sub-007_ses-b_T1w.nii": "x",
         "sub-007/ses-a/func/sub-007_ses-a_task-rest_sbref.nii.gz": "x",
         "sub-8/anat/sub-8_T1w.nii.gz": "x",
@@ -81,7 +81,7 @@ def test_derivatives_only_in_the_scans_own_space(tree: Path):
 def test_what_is_not_used_is_counted(tree: Path):
     assert Read(tree).notes == {
         "not taken: suffix sbref": 1,
-        "not taken: suffix UNIT1": 1,
+        "not taken: suffix T2star": 1,
         "not taken: phase, real or imaginary part": 1,
         "not taken: file name and folder name different people": 1,
         "derivative not used: in the space common, not in a scan's": 1,
@@ -410,6 +410,15 @@ def test_a_contrast_agent_in_the_name_alone(tmp_path: Path):
         f"{anat}_ce-x_run-2_T1w.json": '{"ContrastBolusIngredient": "IODINE"}'}))
     assert [json.loads(scan.facts)["ContrastBolusIngredient"] for scan in read.scans.values()] == [
         "GADOLINIUM", "IODINE"]
+
+
+def test_a_uniform_image_is_a_t1w_that_says_so(tmp_path: Path):
+    anat = "sub-1/anat/sub-1"
+    read = Read(write(tmp_path / "d", {
+        **DATASET, f"{anat}_UNIT1.nii.gz": "x", f"{anat}_acq-x_T1w.nii.gz": "x",
+        f"{anat}_acq-x_T1w.json": '{"ImageType": ["DERIVED", "UNI"]}'}))
+    assert [(scan.modality, json.loads(scan.facts)["ImageType"][-1])
+            for scan in read.scans.values()] == [("T1w", "UNI")] * 2
 
 
 def test_an_unknown_entity_is_taken_and_noted(tmp_path: Path):
