@@ -186,12 +186,17 @@ class Progress:
     changed_at: float = field(default_factory=time.monotonic)
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=101))
     _slowest: Heartbeat | None = None
+    _signs: dict[int, tuple[Heartbeat, float]] = field(default_factory=dict)
 
     def update(self, beats: list[Heartbeat]) -> bool:
         """Take in the current heartbeats; True if the slowest rank advanced."""
         fresh = [beat for beat in beats if beat not in self.before]
         if not fresh:
             return False
+        now = time.monotonic()
+        for beat in fresh:
+            if beat.rank not in self._signs or self._signs[beat.rank][0] != beat:
+                self._signs[beat.rank] = beat, now
         slowest = min(fresh, key=lambda beat: beat.step)
         advanced = len(fresh) > len(self.beats) or slowest.step != self.step
         if any(beat.state == WAITING and beat not in self.beats for beat in fresh):
@@ -214,6 +219,11 @@ class Progress:
             return max(start_s, hang_s)
         median = statistics.median(self.step_times_s) if self.step_times_s else 0.0
         return max(hang_s, 10 * median)
+
+    def ranks_silent_s(self) -> dict[int, float]:
+        """Seconds since the last sign of life of each rank, by our clock."""
+        now = time.monotonic()
+        return {rank: now - seen for rank, (_, seen) in self._signs.items()}
 
     @property
     def silent_s(self) -> float:

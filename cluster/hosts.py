@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,10 @@ def problems(slots: dict[str, int], folder: str | None, ssh_options: str) -> dic
     folder
         A local run directory, where there must be room.
     """
-    # ours differs from nobody's: hosts are compared with the machine that starts them
     here = about_this_host(folder)
-    calls = {host: subprocess.Popen(
-        ["ssh", *shlex.split(ssh_options), host, _command("cluster.hosts", folder or "")],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for host in slots}
-    found, end, answers = {}, time.monotonic() + ANSWER_S, {}
-    for host, call in calls.items():
-        try:
-            out, errors = call.communicate(timeout=max(0.1, end - time.monotonic()))
-            answers[host] = _read(call.returncode, out, errors)
-        except subprocess.TimeoutExpired:
-            call.kill()
-            call.wait()
-            for pipe in (call.stdout, call.stderr):  # a proxy of ssh's may still hold them open
-                assert pipe
-                pipe.close()
-            answers[host] = f"has not answered by ssh within {ANSWER_S:.0f} s"
+    answers = {host: _read(answer) for host, answer in ask(
+        list(slots), "cluster.hosts", [folder or ""], ssh_options, ANSWER_S).items()}
+    found = {}
     devices = max((answer["devices"] for answer in answers.values() if isinstance(answer, dict)),
                   default=0)
     for host, answer in answers.items():
@@ -101,21 +88,50 @@ def _judge(answer: dict[str, Any], here: dict[str, Any], slots: int, devices: in
     return ""
 
 
-def _read(status: int, out: str, errors: str) -> dict[str, Any] | str:
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    if status == NO_CONNECTION:
-        return f"cannot be reached by ssh ({lines[-1] if lines else 'no answer'})"
+def _read(answer: Answer) -> dict[str, Any] | str:
+    if answer.status is None:
+        return f"has not answered by ssh within {ANSWER_S:.0f} s"
+    if answer.status == NO_CONNECTION:
+        return f"cannot be reached by ssh ({answer.error or 'no answer'})"
     try:
-        row: dict[str, Any] = json.loads(out.splitlines()[-1])
+        row: dict[str, Any] = json.loads(answer.lines[-1])
         return row
     except (ValueError, IndexError):
-        return (f"cannot run {sys.executable} in {os.getcwd()} ({lines[-1] if lines else status}); "
+        return (f"cannot run {sys.executable} in {os.getcwd()} ({answer.error or answer.status}); "
                 "it needs the same checkout and environment at the same path")
 
 
-def _command(module: str, *words: str) -> str:
-    return (f"cd {shlex.quote(os.getcwd())} && exec {shlex.quote(sys.executable)} -m {module} "
-            + " ".join(map(shlex.quote, words)))
+@dataclass(frozen=True)
+class Answer:
+    """What a command on a host came to; ``status`` is None if it did not end in time."""
+
+    status: int | None
+    lines: list[str]
+    error: str  # its last line
+
+
+def ask(hosts: list[str], module: str, words: list[str], ssh_options: str,
+        timeout_s: float) -> dict[str, Answer]:
+    """Run a module of ours on hosts, all at once, in the same folder as here."""
+    command = (f"cd {shlex.quote(os.getcwd())} && exec {shlex.quote(sys.executable)} -m {module} "
+               + " ".join(map(shlex.quote, words)))
+    calls = {host: subprocess.Popen(["ssh", *shlex.split(ssh_options), host, command],
+                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE, text=True) for host in hosts}
+    answers, end = {}, time.monotonic() + timeout_s
+    for host, call in calls.items():
+        try:
+            out, errors = call.communicate(timeout=max(0.1, end - time.monotonic()))
+            said = [line.strip() for line in errors.splitlines() if line.strip()]
+            answers[host] = Answer(call.returncode, out.splitlines(), said[-1] if said else "")
+        except subprocess.TimeoutExpired:
+            call.kill()
+            call.wait()
+            for pipe in (call.stdout, call.stderr):  # a proxy of ssh's may still hold them open
+                assert pipe
+                pipe.close()
+            answers[host] = Answer(None, [], "")
+    return answers
 
 
 class HostWatch(threading.Thread):

@@ -39,6 +39,8 @@ class Heartbeat:
     seen: float = 0.0
     state: str = "step"  # or "waiting for store"
     attempt: str = ""  # of which world it is
+    own_s: float | None = None  # of a micro-step, until it waits for the other ranks
+    data_s: float | None = None  # of that, waiting for data
 
     @property
     def quiet_s(self) -> float:
@@ -95,7 +97,8 @@ class RunDir:
                                        int(row["step"]), float(row["time"]),
                                        float(row.get("seen", row["time"])),
                                        str(row.get("state", "step")),
-                                       str(row.get("attempt", ""))))
+                                       str(row.get("attempt", "")),
+                                       row.get("own_s"), row.get("data_s")))
             except ValueError:  # being rewritten just now; the next look finds it whole
                 continue
         beats.sort(key=lambda beat: beat.rank)

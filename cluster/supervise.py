@@ -32,15 +32,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
 from cluster.attempt import DeepSpeedLaunch, Progress, ssh_options
+from cluster.diagnosis import culprits, diagnose, report
 from cluster.hosts import NO_CONNECTION, problems
 from cluster.membership import Membership, TooFewHosts
 from cluster.outcome import LOG_BYTES, Budget, Outcome, last_lines, lines_of
-from cluster.processes import ranks, same_process
+from cluster.processes import same_process
 from cluster.room import room
 from cluster.rundir import TRAIN_EVENTS, RunDir
+from cluster.stragglers import Stragglers
 from cluster.world import World
 from neurojepa.errors import ClusterError, DataError, LeaseLost
 from neurojepa.storage import Patience, append_rows, is_outage, join, no_space, write_bytes
@@ -102,6 +102,7 @@ class Supervisor:
     _lost: LeaseLost | None = field(default=None, init=False)
     _world: World | None = field(default=None, init=False)
     _members: Membership | None = field(default=None, init=False)
+    _stragglers: Stragglers = field(default_factory=Stragglers, init=False)
     _current: Launch = field(init=False)  # the launch, without hosts that are left out
 
     def __post_init__(self) -> None:
@@ -289,6 +290,7 @@ class Supervisor:
         """Wait for the attempt's end; True if it was ended here because it hung."""
         look_every_s = min(5.0, self.hang_s / 6)
         asked_at = looked_at = 0.0
+        self._stragglers = Stragglers()
         world.watch_hosts()
         while world.alive():
             now = time.monotonic()
@@ -306,6 +308,7 @@ class Supervisor:
             if now - looked_at > look_every_s:
                 looked_at = now
                 self._look(progress)
+                self._name_stragglers(progress)
                 limit_s = progress.limit_s(self.hang_s, self.start_s)
                 if not asked_at and progress.silent_s > limit_s:
                     self._report_hang(world, progress, limit_s)
@@ -350,18 +353,24 @@ class Supervisor:
         return None
 
     def _report_hang(self, world: World, progress: Progress, limit_s: float) -> None:
-        """Say which ranks stand still; their states are read before they are ended."""
-        states = {}
-        for process in ranks(world.token):
-            try:
-                states[process.pid] = process.status()
-            except psutil.NoSuchProcess:
-                continue
-        world.signal(signal.SIGKILL)  # the event is written when no rank can write one
+        """Say which ranks stand still, and where, before they are ended."""
+        states = diagnose(world.token, world.hosts)
+        guilty, why = culprits(states, progress.beats, progress.ranks_silent_s())
+        text = report(states, guilty, why)
+        print(text, flush=True)
+        name = f"logs/attempt-{world.number}.stacks.txt"
+        self._patience(lambda: write_bytes(join(self.run_dir.uri, name), text.encode()))
+        by_rank = {item.rank: item.state for item in states}
+        world.signal(signal.SIGKILL)
         self._event("hang", progress.step, silent_s=round(progress.silent_s, 1),
-                    limit_s=round(limit_s, 1),
-                    ranks=[{**vars(beat), "state": states.get(beat.pid)}
+                    limit_s=round(limit_s, 1), culprits=guilty, why=why, stacks=name,
+                    ranks=[{**vars(beat), "state": by_rank.get(beat.rank)}
                            for beat in progress.beats])
+
+    def _name_stragglers(self, progress: Progress) -> None:
+        """Say once of each rank that it slows down all others."""
+        for slow in self._stragglers.new(progress.beats):
+            self._event("straggler", progress.step, **vars(slow))
 
     def _ended(self, outcome: Outcome) -> int | None:
         """The status to exit with if the supervision is over without a failure."""

@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neurojepa.errors import DataError
 from neurojepa.storage import Patience, join, local_path, write_bytes
 from neurojepa.train.hooks import Hook
+from neurojepa.train.pace import Pace
 
 if TYPE_CHECKING:
     from neurojepa.train.loop import Run
@@ -39,15 +40,17 @@ class Heartbeat(Hook):
         Number of ranks.
     patiences
         Whose waiting for a store is told.
+    pace
+        Whose times are told.
     """
 
     def __init__(self, run_dir: str, rank: int, *, attempt: str = "", world: int = 1,
-                 patiences: Sequence[Patience] = ()) -> None:
+                 patiences: Sequence[Patience] = (), pace: Pace | None = None) -> None:
         self._uri = join(run_dir, "heartbeat", f"rank-{rank}.json")
         self._path = local_path(self._uri)
         self._facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(),
                        "attempt": attempt, "world": world}
-        self._patiences = patiences
+        self._patiences, self._pace = patiences, pace
         self._step, self._time = 0, time.time()
         self._stepped = False
         self._problem = ""
@@ -81,8 +84,11 @@ class Heartbeat(Hook):
 
     def _row(self) -> bytes:
         waits = [left for patience in self._patiences if (left := patience.left_s) is not None]
-        state = {"state": "waiting for store", "wait_left_s": round(max(waits), 1)} if waits \
-            else {"state": "step"}
+        state: dict[str, Any] = {"state": "step"}
+        if waits:
+            state = {"state": "waiting for store", "wait_left_s": round(max(waits), 1)}
+        if self._pace is not None and self._pace.own_s is not None:
+            state |= {"own_s": self._pace.own_s, "data_s": self._pace.data_s}
         return json.dumps({**self._facts, "step": self._step, "time": self._time,
                            "seen": time.time(), **state}).encode()
 

@@ -37,6 +37,7 @@ from neurojepa.train.heartbeat import Heartbeat
 from neurojepa.train.hooks import Hook, Progress
 from neurojepa.train.metrics import Metrics
 from neurojepa.train.ownership import Ownership, owned
+from neurojepa.train.pace import Pace
 from neurojepa.train.probe import OnlineProbe
 from neurojepa.train.resume import check_fits, check_same_run
 from neurojepa.train.saver import Saver
@@ -136,9 +137,10 @@ class Run:
                            milestone_every=config.train.milestone_every, patience=self.patience)
         self._saving_since = self._stalled_s = 0.0
         self.metrics = Metrics(config, self.feed.grid, world, self.step, self.patience, owner)
+        self.pace = Pace(world.device)
         self.hooks: list[Hook] = [
             Heartbeat(config.run.dir, world.rank, attempt=self.saver.attempt, world=world.size,
-                      patiences=(self.patience, self.loader.reader.patience)),
+                      patiences=(self.patience, self.loader.reader.patience), pace=self.pace),
             *probes, Progress()]
         if world.rank == 0:
             self.patience(self._write_config)
@@ -218,11 +220,14 @@ class Run:
         scale = self.world.size * self.loader.micro_steps / config.train.global_batch
         applied = False
         for _ in range(self.loader.micro_steps):
+            self.pace.begin()
             batch = next(self._batches).to(self.world.device)
+            self.pace.fetched()
             views = make_views(batch, config, self.feed.grid, config.train.seed, self.build)
             if self.labels:
                 views = self.labels.attach(views, batch.scan_ids)
             loss, sums = self.engine.forward(views.without_fill_up(), rates.l1)
+            self.pace.forwarded()
             self.engine.backward(loss * scale)
             applied = self.engine.step(rates.lr)
             self.metrics.add(loss, sums)
