@@ -5,6 +5,7 @@
     python -m cluster status runs/demo --json
     python -m cluster watch s3://bucket/runs/base
     python -m cluster stop s3://bucket/runs/base
+    python -m cluster export runs/demo s3://bucket/runs/base
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         return _supervise(options, words[split + 1:])
     if split < len(words):
         raise ConfigError(f"{options.command}: takes nothing after --")
-    return {"watch": _watch, "status": _status, "stop": _stop}[options.command](options)
+    return {"watch": _watch, "status": _status, "stop": _stop,
+            "export": _export}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     stop.add_argument("--now", action="store_true", help="without a checkpoint")
     stop.add_argument("--wait", type=float, default=180, metavar="S",
                       help="how long to wait for it (default 180)")
+    export = commands.add_parser("export", help="metrics of runs for Prometheus, over HTTP")
+    export.add_argument("runs", nargs="+", metavar="run", help="run directories, local or URIs")
+    export.add_argument("--port", type=int, default=9464, help="default: %(default)s")
+    export.add_argument("--address", default="127.0.0.1",
+                        help="to listen on; who reaches it can read losses and host names "
+                        "(default: %(default)s)")
     return parser
 
 
@@ -127,6 +135,17 @@ def _stop(options: argparse.Namespace) -> int:
     from cluster.stop import stop
 
     return stop(RunDir(options.run), options.now, options.wait)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from cluster.exporter import serve
+
+    try:
+        serve(options.runs, options.address, options.port)
+    except OSError as error:
+        raise ConfigError(f"--address {options.address} --port {options.port}: cannot listen there "
+                          f"({error.strerror}); choose another port") from error
+    return 0
 
 
 def command() -> None:

@@ -12,15 +12,20 @@ sign in between is alive, and how long it has made no step it says by its own cl
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from cluster.attempt import WAITING
+from cluster.goodput import goodput
+from cluster.room import free_bytes
 from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
+from cluster.stragglers import stragglers
 from neurojepa.errors import ClusterError
 
 TAIL_BYTES = 262_144
+MOST_ROWS = 16  # ranks that have a line of their own
 AGAIN_S = 6.0  # between two looks; signs of life come every 2 s, from object stores every 5 s
 START_S = 600.0  # a start (imports, compilation, reading a checkpoint) may take this long
 SILENT_S = 60.0
@@ -72,6 +77,9 @@ def _read(run_dir: RunDir, beats: list[Heartbeat], now: float) -> dict[str, Any]
     steps = config.get("train", {}).get("steps")
     step_s = last.get("step_s")
     state = _state(events, beats, step_s, now)
+    spent = goodput([row for row in events if isinstance(row.get("time"), int | float)
+                     and "event" in row and "step" in row], step, now,
+                    running=state in ("running", "waiting", "stalled"))
     return {
         "run": run_dir.uri,
         "state": state,
@@ -83,7 +91,16 @@ def _read(run_dir: RunDir, beats: list[Heartbeat], now: float) -> dict[str, Any]
         "step_s": step_s,
         "eta_s": (steps - step) * step_s if state == "running" and steps and step_s else None,
         "last_checkpoint": run_dir.committed_step(),
+        "checkpoint_age_s": min((now - row["time"] for row in events
+                                 if row.get("event") == "checkpoint"), default=None),
+        "disk_free": free_bytes(path) if (path := run_dir.local_path) else None,
+        "event_counts": dict(Counter(str(row.get("event")) for row in events)),
         "restarts": sum(row.get("event") == "restart" for row in events),
+        "goodput": spent.share,
+        "seconds": {"productive": spent.productive_s, "starting": spent.starting_s,
+                    "lost": spent.lost_s, "down": spent.down_s},
+        "lost_steps": spent.lost_steps,
+        "slow": [vars(slow) for slow in stragglers(beats)],
         "ranks": [{**vars(beat), "age_s": round(now - beat.time, 1)} for beat in beats],
         "events": events[-8:],
     }
@@ -122,17 +139,40 @@ def render(status: dict[str, Any]) -> str:
         f"   {_number(status['volumes_per_s'])} volumes/s"
         f"   ETA {_duration(status['eta_s'])}",
         f"  last checkpoint: {_step(status['last_checkpoint']) or 'none yet'}"
-        f"   restarts: {status['restarts']}",
+        f"   restarts: {status['restarts']}   goodput: {_share(status['goodput'])}"
+        f" (lost: {status['lost_steps']} steps)",
         "",
-        "  rank  host                 pid       step      last seen",
     ]
-    lines += [f"  {rank['rank']:<5} {rank['host'][:20]:20} {rank['pid']:<9} {rank['step']:<9} "
-              f"{_duration(rank['age_s'])} ago" for rank in status["ranks"]]
+    ranks = status["ranks"]
+    lines += _by_rank(ranks) if len(ranks) <= MOST_ROWS else _by_host(ranks)
+    lines += [f"  slow: rank {slow['rank']} on {slow['host']} needs {slow['own_s']:.2g} s, the "
+              f"others {slow['others_s']:.2g} s" for slow in status["slow"]]
     lines += ["", "  last events"]
     lines += [f"  {time.strftime('%F %T', time.localtime(row.get('time', 0)))}  "
               f"{row.get('event'):11} {_step(row.get('step')):12} {_facts(row)}".rstrip()
               for row in status["events"]]
     return "\n".join(lines)
+
+
+def _by_rank(ranks: list[dict[str, Any]]) -> list[str]:
+    return ["  rank  host                 pid       step      last step", *(
+        f"  {rank['rank']:<5} {rank['host'][:20]:20} {rank['pid']:<9} {rank['step']:<9} "
+        f"{_duration(rank['age_s'])} ago" for rank in ranks)]
+
+
+def _by_host(ranks: list[dict[str, Any]]) -> list[str]:
+    """One line a host: the slowest of its ranks counts."""
+    lines = ["  host                 ranks            step      last step"]
+    for host in dict.fromkeys(rank["host"] for rank in ranks):
+        own = [rank for rank in ranks if rank["host"] == host]
+        span = f"{own[0]['rank']}-{own[-1]['rank']} ({len(own)})"
+        lines.append(f"  {host[:20]:20} {span:16} {min(rank['step'] for rank in own):<9} "
+                     f"{_duration(max(rank['age_s'] for rank in own))} ago")
+    return lines
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _facts(row: dict[str, Any]) -> str:

@@ -124,3 +124,26 @@ def test_whoever_reads_may_leave(run: Path) -> None:
         f"{sys.executable} -m cluster status {run} | head -n 0; echo ${{PIPESTATUS[0]}}",
         shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert shown.stderr == "" and shown.stdout.strip() in ("0", "141")
+
+
+def test_many_ranks_are_folded_by_host(run: Path) -> None:
+    for rank in range(24):
+        beat(run, rank, host=f"node{rank // 8}", step=40 - (rank == 13), own_s=0.3 + (rank == 5))
+    status = read_status(RunDir(str(run)), now=NOW)
+    screen = render(status)
+    assert "node1                8-15 (8)         39" in screen and "node2" in screen
+    assert "slow: rank 5 on node0 needs 1.3 s, the others 0.3 s" in screen
+    assert screen.count("node") == 4
+    assert len(json.loads(json.dumps(status))["ranks"]) == 24
+
+
+def test_goodput_and_lost_steps_are_on_the_screen(run: Path) -> None:
+    with (run / "events.jsonl").open("a") as file:
+        for row in ({"time": 1100, "event": "exit", "step": 100},
+                    {"time": 1100, "event": "started", "step": None},
+                    {"time": 1100, "event": "resume", "step": 60},
+                    {"time": 1140, "event": "finish", "step": 100}):
+            file.write(json.dumps(row) + "\n")
+    status = read_status(RunDir(str(run)), now=NOW)
+    assert (status["goodput"], status["lost_steps"]) == (pytest.approx(100 / 140), 40)
+    assert "goodput: 71% (lost: 40 steps)" in render(status)
