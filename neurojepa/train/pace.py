@@ -13,11 +13,14 @@ from collections import deque
 
 import torch
 
-KEPT = 16  # micro-steps: a median that a checkpoint or a pause does not move
+KEPT = 32  # micro-steps
 
 
 class Pace:
-    """Medians over the last micro-steps, in seconds; None before the first."""
+    """Means over the last micro-steps, in seconds, the longest left out; None before the first.
+
+    Not medians: a rank that is held up in every third step slows down all others as well.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -53,10 +56,13 @@ class Pace:
 
     @property
     def own_s(self) -> float | None:
-        own = list(self._own)  # the heartbeat's thread asks, too
-        return statistics.median(own) if own else None
+        return _mean(list(self._own))  # the heartbeat's thread asks, too
 
     @property
     def data_s(self) -> float | None:
-        data = list(self._data)
-        return statistics.median(data) if data else None
+        return _mean(list(self._data))
+
+
+def _mean(seconds: list[float]) -> float | None:
+    kept = sorted(seconds)[:max(1, len(seconds) - 1 - len(seconds) // 16)]  # a pause is no habit
+    return statistics.fmean(kept) if kept else None

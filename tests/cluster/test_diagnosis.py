@@ -123,7 +123,7 @@ def test_a_rank_tells_the_time_until_it_waits_for_others(monkeypatch: pytest.Mon
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
     told = Pace(torch.device("cpu"))
     assert told.own_s is None and told.data_s is None
-    for data_s, forward_s in [(0.1, 0.2)] * 9 + [(9.0, 9.0)]:  # a pause moves no median
+    for data_s, forward_s in [(0.1, 0.2)] * 9 + [(9.0, 9.0)]:  # a pause is no habit
         told.begin()
         now[0] += data_s
         told.fetched()
@@ -131,3 +131,9 @@ def test_a_rank_tells_the_time_until_it_waits_for_others(monkeypatch: pytest.Mon
         told.forwarded()
         now[0] += 5.0  # backward: together with the others
     assert told.own_s == pytest.approx(0.3) and told.data_s == pytest.approx(0.1)
+    for index in range(32):  # held up in every third step
+        told.begin()
+        told.fetched()
+        now[0] += 0.3 + 0.6 * (index % 3 == 0)
+        told.forwarded()
+    assert 0.42 < told.own_s < 0.5
