@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from cluster.rundir import Heartbeat
+from cluster.rundir import TRAIN_EVENTS, Heartbeat
 
 LOG_LINES, LOG_BYTES = 20, 16_384
 LONGEST_PAUSE_S = 60.0
+FATAL = ("diverged", "collapse")  # last events of trainings that cannot go on
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,22 @@ class Budget:
     def pause_s(self) -> float:
         """How long to wait before the next attempt: twice as long each time, a minute at most."""
         return min(LONGEST_PAUSE_S, 2.0 ** min(self.failures - 1, 10))
+
+
+def told(events: list[dict[str, Any]]) -> str:
+    """The last of the training's own events since the last attempt started; empty if none."""
+    starts = [index for index, row in enumerate(events) if row["event"] == "started"]
+    own = [row["event"] for row in events[starts[-1] if starts else 0:]
+           if row["event"] in TRAIN_EVENTS]
+    return own[-1] if own else ""
+
+
+def fatal_event(events: list[dict[str, Any]]) -> str | None:
+    """The training's last event of the last attempt, if it says that it cannot go on."""
+    for row in reversed(events):
+        if row["event"] == "started" or row.get("by") != "supervisor":
+            return row["event"] if row["event"] in FATAL else None
+    return None
 
 
 def last_lines(log: Path) -> list[str]:

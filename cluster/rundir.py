@@ -118,6 +118,12 @@ class RunDir:
                                "put the name of the last good checkpoint there")
         return int(number)
 
+    def next_attempt(self) -> int:
+        """The number of the attempt after those that have a log."""
+        numbers = [name[len("attempt-"):-len(".log")] for name in self.names("logs")
+                   if name.startswith("attempt-") and name.endswith(".log")]
+        return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
+
     def config(self) -> dict[str, Any]:
         """The resolved configuration the training stored; empty before its first start."""
         return yaml.safe_load(self.read("config.yaml") or b"") or {}

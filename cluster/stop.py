@@ -46,9 +46,13 @@ def stop(run_dir: RunDir, now: bool, wait_s: float, clock: Callable[[], float] =
     while clock() < end:
         sleep(1.0)
         current = newest(run_dir.uri)
-        if current is not None and current != owner:  # a supervisor claims anew for each attempt
-            owner = current
-            ask_to_stop(run_dir.uri, owner, now)
+        if current is not None and current != owner:
+            if current.same_process(owner):  # a supervisor claims anew for each attempt
+                ask_to_stop(run_dir.uri, current, now)
+                owner = current
+            else:
+                print(f"{run_dir.uri}: the {owner} has ended; the {current} owns the run since")
+                return 0
         said = facts(run_dir.uri, owner)
         if said.get("state") == "released":
             print(f"{run_dir.uri}: stopped; last checkpoint: step {run_dir.committed_step()}")

@@ -36,7 +36,15 @@ from cluster.attempt import DeepSpeedLaunch, Progress, ssh_options
 from cluster.diagnosis import culprits, diagnose, report
 from cluster.hosts import NO_CONNECTION, problems
 from cluster.membership import Membership, TooFewHosts
-from cluster.outcome import LOG_BYTES, Budget, Outcome, last_lines, lines_of
+from cluster.outcome import (
+    LOG_BYTES,
+    Budget,
+    Outcome,
+    fatal_event,
+    last_lines,
+    lines_of,
+    told,
+)
 from cluster.processes import same_process
 from cluster.room import room
 from cluster.rundir import TRAIN_EVENTS, RunDir
@@ -51,7 +59,6 @@ REQUEUE = 75  # exit status of a training that stopped on request, to be queued 
 REFUSED = 2  # exit status of a command that cannot work as it was given
 ROOM_S = 5.0  # between looks for room on a full disk
 POLL_S = 0.2
-FATAL = ("diverged", "collapse")  # last events of trainings that cannot go on
 
 
 class Launch(Protocol):
@@ -161,14 +168,14 @@ class Supervisor:
 
     def _wait_for_room(self) -> None:
         """Where the run's disk is full, say so and wait until it has room, or we shall stop."""
-        told = False
+        said = False
         while not self._stop_signals and (found := self._patience(lambda: room(self.run_dir))) \
                 and not found.enough:
-            if not told:
+            if not said:
                 print(f"{found}; waiting for it", flush=True)
                 self._event("disk_full", None, path=found.path, free_mib=found.free >> 20,
                             need_mib=found.need >> 20)
-            told = True
+            said = True
             self._wait(ROOM_S)
 
     def _choose_hosts(self, wait_s: float) -> None:
@@ -186,7 +193,7 @@ class Supervisor:
                 self.launch.slots(), self.min_hosts, self.max_hosts,
                 lambda slots: problems(slots, self.run_dir.local_path, ssh_options()),
                 lambda event, host, why: self._event(event, None, host=host, why=why))
-        end, told = time.monotonic() + wait_s, False
+        end, said = time.monotonic() + wait_s, False
         while not self._stop_signals:
             try:
                 self._current = replace(self.launch, without=self._members.choose())
@@ -194,9 +201,9 @@ class Supervisor:
             except TooFewHosts as error:
                 if time.monotonic() >= end:
                     raise
-                if not told:
+                if not said:
                     print(f"waiting for hosts: {error}", flush=True)
-                told = True
+                said = True
                 self._wait(ROOM_S)
 
     # ---- owning the run --------------------------------------------------------------------------
@@ -246,9 +253,11 @@ class Supervisor:
         before = self._patience(self.run_dir.heartbeats)
         log: Path | None = None
         if world is None:
-            number = self._next_attempt()
+            number = self._patience(self.run_dir.next_attempt)
             world = World(uuid.uuid4().hex, number, self._current.hosts())
-            log = self._log_path(number, scratch)
+            local = self.run_dir.local_path
+            log = (Path(local) / "logs" if local else scratch) / f"attempt-{number}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
             self._start(world, log, scratch)
         else:
             before = []
@@ -266,7 +275,7 @@ class Supervisor:
         status = self._status(world)
         outcome = Outcome(status, progress.step, progress.beats,
                           last_lines(log) if log else self._logged(world.number), hung,
-                          self._fatal_event())
+                          fatal_event(self._patience(self.run_dir.events)))
         self._world = None
         self._event("exit", outcome.step, attempt=world.number, status=outcome.status, hung=hung,
                     ranks=[vars(beat) for beat in outcome.heartbeats], log=outcome.log_lines)
@@ -320,15 +329,7 @@ class Supervisor:
         """How an attempt ended; of an adopted one only what its training said."""
         if world.status is not None:
             return world.status
-        return {"finish": 0, "stop": REQUEUE}.get(self._told(), 1)
-
-    def _told(self) -> str:
-        """The last of the training's own events since the attempt started; empty if none."""
-        events = self._patience(self.run_dir.events)
-        starts = [index for index, row in enumerate(events) if row["event"] == "started"]
-        told = [row["event"] for row in events[starts[-1] if starts else 0:]
-                if row["event"] in TRAIN_EVENTS]
-        return told[-1] if told else ""
+        return {"finish": 0, "stop": REQUEUE}.get(told(self._patience(self.run_dir.events)), 1)
 
     def _logged(self, number: int) -> list[str]:
         data = self._patience(lambda: self.run_dir.read(f"logs/attempt-{number}.log", LOG_BYTES))
@@ -344,13 +345,6 @@ class Supervisor:
                 raise
             progress.changed_at = time.monotonic()
             print(f"the run directory does not answer: {error}", flush=True)
-
-    def _fatal_event(self) -> str | None:
-        """The training's last event of this attempt, if it says that it cannot go on."""
-        for row in reversed(self._patience(self.run_dir.events)):
-            if row["event"] == "started" or row.get("by") != "supervisor":
-                return row["event"] if row["event"] in FATAL else None
-        return None
 
     def _report_hang(self, world: World, progress: Progress, limit_s: float) -> None:
         """Say which ranks stand still, and where, before they are ended."""
@@ -374,12 +368,12 @@ class Supervisor:
 
     def _ended(self, outcome: Outcome) -> int | None:
         """The status to exit with if the supervision is over without a failure."""
-        trained = [row["event"] for row in self._patience(self.run_dir.events)
-                   if row["event"] in TRAIN_EVENTS]
-        told = self._told()
+        events = self._patience(self.run_dir.events)
+        trained, last = [row for row in events if row["event"] in TRAIN_EVENTS], told(events)
         # after a flap of the network pdsh says 255 to whatever its ranks did
-        stopped = outcome.status == REQUEUE or (outcome.status == NO_CONNECTION and told == "stop")
-        if told == "finish" or (outcome.status == 0 and trained and trained[-1] == "finish"):
+        stopped = outcome.status == REQUEUE or (outcome.status == NO_CONNECTION and last == "stop")
+        if last == "finish" or (outcome.status == 0 and trained
+                                and trained[-1]["event"] == "finish"):
             self._event("finished", outcome.step)
             return 0
         # asked to stop before they could listen, ranks just end: the last checkpoint is good
@@ -396,20 +390,8 @@ class Supervisor:
                 raise ClusterError(f"{self.run_dir.uri}: rank {beat.rank} is being trained by "
                                    f"process {beat.pid} already; stop that first")
 
-    def _next_attempt(self) -> int:
-        numbers = [name[len("attempt-"):-len(".log")]
-                   for name in self._patience(lambda: self.run_dir.names("logs"))
-                   if name.startswith("attempt-") and name.endswith(".log")]
-        return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
-
-    def _log_path(self, number: int, scratch: Path) -> Path:
-        local = self.run_dir.local_path
-        path = (Path(local) / "logs" if local else scratch) / f"attempt-{number}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
     def _event(self, event: str, step: int | None, **fields: Any) -> None:
-        """Add a row to events.jsonl; called only while no rank is alive to write there too."""
+        """Add a row to events.jsonl."""
         row = {"time": time.time(), "event": event, "step": step, "by": "supervisor", **fields}
         uri = join(self.run_dir.uri, "events.jsonl")
         append = self._lease.append if self._lease else append_rows

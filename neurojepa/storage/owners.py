@@ -43,6 +43,11 @@ class Owner:
         """Whether its process number means something on this machine."""
         return bool(self.pid_space) and self.pid_space == pid_space()
 
+    def same_process(self, other: Owner) -> bool:
+        """Whether both claims are of one process."""
+        return (self.pid_space, self.pid, self.process) == \
+            (other.pid_space, other.pid, other.process)
+
     @property
     def process_ended(self) -> bool:
         """Whether it ran on this machine and its process is gone."""

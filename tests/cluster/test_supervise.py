@@ -26,7 +26,7 @@ from cluster.status import read_status, render
 from cluster.stop import stop
 from cluster.supervise import Supervisor
 from neurojepa.errors import ClusterError, ConfigError, DataError, LeaseLost
-from neurojepa.storage import append_rows, lease, owners, read_rows, write_bytes
+from neurojepa.storage import Patience, append_rows, lease, owners, read_rows, write_bytes
 from neurojepa.storage.owners import pid_space
 from tests.helpers import ROOT
 from tests.helpers.proxy import Proxy
@@ -256,6 +256,27 @@ def test_a_run_is_stopped_from_anywhere(toy, monkeypatch: pytest.MonkeyPatch,
     assert answers == [0] and "stopped; last checkpoint" in capsys.readouterr().out
     assert names(run_dir)[-1] == "stopped" and ("stop" in names(run_dir)) is not now
     assert stop(run_dir, now, 5) == 0
+
+
+def test_a_stop_goes_with_its_owner_and_not_on_to_the_next_one(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, calls = RunDir(str(tmp_path)), []
+    first = lease.take(run_dir.uri, "supervisor", Patience(0))
+
+    def sleep(_: float) -> None:
+        calls.append(first.stop_asked())
+        if len(calls) == 1:
+            first.advance()  # it begins its next attempt before it has looked
+        elif len(calls) == 2:
+            first.release()
+            monkeypatch.setattr(lease, "process_start", lambda pid: 4711)  # another process
+            calls.append(lease.take(run_dir.uri, "supervisor", Patience(0)))
+
+    assert stop(run_dir, now=False, wait_s=30, sleep=sleep) == 0
+    assert calls[:2] == ["stop", "stop"]
+    assert calls[2].stop_asked() == ""
+    assert "has ended; the supervisor" in capsys.readouterr().out
 
 
 def test_after_a_flap_a_clean_stop_is_no_failure(toy) -> None:
