@@ -90,7 +90,7 @@ def _watch(notes: Notes, poison: list[int]) -> None:
     """Note samples and the parts of the start; poison samples."""
     from neurojepa.train import loop
     from neurojepa.train.engine import Engine
-    from neurojepa.train.metrics import Heartbeat
+    from neurojepa.train.heartbeat import Heartbeat
 
     start_world, make_views = loop.start_world, loop.make_views
     init, load, beat = Engine.__init__, Engine.load, Heartbeat.beat
@@ -131,7 +131,8 @@ def _arm(notes: Notes, name: str, count: int) -> None:
     """Let the rank die the ``count``-th time it comes to the event."""
     import torch
 
-    from neurojepa.train import loop, metrics, saver
+    from neurojepa.storage import lease
+    from neurojepa.train import commit, loop, metrics, saver
     from neurojepa.train.engine import Engine
 
     left = [count]
@@ -177,7 +178,7 @@ def _arm(notes: Notes, name: str, count: int) -> None:
         due()
         return answer
 
-    write_parts, remove, append_rows = saver.write_parts, saver.remove, metrics.append_rows
+    write_parts, remove, append_rows = saver.write_parts, commit.remove, metrics.append_rows
     adam = torch.optim.AdamW.step
     patches: dict[str, Callable[[], None]] = {
         "views": lambda: setattr(loop, "make_views", before(loop.make_views)),
@@ -185,11 +186,11 @@ def _arm(notes: Notes, name: str, count: int) -> None:
         "ema": lambda: setattr(Engine, "update_ema", before(Engine.update_ema)),
         "snapshot": lambda: setattr(saver.Saver, "_snapshot", _slow_snapshot(due)),
         "write": lambda: setattr(saver, "write_parts", half_written),
-        "manifest": lambda: setattr(saver, "write_bytes", before(
-            saver.write_bytes, lambda uri, _: uri.endswith("manifest.json"))),
-        "latest": lambda: setattr(saver, "write_bytes", before(
-            saver.write_bytes, lambda uri, _: uri.endswith("latest"))),
-        "remove": lambda: setattr(saver, "remove", half_removed),
+        "manifest": lambda: setattr(lease, "write_bytes", before(
+            lease.write_bytes, lambda uri, _: uri.endswith("manifest.json"))),
+        "latest": lambda: setattr(lease, "write_bytes", before(
+            lease.write_bytes, lambda uri, _: uri.endswith("latest"))),
+        "remove": lambda: setattr(commit, "remove", half_removed),
         "row": lambda: setattr(metrics, "append_rows", half_a_row),
         "load": lambda: setattr(Engine, "load", _half_load(due)),
         "rollback": lambda: _doom_rollback(due),
