@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LOCK_S = 60.0  # a turn takes milliseconds; whoever keeps it for so long was stopped
 _POLL_S = 0.01
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # FUSE, exFAT, SMB
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -125,7 +126,14 @@ def _create_local(path: str, data: bytes) -> bool:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)  # whole at once, and only if there is none
+        try:
+            os.link(temporary, path)  # whole at once, and only if there is none
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # a reader may see it half written; there is no better way on such a disk
+            with open(path, "xb") as file:
+                file.write(data)
         return True
     except FileExistsError:
         return False

@@ -326,6 +326,22 @@ def test_a_lock_that_is_never_given_back_is_named(tmp_path: Path,
         raise AssertionError("two turns at once")
 
 
+def test_a_disk_without_links_and_locks_serves(tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(conditional.os, "link", refuse)
+    monkeypatch.setattr(conditional.fcntl, "flock", refuse)
+    held = take(str(tmp_path), "training", NOW)
+    with pytest.raises(LeaseHeld):
+        take(str(tmp_path), "training", NOW)
+    assert not conditional.create(str(tmp_path / "lease" / "00000001.json"), b"other")
+    held.append(str(tmp_path / "events.jsonl"), [{"a": 1}])
+    assert read_rows(str(tmp_path / "events.jsonl")) == [{"a": 1}]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_a_damaged_claim_is_named(tmp_path: Path) -> None:
     take(str(tmp_path), "training", NOW)
     (tmp_path / "lease" / "00000001.json").write_text("{")
