@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from data_prep.qc.judge import rules
 from data_prep.volumes.reading.volume import Volume
 from tools.bench.flags import SPOILS, TURNS, _scores, auroc
 
@@ -51,7 +52,10 @@ def test_the_area_under_the_curve_against_a_hand_worked_case() -> None:
 def test_a_score_of_one_is_on_the_threshold_whichever_side_is_worse() -> None:
     volume, mask = head()
     heads = [("T1w", volume, mask), ("FLAIR", volume, mask)]
-    limits = {"qc_snr": 8.0, "qc_ghost": 0.15}  # below and above, as in qc.yaml
-    for name, limit in limits.items():
+    limits = rules().thresholds["T1w"]
+    below, above = limits["qc_snr"].flag_below, limits["qc_ghost"].flag_above
+    assert below and above
+    for name, limit in (("qc_snr", below), ("qc_ghost", above)):
         np.testing.assert_allclose(_scores([{name: limit}, {name: None}], heads, name), [1.0])
-    assert _scores([{"qc_snr": 4.0}, {"qc_snr": 16.0}], heads, "qc_snr").tolist() == [2.0, 0.5]
+    worse, better = {"qc_snr": below / 2}, {"qc_snr": 2 * below}
+    assert _scores([worse, better], heads, "qc_snr").tolist() == [2.0, 0.5]
