@@ -6,7 +6,7 @@
 With ``objective.sparse.visible`` the code is one dictionary for all tokens.  Predictions are
 brought to the width of latents, and the visible tokens' own latents go through the same code:
 
-    predicted or visible latent -> layer norm -> code h -> Decoder(h) ~ z of the same place
+    prediction, or layer-normed visible latent -> code h -> Decoder(h) ~ z of the same place
 
 Then the penalty shapes the encoder, and ``atoms`` reads h from the tokens of any scan.
 
@@ -84,7 +84,8 @@ class SparseJEPA(Averaged):
         z_VTD = take(z_BND, views.target_BMT).flatten(0, 1)
         valid_VT = take(views.target_valid_BN, views.target_BMT).flatten(0, 1)
         if self.widen is not None:
-            predicted_VTd = _normed(self.widen(predicted_VTd))
+            # not layer-normed: what cannot be told must be free to shrink
+            predicted_VTd = self.widen(predicted_VTd)
         coded = self.code(predicted_VTd, z_VTD, valid_VT)
         weight_BMT = token_weights(take(views.target_foreground_BN, views.target_BMT),
                                    take(views.target_valid_BN, views.target_BMT),
@@ -138,7 +139,8 @@ class SparseJEPA(Averaged):
         """float32 [B]: the code's loss on the latents of visible tokens, all its parts."""
         context_BMC = views.context_BMC
         valid_BMC = take(views.target_valid_BN, context_BMC)
-        coded = self.code(_normed(y_VCD), take(z_BND, context_BMC).flatten(0, 1),
+        y_VCD = F.layer_norm(y_VCD, y_VCD.shape[-1:])
+        coded = self.code(y_VCD, take(z_BND, context_BMC).flatten(0, 1),
                           valid_BMC.flatten(0, 1))
         cost_VC = coded.error + l1 * coded.penalty
         if coded.gate_error is not None:
@@ -173,10 +175,6 @@ class SparseJEPA(Averaged):
                              coords_VN3[:, :C], valid_VN[:, :C], views.all_scanned)
         modality_V = views.target_modality_B[:, None].expand(-1, masks).flatten()
         return self.predictor(y_VCD, coords_VN3, valid_VN, modality_V, views.all_scanned), y_VCD
-
-
-def _normed(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:])
 
 
 @torch.no_grad()

@@ -54,6 +54,8 @@ def tables(runs: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
     """Print and return all tables, of the runs that are finished."""
     found = {name: [scores_of(each) for each in folders if (each / "scores.npz").exists()]
              for name, folders in runs.items()}
+    for each in sorted(folder.glob("*/diverged.txt")):
+        print(f"{each.parent.name}: {each.read_text()}")
     found = {name: scores for name, scores in found.items() if scores}
     found = with_atoms(found)
     rows = {name: {title: mean_of(scores, *column) for title, column in COLUMNS.items()}
