@@ -26,6 +26,7 @@ from neurojepa.feed.format import MODALITIES, Feed
 from neurojepa.feed.labels import scan_labels
 from neurojepa.feed.loader import Batch, SampleReader
 from neurojepa.model.averaged import Averaged
+from neurojepa.model.jepa import SparseJEPA
 from neurojepa.objective.views import (
     Views,
     count_brain,
@@ -89,8 +90,8 @@ def select_rows(feed: Feed, modality: str | None, cohort: str | None,
 @torch.no_grad()
 def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
           places: Places | None = None, *, batch_size: int | None = None,
-          regions: Regions | None = None, progress: Callable[[int], None] = lambda done: None
-          ) -> Embeddings:
+          regions: Regions | None = None, progress: Callable[[int], None] = lambda done: None,
+          atoms: bool = False) -> Embeddings:
     """Embed scans of a feed without augmentation or masks.
 
     Parameters
@@ -101,15 +102,21 @@ def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
         with training's token budget
     regions : of the feed's grid; their rows come beside those of scans
     progress : called with the number of scans done
+    atoms : pool the atoms of the sparse code in place of latents, by the same rule; ``places``
+        then have to be of atoms too
 
     Raises
     ------
     ConfigError
-        Regions of a CNN, which has no tokens.
+        Regions of a CNN, which has no tokens; atoms of a model whose code reads predictions alone.
     DataError
         A scan's modality is none of those to compare with, or a sample cannot be read.
     """
     pooled, parts = [], []
+    if atoms and (config.objective.method != "jepa" or not config.objective.sparse.visible):
+        raise ConfigError(f"objective.method = {config.objective.method}, objective.sparse.visible "
+                          f"= {config.objective.sparse.visible:g}: no atoms can be read from the "
+                          "tokens of a scan; train a jepa with objective.sparse.visible=1")
     if config.objective.method == "cnn":
         if regions is not None:
             raise ConfigError("objective.method = cnn: it has no tokens, so nothing can be told of "
@@ -120,8 +127,9 @@ def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
         return describe(feed, rows, torch.cat(pooled).cpu().numpy())
     device = next(model.parameters()).device
     places = (places.to(device) if places else
-              fit_places(model, config, feed, reference_rows(feed, rows), batch_size=batch_size))
-    for each in tokens_of(model, config, feed, rows, batch_size=batch_size):
+              fit_places(model, config, feed, reference_rows(feed, rows), batch_size=batch_size,
+                         atoms=atoms))
+    for each in tokens_of(model, config, feed, rows, batch_size=batch_size, atoms=atoms):
         pooled.append(places.pool(each))
         if regions is not None:
             share_nR = torch.from_numpy(regions.share_nR).to(device)
@@ -189,24 +197,26 @@ def teaching_rows(feed: Feed) -> np.ndarray:
 
 @torch.no_grad()
 def fit_places(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
-               *, batch_size: int | None = None) -> Places:
+               *, batch_size: int | None = None, atoms: bool = False) -> Places:
     """What tokens are at each place in the scans of ``rows``, as ``reference_rows`` has them."""
     num_patches = len(patch_centres_mm(feed.grid, config.model.patch_voxels))
-    return Places.fit(lambda: tokens_of(model, config, feed, rows, batch_size=batch_size),
-                      num_patches)
+    return Places.fit(lambda: tokens_of(model, config, feed, rows, batch_size=batch_size,
+                                        atoms=atoms), num_patches)
 
 
 def tokens_of(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
-              *, batch_size: int | None = None) -> Iterator[Tokens]:
+              *, batch_size: int | None = None, atoms: bool = False) -> Iterator[Tokens]:
     """The target encoder's tokens of scans, batch by batch, without augmentation."""
     for views in views_of(model, config, feed, rows, batch_size=batch_size):
-        yield tokens_in(model, config, feed, views)
+        yield tokens_in(model, config, feed, views, atoms=atoms)
 
 
-def tokens_in(model: Averaged, config: RootConfig, feed: Feed, views: Views) -> Tokens:
-    """The target encoder's tokens of views of this feed."""
+def tokens_in(model: Averaged, config: RootConfig, feed: Feed, views: Views,
+              *, atoms: bool = False) -> Tokens:
+    """The target encoder's tokens of views of this feed, or the atoms of a JEPA's code in them."""
     patch_BN = patch_numbers(views.coords_BN3, feed.grid, config.model.patch_voxels)
-    return Tokens(model.latents(views), patch_BN, views.foreground_BN, views.modality_B)
+    z_BND = model.atoms(views) if atoms and isinstance(model, SparseJEPA) else model.latents(views)
+    return Tokens(z_BND, patch_BN, views.foreground_BN, views.modality_B)
 
 
 def views_of(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,

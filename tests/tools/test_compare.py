@@ -15,11 +15,13 @@ from data_prep.synth.cohort import draw_person
 from neurojepa.downstream.embed import Embeddings
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Grid
+from neurojepa.model.build import build_model
+from neurojepa.objective.views import make_views
 from tests.helpers.batches import GRID, make_batch, make_config
 from tools.bench import _compare_table, _people, _recipes, compare
 from tools.bench._compare_run import CANDIDATES, FEW, chosen_rows, few_rows, nearest, retrieved
 from tools.bench._mixing import Mixer, brain_of, registered, split_sources
-from tools.bench._quality_run import stored
+from tools.bench._quality_run import head_alone, stored
 
 
 def embeddings(values: np.ndarray, people: np.ndarray, modality: np.ndarray,
@@ -138,8 +140,6 @@ def test_a_folder_of_other_people_is_refused(tmp_path: Path):
 
 def test_centred_targets_hold_nothing_of_the_place():
     config = make_config(None)
-    from neurojepa.objective.views import make_views
-
     views = make_views(make_batch(6), config, GRID, seed=0)
     place = torch.randn(640, 8, generator=torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
@@ -152,6 +152,17 @@ def test_centred_targets_hold_nothing_of_the_place():
         found = of_place(None, views)
     assert found.mean(0).abs().mean() < 0.6 < 3 * place.abs().mean()
     assert found.std() == pytest.approx(1, abs=0.2)
+
+
+def test_the_head_alone_gives_the_encoder_a_gradient_and_the_predictor_none():
+    config = make_config(96)
+    model = build_model(config, GRID)
+    loss, parts = head_alone(model, make_views(make_batch(3), config, GRID, seed=0), 0.0)
+    loss.backward()
+    assert parts["tissue"] > 0 and "prediction" not in parts
+    grads = {name: float(p.grad.abs().sum()) for name, p in model.named_parameters()
+             if p.grad is not None}
+    assert grads["encoder.patch.weight"] > 0 and grads["predictor.embed.weight"] == 0
 
 
 # ---- people --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,14 @@ from scipy.special import gammaln
 
 from neurojepa.config import RootConfig, load_config
 from neurojepa.downstream.embed import Embeddings, tokens_in
-from neurojepa.downstream.pooling import Tokens
 from neurojepa.downstream.probe import probe
 from neurojepa.errors import DataError, run_command
 from neurojepa.feed.format import Feed, open_feed
 from neurojepa.feed.labels import as_numbers
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.jepa import SparseJEPA
-from neurojepa.objective.views import Views
 from tools.bench import _recipes
-from tools.bench._quality_readout import read_out
+from tools.bench._quality_readout import Read, read_out
 from tools.bench._quality_run import Arrays, finish, segmented, stored, trained
 from tools.bench._quality_table import PLAIN
 
@@ -54,8 +52,8 @@ def main(folder: Path, cost: bool) -> None:
     model = trained(config, folder)
     scores = read(model, config, feed)
     if isinstance(model, SparseJEPA) and model.visible:
-        scores |= {ATOMS + name: value
-                   for name, value in read(model, config, feed, atoms_in).items()}
+        scores |= {ATOMS + name: value for name, value in read(
+            model, config, feed, partial(tokens_in, atoms=True)).items()}
     scores |= segmented(model, config, feed, DICE_SCANS)
     spent = folder / "train_cpu_s"
     finish(folder, scores | {
@@ -78,7 +76,7 @@ def cost_of_step(config: RootConfig) -> float:
         run.close()
 
 
-def read(model: Averaged, config: RootConfig, feed: Feed, tokens: object = tokens_in) -> Arrays:
+def read(model: Averaged, config: RootConfig, feed: Feed, tokens: Read = tokens_in) -> Arrays:
     """Predictions from pooled tokens, and what people and tokens differ by."""
     found = feed.index["modality"].to_pylist()
     modalities = tuple(name for name in ("T1w", "T2w", "FLAIR") if name in found)
@@ -86,14 +84,8 @@ def read(model: Averaged, config: RootConfig, feed: Feed, tokens: object = token
     def probed(embeddings: Embeddings, prefix: str) -> Arrays:
         return {} if prefix == PLAIN else read_people(embeddings, feed)
 
-    scores = read_out(model, config, feed, modalities, probed, tokens)  # type: ignore[arg-type]
+    scores = read_out(model, config, feed, modalities, probed, tokens)
     return {name: value for name, value in scores.items() if not name.startswith(PLAIN)}
-
-
-def atoms_in(model: Averaged, config: RootConfig, feed: Feed, views: Views) -> Tokens:
-    """Tokens whose features are the atoms of the code."""
-    assert isinstance(model, SparseJEPA)
-    return replace(tokens_in(model, config, feed, views), z_BND=model.atoms(views))
 
 
 # ---- predictions about people --------------------------------------------------------------------

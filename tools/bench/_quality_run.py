@@ -131,9 +131,8 @@ def head_alone(model: SparseJEPA, views: Views, l1: Any) -> tuple[Tensor, dict[s
                           valid_BMC.flatten(0, 1))
     B, D = len(views.weight_B), y_VCD.shape[-1]
     parts = {"crowding": crowding(y_VCD.reshape(B, -1, D), valid_BMC.reshape(B, -1)),
-             "tissue": head.error(views, views.context_BMC, y_VCD)}
-    loss_B = views.weight_B * (model.spread * parts["crowding"]
-                               + model.tissue_weight * parts["tissue"])
+             "tissue": head.error(views, index_BMC=views.context_BMC, latent_VCD=y_VCD)}
+    loss_B = views.weight_B * (model.spread * parts["crowding"] + head.weighs * parts["tissue"])
     # the engine wants a gradient of every parameter
     idle = [0 * parameter.sum() for part in (model.predictor, model.code)
             for parameter in part.parameters()]

@@ -1,5 +1,6 @@
 """Pooling: hand-worked fits, what may teach them, and that head size does not move an embedding."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from neurojepa.downstream import embed as embedding
 from neurojepa.downstream.pooling import Places, Tokens
 from neurojepa.downstream.stats import participation_ratio
-from neurojepa.errors import DataError
+from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import MODALITIES, open_feed
 from neurojepa.objective.views import make_views, patch_numbers
 from neurojepa.weights import untrained
@@ -188,3 +189,21 @@ def test_participation_ratio_by_hand() -> None:
     square = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
     assert participation_ratio(square) == pytest.approx(2)
     assert participation_ratio(square * [1, 0]) == pytest.approx(1)
+
+
+def test_atoms_are_pooled_by_the_same_rule_and_only_where_one_code_reads_all_tokens(
+        tmp_path: Path) -> None:
+    feed = open_feed(write_feed(str(tmp_path / "feed"), 8))
+    config = tiny_config(feed.uri, tmp_path / "run")
+    rows = np.arange(8)
+    with pytest.raises(ConfigError, match=r"objective\.sparse\.visible = 0"):
+        embedding.embed(untrained(config, feed.grid).model, config, feed, rows, atoms=True)
+    sparse = config.objective.sparse.model_copy(update={"visible": 1.0})
+    config = config.model_copy(update={
+        "objective": config.objective.model_copy(update={"sparse": sparse})})
+    model = untrained(config, feed.grid).model
+    found = embedding.embed(model, config, feed, rows, atoms=True)
+    assert found.values.shape == (8, 4 * 96) and np.isfinite(found.values).all()
+    assert embedding.embed(model, config, feed, rows).values.shape == (8, 96)
+    h_BNA = next(embedding.tokens_of(model, config, feed, rows, atoms=True)).z_BND
+    assert h_BNA.min() >= 0 and h_BNA.max() > 0
