@@ -42,6 +42,9 @@ class Flag(_Code):
     VOXEL_OFFSET_MENDED = (
         "voxel_offset_mended", "vox_offset points into the header; the voxels behind it were read",
         "check the slices, and what wrote the file")
+    SURPLUS_BYTES = (
+        "surplus_bytes", "the file holds more than the voxels its header promises",
+        "check dim and datatype in the header, and the slices")
     SPACE_UNIT_CONVERTED = (
         "space_unit_converted", "the header counts in metres or micrometres; turned into mm",
         "check the head's size in the report")

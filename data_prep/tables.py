@@ -28,6 +28,8 @@ MISSING = {"", "n/a", "na", "nan", "none", "null", "n.a.", "#n/a", "<na>", "#nul
            "?", "unknown", "missing", "not available"}
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".parquet")
 _ROWS = 4096
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f]")
+_POINTERS = (b"version https://git-lfs", b"/annex/objects/")
 _ROWS_AT_ONCE = 10_000
 _SIGNED = r"[+-]?"
 _THOUSANDS = re.compile(_SIGNED + r"[1-9]\d{0,2}(,\d{3})+(\.\d+)?")
@@ -96,15 +98,24 @@ def parse_table(data: bytes, uri: str, notes: Counter[str] | None = None) -> lis
     Raises
     ------
     DataError
-        A row has more cells than the header, or two columns of one name differ.
+        A row has more cells than the header, two columns of one name differ, or the bytes are a
+        pointer of git-annex or git-lfs.
     """
     if data.startswith(b"PAR1"):
         return list(parquet_rows(io.BytesIO(data), lambda name: True))
+    if data.startswith(_POINTERS):
+        raise DataError(f"{uri}: a pointer of git-annex or git-lfs, not the table; download its "
+                        "content first")
     said: Counter[str] = Counter() if notes is None else notes
     name = uri.rsplit("/", 1)[-1]
+    if not data.strip():
+        said[f"{name}: is empty"] += 1
     text, encoding = decoded(data)
     if encoding != "utf-8":
         said[f"{name}: is {encoding}, not UTF-8: decoded"] += 1
+    if _CONTROLS.search(text):
+        said[f"{name}: control characters: removed"] += 1
+        text = _CONTROLS.sub("", text)
     lines = re.split(r"\r\n|\n|\r", text)
     top = next((place for place, line in enumerate(lines)
                 if line.strip() and not line.lower().startswith("sep=")), len(lines))
@@ -120,6 +131,8 @@ def parse_table(data: bytes, uri: str, notes: Counter[str] | None = None) -> lis
         if record.stray:
             said[stray_note(uri)] += 1
         values = [value_of(cell) for cell in record.cells[:len(header)]]
+        if any(values) and len(values) < len(header):
+            said[f"{name}: row with fewer cells than the header: the last are unknown"] += 1
         if any(values):
             rows.append(_named(header, values, f"{uri} line {record.line}"))
     _plain_numbers(rows, name, said, mark)

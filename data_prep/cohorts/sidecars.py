@@ -17,7 +17,10 @@ from data_prep.tables import as_float
 Loaded = tuple[dict[str, Any] | None, list[str]]  # what it says, and what had to be mended
 NUMBERS = {"RepetitionTime", "EchoTime", "SliceThickness", "MagneticFieldStrength",
            "RadionuclideHalfLife", "InjectedRadioactivity", "BodyWeight", "InjectionStart"}
+TEXTS = {"Manufacturer", "ManufacturersModelName", "DeviceSerialNumber", "InstitutionName",
+         "TracerName", "Units", "MRAcquisitionType", "InjectedRadioactivityUnits"}
 LISTS = {"FrameTimesStart", "FrameDuration", "VolumeTiming"}
+_LONGEST_TEXT = 500
 _TO_STANDARD = {"ms": 1e-3, "msec": 1e-3, "us": 1e-6, "min": 60.0, "g": 1e-3,
                 **dict.fromkeys(("", "s", "sec", "seconds", "t", "tesla", "mm", "kg", "mbq", "bq"),
                                 1.0)}
@@ -53,7 +56,7 @@ def _mended(text: str) -> str:
 
 
 def plain_facts(facts: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Facts whose numbers are numbers, and the keys whose values are none.
+    """Facts whose numbers are numbers and whose texts are texts, and the keys whose values are not.
 
     "2.0", [2.0], "2 s" and "2000 ms" are 2.0; of several different numbers in a list none is
     taken, for it is not told which is the scan's.
@@ -63,6 +66,8 @@ def plain_facts(facts: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         plain: Any = value
         if key in NUMBERS:
             plain = _number(value)
+        elif key in TEXTS:
+            plain = _text(value)
         elif key in LISTS:  # of what is no list of numbers, preparation says what is wrong
             plain = _numbers(value) or value
         if plain is not None:
@@ -70,6 +75,16 @@ def plain_facts(facts: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         elif value not in (None, "", [], {}) and str(value).strip().lower() not in ("n/a", "nan"):
             odd.append(key)
     return kept, odd
+
+
+def _text(value: Any) -> str | None:
+    """A line of text; serial numbers may come as numbers."""
+    if isinstance(value, list) and len(value) == 1:
+        return _text(value[0])
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    text = str(value).strip()
+    return text if 0 < len(text) <= _LONGEST_TEXT and text.isprintable() else None
 
 
 def _number(value: Any) -> Any:

@@ -140,7 +140,8 @@ class _Dataset(Reader):
         if is_phantom(label):
             for one in taken:
                 one.reason = "phantom"
-        return self.findings(self.tables.person(label, self.visits.sessions(files)), label, taken)
+        return self.findings(self.tables.person(label, self.visits.sessions(
+            files, {one.session for one in taken})), label, taken)
 
     # ---- files
 

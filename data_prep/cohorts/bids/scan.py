@@ -41,10 +41,17 @@ class Reader:
         content, mended = load_json(self.source.read(found))
         if content is None:
             return None, []
+        spelt = {key.lower(): key for key in content}
+        content = {key: content[spelt[key.lower()]] for key in (*_KEPT, "SeriesInstanceUID")
+                   if key.lower() in spelt} | {key: value for key, value in content.items()
+                                               if key in _KEPT}
+        if others := [key for key in content if key not in spelt.values()]:
+            mended.append(f"{', '.join(sorted(others))} in other capitals: taken")
         facts, odd = plain_facts({key: value for key, value in content.items() if key in _KEPT})
         if series := content.get("SeriesInstanceUID"):  # an identifier: kept as its hash
             facts["SeriesInstanceUID"] = hashlib.sha256(str(series).encode()).hexdigest()[:16]
-        return facts, mended + [f"{key} is no number: unknown" for key in odd]
+        return facts, mended + [f"{key} is neither number nor text as it should be: unknown"
+                                 for key in odd]
 
     def take(self, image: Image, facts: dict[str, Any], processing: str | None = None) -> Taken:
         """What a scan is, by its name and the facts of its sidecars."""

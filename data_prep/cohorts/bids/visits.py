@@ -25,14 +25,18 @@ class Visits:
         self._described = {kind: self._dictionary(top[f"{kind}.json"])
                            for kind in ("sessions", "scans") if f"{kind}.json" in top}
 
-    def sessions(self, files: list[Found]) -> Rows:
-        """Rows of the person's sessions.tsv by session."""
+    def sessions(self, files: list[Found], there: set[str]) -> Rows:
+        """Rows of the person's sessions.tsv by session; ``there`` are the sessions with a scan."""
         rows: Rows = {}
         for table in _of_kind(files, "_sessions.tsv"):
             read, described = self._read(table, files)
             columns = Columns(read, described, name="sessions.tsv", source=self.source, whole=False)
             rows |= {(row.get("session_id") or "").removeprefix("ses-"): row
                      for row in map(columns.tidy, read)}
+            if without := len(there - rows.keys()):
+                self.notes["session without a row in sessions.tsv"] += without
+            if unused := len(rows.keys() - there):
+                self.notes["sessions.tsv rows without a scan that is taken"] += unused
         return rows
 
     def rule_out(self, taken: list[Taken], files: list[Found]) -> None:
@@ -43,14 +47,19 @@ class Visits:
         for table in _of_kind(files, "_scans.tsv"):
             base = parse_name(table.name).entities
             there = {scan_key(found.name, base) for found in files}
+            named = set()
             for row in judged_rows(*self._read(table, files)):
                 key, ruled_out = scan_key(row.get("filename") or "", base), is_ruled_out(row)
+                named.add(key)
                 if key not in there:
                     self.notes["scans.tsv names a file that is not there" + (
                         ", and rules it out" if ruled_out else "")] += 1
                 for one in taken:
                     if ruled_out and scan_key(one.image.found.name, base) == key:
                         one.reason = UNUSABLE
+            if unnamed := sum(scan_key(one.image.found.name, base) not in named for one in taken
+                              if _applies(table, one)):
+                self.notes["scan without a row in its scans.tsv"] += unnamed
 
     def _read(self, table: Found, files: list[Found]) -> tuple[list[Cells], dict[str, Any]]:
         """Rows of a table, and its dictionary: the dataset's own and the one beside it."""
@@ -73,6 +82,10 @@ class Visits:
     def _dictionary(self, found: Found) -> dict[str, Any]:
         return {} if found.size_bytes is None else parse_dictionary(self.source.read(found),
                                                                     self.notes)
+
+
+def _applies(table: Found, one: Taken) -> bool:
+    return one.processing is None and one.image.found.path.startswith(f"{table.folder}/")
 
 
 def _of_kind(files: list[Found], ending: str) -> Iterator[Found]:

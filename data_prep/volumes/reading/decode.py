@@ -27,6 +27,7 @@ from neurojepa.storage import is_local, open_store
 MAX_FILE_BYTES = 2 << 30  # as stored
 MAX_UNPACKED_BYTES = 8 << 30  # a float64 series of twenty minutes fits
 CIFTI_INTENTS = range(3000, 3100)
+_LAST_FORM_CODE = 5  # of NIfTI; goodRASFlag of MGH is 1
 
 
 @dataclass
@@ -112,8 +113,11 @@ def _decode(raw: bytes, pair: bytes | None, name: str, max_voxels: int,
     if kind is not Kind.MGH and int(header["intent_code"]) not in CIFTI_INTENTS:
         flags += mend_header(header, name)
     shape = _check_header(header, kind, name, max_voxels)
-    image, trailed = _load(kind, header, shape, raw, pair, name)
-    return Decoded(name, image, shape, facts, flags, [Note.TRAILING_BYTES] if trailed else [])
+    image, more = _load(kind, header, shape, raw, pair, name)
+    if Flag.SURPLUS_BYTES in more:
+        flags.append(Flag.SURPLUS_BYTES)
+    return Decoded(name, image, shape, facts, flags,
+                   [Note.TRAILING_BYTES] if Note.TRAILING_BYTES in more else [])
 
 
 def _header(kind: Kind, head: bytes, name: str) -> Any:
@@ -170,15 +174,21 @@ def _check_header(header: Any, kind: Kind, name: str, max_voxels: int) -> tuple[
                                              "intensity")
     codes = ((header["goodRASFlag"],) if kind is Kind.MGH
              else (header["sform_code"], header["qform_code"]))
-    if not any(int(code) for code in codes):
-        raise ScanError("unknown_orientation", f"{name}: sform and qform codes are 0, so left and "
-                                               "right are unknown; restore the header")
+    if not any(0 < int(code) <= _LAST_FORM_CODE for code in codes):
+        told = "0" if not any(map(int, codes)) else " and ".join(str(int(code)) for code in codes)
+        raise ScanError("unknown_orientation", f"{name}: sform and qform codes are {told}, so left "
+                                               "and right are unknown; restore the header")
     return shape
 
 
+def _is_footer(rest: bytes) -> bool:
+    """Whether the bytes behind the voxels of an MGH file are its footer: five numbers, tags."""
+    return len(rest) <= 24 or not any(rest) or 0 < int.from_bytes(rest[20:24], "big") <= 100
+
+
 def _load(kind: Kind, header: Any, shape: tuple[int, ...], raw: bytes, pair: bytes | None,
-          name: str) -> tuple[Any, bool]:
-    """The image, and whether other bytes follow its packed ones."""
+          name: str) -> tuple[Any, list[str]]:
+    """The image, and whether other bytes follow its packed ones or its voxels."""
     offset = int(header.get_data_offset())
     needed = offset + int(np.prod(shape)) * header.get_data_dtype().itemsize
     # MGH files carry a footer with scan parameters after the voxels.
@@ -186,6 +196,9 @@ def _load(kind: Kind, header: Any, shape: tuple[int, ...], raw: bytes, pair: byt
     if len(content) < needed:
         raise ScanError("truncated", f"{name}: {len(content)} bytes, the header promises {needed}; "
                                      "fetch it again")
+    more: list[str] = [Note.TRAILING_BYTES] if trailed else []
+    if len(content) > needed and not (kind is Kind.MGH and _is_footer(content[needed:])):
+        more.append(Flag.SURPLUS_BYTES)
     try:
         if pair is not None:
             head = unpack(raw, 1 << 20, name)[0]
@@ -193,12 +206,12 @@ def _load(kind: Kind, header: Any, shape: tuple[int, ...], raw: bytes, pair: byt
                      "image": content}
             return nib.Nifti1Pair.from_file_map(
                 {key: nib.FileHolder(fileobj=io.BytesIO(data)) for key, data in files.items()}
-            ), trailed
+            ), more
         if kind is Kind.MGH:
-            return MGHImage.from_bytes(content), trailed
+            return MGHImage.from_bytes(content), more
         if not content.startswith(header.binaryblock):  # it was mended
             content = header.binaryblock + content[len(header.binaryblock):]
         single = nib.Nifti1Image if kind is Kind.NIFTI1 else nib.Nifti2Image
-        return single.from_bytes(content), trailed
+        return single.from_bytes(content), more
     except Exception as error:
         raise ScanError("not_nifti", f"{name}: cannot be decoded ({error})") from error

@@ -126,3 +126,27 @@ def test_mgh_packed_and_plain(tmp_path: Path) -> None:
                        ("c.mgh.gz", gzip.compress(raw) + b"text")):
         (tmp_path / name).write_bytes(data)
         assert (read_scan(str(tmp_path / name)).data == np.asarray(head().dataobj)).all()
+
+
+def test_more_than_the_header_promises_is_flagged(tmp_path: Path) -> None:
+    raw = bytearray(head().to_bytes())
+    (tmp_path / "text.nii").write_bytes(raw + b"<html>")
+    raw[42:44] = (29).to_bytes(2, "little")  # dim[1] was 30
+    (tmp_path / "dim.nii.gz").write_bytes(gzip.compress(bytes(raw)))
+    for name in ("text.nii", "dim.nii.gz"):
+        assert read_scan(str(tmp_path / name)).flags == ["surplus_bytes"]
+    mgh = nib.MGHImage(np.asarray(head().dataobj), head().affine).to_bytes()
+    for name, rest, flags in (("a.mgh", b"", []), ("b.mgh", b"\0\0\0\3" + b"x" * 50, []),
+                              ("c.mgh", b"\0\7\0\7" * 50, ["surplus_bytes"])):
+        (tmp_path / name).write_bytes(mgh + rest)
+        assert read_scan(str(tmp_path / name)).flags == flags, name
+
+
+@pytest.mark.parametrize("codes", [(-1, -1), (32767, 0), (0, 0), (6, -2)])
+def test_codes_that_the_format_does_not_know_tell_no_orientation(tmp_path: Path,
+                                                                 codes: tuple[int, int]) -> None:
+    raw = bytearray(head().to_bytes())
+    header = nib.Nifti1Header(bytes(raw[:348]), check=False)
+    header["sform_code"], header["qform_code"] = codes
+    (tmp_path / "x.nii").write_bytes(header.binaryblock + raw[348:])
+    assert refused(tmp_path / "x.nii").code == "unknown_orientation"
