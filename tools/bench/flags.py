@@ -159,7 +159,7 @@ def _scores(figures: list[Any], heads: list[Head], name: str) -> np.ndarray:
     scores = []
     for one, (modality, _, _) in zip(figures, heads, strict=True):
         limit, value = rules().thresholds[modality].get(name), one.get(name)
-        if limit is None or not isinstance(value, float):
+        if limit is None or not isinstance(value, int | float):
             continue
         if limit.flag_above is not None:
             scores.append(value / limit.flag_above)
