@@ -13,8 +13,11 @@ no contrast in particular, so it serves every modality.
 Left and right cannot be told so: the template is symmetric.  See ``mirrored`` in within.py for
 what another scan of the same person tells.
 
-Measured on 19 real and 16 synthetic scans (T1w, T2w, FLAIR, PET, BOLD; whole, stripped, defaced):
-placed rightly they score 1.03 to 1.60, and the best refined wrong turn is 0.14 to 0.77 below.
+Measured on 18 real and 14 synthetic scans (T1w, T2w, FLAIR, PET, BOLD; whole, stripped, defaced):
+refined, they score 1.02 to 1.63 as they are, and the best wrong turn is at least 0.14 below (BOLD
+alone; 0.22 and more for the others).  Of them shrunk to a child's head, cut by a third above or
+below, or with a quarter of the signal as noise, none was doubted.  It adds 0.5 s a scan to the
+quick preset's 2.1.
 """
 
 from __future__ import annotations
