@@ -20,6 +20,7 @@ from neurojepa.feed.order import Order
 from neurojepa.methods import METHODS
 from neurojepa.model.flops import DEVICES, Device, step_flops, tokens_per_volume
 from neurojepa.model.moe import MoE
+from neurojepa.planning.scaling import render_scaling
 from neurojepa.planning.step import Label, hollow_model, num_masks, saved_bytes
 from neurojepa.train.engine import REDUCED_AT_ONCE
 
@@ -185,10 +186,17 @@ def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -
     return "\n".join(lines)
 
 
-def dry_run(config: RootConfig, gpus: int | None, device: str, mfu: float) -> int:
-    """Print the plan; ``gpus`` is run.ranks where it is not given."""
-    feed = open_feed(config.data.feed)
-    print(render(config, feed, gpus or config.run.ranks, device, mfu))
+def dry_run(config: RootConfig, gpus: int | None, device: str, mfu: float,
+            network: str | None = None) -> int:
+    """Print the plan; ``gpus`` is run.ranks where it is not given.
+
+    With a ``network``, how the step scales on it too.
+    """
+    feed, ranks = open_feed(config.data.feed), gpus or config.run.ranks
+    lines = [] if network is None else ["", *render_scaling(
+        config, feed.grid, _device(device), network, label=_label(config, feed),
+        micro_steps=math.ceil(config.train.global_batch / (ranks * config.train.micro_batch)))]
+    print("\n".join([render(config, feed, ranks, device, mfu), *lines]))
     return 0
 
 

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="h100", help="to plan for (default: %(default)s)")
     parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE",
                         help="of the device's bf16 peak that is reached (default: %(default)s)")
+    parser.add_argument("--network", metavar="NAME", help="nvlink, infiniband-400g or efa: how the "
+                        "step scales on it to 1,024 GPUs, by count")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value",
                         help="values that differ from the recipe, for example train.steps=100")
     arguments = parser.parse_intermixed_args(argv)
@@ -44,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dry_run:
         from neurojepa.dry_run import dry_run
 
-        return dry_run(config, arguments.gpus, arguments.device, arguments.mfu)
+        return dry_run(config, arguments.gpus, arguments.device, arguments.mfu,
+                       arguments.network)
     from neurojepa.train.slurm import slurm_ranks
 
     os.environ.update(slurm_ranks(os.environ, config.run.launcher))

@@ -109,11 +109,16 @@ def make_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int,
     ----------
     build : ``build_views``, as it is or compiled.
     """
-    device, patch, objective = batch.voxels.device, config.model.patch_voxels, config.objective
-    regions = (regions_on(device, grid, patch, objective.regions)
-               if objective.masks.region_share else None)
-    priors = priors_on(device, grid, patch) if objective.tissue else None
+    regions, priors = anatomy_for(config, grid, batch.voxels.device)
     return (build or build_views)(batch, config, grid, seed, regions, priors)
+
+
+def anatomy_for(config: RootConfig, grid: Grid, device: torch.device) -> tuple[Regions, Priors]:
+    """What anatomy says of the grid, as far as the config asks for it; read once."""
+    patch, objective = config.model.patch_voxels, config.objective
+    return (regions_on(device, grid, patch, objective.regions)
+            if objective.masks.region_share else None,
+            priors_on(device, grid, patch) if objective.tissue else None)
 
 
 def build_views(batch: VoxelBatch, config: RootConfig, grid: Grid, seed: int, regions: Regions,

@@ -20,7 +20,7 @@ from neurojepa.model.averaged import Averaged
 from neurojepa.model.build import build_model
 from neurojepa.model.flops import tokens_per_volume
 from neurojepa.objective.anatomy import TISSUES
-from neurojepa.objective.views import Views, make_views
+from neurojepa.objective.views import Views, anatomy_for, build_views
 from neurojepa.planning.kernels import Kernel, Recorder
 
 Label = Callable[[Views], Views]  # what attaches the labels of a supervised method
@@ -48,6 +48,7 @@ def step_kernels(config: RootConfig, grid: Grid, label: Label | None = None) -> 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     recorder = Recorder()
+    anatomy = anatomy_for(config, grid, torch.device("cpu"))  # it has contents, and is kept
     model = hollow_model(config, grid).bfloat16()  # the type in which torch knows grouped_mm
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
@@ -55,7 +56,7 @@ def step_kernels(config: RootConfig, grid: Grid, label: Label | None = None) -> 
             for name, buffer in layer.named_buffers(recurse=False):
                 layer._buffers[name] = buffer.float()
         with recorder.during("views"):
-            make_views(_batch(2, grid), config, grid, config.train.seed)
+            build_views(_batch(2, grid), config, grid, config.train.seed, *anatomy)
         for kernel in recorder.kernels:  # two scans stand for a micro-batch
             for sizes in (kernel.reads, kernel.writes):
                 sizes |= {key: size * config.train.micro_batch / 2 for key, size in sizes.items()}

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from neurojepa.methods import METHODS
 from neurojepa.model.flops import DEVICES, step_flops
+from neurojepa.objective.anatomy import priors_on
+from neurojepa.objective.views import make_views
 from neurojepa.planning.kernels import Kernel, Rates, Recorder, fused, tabulate
 from neurojepa.planning.step import step_kernels
-from tests.helpers.batches import GRID, make_config
+from tests.helpers.batches import GRID, make_batch, make_config
 
 MB = 2**20
 
@@ -117,3 +119,11 @@ def test_joining_moves_less_and_computes_the_same() -> None:
     assert joined.total.kernels < eager.total.kernels
     assert joined.total.flops == pytest.approx(eager.total.flops)
     assert eager.total.seconds == pytest.approx(sum(c.seconds for c in eager.kinds.values()))
+
+
+def test_counting_leaves_nothing_hollow_behind() -> None:
+    """What is read once and kept, such as the template's tissues, has its contents afterwards."""
+    config = make_config()
+    priors_on.cache_clear()
+    step_kernels(config, GRID)
+    assert make_views(make_batch(1), config, GRID, 0).tissue_BNK.sum() > 0

@@ -1,0 +1,66 @@
+"""The part of the dry run about many GPUs: what each sends, and what is left of the speed."""
+
+from __future__ import annotations
+
+from neurojepa.config import RootConfig
+from neurojepa.errors import ConfigError
+from neurojepa.feed.format import Grid
+from neurojepa.model.flops import Device, step_flops
+from neurojepa.planning.kernels import Rates, fused, tabulate
+from neurojepa.planning.network import NETWORKS, messages, step_on
+from neurojepa.planning.step import Label, hollow_model, step_kernels
+
+RANKS = (8, 64, 512, 1024)
+
+
+def render_scaling(config: RootConfig, grid: Grid, device: Device, network: str, *,
+                   micro_steps: int, label: Label | None = None) -> list[str]:
+    """Lines on compute, communication and weak scaling by count: nothing is measured.
+
+    Parameters
+    ----------
+    network : a name in ``NETWORKS``.
+    micro_steps : of each rank in a step.
+
+    Raises
+    ------
+    ConfigError
+        An unknown network.
+    """
+    if network not in NETWORKS:
+        raise ConfigError(f"--network {network}: not known; one of {', '.join(NETWORKS)}")
+    train, links = config.train, NETWORKS[network]
+    compiled = train.compile == "auto" and train.zero != 3  # as train/compiling.py chooses
+    kernels = step_kernels(config, grid, label)
+    phases = tabulate(fused(kernels) if compiled else kernels, Rates.of(device)).phases
+    micro_s = sum(cost.seconds for name, cost in phases.items() if name != "update")
+    update_s = phases["update"].seconds
+    scans = train.micro_batch * micro_steps
+    mfu = step_flops(config, grid) * scans / device.flops / (micro_steps * micro_s + update_s)
+    model = hollow_model(config, grid)
+    stage = 2 if train.zero == 1 and train.dtype == "bf16" else train.zero  # as the engine runs it
+    sent = messages(
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sum(p.numel() for p in model.encoder.parameters()), stage,
+        width=2 if train.dtype == "bf16" else 4, micro_steps=micro_steps,
+        blocks=sum(type(module).__name__ == "Block" for module in model.modules()))
+    lines = [
+        f"by count, {'' if compiled else 'not '}compiled: a rank's {scans} scans take "
+        f"{1e3 * micro_steps * micro_s:.1f} ms and the update "
+        f"{1e3 * update_s:.1f} ms, an MFU of {mfu:.0%}",
+        "sent by each rank in a step, GB: " + ", ".join(
+            f"{message.name} {message.sent(RANKS[-1]) / 1e9:.2f} ({message.collective}, "
+            f"{8 * message.width} bit)" for message in sent),
+        f"weak scaling over {network}, {scans} scans a rank (overlap: train.zero 3, or DeepSpeed's "
+        "overlap_comm)",
+        f"  {'ranks':>6}{'compute ms':>12}{'exposed ms':>12}{'efficiency':>12}"
+        f"{'with overlap':>14}"]
+    for ranks in RANKS:
+        # state is split over ranks, and so is most of the update
+        compute_s = micro_steps * micro_s + update_s / ranks
+        plain = step_on(ranks, links, sent, compute_s=compute_s)
+        beside = step_on(ranks, links, sent, compute_s=compute_s, hiding_s=(
+            phases["backward"].seconds * (micro_steps if stage > 1 else 1)))
+        lines.append(f"  {ranks:>6}{1e3 * plain.compute_s:12.1f}{1e3 * plain.exposed_s:12.1f}"
+                     f"{plain.efficiency:12.1%}{beside.efficiency:14.1%}")
+    return lines
