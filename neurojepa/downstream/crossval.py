@@ -73,11 +73,10 @@ def _folds(kind: Kind, truth: np.ndarray, family: np.ndarray, folds: int, seed: 
            ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-    if kind == "regression":
-        splitter = GroupKFold(folds, shuffle=True, random_state=seed)
-    else:
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    yield from splitter.split(truth[:, None], truth, family)
+    number = np.unique(truth, return_counts=True)[1].min()  # of the rarest class
+    kind_of_folds = GroupKFold if kind == "regression" or number < folds else StratifiedGroupKFold
+    yield from kind_of_folds(folds, shuffle=True, random_state=seed).split(
+        truth[:, None], truth, family)
 
 
 def predict(target: Target, features: Features, plan: Plan, family: np.ndarray) -> np.ndarray:
@@ -177,7 +176,7 @@ def _best_penalty(target: Target, fit: Fit, taught: np.ndarray, truth: np.ndarra
     folds = min(INNER, len(set(family.tolist())), *(
         max(2, len(set(family[truth == k].tolist()))) for k in range(len(target.classes))))
     splits = list(_folds(target.kind, truth, family, folds, seed=0))
-    grid, losses = PENALTIES, {}
+    grid, losses = PENALTIES, dict[float, float]()
     while True:
         new = np.array([each for each in grid if each not in losses])
         total = np.zeros(len(new))

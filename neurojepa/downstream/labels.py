@@ -133,11 +133,12 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
             columns.setdefault(name, np.array(["" if row[name] is None else str(row[name])
                                                for row in first]))
     return People(
-        np.stack([values[met[each]].mean(0) for each in order]),
-        np.array([person for person, _ in order]),
-        *(np.array([row[name] for row in first]) for name in ("participant", "family")),
-        np.array([any(scans[number].get("seen") for number in met[each]) for each in order]),
-        columns, notes)
+        values=np.stack([values[met[each]].mean(0) for each in order]),
+        ids=np.array([person for person, _ in order]),
+        participant=np.array([row["participant"] for row in first]),
+        family=np.array([row["family"] for row in first]),
+        seen=np.array([any(scans[number].get("seen") for number in met[each]) for each in order]),
+        columns=columns, notes=notes)
 
 
 def _one_modality(embeddings: pa.Table, modality: str | None) -> pa.Table:

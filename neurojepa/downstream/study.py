@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -163,9 +164,8 @@ class _Runner:
     def __call__(self, features: Features) -> Row:
         predicted = predict(self.target, features, self.plan, self.people.family)
         known = _known(predicted)
-        return Row(predicted, {name: self._score(
-            lambda drawn, name=name: self._value(name, predicted, drawn), known)
-            for name in scorers(self.target.kind)})
+        return Row(predicted, {name: self._score(partial(self._value, name, predicted), known)
+                               for name in scorers(self.target.kind)})
 
     def gain(self, rows: dict[str, Row]) -> Score | None:
         """By how much the first score is better with the embedding beside the covariates."""
