@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.cohorts.bids.derived import Taken
 from data_prep.cohorts.bids.names import MODALITIES, Image, habits
 from data_prep.cohorts.bids.tables import Person
-from data_prep.cohorts.sidecars import Loaded, load_json, plain_facts
+from data_prep.cohorts.sidecars import TEXTS, Loaded, load_json, plain_facts
 from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.scan import FACTS, Scan
 from data_prep.tables import as_float
@@ -50,8 +50,8 @@ class Reader:
         facts, odd = plain_facts({key: value for key, value in content.items() if key in _KEPT})
         if series := content.get("SeriesInstanceUID"):  # an identifier: kept as its hash
             facts["SeriesInstanceUID"] = hashlib.sha256(str(series).encode()).hexdigest()[:16]
-        return facts, mended + [f"{key} is neither number nor text as it should be: unknown"
-                                 for key in odd]
+        return facts, mended + [
+            f"{key} is no {'text' if key in TEXTS else 'number'}: unknown" for key in odd]
 
     def take(self, image: Image, facts: dict[str, Any], processing: str | None = None) -> Taken:
         """What a scan is, by its name and the facts of its sidecars."""

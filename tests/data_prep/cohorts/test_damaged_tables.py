@@ -43,13 +43,13 @@ def test_rows_of_sessions_and_scans_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("facts", "scanner", "strength", "note"), [
-    ({"Manufacturer": {"a": 1}}, None, None, "Manufacturer is neither"),
+    ({"Manufacturer": {"a": 1}}, None, None, "Manufacturer is no text"),
     ({"Manufacturer": ["Acme"]}, "Acme", None, None), ({"Manufacturer": 7}, "7", None, None),
-    ({"Manufacturer": "x" * 5000}, None, None, "Manufacturer is neither"),
+    ({"Manufacturer": "x" * 5000}, None, None, "Manufacturer is no text"),
     ({"manufacturer": "Acme", "MAGNETICFIELDSTRENGTH": "3"}, "Acme", 3,
      "MagneticFieldStrength, Manufacturer in other capitals: taken"),
     ({"manufacturer": "Other", "Manufacturer": "Acme"}, "Acme", None, None),
-    ({"MagneticFieldStrength": [3, 1.5]}, None, None, "MagneticFieldStrength is neither")])
+    ({"MagneticFieldStrength": [3, 1.5]}, None, None, "MagneticFieldStrength is no number")])
 def test_values_of_sidecars(tmp_path: Path, facts: dict[str, object], scanner: str | None,
                             strength: float | None, note: str | None) -> None:
     read = Read(write(tmp_path, {
