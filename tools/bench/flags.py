@@ -201,7 +201,7 @@ def _faces(heads: list[Head]) -> None:
 # ---- damage --------------------------------------------------------------------------------------
 
 def _spacing(volume: Volume) -> np.ndarray:
-    return np.linalg.norm(volume.affine[:3, :3], axis=0)
+    return np.asarray(np.linalg.norm(volume.affine[:3, :3], axis=0))
 
 
 def noise(volume: Volume, mask: np.ndarray, share: float) -> tuple[Volume, np.ndarray]:
