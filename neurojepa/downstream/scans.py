@@ -22,17 +22,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.filenames import image_ending, is_hidden, partners, stem
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import Feed, Grid, open_feed
 from neurojepa.storage import exists, join, local_path, sha256, write_bytes
 
 MODALITIES = ("T1w", "T2w", "FLAIR", "PET", "BOLD")  # a scan is of one of them
 TABLES = (".csv", ".tsv")
-IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh")
 SLICES = (".dcm", ".ima")
 # words of a name that tell a modality; FLAIR comes first, as it is often called t2_flair
-WORDS = {"FLAIR": {"flair"}, "T1w": {"t1", "t1w", "mprage", "mp2rage"}, "T2w": {"t2", "t2w"},
-         "PET": {"pet"}, "BOLD": {"bold"}}
+WORDS = {"FLAIR": {"flair"}, "T1w": {"t1", "t1w", "mprage", "mp2rage", "unit1"},
+         "T2w": {"t2", "t2w"}, "PET": {"pet"}, "BOLD": {"bold"}}
 COMMON = {"", "brain", "head", "anat", "mri", "orig", "dicom", "nifti", "scan", "image", "raw",
           "nu"}.union(*WORDS.values())
 SHARD_BYTES = 256 << 20
@@ -109,7 +109,7 @@ def _source(scans: Sequence[str], place: str, modality: str | None) -> tuple[str
             if images and modality is None:
                 return "bids", first, []  # loose files, told by the ends of their names
             if not images and not series:
-                raise DataError(f"{first}: no image there ({', '.join(IMAGES)}, or DICOM slices)")
+                raise DataError(f"{first}: no image there (NIfTI, MGH or DICOM slices)")
             scans = [*images, *series]
     return "files", *_linked(_checked(scans), place, modality)
 
@@ -147,7 +147,7 @@ def _linked(paths: list[str], place: str, modality: str | None) -> tuple[str, li
         folder = Path(local, "source", sha256(path.encode())[:12])
         folder.mkdir(parents=True, exist_ok=True)
         sidecar = os.path.join(os.path.dirname(path), f"{_stem(path)}.json")
-        for each in (path, sidecar):
+        for each in (path, *partners(path), sidecar):
             link = folder / os.path.basename(each)
             if os.path.exists(each) and not link.is_symlink():
                 link.symlink_to(each)
@@ -193,7 +193,8 @@ def _people(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _stem(path: str) -> str:
-    return re.sub(r"\.(nii\.gz|nii|mgz|mgh)$", "", os.path.basename(path))
+    name = os.path.basename(path)
+    return stem(name) if image_ending(name) else name  # a folder's name may have dots
 
 
 def _says_nothing(name: str) -> bool:
@@ -232,7 +233,7 @@ def _description(folder: str) -> str:
 
 def _images(folder: str) -> list[str]:
     return [os.path.join(top, name) for top, _, names in os.walk(folder) for name in sorted(names)
-            if name.lower().endswith(IMAGES)]
+            if image_ending(name) and not is_hidden(name)]
 
 
 def _series(folder: str) -> list[str]:

@@ -4,6 +4,7 @@ as through index, prepare and pack."""
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from functools import partial
@@ -165,6 +166,24 @@ def test_who_a_file_shows(paths: list[str], expected: list[tuple[str, str]]) -> 
     paths = [path.rstrip("/") for path in paths]
     found = raw._people(paths)
     assert [found[path] for path in paths] == expected
+
+
+def test_every_form_that_preparation_reads_is_found(tmp_path: Path) -> None:
+    names = ("a_T1w.NII.GZ", "b_T1w.nii.zst", "c_T1w.nii.bz2", "d_T1w.hdr", "d_T1w.img",
+             "e_T1w.MGH", "._a_T1w.NII.GZ", "notes.txt")
+    for name in names:
+        (tmp_path / name).write_bytes(b"-" * 200)
+    assert [os.path.basename(path) for path in raw._images(str(tmp_path))] == \
+        ["a_T1w.NII.GZ", "b_T1w.nii.zst", "c_T1w.nii.bz2", "d_T1w.hdr", "e_T1w.MGH"]
+    who = raw._people(raw._images(str(tmp_path)))
+    assert sorted(who.values()) == [(name, "1") for name in "abcde"]
+
+
+def test_the_voxels_of_a_pair_come_with_their_header(tmp_path: Path) -> None:
+    for name in ("x_T1w.hdr", "x_T1w.img"):
+        (tmp_path / name).write_bytes(b"-" * 200)
+    source, _ = raw._linked([str(tmp_path / "x_T1w.hdr")], str(tmp_path / "out"), None)
+    assert sorted(path.name for path in Path(source).glob("*/*")) == ["x_T1w.hdr", "x_T1w.img"]
 
 
 def test_two_files_that_would_be_one_person_are_refused() -> None:
