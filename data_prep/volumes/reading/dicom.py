@@ -207,7 +207,8 @@ def _check(headers: list[Any], name: str) -> int | None:
     if no_intensity := sorted(kinds & DERIVED):
         raise ScanError("derived_image", f"{name}: ImageType has {', '.join(no_intensity)}; this is"
                                          " no acquired image of the head")
-    if "DIFFUSION" in kinds or any("DiffusionBValue" in header for header in headers):
+    # Philips writes a b-value of 0 into every series
+    if "DIFFUSION" in kinds or any(header.get("DiffusionBValue") for header in headers):
         raise _diffusion(name)
     if "MOSAIC" in kinds:  # one file holds a whole volume; its slices are not in the headers
         return None

@@ -42,8 +42,9 @@ def test_series_becomes_one_image_with_its_geometry_and_facts(tmp_path: Path):
     index = np.linalg.inv(image.affine) @ [4, 3, 10, 1]
     assert image.get_fdata()[tuple(np.rint(index[:3]).astype(int))] == 5
     assert facts == {"RepetitionTime": 2.3, "EchoTime": 0.0029, "SliceThickness": 2,
-                     "MRAcquisitionType": "3D", "Manufacturer": "Siemens",
-                     "ManufacturersModelName": "Prisma", "MagneticFieldStrength": 3}
+                     "MRAcquisitionType": "3D", "ImageType": ["ORIGINAL", "PRIMARY", "M"],
+                     "Manufacturer": "Siemens", "ManufacturersModelName": "Prisma",
+                     "MagneticFieldStrength": 3}
     assert b"Doe" not in data and b"PID-4711" not in data
 
 
@@ -228,6 +229,11 @@ def test_packed_slices(tmp_path: Path):
     {"ImageType": ["ORIGINAL", "PRIMARY", "DIFFUSION", "NONE"]}, {"DiffusionBValue": 1000.0}])
 def test_a_diffusion_series_is_called_that(tmp_path: Path, tags: dict[str, object]):
     refused(write_series(tmp_path, DEPTHS, **tags), "diffusion_series", "diffusion-weighted")
+
+
+def test_a_b_value_of_zero_makes_no_diffusion_series(tmp_path: Path):
+    data, _ = to_nifti(f"{write_series(tmp_path, DEPTHS, DiffusionBValue=0.0)}/")
+    assert nib.Nifti1Image.from_bytes(data).shape == (6, 5, 8)
 
 
 def test_b_values_that_only_the_converter_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
