@@ -95,9 +95,9 @@ def test_finished_refused_and_extended(feed: str, tmp_path: Path,
         main(["--config", path, "train.seed=1"])
 
     refused = start_pretrain("--config", path, "optim.lr=0.01", "train.steps=4")
-    extended = start_pretrain("--config", path, "train.steps=4")
     assert "optim.lr: checkpoint 0.0005, now 0.01" in refused.communicate(timeout=100)[1]
     assert refused.returncode == 2
+    extended = start_pretrain("--config", path, "train.steps=4")  # a run has one owner at a time
     assert extended.wait(timeout=100) == 0
     rows = read_rows(str(tmp_path / "run" / "metrics.jsonl"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
