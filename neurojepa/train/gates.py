@@ -7,10 +7,12 @@ through the target encoder once more, and its row gets shares of the variance of
     gate_place, gate_modality    that lie between patches of the grid, between modalities
     gate_place_modality          between patches of each modality: what the mean token explains
     gate_person                  that a scan's tokens have in common beyond their modality
-    rank_people                  in how many directions means of scans differ, at most scans - 1
+    rank_people                  in how many directions means of scans of one modality differ
 
 Each share is a mean product of pairs of tokens less that of any two scans' tokens, over their
-variance.  So a few scans give no bias, only noise; it can be negative.
+variance.  Pairs are averaged within each patch or modality, and these averages by their number of
+tokens, so rare ones count for what they are.  A few scans give no bias, only noise; a share can be
+negative.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from neurojepa.downstream.pooling import LEAST_SHARE
 from neurojepa.feed.format import MODALITIES, Grid
 from neurojepa.methods import METHODS
 from neurojepa.model.averaged import Averaged
-from neurojepa.objective.views import Views, patch_centres_mm, patch_numbers
+from neurojepa.objective.views import Views, patch_numbers
 from neurojepa.train.world import World
 
 EVERY = 50  # steps
@@ -34,7 +36,6 @@ class Gates:
 
     def __init__(self, config: RootConfig, grid: Grid, world: World) -> None:
         self.grid, self.patch, self.world = grid, config.model.patch_voxels, world
-        self.num_patches = len(patch_centres_mm(grid, self.patch))
         self.has_tokens = not METHODS[config.objective.method].whole_volumes
 
     @torch.no_grad()
@@ -49,46 +50,71 @@ class Gates:
         patch_BN = patch_numbers(views.coords_BN3, self.grid, self.patch)
         used_BN = ((views.foreground_BN >= LEAST_SHARE) & views.valid_BN
                    & (views.weight_B > 0)[:, None])
-        sums, spread = pair_sums(model.latents(views), patch_BN, views.modality_B, used_BN,
-                                 self.num_patches)
+        sums, spread = pair_sums(model.latents(views), patch_BN, views.modality_B, used_BN)
         return shares(self.world.sum_(sums), self.world.sum_(spread))
 
 
-def pair_sums(z_BND: Tensor, patch_BN: Tensor, modality_B: Tensor, used_BN: Tensor,
-              num_patches: int) -> tuple[Tensor, Tensor]:
-    """Sums over pairs of tokens, which add up over ranks, and the covariance of scans' means.
+def pair_sums(z_BND: Tensor, patch_BN: Tensor, modality_B: Tensor, used_BN: Tensor
+              ) -> tuple[Tensor, Tensor]:
+    """Sums of products of pairs of tokens, which add up over ranks, and the covariance of scans'
+    means.
 
     Returns
     -------
-    float64 [6, 2] : summed products and number of pairs: of tokens with themselves, in different
-        scans, and in different scans of one modality; at one patch, at one patch in one modality;
-        in one scan.
+    float64 [7, 2] : means within cells times the cells' numbers of tokens, and these numbers: of
+        tokens with themselves, in different scans, and in different scans of one modality; at one
+        patch, at one patch in one modality; in one scan; at different patches in different scans of
+        one modality.
     float64 [D, D] : sum over scans of the square of their means less that of their modality.
     """
-    weight_BN = used_BN.double()
-    z_BND = z_BND.double() * weight_BN[..., None]
-    modality_BN = modality_B[:, None].expand_as(patch_BN)
+    B, N = patch_BN.shape
+    used_Q = used_BN.flatten()
+    z_QD = z_BND.flatten(0, 1)[used_Q].double()
+    z_QD = z_QD - z_QD.mean(0)  # what all tokens share is no part of the variance
 
-    def by(cell_BN: Tensor, cells: int) -> Tensor:
-        """Squared sums of tokens, and squared numbers of them, over cells."""
-        token = z_BND.new_zeros(cells, z_BND.shape[-1]).index_add_(
-            0, cell_BN.flatten(), z_BND.flatten(0, 1))
-        count = z_BND.new_zeros(cells).index_add_(0, cell_BN.flatten(), weight_BN.flatten())
-        return torch.stack([token.square().sum(), count.square().sum()])
+    def number(cell_BN: Tensor) -> Tensor:
+        return cell_BN.expand(B, N).flatten()[used_Q].unique(return_inverse=True)[1]
 
-    scan_BN = torch.arange(len(z_BND), device=z_BND.device)[:, None].expand_as(patch_BN)
-    own = torch.stack([z_BND.square().sum(), weight_BN.sum()])
-    scan = by(scan_BN, len(z_BND))
+    modality_B1, scan_B1 = modality_B[:, None], torch.arange(B, device=z_QD.device)[:, None]
+    every, kind, scan = number(scan_B1 * 0), number(modality_B1), number(scan_B1)
+    patch, both = number(patch_BN), number(patch_BN * len(MODALITIES) + modality_B1)
+    token = torch.arange(len(z_QD), device=z_QD.device)
+
+    def squares(group_Q: Tensor, cell_Q: Tensor) -> Tensor:
+        """[cells, 2]: squared sums of groups of tokens and squared numbers, by the cells that hold
+        the groups."""
+        cell_G = torch.zeros_like(token).scatter_(0, group_Q, cell_Q)
+        sum_GD = torch.zeros_like(z_QD).index_add_(0, group_Q, z_QD)
+        num_G = torch.zeros_like(z_QD[:, 0]).index_add_(0, group_Q, torch.ones_like(z_QD[:, 0]))
+        found_G2 = torch.stack([sum_GD.square().sum(1), num_G.square()], 1)
+        return torch.zeros_like(found_G2).index_add_(0, cell_G, found_G2)
+
+    def pairs(cell_Q: Tensor, *without: Tensor) -> Tensor:
+        found_C2 = squares(cell_Q, cell_Q)
+        num_C = found_C2[:, 1].sqrt()
+        for excluded in without:
+            found_C2 = found_C2 - excluded
+        num_C = num_C * (found_C2[:, 1] > 0.5)
+        return torch.stack([num_C @ (found_C2[:, 0] / found_C2[:, 1].clamp(min=1)), num_C.sum()])
+
+    alike = squares(both, kind) - squares(token, kind)  # pairs at one patch
     sums = torch.stack([
-        own, by(torch.zeros_like(patch_BN), 1) - scan, by(modality_BN, len(MODALITIES)) - scan,
-        by(patch_BN, num_patches) - own,
-        by(patch_BN * len(MODALITIES) + modality_BN, num_patches * len(MODALITIES)) - own,
-        scan - own])
+        pairs(token), pairs(every, squares(scan, every)), pairs(kind, squares(scan, kind)),
+        pairs(patch, squares(token, patch)), pairs(both, squares(token, both)),
+        pairs(scan, squares(token, scan)), pairs(kind, squares(scan, kind), alike)])
+    return sums, _spread(z_QD, used_BN, modality_B)
+
+
+def _spread(z_QD: Tensor, used_BN: Tensor, modality_B: Tensor) -> Tensor:
+    """[D, D]: sum over scans of the square of their means less that of their modality."""
+    weight_BN = used_BN.to(z_QD)
+    z_BND = z_QD.new_zeros(*used_BN.shape, z_QD.shape[1])
+    z_BND[used_BN] = z_QD
     mean_BD = z_BND.sum(1) / weight_BN.sum(1).clamp(min=1)[:, None]
-    seen_B = (weight_BN.sum(1) > 0).double()
+    seen_B = used_BN.any(1).to(z_QD)
     same_BB = (modality_B[:, None] == modality_B) * seen_B * seen_B[:, None]
     mean_BD = mean_BD - same_BB @ mean_BD / same_BB.sum(1, keepdim=True).clamp(min=1)
-    return sums, mean_BD.T @ mean_BD
+    return mean_BD.T @ mean_BD
 
 
 def shares(sums: Tensor, spread: Tensor) -> dict[str, Tensor]:
@@ -96,10 +122,10 @@ def shares(sums: Tensor, spread: Tensor) -> dict[str, Tensor]:
     products, pairs = sums.unbind(1)
     mean = products / pairs.clamp(min=1)
     mean = torch.where(pairs > 0, mean, mean[1])
-    own, any_two, modality, place, both, scan = mean
+    own, any_two, modality, place, both, scan, elsewhere = mean
     variance = (own - any_two).clamp(min=1e-12)
     return {"gate_place": (place - any_two) / variance,
             "gate_modality": (modality - any_two) / variance,
             "gate_place_modality": (both - any_two) / variance,
-            "gate_person": (scan - modality) / variance,
+            "gate_person": (scan - elsewhere) / variance,
             "rank_people": spread.trace().square() / spread.square().sum().clamp(min=1e-12)}
