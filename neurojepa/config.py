@@ -24,7 +24,6 @@ from pydantic import (
 
 from neurojepa.errors import ConfigError
 from neurojepa.methods import METHODS
-from neurojepa.model.sizes import SIZES
 from neurojepa.recipes import read_recipe
 
 
@@ -110,10 +109,9 @@ class MaskConfig(Config):
 class SparseConfig(Config):
     """L = ||z - Decoder(h)||^2 + l1 * ||h||_1 on the predictor's output (model/sparse.py)."""
 
-    code: Literal["relu", "gated", "topk", "identity"] = Field(
+    code: Literal["relu", "gated", "identity"] = Field(
         "relu", description="gated: which atoms are active is decided apart from how strongly; "
-        "topk: the largest of each token are; identity: plain dense JEPA")
-    active: int = Field(16, ge=1, description="atoms of a token under code topk")
+        "identity: plain dense JEPA")
     visible: float = Field(0.0, ge=0, description="weight of the same loss on the visible tokens; "
                            "above 0 one code acts on visible and predicted tokens alike, so that "
                            "it shapes the encoder and atoms can be read from any scan")
@@ -272,10 +270,6 @@ class RootConfig(Config):
     @model_validator(mode="after")
     def _code_fits(self) -> RootConfig:
         sparse = self.objective.sparse
-        atoms = sparse.atoms or 4 * SIZES[self.model.size].dim
-        if sparse.code == "topk" and sparse.active > atoms:
-            raise ValueError(f"objective.sparse.active {sparse.active} exceeds the {atoms} atoms "
-                             "of the code; set at most as many")
         if sparse.code == "identity" and sparse.visible:
             raise ValueError(f"objective.sparse.visible {sparse.visible}: code identity has no "
                              "atoms to share; set objective.sparse.visible=0")

@@ -11,9 +11,8 @@ shrink the strengths (Rajamanoharan et al. 2024, equations 5 to 8):
     pi = W y + b,    h = [pi > 0] * ReLU(exp(r) * W y + m)
     L = mean_d (z - Decoder(h))^2 + l1 * ||ReLU(pi)||_1 + mean_d (z - Decoder'(ReLU(pi)))^2
 
-where Decoder' gets no gradient.  Code "topk" keeps the largest h of each token and drops the rest,
-which bounds ||h||_0 without shrinking (Makhzani & Frey 2013).  With code "identity" it is the plain
-dense JEPA loss, L1 or L2, by a linear map to the latent.
+where Decoder' gets no gradient.  With code "identity" it is the plain dense JEPA loss, L1 or L2, by
+a linear map to the latent.
 
 An atom that no token uses gets no gradient through a ReLU and would stay dead.  It is revived by
 the gradient of the loss at h = 0 projected onto h >= 0: where a little of the atom would lower the
@@ -79,7 +78,6 @@ class SparseCode(nn.Module):
         super().__init__()
         self.dense_loss, self.revive = sparse.dense_loss, sparse.revive
         self.is_sparse, self.is_gated = sparse.code != "identity", sparse.code == "gated"
-        self.keep = sparse.active if sparse.code == "topk" else None
         atoms = (sparse.atoms or 4 * dim) if self.is_sparse else dim
         self.encode = Linear(input_dim, atoms, bias=not self.is_gated)
         nn.init.trunc_normal_(self.encode.weight, std=INIT_STD)
@@ -126,10 +124,6 @@ class SparseCode(nn.Module):
     def activations(self, predicted: Tensor) -> tuple[Tensor, Tensor]:
         """Code h and what the penalty falls on, both [..., A]; the same but for a gated code."""
         code = self.encode(predicted)
-        if self.keep:
-            least = code.topk(self.keep, -1).values[..., -1:]
-            # what is dropped is at most 0 and keeps its gradient, which _rectify decides on
-            code = torch.where(code < least, code - F.relu(code).detach(), code)
         if not self.is_gated:
             h = self._rectify(code)
             return h, h

@@ -76,8 +76,6 @@ ARMS = {
     "frozen teacher": Arm(SINGLE | {"objective.spread": 0.0}, teacher=True),
     "place-centred": Arm(SINGLE, changes={"centred": True}),
     "shared code": Arm(SINGLE | {"objective.sparse.visible": 1.0}, rate=1e-3),
-    "shared code, top 16": Arm(SINGLE | {"objective.sparse.visible": 1.0,
-                                         "objective.sparse.code": "topk"}, rate=1e-3),
 }
 
 

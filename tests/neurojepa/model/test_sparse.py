@@ -197,28 +197,3 @@ def test_take_gathers_by_sample():
     x = torch.arange(12).view(2, 3, 2)
     index = torch.tensor([[[2, 0]], [[1, 1]]])
     assert take(x, index).tolist() == [[[[4, 5], [0, 1]]], [[[8, 9], [8, 9]]]]
-
-
-@pytest.mark.parametrize("active", [1, 5, 48])
-def test_topk_keeps_the_largest_of_each_token(active: int):
-    code = make_code(code="topk", active=active)
-    h, penalised = code.activations(PREDICTED)
-    full = torch.relu(PREDICTED @ code.encode.weight.T + code.encode.bias)
-    least = full.topk(active, -1).values[..., -1:]
-    torch.testing.assert_close(h, torch.where(full >= least, full, 0))
-    assert (h > 0).sum(-1).max() <= active and torch.equal(h, penalised)
-    assert code(PREDICTED, TARGET, VALID).num_active.max() <= active
-
-
-def test_a_dead_atom_that_topk_drops_can_come_back():
-    code = make_code(code="topk", active=2)
-    code.usage.fill_(0.0)
-    code(PREDICTED, TARGET, VALID).error.sum().backward()
-    h, _ = code.activations(PREDICTED)
-    unused = (h > 0).flatten(0, -2).sum(0) == 0
-    assert code.encode.bias.grad is not None and unused.any()
-    assert code.encode.bias.grad[unused].abs().sum() > 0
-    code = make_code(code="topk", active=2, revive=False)
-    code(PREDICTED, TARGET, VALID).error.sum().backward()
-    assert code.encode.bias.grad is not None
-    assert code.encode.bias.grad[unused].abs().sum() == 0
