@@ -105,7 +105,8 @@ def unit_of(text: str) -> str | None:
     whole = _UNITS.get(text.strip().strip(".()[]").lower())
     if whole:
         return whole
-    found = {_UNITS[word] for word in re.findall(r"[a-z]+", text.lower())
+    measures = re.sub(r"\d[- ]?[a-z]+", "", text.lower())  # "within 3 months of ..." is no unit
+    found = {_UNITS[word] for word in re.findall(r"[a-z]+", measures)
              if len(word) > 1 and word in _UNITS}
     return found.pop() if len(found) == 1 else None
 
@@ -129,8 +130,8 @@ class Meaning:
 
 
 def is_missing_word(word: str) -> bool:
-    """Whether a level's word says that nothing is known."""
-    return word.lower().strip() in MISSING or re.match(
+    """Whether a level's word says that nothing is known; "none" says that there is none of it."""
+    return word.lower().strip() in MISSING - {"none"} or re.match(
         r"(?i)\W*(missing|unknown|not (available|known|applicable|recorded|reported|done|assessed)"
         r"|n/?a\b|no (data|answer|response)|refus|prefer(red)? not|declined|do(n't| not) know)",
         word) is not None
@@ -185,9 +186,10 @@ def _spoken(column: str) -> dict[str, str]:
 # ---- values --------------------------------------------------------------------------------------
 
 def sex(word: str) -> str | None:
-    """F or M of a word in a language or two; None of a code or anything else."""
-    first = re.split(r"[^a-zäöü]", word.strip().lower(), maxsplit=1)[0]
-    return _SEXES.get(word.strip().lower()) or _SEXES.get(first)
+    """F or M of a word in a language or two; None of a code, of both ("M/F") or anything else."""
+    parts = re.split(r"[^a-zäöü]+", word.strip().lower())
+    told = {_SEXES[part] for part in parts if part in _SEXES}
+    return told.pop() if len(told) == 1 and parts[0] in _SEXES else None
 
 
 def years(text: str, unit: str = "years") -> tuple[float | None, str]:

@@ -44,6 +44,8 @@ def test_the_best_named_column_of_a_role_is_taken() -> None:
     ("age", {"Description": "age of the infant in weeks"}, "weeks"),
     ("age", {"LongName": "Age (months)"}, "months"),
     ("age", {"Description": "Age in years, to the nearest month"}, "years"),
+    ("age", {"Description": "Age at the scan, within 3 months of the diagnosis"}, "years"),
+    ("age", {"Description": "Age in months (scan up to 90 days later)"}, "months"),
     ("age", {"Units": "years", "Description": "in months before 2010"}, "years"),
     ("age", {"Levels": "months"}, "months"), ("age", {"Levels": ["weeks"]}, "weeks"),
     ("age", {"Levels": {"months": "age in months"}}, "months"),
@@ -92,12 +94,15 @@ def test_levels_and_codes_in_a_header() -> None:
     assert meaning("SEX_ID (1=m, 2=f)", None).word("2") == "f"
     assert meaning("Sex [0: female; 1: male]", None).levels == {}  # only "=" is a code
     assert meaning("group", {"Levels": ["a", "b"]}).word("a") == "a"
+    assert meaning("pain", {"Levels": {"0": "None", "1": "mild"}}).word("0") == "None"
 
 
 def test_words_of_sex_and_of_nothing() -> None:
     assert [sex(word) for word in ("Female", "F", "male (self-reported)", "weiblich", "Woman")] == [
         "F", "F", "M", "F", "F"]
     assert [sex(word) for word in ("1", "other", "diverse", "")] == [None] * 4
+    assert [sex(word) for word in ("M/F", "m/w", "female or male", "not male")] == [None] * 4
+    assert [sex(word) for word in ("female (F)", "m.", "F, female")] == ["F", "M", "F"]
     assert all(map(is_missing_word, ["Missing", "n/a", "not available", "Prefer not to answer",
                                      "don't know", "Refused", "Not applicable (child)"]))
     assert not any(map(is_missing_word, ["normal", "never", "control", "nausea"]))
