@@ -6,12 +6,15 @@
 
 A quoted cell may hold delimiters and line breaks, as REDCap and pandas write it.  Its quote ends
 it only before a delimiter or the end of a line.  Where quotes do not close, or where every line
-they would swallow is a whole row by itself, they are characters of their cells.
+they would swallow is a whole row by itself, they are characters of their cells.  The csv module,
+pandas and Arrow read on to the next quote instead, over any number of rows, so they get the lines
+whose quotes close and no others.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -36,9 +39,13 @@ def wide_encoding(data: bytes) -> str | None:
 
 
 def decoded(data: bytes) -> tuple[str, str]:
-    """The text, and the encoding it was in: utf-8, utf-16, windows-1252 or latin-1."""
+    """The text, and the encoding it was in: utf-8, utf-16, windows-1252 or latin-1.
+
+    "damaged utf-16" where some of it is none: there the text has U+FFFD.
+    """
     if wide := wide_encoding(data):
-        return data.decode(wide, "replace").removeprefix("\ufeff"), wide[:6]
+        text = data.decode(wide, "replace").removeprefix("\ufeff")
+        return text, "damaged " * ("\ufffd" in text) + wide[:6]
     for name in ("utf-8-sig", "windows-1252"):
         try:
             return data.decode(name), name.removesuffix("-sig")
@@ -49,7 +56,7 @@ def decoded(data: bytes) -> tuple[str, str]:
 
 def delimiter(header: str, file_name: str) -> str:
     """What parts the names of a header; where it has one name alone, what the ending promises."""
-    outside = "".join(header.split('"')[::2])
+    outside = re.sub(r"\([^)]*\)|\[[^]]*\]", "", "".join(header.split('"')[::2]))
     if "\t" in outside:
         return "\t"
     counts = {mark: outside.count(mark) for mark in ",;|"}

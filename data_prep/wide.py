@@ -94,7 +94,7 @@ def _line_blocks(file: IO[bytes]) -> Iterator[bytes]:
     """The text in UTF-8 (or a one-byte encoding), in blocks that end where a line does."""
     start = file.read(_BLOCK_BYTES)
     wide = wide_encoding(start)
-    recode = getincrementaldecoder(wide)("replace") if wide else None
+    recode = getincrementaldecoder(wide)() if wide else None  # damage is a UnicodeDecodeError
     unix = b"\n" in start or b"\r" not in start  # lone \r: as old Macs and Excel on them write
     left, data = b"", start
     while data:
@@ -105,6 +105,8 @@ def _line_blocks(file: IO[bytes]) -> Iterator[bytes]:
         if end:
             yield whole + end
         data = file.read(_BLOCK_BYTES)
+    if recode:
+        recode.decode(b"", final=True)  # half a character
     if left.strip():
         yield left
 

@@ -81,7 +81,8 @@ def test_a_utf_16_table_of_several_blocks(tmp_path: Path, monkeypatch) -> None:
 @pytest.mark.parametrize(("header", "name", "mark"), [
     ("a\tb", "t.tsv", "\t"), ("a,b", "t.tsv", ","), ("a;b", "t.csv", ";"), ("a|b", "t.txt", "|"),
     ("ID1 ID2 Kinship", "r.dat", " "), ('"a;b",c', "t.csv", ","), ("a,b;c;d", "t.csv", ";"),
-    ("participant_id", "t.tsv", "\t"), ("eid", "t.csv", ",")])
+    ("participant_id", "t.tsv", "\t"), ("eid", "t.csv", ","),
+    ("id;SEX_ID (1=m, 2=f)", "t.csv", ";"), ("id,dx [0: no; 1: yes; 2: ?]", "t.csv", ",")])
 def test_the_delimiter_is_the_headers_not_the_endings(header: str, name: str, mark: str) -> None:
     assert delimiter(header, name) == mark
 
@@ -91,6 +92,17 @@ def test_tables_of_spreadsheets_and_of_spaces() -> None:
     for text in ("sep=;\nid;age\n1;2\n3;\n", "\n\nid,age,\n1,2,\n3,,\n", "id  age\n1   2\n3 .\n",
                  "id,age,,\n1,2,,\n3,n/a,,\n", "id\tage\n1\t2\n3\n", "id|age\n1|2\n3|NaN\n"):
         assert parsed(text)[0] == want
+
+
+@pytest.mark.parametrize(("damage", "place"), [(b"\x4b", -1), (b"\x00\xd8", 30)])
+def test_damage_to_utf_16_is_said_or_refused(tmp_path: Path, damage: bytes, place: int) -> None:
+    whole = "id\tsite\n1\tKöln\n2\tMünster\n".encode("utf-16-le")
+    data = whole[:place] + damage + whole[place:] if place > 0 else whole + damage
+    rows, notes = parsed(data, "t.tsv")
+    assert len(rows) == 2 + (place < 0) and notes["t.tsv: is damaged utf-16, not UTF-8: decoded"]
+    (tmp_path / "t.tsv").write_bytes(data)
+    with pytest.raises(DataError, match=r"t\.tsv: not a table \('utf-16-le' codec can't decode"):
+        list(read_columns(str(tmp_path / "t.tsv"), lambda name: True))
 
 
 def test_decoding_names_what_it_was() -> None:
