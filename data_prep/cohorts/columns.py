@@ -52,7 +52,7 @@ class Columns:
 
     def __init__(self, rows: list[Cells], described: dict[str, Any], *, name: str, source: Source,
                  whole: bool = True, bare_id: bool = False) -> None:
-        self.name, self.notes = name, source.notes
+        self.name, self.notes, self._whole = name, source.notes, whole
         self._told = source.columns.setdefault(name, {})
         header = list(rows[0]) if rows else []
         lower = {words.plain(str(key)): value for key, value in described.items()}
@@ -63,13 +63,14 @@ class Columns:
         self._examples: dict[str, str] = {}
         for role, column in self.roles.items():
             self._told[column] = self._of_role(role, column)
+        self._ages_with_sex = "age" in self.roles and any(
+            re.fullmatch(r"\d+ ?f", (row[self.roles["age"]] or "").lower()) for row in rows)
         self.labels: dict[str, str] = {}  # name of a label by column
         self._numbers: set[str] = set()
         self._missing: dict[str, set[float]] = {}
         for column in header:
             if column not in self.roles.values():
-                self._judge(column, [self._meaning[column].word(row[column]) for row in rows],
-                            whole)
+                self._judge(column, [self._meaning[column].word(row[column]) for row in rows])
 
     def _of_role(self, role: str, column: str) -> str:
         meaning = self._meaning[column]
@@ -82,7 +83,7 @@ class Columns:
                 "with a unit of their own are used")
         return role + (", decoded by its levels" if meaning.levels else "")
 
-    def _judge(self, column: str, values: list[str | None], whole: bool) -> None:
+    def _judge(self, column: str, values: list[str | None]) -> None:
         """Whether a column becomes a label, and of which kind."""
         known = [value for value in values if value is not None]
         if not known:
@@ -96,19 +97,24 @@ class Columns:
             told = "label, numbers"
             self.labels[column] = name
             self._numbers.add(column)
-            if whole and (codes := _codes_for_missing(numbers)):
-                self._missing[column] = codes
-                told += f" ({', '.join(f'{code:g}' for code in sorted(codes))} taken as missing)"
+            if codes := _codes_for_missing(numbers):
+                spelt = ", ".join(f"{code:g}" for code in sorted(codes))
+                if self._whole:
+                    self._missing[column] = codes
+                    told += f" ({spelt} taken as missing)"
+                else:  # of one person: too few to tell
+                    self.notes[f"{self.name}: {spelt} of {column} taken as a number; if it means "
+                               "missing, say so in Levels"] += 1
             if strays := len(known) - len(numbers):
                 told += f" ({strays} values that are none left out)"
         elif sum(bool(_DATE.fullmatch(value)) for value in known) * 2 > len(known):
             told = "left out: dates"
-        elif levels or plain in CLASSES or (whole and _are_classes(known)):
-            told = f"label, words ({len(set(known))} classes)" if whole else "label, words"
+        elif levels or plain in CLASSES or (self._whole and _are_classes(known)):
+            told = f"label, words ({len(set(known))} classes)" if self._whole else "label, words"
             self.labels[column] = name
         else:
-            told = "left out: free text" if whole else ("left out: words without Levels in a data "
-                                                        "dictionary")
+            told = "left out: free text" if self._whole else (
+                "left out: words without Levels in a data dictionary")
         before = self._told.get(column)
         if before is None or not before.startswith("label"):
             self._told[column] = told
@@ -138,6 +144,8 @@ class Columns:
         unit = self._meaning[column].unit
         if unit == "":
             age, why = None, "counted from conception, not from birth"
+        elif self._ages_with_sex and re.fullmatch(r"\d+ ?[mf]", told.lower()):
+            age, why = None, "written with a sex (such as 45M)"
         elif unit is None and as_float(told) is not None:
             age, why = None, f"in {self._meaning[column].told_unit!r}, no unit that is known"
         else:
@@ -161,8 +169,6 @@ def _are_classes(values: list[str]) -> bool:
 
 def _codes_for_missing(numbers: list[float]) -> set[float]:
     others = [number for number in numbers if number not in _CODES_BELOW | _CODES_ABOVE]
-    if not others:
-        return set()
-    below = _CODES_BELOW if min(others) >= 0 else set()
-    above = {code for code in _CODES_ABOVE if code > _NEAR * max(others)}
+    below = _CODES_BELOW if min(others, default=0) >= 0 else set()
+    above = {code for code in _CODES_ABOVE if others and code > _NEAR * max(others)}
     return (below | above) & set(numbers)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.cohorts.columns import PEOPLE, TIES, UNREADABLE, Columns
+from data_prep.cohorts.columns import PEOPLE, TIES, Columns
 from data_prep.cohorts.sidecars import load_json
 from data_prep.cohorts.source import Source
 from data_prep.tables import Cells, as_float, parse_table
@@ -78,12 +78,7 @@ class PersonTable:
             rows = []
         for row in map(columns.tidy, rows):
             person = _WHOLE.sub(r"\1", (row["participant_id"] or "").removeprefix("sub-"))
-            session = (row.get("session_id") or "").removeprefix("ses-")
-            if session in self._rows[person]:
-                notes[f"{self.name}: repeated row, the first is used"] += 1
-                _contradict(self._rows[person][session], row)
-            else:
-                self._rows[person][session] = row
+            add_row(self._rows[person], row, self.name, notes)
         self.unused = set(self._rows)
         for person in self._rows:
             self._short[person.lstrip("0")].append(person)
@@ -103,10 +98,18 @@ class PersonTable:
         return self._rows[participant]
 
 
-def _contradict(first: Cells, other: Cells) -> None:
-    """Mark age and sex that a repeated row has otherwise; None alone would mean not told."""
+def add_row(rows: Rows, row: Cells, table: str, notes: Counter[str]) -> None:
+    """Add a participant's row; of a repeated one only what contradicts the first is kept.
+
+    Age and sex are marked then; None alone would mean not told.
+    """
+    session = (row.get("session_id") or "").removeprefix("ses-")
+    first = rows.setdefault(session, row)
+    if first is row:
+        return
+    notes[f"{table}: repeated row, the first is used"] += 1
     for column in ("age", "sex"):
-        one, two = first.get(column), other.get(column)
+        one, two = first.get(column), row.get(column)
         if one and two and one != two and (as_float(one) is None or as_float(one) != as_float(two)):
             first[column] = _CONTRADICTORY
 
@@ -239,7 +242,7 @@ class Person:
                 and ages[-1] < ages[0] - _AGE_SLACK):
             self._notes["contradictory age: unknown"] += 1
             return None
-        return ages[-1] if ages and UNREADABLE not in told[-1:] else None
+        return ages[-1] if ages else None
 
     def _sex(self, layers: list[Cells]) -> str | None:
         told = {sex for row in layers if (sex := row.get("sex"))}

@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.cohorts import words
 from data_prep.cohorts.bids.derived import UNUSABLE, Taken
 from data_prep.cohorts.bids.names import habits, parse_name, scan_key
-from data_prep.cohorts.bids.tables import Rows, parse_dictionary
+from data_prep.cohorts.bids.tables import Rows, add_row, parse_dictionary
 from data_prep.cohorts.columns import Columns
 from data_prep.cohorts.source import Found, Source
 from data_prep.tables import Cells, parse_table
@@ -31,11 +31,12 @@ class Visits:
         for table in _of_kind(files, "_sessions.tsv"):
             read, described = self._read(table, files)
             columns = Columns(read, described, name="sessions.tsv", source=self.source, whole=False)
-            rows |= {(row.get("session_id") or "").removeprefix("ses-"): row
-                     for row in map(columns.tidy, read)}
-            if without := len(there - rows.keys()):
+            for row in map(columns.tidy, read):
+                add_row(rows, row, "sessions.tsv", self.notes)
+            told, scanned = ({name.lstrip("0") for name in names} for names in (rows, there))
+            if without := len(scanned - told):
                 self.notes["session without a row in sessions.tsv"] += without
-            if unused := len(rows.keys() - there):
+            if unused := len(told - scanned):
                 self.notes["sessions.tsv rows without a scan that is taken"] += unused
         return rows
 

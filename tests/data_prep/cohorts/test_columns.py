@@ -81,6 +81,40 @@ def test_units_of_sessions_stand_beside_the_table_or_at_the_top(tmp_path: Path, 
         3, pytest.approx(17 / 12, abs=1e-3)]
 
 
+def test_a_letter_behind_an_age_is_no_unit_where_it_is_a_sex(tmp_path: Path) -> None:
+    read = people(tmp_path, column({"a": "45M", "b": "38F", "c": "51", "d": "62 m"}))
+    assert ages(read) == [None, None, 51, None]
+    assert read.notes["age is written with a sex (such as 45M): unknown"] == 3
+    months = people(tmp_path / "months", column({"a": "9M", "b": "18m", "c": "24 m", "d": "P1Y"}))
+    assert ages(months) == [0.75, 1.5, 2, 1]
+
+
+def visits(root: Path, table: str, **files: str) -> Read:
+    return Read(write(root / "d", {
+        **DATASET, "sub-a/sub-a_sessions.tsv": table, **files,
+        **{f"sub-a/ses-{visit}/anat/sub-a_ses-{visit}_T1w.nii": "x" for visit in "12"}}))
+
+
+def test_a_repeated_visit_is_said_and_what_contradicts_itself_is_unknown(tmp_path: Path) -> None:
+    read = visits(tmp_path, "session_id\tage\tmmse\nses-01\t61\t28\nses-2\t62\t27\n"
+                            "ses-01\t70\t30\n")
+    assert [scan.age_at_scan for scan in read.scans.values()] == [None, 62]
+    assert [value for _, _, name, value in read.labels if name == "mmse"] == ["28", "27"]
+    assert read.notes == {"sessions.tsv: repeated row, the first is used": 1,
+                          "contradictory age: unknown": 1}
+
+
+def test_a_persons_few_rows_tell_no_code_for_missing_but_levels_do(tmp_path: Path) -> None:
+    table = "session_id\tmmse\nses-1\t28\nses-2\t-9\n"
+    kept = visits(tmp_path, table)
+    assert [value for *_, value in kept.labels] == ["28", "-9"]
+    assert kept.notes == {"sessions.tsv: -9 of mmse taken as a number; if it means missing, say so "
+                          "in Levels": 1}
+    told = visits(tmp_path / "told", table, **{"sessions.json": json.dumps(
+        {"mmse": {"Levels": {"-9": "missing"}}})})
+    assert [value for *_, value in told.labels] == ["28"] and not told.notes
+
+
 # ---- columns and codes ---------------------------------------------------------------------------
 
 def test_what_was_taken_for_what_is_told(tmp_path: Path) -> None:
@@ -147,6 +181,8 @@ def test_repeated_rows_are_compared_decoded(tmp_path: Path) -> None:
     ("mmse", ["29", "-9", "30", "999"], ["29", "30"]),
     ("change", ["-9", "3", "-2", "999"], ["-9", "3", "-2"]),  # -9 among negative numbers is one
     ("count", ["999", "800", "1200", "7"], ["999", "800", "1200", "7"]),
+    ("never", ["-9", "-9", "-8", "-9"], []), ("all", ["999", "888", "999", ""], ["999", "888",
+                                                                               "999"]),
     ("score", ["12,5", "3", "4,25", "n/a"], ["12.5", "3", "4.25"]),
 ])
 def test_numbers_and_classes_become_labels_and_free_text_does_not(
