@@ -22,7 +22,7 @@ from neurojepa.model.flops import DEVICES, Device, step_flops, tokens_per_volume
 from neurojepa.model.moe import MoE
 from neurojepa.planning.scaling import render_scaling
 from neurojepa.planning.step import Label, hollow_model, num_masks, saved_bytes
-from neurojepa.train.engine import REDUCED_AT_ONCE
+from neurojepa.train.engine import REDUCED_AT_ONCE, stage_run
 
 # Reading, hash and decoding of one volume of the 1.5 mm grid on one core, ms: tools/bench feed.
 LOADER_MS, LOADER_VOXELS = 3.0, 108 * 132 * 108
@@ -237,8 +237,7 @@ def _memory(weights: Weights, stage: int, *, ranks: int, dtype: str) -> dict[str
     width = 2.0 if dtype == "bf16" else 4.0
     trained = float(weights.trained)
     held = width * (trained + weights.parts["encoder"])  # and the target
-    # the engine runs bf16 at stage 1 as stage 2
-    whole_gradients = stage == 1 and dtype == "fp32"
+    whole_gradients = stage_run(stage, dtype) == 1
     bucket = width * REDUCED_AT_ONCE
     if dtype == "bf16":
         bucket += 4.0 * min(trained, REDUCED_AT_ONCE)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from neurojepa.train.engine import REDUCED_AT_ONCE
 
+# Assumed, as are the latencies below: no run on many GPUs has checked them.
 OVERLAP = 0.9  # of the backward, that hides communication: both want the memory's bandwidth
 WIRE_SHARE = 0.8  # of a link's data sheet that collectives reach
 
@@ -66,15 +67,15 @@ class Message:
 
 
 def messages(trained: int, averaged: int, stage: int, *, width: int, micro_steps: int,
-             blocks: int) -> list[Message]:
+             gathers: int) -> list[Message]:
     """The collectives of a step.
 
     Parameters
     ----------
     trained, averaged : weights that are trained, and those of the encoder, which have a target.
-    stage : of ZeRO, as it is run: bf16 at 1 is run as 2.
+    stage : of ZeRO, from ``engine.stage_run``.
     width : bytes of a weight.
-    blocks : that ZeRO-3 gathers one after the other.
+    gathers : of ZeRO-3 in a micro-step: a trained block's weights come twice, a target's once.
     """
     buckets = math.ceil(trained / REDUCED_AT_ONCE)
     # DeepSpeed reduces whole buckets below 3, whoever keeps the sums
@@ -86,7 +87,7 @@ def messages(trained: int, averaged: int, stage: int, *, width: int, micro_steps
         # forward and backward of the trained ones, forward of the target; it is sharded likewise
         gathered = (2 * trained + averaged) * micro_steps
         return [*found, Message("weights", "all_gather", float(gathered), width,
-                                3 * blocks * micro_steps, True)]
+                                gathers * micro_steps, True)]
     return [*found, Message("weights", "all_gather", float(trained), width, 2, False),
             Message("target", "all_gather", float(averaged), width, 2, False)]
 

@@ -7,8 +7,10 @@ from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Grid
 from neurojepa.model.flops import Device, step_flops
 from neurojepa.planning.kernels import Rates, fused, tabulate
-from neurojepa.planning.network import NETWORKS, messages, step_on
+from neurojepa.planning.network import NETWORKS, Message, messages, step_on
 from neurojepa.planning.step import Label, hollow_model, step_kernels
+from neurojepa.train.compiling import REGIONS
+from neurojepa.train.engine import stage_run
 
 RANKS = (8, 64, 512, 1024)
 
@@ -37,13 +39,8 @@ def render_scaling(config: RootConfig, grid: Grid, device: Device, network: str,
     update_s = phases["update"].seconds
     scans = train.micro_batch * micro_steps
     mfu = step_flops(config, grid) * scans / device.flops / (micro_steps * micro_s + update_s)
-    model = hollow_model(config, grid)
-    stage = 2 if train.zero == 1 and train.dtype == "bf16" else train.zero  # as the engine runs it
-    sent = messages(
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        sum(p.numel() for p in model.encoder.parameters()), stage,
-        width=2 if train.dtype == "bf16" else 4, micro_steps=micro_steps,
-        blocks=sum(type(module).__name__ == "Block" for module in model.modules()))
+    stage = stage_run(train.zero, train.dtype)
+    sent = messages_of(config, grid, micro_steps)
     lines = [
         f"by count, {'' if compiled else 'not '}compiled: a rank's {scans} scans take "
         f"{1e3 * micro_steps * micro_s:.1f} ms and the update "
@@ -64,3 +61,14 @@ def render_scaling(config: RootConfig, grid: Grid, device: Device, network: str,
         lines.append(f"  {ranks:>6}{1e3 * plain.compute_s:12.1f}{1e3 * plain.exposed_s:12.1f}"
                      f"{plain.efficiency:12.1%}{beside.efficiency:14.1%}")
     return lines
+
+
+def messages_of(config: RootConfig, grid: Grid, micro_steps: int) -> list[Message]:
+    """What the ranks of a run send each other in a step."""
+    train, model = config.train, hollow_model(config, grid)
+    blocks = [name for name, module in model.named_modules() if isinstance(module, REGIONS)]
+    return messages(
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sum(p.numel() for p in model.encoder.parameters()), stage_run(train.zero, train.dtype),
+        width=2 if train.dtype == "bf16" else 4, micro_steps=micro_steps,
+        gathers=sum(1 if name.startswith("target.") else 2 for name in blocks))

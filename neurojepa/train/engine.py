@@ -304,13 +304,19 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             for (_, decays), params in groups.items()]
 
 
+def stage_run(zero: int, dtype: str) -> int:
+    """The stage of ZeRO that is run where ``zero`` is asked for.
+
+    Stage 1 with bf16 and fp32 accumulation silently becomes another optimizer class, whose state
+    lies elsewhere.  Stage 2 has the same numbers and also splits the gradients.
+    """
+    return 2 if zero == 1 and dtype == "bf16" else zero
+
+
 def deepspeed_config(config: RootConfig, *, world_size: int,
                      micro_steps: int) -> dict[str, Any]:
     """DeepSpeed's settings; those not obvious were pinned because another value goes wrong."""
     train = config.train
-    # ZeRO-1 with bf16 and fp32 accumulation silently becomes another optimizer class, whose state
-    # lies elsewhere.  Stage 2 has the same numbers and also splits the gradients.
-    stage = 2 if train.zero == 1 and train.dtype == "bf16" else train.zero
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": micro_steps,
@@ -323,7 +329,7 @@ def deepspeed_config(config: RootConfig, *, world_size: int,
         "zero_optimization": {
             **{f"offload_{part}": {"device": "cpu", "pin_memory": torch.cuda.is_available()}
                for part in OFFLOADED[train.offload]},
-            "stage": stage,
+            "stage": stage_run(train.zero, train.dtype),
             "reduce_bucket_size": REDUCED_AT_ONCE,
             "memory_efficient_linear": False,  # it replaces F.linear for the whole process
             "stage3_param_persistence_threshold": 0,  # persistent targets would lag one step

@@ -10,7 +10,9 @@ import pytest
 from neurojepa.config import dump_config
 from neurojepa.errors import ConfigError
 from neurojepa.planning.network import NETWORKS, Message, Network, messages, step_on
+from neurojepa.planning.scaling import messages_of
 from neurojepa.pretrain import main
+from tests.helpers.batches import GRID, make_config
 from tests.helpers.feeds import tiny_config, write_feed
 
 PLAIN = Network(within=100e9, between=50e9, per_host=8, latency_s=0.0)
@@ -41,7 +43,7 @@ def test_the_slowest_link_and_every_message_count() -> None:
     (3, {"gradients": ("reduce_scatter", 1200e6), "weights": ("all_gather", 1560e6)})])
 def test_bytes_by_stage(stage: int, expected: dict[str, tuple[str, float]]) -> None:
     """100 M weights, 60 M of them the encoder's, bf16, three micro-steps."""
-    found = messages(100_000_000, 60_000_000, stage, width=2, micro_steps=3, blocks=4)
+    found = messages(100_000_000, 60_000_000, stage, width=2, micro_steps=3, gathers=12)
     assert {message.name: (message.collective, message.bytes) for message in found} == expected
 
 
@@ -58,11 +60,18 @@ def test_what_hides_costs_nothing_until_it_is_longer_than_the_backward() -> None
 
 
 def test_more_ranks_never_scale_better() -> None:
-    sent = messages(10**8, 10**8, 1, width=2, micro_steps=1, blocks=4)
+    sent = messages(10**8, 10**8, 1, width=2, micro_steps=1, gathers=12)
     for network in NETWORKS.values():
         shares = [step_on(ranks, network, sent, compute_s=0.05).efficiency
                   for ranks in (1, 8, 64, 512, 1024)]
         assert shares == sorted(shares, reverse=True) and shares[0] == 1
+
+
+@pytest.mark.parametrize(("method", "gathers"), [("jepa", 16), ("mae", 16), ("cnn", 12)])
+def test_zero_3_gathers_a_trained_block_twice_and_a_targets_once(method: str, gathers: int) -> None:
+    config = make_config(None, objective={"method": method}, train={"steps": 1, "zero": 3})
+    _, weights = messages_of(config, GRID, micro_steps=2)
+    assert weights.pieces == 2 * gathers
 
 
 @pytest.mark.slow(8)
