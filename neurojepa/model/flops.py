@@ -41,9 +41,15 @@ DEVICES = {
 }
 
 
-def peak_flops(device: str) -> float | None:
-    """The bf16 peak of a device by its name; None where it is not known, as for CPUs."""
-    return next((facts.flops for part, facts in DEVICES.items() if part in device), None)
+def known_device(name: str) -> Device | None:
+    """A device by the name that CUDA gives it; None where it is not known, as for CPUs."""
+    return next((facts for part, facts in DEVICES.items() if part in name), None)
+
+
+def peak_flops(name: str) -> float | None:
+    """The bf16 peak of a device by its name; None where it is not known."""
+    device = known_device(name)
+    return device.flops if device else None
 
 
 def tokens_per_volume(config: RootConfig, grid: Grid) -> int:

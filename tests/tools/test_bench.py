@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -58,6 +60,25 @@ def test_a_stage_that_fails_or_hangs_is_named_and_ends(
     assert late["failed"].startswith("stopped after its 0 s") and late["seconds"] < 2
     assert "of the whole command are over" in never["failed"]
     assert (tmp_path / "wrong.log").read_text()
+
+
+def test_a_stage_ends_with_all_that_it_started_and_may_say_more_than_its_result(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LOGS", tmp_path)
+    python = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    python.write_text('#!/bin/sh\necho \'{"ms": 2.5}\' > "$5"; echo "WARNING: at the very end"\n')
+    python.chmod(0o755)
+    assert gpu.answer(gpu.Stage("noisy", "any", 60), {}, 60)["ms"] == 2.5
+    python.write_text(f"#!/bin/sh\nsleep 100 & echo $! > {tmp_path}/child; wait\n")
+    assert "stopped after its 1 s" in gpu.answer(gpu.Stage("late", "any", 60), {}, 1)["failed"]
+    child = int((tmp_path / "child").read_text())
+    for _ in range(100):
+        if not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie":
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("what the stage started goes on")
 
 
 @pytest.mark.slow(95)

@@ -1,6 +1,6 @@
-"""The stages of ``tools.bench gpu``: python -m tools.bench._gpu_stages FUNCTION ARGUMENTS
+"""The stages of ``tools.bench gpu``: python -m tools.bench._gpu_stages FUNCTION ARGUMENTS RESULT
 
-Each takes a dict and returns one, printed as the last line.
+Each takes a dict and returns one, which is written to the file RESULT as JSON.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from neurojepa.config import RootConfig, dump_config, validate
 from neurojepa.feed.format import open_feed
 from neurojepa.feed.loader import Loader
 from neurojepa.model.build import build_model
-from neurojepa.model.flops import DEVICES, peak_flops, step_flops
+from neurojepa.model.flops import DEVICES, known_device, peak_flops, step_flops
 from neurojepa.objective.views import make_views
 from neurojepa.planning.kernels import Rates, fused, tabulate
 from neurojepa.planning.step import step_kernels
 from neurojepa.storage import read_rows
 from neurojepa.train import compiling
 from neurojepa.train.loop import Run
-from neurojepa.train.world import start_world
+from neurojepa.train.world import leave_world, start_world
 from tools.bench.gpu import TINY_SHAPE, TRAINING_SHAPE
 from tools.bench.step import gemm_rate, write_feed
 
@@ -47,7 +47,7 @@ def versions(given: dict[str, Any]) -> dict[str, Any]:
 def make_feed(given: dict[str, Any]) -> dict[str, Any]:
     """Brains for all stages."""
     write_feed(given["work"], TINY_SHAPE if given["tiny"] else TRAINING_SHAPE,
-            2 if given["tiny"] else 8)
+               2 if given["tiny"] else 8)
     return {}
 
 
@@ -68,7 +68,8 @@ def speed(given: dict[str, Any]) -> dict[str, Any]:
     work = step_flops(config, run.feed.grid) * config.train.global_batch / step_s
     peak = peak_flops(torch.cuda.get_device_name()) if CUDA else None
     found = {"step_ms": 1e3 * step_s, "volumes_per_s": config.train.global_batch / step_s,
-             "mfu": work / peak if peak else None, "mfu_of_matrix_rate": work / given["rate"],
+             "mfu": work / peak if peak else None,
+             "mfu_of_matrix_rate": work / given["rate"] if given["rate"] else None,
              "data_wait": (run.loader.wait_s - waited) / steps / step_s,
              "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else None,
              "waits": _waits(run) if CUDA else None, "first_three_s": first_s}
@@ -102,8 +103,9 @@ def profile(given: dict[str, Any]) -> dict[str, Any]:
              (event.self_device_time_total if CUDA else event.self_cpu_time_total) / 1e3)
             for event in seen.key_averages()]
     rows.sort(key=lambda row: -row[2])
-    rates = Rates.of(DEVICES["H100"])
-    table = tabulate(fused(step_kernels(config, run.feed.grid)), rates)
+    device = known_device(torch.cuda.get_device_name()) if CUDA else None
+    table = tabulate(fused(step_kernels(config, run.feed.grid)),
+                     Rates.of(device or DEVICES["H100"]))
     for name, count, ms in rows[:40]:
         print(f"{ms:9.3f} ms {count:6} x {name}")
     run.close()
@@ -154,8 +156,9 @@ def killed(given: dict[str, Any]) -> dict[str, Any]:
         victim = subprocess.Popen(_pretrain(hit))
         while victim.poll() is None and _last_step(hit) < 5:
             time.sleep(0.02)
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
+        victim.kill()
+        if victim.wait() != -signal.SIGKILL:
+            raise RuntimeError(f"{hit}: it ended, status {victim.returncode}, before it was killed")
         at, begin = _last_step(hit), time.monotonic()
         subprocess.run(_pretrain(hit), check=True)
         rows, again = (read_rows(f"{recipe.parent}/run/metrics.jsonl") for recipe in (calm, hit))
@@ -174,7 +177,7 @@ def zero(given: dict[str, Any]) -> dict[str, Any]:
                           "zero3-offloaded": {"zero": 3, "offload": "all"},
                           "fp32": {"zero": 2, "dtype": "fp32"}}.items():
         config = config_of({**given, "size": "tiny" if given["tiny"] else "small", "micro": 4,
-                            **changes}, f"zero-{name}")
+                            "compile": "off", **changes}, f"zero-{name}")
         run = Run(config, world)
         for _ in range(3):
             run._train_step()
@@ -186,7 +189,8 @@ def zero(given: dict[str, Any]) -> dict[str, Any]:
 
 def checkpoint(given: dict[str, Any]) -> dict[str, Any]:
     """Seconds that training waits for a checkpoint, and that one takes."""
-    config = config_of({**given, "steps": 6, "checkpoint_every": 3}, "checkpoint")
+    config = config_of({**given, "compile": "off", "steps": 6, "checkpoint_every": 3},
+                       "checkpoint")
     run = Run(config, start_world())
     run.to_end()
     run.close()
@@ -216,7 +220,7 @@ def config_of(given: dict[str, Any], name: str) -> RootConfig:
 
 def _recipe(given: dict[str, Any], name: str, deterministic: bool) -> Path:
     config = config_of({**given, "micro": 2 if given["tiny"] else 32, "checkpoint_every": 3,
-                        "steps": 9 if given["tiny"] else 24}, name)
+                        "steps": 12 if given["tiny"] else 24}, name)
     folder = Path(given["work"]) / name
     folder.mkdir()
     tree = config.model_dump(mode="json")
@@ -259,5 +263,6 @@ if __name__ == "__main__":
     function, arguments = sys.argv[1], json.loads(sys.argv[2])
     if arguments["tiny"] and not CUDA:
         compiling.BACKENDS["cpu"] = "eager"  # rehearsed: traced, and run as it is
-    print(json.dumps(globals()[function](arguments)), flush=True)
-    sys.stdout.flush()
+    Path(sys.argv[3]).write_text(json.dumps(globals()[function](arguments)))
+    if torch.distributed.is_initialized():
+        leave_world()

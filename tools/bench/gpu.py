@@ -19,6 +19,8 @@ With --rehearse all of it runs at a tiny size, with or without a GPU, so that it
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,7 +72,7 @@ def run(quick: bool, official: str | None, rehearse: bool = False) -> dict[str, 
 
 
 def stages(quick: bool, official: str | None, rehearse: bool) -> list[Stage]:
-    """What is run, most wanted first; the feed is made by the first that needs it."""
+    """What is run: what others need first, then the most wanted."""
     if rehearse:
         speeds = [("tiny", 2, "off"), ("tiny", 2, "auto")]
     else:
@@ -91,25 +93,31 @@ def stages(quick: bool, official: str | None, rehearse: bool) -> list[Stage]:
 
 
 def answer(stage: Stage, arguments: dict[str, Any], limit_s: float) -> dict[str, Any]:
-    """What a stage's process says in its last line, with its seconds; or ``failed`` and why."""
-    log, began = LOGS / f"{stage.name.replace(' ', '-')}.log", time.monotonic()
+    """What a stage's process found, with its seconds; or ``failed`` and why."""
     if limit_s <= 0:
         return {"failed": f"the {TOTAL_S:.0f} s of the whole command are over", "seconds": 0.0}
+    log, began = LOGS / f"{stage.name.replace(' ', '-')}.log", time.monotonic()
+    # not the log's last line: NCCL and others write there until the process is gone
+    result = log.with_suffix(".json")
     command = [sys.executable, "-m", "tools.bench._gpu_stages", stage.function,
-               json.dumps(arguments)]
+               json.dumps(arguments), str(result)]
     with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
         try:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT,
-                                  timeout=limit_s, check=False).returncode
+            code = process.wait(limit_s)
             problem = f"status {code}" if code else ""
         except subprocess.TimeoutExpired:
             problem = f"stopped after its {limit_s:.0f} s"
-    lines = log.read_text(errors="replace").splitlines()
-    found: dict[str, Any] = {}
-    if not problem:
-        found = json.loads(lines[-1])
-    else:
+        finally:
+            if process.poll() is None:  # with all that it started, or that would slow the others
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if problem:
+        lines = log.read_text(errors="replace").splitlines()
         found = {"failed": f"{problem}: {lines[-1] if lines else 'it said nothing'}"[:300]}
+    else:
+        found = json.loads(result.read_text())
     return {**found, "seconds": time.monotonic() - began}
 
 
