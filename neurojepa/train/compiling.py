@@ -1,7 +1,7 @@
 """Compilation by region: every block, the losses and the views become one graph each.
 
 Regions rather than the whole step: blocks of a kind share one graph, ZeRO and recomputation stay
-between them, and a start takes a minute instead of many.  Shapes are static, so that nothing is
+between them, and there is less to compile at a start.  Shapes are static, so that nothing is
 compiled again after the first steps; a batch with unscanned parts, which needs masks, once more.
 
 What was compiled is kept in ``run.dir/compiled``, for restarts.  It holds code: only who may start
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,13 @@ def _missing(backend: str) -> str:
         return ""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    compiler = os.environ.get("CC")
-    if not any(shutil.which(name) for name in ([compiler] if compiler else ["cc", "gcc", "clang"])):
-        return f"no C compiler ({compiler or 'cc, gcc, clang'}) is on the PATH"
+    # triton builds a Python extension at the first step, and looks for no other compilers
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"no C compiler ({', '.join(compilers)}) is on the PATH"
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    if not header.exists():
+        return f"{header} of Python's development files is missing"
     return ""
 
 

@@ -41,6 +41,15 @@ def views_of(step: int, config: RootConfig, build: compiling.Build | None) -> Vi
     return LabelledViews(**vars(views), label_B=torch.tensor([-1.0, 1.0]), is_binary=False)
 
 
+def assert_same(before: Views, ours: Views) -> None:
+    """Masks, indices and flags to the bit; what is augmented to rounding."""
+    for name, value in vars(before).items():
+        if isinstance(value, torch.Tensor) and not value.is_floating_point():
+            assert torch.equal(getattr(ours, name), value), name
+        elif isinstance(value, torch.Tensor):
+            torch.testing.assert_close(getattr(ours, name), value)
+
+
 @pytest.mark.slow(12)
 @pytest.mark.parametrize(("method", "every", "graphs"), [
     ("jepa", 0, 8), ("jepa", 2, 8), ("mae", 0, 6), ("mae", 2, 6), ("cnn", 0, 6)])
@@ -55,63 +64,56 @@ def test_every_region_is_one_graph_and_computes_the_same(
     build = compile_regions(model, "aot_eager")
     seen = []
     for step in range(STEPS):
-        losses = [net(views_of(step, config, made), 1e-3 * (step + 1))[0]
-                  for net, made in ((plain, None), (model, build))]
+        before, ours = (views_of(step, config, made) for made in (None, build))
+        assert_same(before, ours)
+        losses = [net(views, 1e-3 * (step + 1))[0] for net, views in (
+            (plain, before), (model, ours))]
         for loss in losses:
             loss.backward()
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
         seen.append(counters["stats"]["unique_graphs"])
     assert not counters["graph_break"]
     assert seen == [graphs] * STEPS  # none after the first step
-    for ours, before in zip(model.parameters(), plain.parameters(), strict=True):
-        if before.grad is not None:
-            torch.testing.assert_close(ours.grad, before.grad, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow(4)
-def test_views_are_the_same_bits_where_they_decide() -> None:
-    """Masks, indices and flags are equal; what is augmented agrees to rounding."""
-    torch._dynamo.reset()
-    config = config_of("jepa")
-    build = compile_regions(build_model(config, GRID), "aot_eager")
-    ours, before = views_of(5, config, build), views_of(5, config, None)
-    for name, value in vars(before).items():
-        if isinstance(value, torch.Tensor) and not value.is_floating_point():
-            assert torch.equal(getattr(ours, name), value), name
-        elif isinstance(value, torch.Tensor):
-            torch.testing.assert_close(getattr(ours, name), value)
+    for trained, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(trained.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
 # ---- whole steps of the trainer ------------------------------------------------------------------
 
-STEP = """
+STEPS_OF = """
 import json, sys
 from torch._dynamo.utils import counters
-from neurojepa.config import validate
 from neurojepa.train import compiling
 from neurojepa.train.loop import Run
 from neurojepa.train.world import leave_world, start_world
 from tests.helpers.feeds import tiny_config
 
 compiling.BACKENDS["cpu"] = "eager"  # traced and run as it is: the quickest
-feed, folder, train = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-run = Run(tiny_config(feed, folder, **train), start_world())
-step, graphs = run._train_step, []
-def counted():
-    applied = step()
-    graphs.append(counters["stats"]["unique_graphs"])
-    return applied
-run._train_step = counted
-run.to_end()
-run.close()
-print(json.dumps({"graphs": graphs, "breaks": len(counters["graph_break"])}))
+world, found = start_world(), []
+for folder, train in json.loads(sys.argv[2]).items():
+    run = Run(tiny_config(sys.argv[1], folder, **train), world)
+    step, graphs = run._train_step, []
+    def counted():
+        applied = step()
+        graphs.append(counters["stats"]["unique_graphs"])
+        return applied
+    run._train_step = counted
+    run.to_end()
+    run.close()
+    found.append({"graphs": graphs, "breaks": len(counters["graph_break"])})
+print(json.dumps(found))
 leave_world()
 """
 
 
-def last_line(run: Any) -> dict[str, Any]:
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+def trained(run_cli: Any, feed: str, runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a process that makes these runs counts in each; by folder, what differs of ``train``."""
+    train = {"steps": 6, "checkpoint_every": 3, "log_every": 1}
+    done = run_cli("-c", STEPS_OF, feed, json.dumps({
+        folder: train | changes for folder, changes in runs.items()}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -119,32 +121,27 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.slow(24)
+@pytest.mark.slow(17)
 def test_compiled_training_equals_plain_and_continues_to_the_bit(run_cli: Any,
                                                                  tmp_path: Path) -> None:
-    feed = write_feed(str(tmp_path / "feed"))
-    train: dict[str, Any] = {"steps": 6, "checkpoint_every": 3, "log_every": 1}
-    losses = {}
-    for name, changes in {"off": {"compile": "off", "zero": 1},
-                          "on": {"zero": 2}}.items():
-        folder = tmp_path / name
-        found = last_line(run_cli("-c", STEP, feed, str(folder), json.dumps(train | changes)))
-        losses[name] = [row["loss"] for row in rows_of(folder, "metrics.jsonl")]
-        if name == "off":
-            assert found["graphs"] == [0] * 6
-        else:
-            assert found["breaks"] == 0 and len(set(found["graphs"][1:])) == 1, found
-            assert losses[name] == pytest.approx(losses["off"], abs=1e-5)
-    start = rows_of(tmp_path / "on", "events.jsonl")[0]
+    feed, off, on = write_feed(str(tmp_path / "feed")), tmp_path / "off", tmp_path / "on"
+    plain, compiled = trained(run_cli, feed, {
+        str(off): {"compile": "off", "zero": 1}, str(on): {"zero": 2}})
+    assert plain["graphs"] == [0] * 6
+    assert compiled["breaks"] == 0 and compiled["graphs"][0] > 0
+    assert len(set(compiled["graphs"][1:])) == 1, compiled
+    before, losses = ([row["loss"] for row in rows_of(folder, "metrics.jsonl")]
+                      for folder in (off, on))
+    assert len(losses) == 6 and losses == pytest.approx(before, abs=1e-5)
+    start = rows_of(on, "events.jsonl")[0]
     assert start["compiled"] == "eager, by region"
 
     again = tmp_path / "again"
-    shutil.copytree(tmp_path / "on", again)
+    shutil.copytree(on, again)
     shutil.rmtree(again / "checkpoints" / "step-6")
     (again / "latest").write_text("step-3")
-    last_line(run_cli("-c", STEP, feed, str(again), json.dumps(train | {"zero": 2})))
-    ends = [rows_of(folder, "events.jsonl")[-1]["state_sha256"]
-            for folder in (tmp_path / "on", again)]
+    trained(run_cli, feed, {str(again): {"zero": 2}})
+    ends = [rows_of(folder, "events.jsonl")[-1]["state_sha256"] for folder in (on, again)]
     assert ends[0] == ends[1]
 
 
@@ -169,8 +166,13 @@ def test_what_is_missing_is_said_and_steps_stay_as_they_are(
     assert chosen(CUDA).backend is None and "triton is not installed" in chosen(CUDA).why
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr(compiling.shutil, "which", lambda _: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert "no C compiler (gcc, clang) is on the PATH" in chosen(CUDA).why
     monkeypatch.setenv("CC", "nowhere-cc")
     assert "no C compiler (nowhere-cc) is on the PATH" in chosen(CUDA).why
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(compiling.sysconfig, "get_path", lambda *_: "/nowhere")
+    assert "/nowhere/Python.h of Python's development files is missing" in chosen(CUDA).why
 
 
 def test_what_is_compiled_is_kept_with_the_run(monkeypatch: pytest.MonkeyPatch,
