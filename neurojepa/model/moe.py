@@ -58,13 +58,13 @@ class MoE(nn.Module):
         ends_E = load_E.cumsum(0)
         ends_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), len(key_S))]).int()
 
-        rows_SD = _Dispatch.apply(x_QD, order_S, self.top_k)  # type: ignore[no-untyped-call]
+        rows_SD = _Rows.apply(x_QD, order_S, self.top_k, True)  # type: ignore[no-untyped-call]
         weight_S1 = _Permute.apply(weight_Qk.flatten(), order_S)[:, None]  # type: ignore[no-untyped-call]
         hidden_SH = F.gelu(grouped_matmul(rows_SD, self.w1, ends_E))
         # weighted here and not behind w2: these rows are the narrower ones
         hidden_SH = hidden_SH * weight_S1.to(hidden_SH.dtype)
         out_SD = grouped_matmul(hidden_SH, self.w2, ends_E)
-        y_QD = _Combine.apply(out_SD, order_S, self.top_k)  # type: ignore[no-untyped-call]
+        y_QD = _Rows.apply(out_SD, order_S, self.top_k, False)  # type: ignore[no-untyped-call]
         return self.shared(x_BND) + y_QD.view_as(x_BND), load_E.float()
 
     def route(self, x_QD: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,41 +81,28 @@ class MoE(nn.Module):
         return score_Qk * (self.top_k / score_Qk.sum(-1, keepdim=True)), expert_Qk
 
 
-class _Dispatch(torch.autograd.Function):
-    """Each token's row k times, in the order of its choices; the backward adds them up in order."""
+class _Rows(torch.autograd.Function):
+    """Tokens to rows (``_spread``) or back (``_gathered``): each is the other's backward."""
 
     @staticmethod
-    def forward(ctx: Any, x_QD: Tensor, order_S: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order_S: Tensor, k: int, spread: bool) -> Tensor:
         ctx.save_for_backward(order_S)
-        ctx.k = k
-        return _spread(x_QD, order_S, k)
+        ctx.k, ctx.spread = k, spread
+        return (_spread if spread else _gathered)(x, order_S, k)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (order_S,) = ctx.saved_tensors
-        return _gathered(grads[0], order_S, ctx.k), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """The sum of each token's k rows: what ``_Dispatch`` does, the other way round."""
-
-    @staticmethod
-    def forward(ctx: Any, x_SD: Tensor, order_S: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(order_S)
-        ctx.k = k
-        return _gathered(x_SD, order_S, k)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (order_S,) = ctx.saved_tensors
-        return _spread(grads[0], order_S, ctx.k), None, None
+        return (_gathered if ctx.spread else _spread)(grads[0], order_S, ctx.k), None, None, None
 
 
 def _spread(x_QD: Tensor, order_S: Tensor, k: int) -> Tensor:
+    """Each token's row k times, in the order of its choices."""
     return x_QD[order_S // k]
 
 
 def _gathered(x_SD: Tensor, order_S: Tensor, k: int) -> Tensor:
+    """The sum of each token's k rows, in order."""
     return x_SD[_inverse(order_S)].view(-1, k, x_SD.shape[1]).sum(1)
 
 
