@@ -29,11 +29,12 @@ from torch.utils.flop_counter import flop_registry
 
 from neurojepa.model.flops import Device
 
-# What a kernel reaches of a data sheet's matrix rate and bandwidth, as seen on H100s: 800 of 989
-# TFLOP/s, 2.8 of 3.35 TB/s; attention reaches a third of the former.
+# What a kernel is taken to reach of a data sheet's matrix rate and bandwidth.  This is assumed, not
+# measured: 800 of an H100's 989 TFLOP/s and 2.8 of its 3.35 TB/s.  FlashAttention-2 reaches 35 %
+# of that peak (Shah et al. 2024); our sequences are short.
 PRODUCT_SHARE, ATTENTION_SHARE, COPY_SHARE = 0.81, 0.27, 0.84
-PRECISE_SHARE = 0.4  # of float32 products by TF32, which bf16 runs allow
-LAUNCH_S = 4e-6
+PRECISE_SHARE = 0.4  # float32 products in TF32, whose peak is half as high; bf16 runs allow it
+LAUNCH_S = 4e-6  # assumed too: kernels that follow one another in a queue
 
 _VIEWS = {
     "view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select", "unsqueeze",
@@ -60,7 +61,7 @@ class Kernel:
 
     phase: str
     kind: str
-    precise: bool  # some input is float32 or wider
+    precise: bool  # no input is of 16 bits
     fuses: bool
     flops: float
     reads: dict[tuple[int, int], float]
