@@ -81,7 +81,7 @@ def test_a_stage_ends_with_all_that_it_started_and_may_say_more_than_its_result(
         pytest.fail("what the stage started goes on")
 
 
-@pytest.mark.slow(95)
+@pytest.mark.slow(70)
 @pytest.mark.timeout(600)
 def test_every_stage_answers_in_a_rehearsal() -> None:
     done = bench("gpu", "--rehearse", limit_s=560)

@@ -74,9 +74,9 @@ def test_every_region_is_one_graph_and_computes_the_same(
         seen.append(counters["stats"]["unique_graphs"])
     assert not counters["graph_break"]
     assert seen == [graphs] * STEPS  # none after the first step
-    for trained, expected in zip(model.parameters(), plain.parameters(), strict=True):
+    for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
         if expected.grad is not None:
-            torch.testing.assert_close(trained.grad, expected.grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
 # ---- whole steps of the trainer ------------------------------------------------------------------
