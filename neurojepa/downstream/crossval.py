@@ -10,13 +10,14 @@ The grid of penalties grows where its best value lies at an edge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from neurojepa.downstream.targets import Kind, Target
 from neurojepa.errors import DataError
+from neurojepa.feed.labels import as_numbers
 
 Features = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 INNER = 5  # folds that choose the penalty
@@ -95,20 +96,21 @@ def predict(target: Target, features: Features, plan: Plan, family: np.ndarray) 
             if len(test) and (target.kind == "regression" or len(known) == len(target.classes)):
                 found = _fit_predict(target, *features(train, test), target.truth[train],
                                      family[train])
-                predicted[test, r] = (_moved(target, found, target.truth[train])
+                predicted[test, r] = (moved(target, found, target.truth[train], target.truth)
                                       if plan.pooled else found)
     return predicted
 
 
-def _moved(target: Target, found: np.ndarray, taught: np.ndarray) -> np.ndarray:
-    """Predictions under the share of each class, or the mean, of all people."""
+def moved(target: Target, found: np.ndarray, taught: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """Predictions [n, ...] by people of labels ``taught``, under the share of each class, or the
+    mean, of labels ``to``."""
     if target.kind == "regression":
-        return found + target.truth.mean() - taught.mean()
-    ratio = np.array([(target.truth == k).mean() / (taught == k).mean()
+        return found + to.mean() - taught.mean()
+    ratio = np.array([(to == k).mean() / (taught == k).mean()
                       for k in range(len(target.classes))])
     if target.kind == "binary":
         return found * ratio[1] / (found * ratio[1] + (1 - found) * ratio[0])
-    return found * ratio / (found * ratio).sum(1, keepdims=True)
+    return found * ratio / (found * ratio).sum(-1, keepdims=True)
 
 
 # ---- features ------------------------------------------------------------------------------------
@@ -141,15 +143,28 @@ def beside(values: np.ndarray, covariates: np.ndarray) -> Features:
     return build
 
 
-def design_of(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """float64 [n, c] of columns of str without missing values: numbers, or one of each name."""
+def design_of(columns: dict[str, np.ndarray], names: Sequence[str | None] = ()) -> np.ndarray:
+    """float64 [n, c] of columns of str without missing values: numbers, or one of each name.
+
+    Of the columns in ``names`` numbers are names, too, as those of sites are.
+
+    Raises
+    ------
+    DataError
+        A column has numbers and words.
+    """
     parts = []
-    for values in columns.values():
-        try:
-            parts.append(values.astype(float)[:, None])
-        except ValueError:
-            names = sorted(set(values.tolist()))
-            parts.append((values[:, None] == np.array(names)[None, 1:]).astype(float))
+    for name, values in columns.items():
+        numbers = None if name in names else as_numbers(values)
+        if numbers is not None:
+            parts.append(numbers[:, None])
+            continue
+        found = np.unique(values)
+        words = [value for value in found.tolist() if as_numbers(np.array([value])) is None]
+        if name not in names and len(words) < len(found):
+            raise DataError(f"column {name!r}: {words[0]!r} is no number, others are; correct it, "
+                            f"or add --missing {words[0]} if it stands for nothing")
+        parts.append((values[:, None] == found[None, 1:]).astype(float))
     return np.hstack(parts)
 
 

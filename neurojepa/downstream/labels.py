@@ -7,8 +7,7 @@ without labels, missing values, rows that stand twice.
 
 from __future__ import annotations
 
-import csv
-import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +18,8 @@ from neurojepa.downstream.table import vectors
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.storage import read_bytes
 
-MISSING = {"", "n/a", "na", "nan", "none", "null", "."}  # in any table
 CODES = {"-9", "-99", "-999", "-9999", "-7", "-8", "-77", "-88", "99", "999", "9999", "-4", "-1"}
+WORKBOOK = b"PK"  # how .xlsx and .ods begin
 FAR = 6  # median absolute deviations from the median: a code among numbers, not a value
 _OF_SCANS = ("age", "sex", "brain_ml", "site", "field_strength")  # covariates that embed tells
 
@@ -33,7 +32,7 @@ class People:
     ids: np.ndarray  # str [n], the user's own
     participant: np.ndarray  # str [n], pseudonym
     family: np.ndarray  # str [n]
-    seen: np.ndarray  # bool [n], in the pretraining of the weights
+    seen: np.ndarray | None  # bool [n], in the pretraining of the weights; None: not known
     columns: dict[str, np.ndarray]  # str [n], "" where missing: the table's, then those of scans
     notes: list[str] = field(default_factory=list)  # what did not meet, counted
 
@@ -53,38 +52,33 @@ class People:
     def take(self, chosen: np.ndarray) -> People:
         """The people of an index or mask [n]."""
         return People(self.values[chosen], self.ids[chosen], self.participant[chosen],
-                      self.family[chosen], self.seen[chosen],
+                      self.family[chosen], None if self.seen is None else self.seen[chosen],
                       {name: column[chosen] for name, column in self.columns.items()}, self.notes)
 
 
-def read_rows(uri: str, missing: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Rows of a table of text; "" is a missing value.
+def read_rows(uri: str, missing: Sequence[str], notes: list[str]) -> list[dict[str, str]]:
+    """Rows of a table, read as ``index`` reads tables; "" is a missing value.
+
+    Parameters
+    ----------
+    missing : values that stand for nothing, beside those that do so in any table
+    notes : is added what had to be mended
 
     Raises
     ------
     DataError
         It cannot be read, is no table, or a row has more cells than the header.
     """
-    data = read_bytes(uri)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    first = text.partition("\n")[0]
-    delimiter = max("\t,;", key=first.count)
-    lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-    if len(lines) < 2 or "\0" in text:
+    from data_prep.tables import parse_table
+
+    data, mended = read_bytes(uri), Counter[str]()
+    rows = [] if data.startswith(WORKBOOK) else parse_table(data, uri, mended)
+    if not rows:
         raise DataError(f"{uri}: no table of text with a header and rows; save it as .csv")
-    header, rows = [name.strip() for name in lines[0]], []
-    codes = MISSING | {code.lower() for code in missing}
-    for number, cells in enumerate(lines[1:], 2):
-        if any(cell.strip() for cell in cells[len(header):]):
-            raise DataError(f"{uri} line {number}: more cells than the header has; fix the row")
-        cells = [cell.strip() for cell in cells] + [""] * (len(header) - len(cells))
-        if any(cells):
-            rows.append({name: "" if cell.lower() in codes else cell
-                         for name, cell in zip(header, cells, strict=False)})
-    return rows
+    notes += [f"{count} x {note}" for note, count in sorted(mended.items())]
+    codes = {code.lower() for code in missing}
+    return [{name: "" if cell is None or cell.lower() in codes else cell
+             for name, cell in row.items()} for row in rows]
 
 
 def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
@@ -106,11 +100,12 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
     DataError
         Nobody is in both, or an id stands twice with different values.
     """
-    rows = read_rows(uri, missing)
+    notes = list[str]()
+    rows = read_rows(uri, missing, notes)
     for name in (id_column, session_column):
         if name and name not in rows[0]:
             raise ConfigError(f"{uri}: no column {name!r}; it has {', '.join(rows[0])}")
-    embeddings, notes = _one_modality(embeddings, modality), list[str]()
+    embeddings = _one_modality(embeddings, modality)
     told = _by_key(rows, uri, id_column, session_column, notes)
     groups = _groups(embeddings, session_column is not None)
     names = _pseudonyms({person for person, _ in told}, set(embeddings["cohort"].to_pylist()), key)
@@ -137,8 +132,15 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
         ids=np.array([person for person, _ in order]),
         participant=np.array([row["participant"] for row in first]),
         family=np.array([row["family"] for row in first]),
-        seen=np.array([any(scans[number].get("seen") for number in met[each]) for each in order]),
+        seen=_seen([[scans[number].get("seen") for number in met[each]] for each in order]),
         columns=columns, notes=notes)
+
+
+def _seen(of_scans: list[list[bool | None]]) -> np.ndarray | None:
+    """Whose scans were seen in pretraining, bool [n]; None where it is not known of a scan."""
+    if any(each is None for scans in of_scans for each in scans):
+        return None
+    return np.array([any(scans) for scans in of_scans])
 
 
 def _one_modality(embeddings: pa.Table, modality: str | None) -> pa.Table:

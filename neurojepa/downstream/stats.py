@@ -89,11 +89,14 @@ def auroc(truth: np.ndarray, predicted: np.ndarray) -> float:
 
     Hanley & McNeil 1982.
     """
-    positive, negative = predicted[truth == 1], predicted[truth == 0]
-    if not len(positive) or not len(negative):
+    from scipy.stats import rankdata
+
+    positive = truth == 1
+    number, others = int(positive.sum()), int((~positive).sum())
+    if not number or not others:
         return float("nan")
-    difference = positive[:, None] - negative[None, :]
-    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+    above = rankdata(predicted)[positive].sum() - number * (number + 1) / 2
+    return float(above / (number * others))
 
 
 def participation_ratio(values: np.ndarray) -> float:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from neurojepa.downstream.stats import auroc
 from neurojepa.downstream.study import ALONE, SHUFFLED, WITHOUT, Study
-from neurojepa.downstream.targets import auroc
 from neurojepa.report import BLUE, figure, heading, page, paragraph, section, table, tiles
 
 NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "balanced_accuracy": "balanced accuracy",
@@ -109,6 +109,8 @@ def methods(studies: Sequence[Study], record: dict[str, Any]) -> str:
         f"read out by {models}. Performance was estimated by {record['cv']} (repeats x folds) "
         "nested cross-validation in which members of a family shared a fold. Within each outer "
         "fold, features were standardised and the penalty was chosen by inner cross-validation on "
-        "the other folds alone. Intervals are 95 % percentile intervals of a bootstrap over "
+        "the other folds alone. Before the folds of a repeat were scored together, the predictions "
+        "of each were moved from the class shares (or mean) of those who taught it to those of all "
+        "people. Intervals are 95 % percentile intervals of a bootstrap over "
         f"families and people. Covariates alone ({', '.join(studies[0].covariates)}) and labels "
         f"shuffled among people ({SHUFFLED}) were treated alike." + several)

@@ -11,19 +11,20 @@ a score is the mean over repeats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from neurojepa.downstream.stats import Metric, auroc, mean_absolute_error, r_squared
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.labels import as_numbers
 
 Kind = Literal["binary", "multiclass", "ordinal", "regression"]
-OBVIOUS = ("1", "1.0", "yes", "true", "y")  # positive without being named
+# positive without being named, where this is the other value; 1 and 2 mean either in some cohort
+OBVIOUS = {"1": "0", "1.0": "0.0", "yes": "no", "true": "false", "y": "n"}
 MOST_CLASSES = 20
-Scorer = Callable[[np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def target_of(name: str, values: np.ndarray, positive: Sequence[str] = (),
         return Target(name, "binary", (values == named[0]).astype(float), (negative, named[0]))
     numbers = as_numbers(values)
     if len(found) == 2:
-        obvious = [value for value in found if value.lower() in OBVIOUS]
+        lower = [value.lower() for value in found]
+        obvious = [value for value in found if OBVIOUS.get(value.lower()) in lower]
         if len(obvious) != 1:
             raise ConfigError(f"label {name!r} has {found[0]!r} and {found[1]!r}: which is the "
                               f"positive class? add --positive {found[0]} or {found[1]}")
@@ -75,7 +77,13 @@ def target_of(name: str, values: np.ndarray, positive: Sequence[str] = (),
     if len(found) > MOST_CLASSES:
         raise DataError(f"label {name!r}: {len(found)} different names (first: {found[0]!r}) are "
                         "no classes; is it a column of text?")
-    return Target(name, "multiclass", _places(values, tuple(found)), tuple(found))
+    return classes_of(name, values)
+
+
+def classes_of(name: str, values: np.ndarray) -> Target:
+    """The target that takes each value [n] of str as a class: numbers of sites are names, too."""
+    classes = tuple(sorted(set(values.tolist())))
+    return Target(name, "multiclass", _places(values, classes), classes)
 
 
 def _places(values: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
@@ -84,39 +92,25 @@ def _places(values: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
 
 # ---- scores --------------------------------------------------------------------------------------
 
-def scorers(kind: Kind) -> dict[str, Scorer]:
+def scorers(kind: Kind) -> dict[str, Metric]:
     """The scores of a kind by name, the one that tells most first: (truth [n], predicted)."""
-    named: dict[Kind, dict[str, Scorer]] = {
+    named: dict[Kind, dict[str, Metric]] = {
         "binary": {"auroc": auroc, "auprc": auprc, "balanced_accuracy": _binary_accuracy,
                    "brier": _binary_brier},
         "multiclass": {"auroc": _class_auroc, "balanced_accuracy": _class_accuracy,
                        "brier": _class_brier},
         "ordinal": {"rank_correlation": _level_correlation, "balanced_accuracy": _class_accuracy,
                     "mean_absolute_error": _level_error},
-        "regression": {"r2": _r2, "mean_absolute_error": _mae, "rank_correlation": _rank_r},
+        "regression": {"r2": r_squared, "mean_absolute_error": mean_absolute_error,
+                       "rank_correlation": _rank_r},
     }
     return {name: _over_repeats(scorer) for name, scorer in named[kind].items()}
 
 
-def higher_is_better(metric: str) -> bool:
-    return metric not in ("brier", "mean_absolute_error")
-
-
-def _over_repeats(scorer: Scorer) -> Scorer:
+def _over_repeats(scorer: Metric) -> Metric:
     def mean(truth: np.ndarray, predicted: np.ndarray) -> float:
         return float(np.mean([scorer(truth, predicted[:, r]) for r in range(predicted.shape[1])]))
     return mean
-
-
-def auroc(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Area under the ROC curve by ranks, ties counted half; nan for one class."""
-    from scipy.stats import rankdata
-
-    positive = truth == 1
-    if positive.all() or not positive.any():
-        return float("nan")
-    above = rankdata(predicted)[positive].sum() - positive.sum() * (positive.sum() + 1) / 2
-    return float(above / (positive.sum() * (~positive).sum()))
 
 
 def auprc(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -165,16 +159,7 @@ def _level_correlation(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _level_error(truth: np.ndarray, predicted: np.ndarray) -> float:
-    return _mae(truth, _level(predicted))
-
-
-def _mae(truth: np.ndarray, predicted: np.ndarray) -> float:
-    return float(np.abs(truth - predicted).mean())
-
-
-def _r2(truth: np.ndarray, predicted: np.ndarray) -> float:
-    total = np.square(truth - truth.mean()).sum()
-    return float(1 - np.square(truth - predicted).sum() / total) if total else float("nan")
+    return mean_absolute_error(truth, _level(predicted))
 
 
 def _rank_r(truth: np.ndarray, predicted: np.ndarray) -> float:

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,7 @@ def test_what_a_label_asks_for(values: list[str], how: dict, kind: str,
     (["AD", "AD"], {}, "all 2 people have 'AD'"),
     ([], {}, "nobody has it"),
     (["AD", "CN"], {}, "--positive AD or CN"),
+    (["1", "2"], {}, "--positive 1 or 2"),  # in some cohorts 2 is the case
     (["1", "2"], {"order": ["1", "3"]}, "--order leaves out 2"),
     ([f"text {n}" for n in range(30)], {}, "30 different names"),
 ])
@@ -133,7 +135,24 @@ def test_codes_are_missing_values(embedded: Path) -> None:
     assert found.columns["x"].tolist() == ["", "", "4"]
 
 
+def test_a_table_is_read_as_index_reads_tables(embedded: Path) -> None:
+    write(embedded, {"labels.csv": "id;score\np1;0,5\np2;-\n".encode("utf-16")})
+    found = join(read_embeddings(str(embedded)), str(embedded / "labels.csv"),
+                 key=str(embedded / "key"), id_column="id")
+    assert found.columns["score"].tolist() == ["0.5", ""]
+    assert "1 x labels.csv: is utf-16, not UTF-8: decoded" in found.notes
+
+
+def test_who_taught_is_unknown_where_one_scan_does_not_say(embedded: Path) -> None:
+    rows = pq.read_table(embedded / "embeddings.parquet").to_pylist()
+    rows[5]["seen"] = None  # of p2
+    pq.write_table(pa.Table.from_pylist(rows), embedded / "embeddings.parquet")
+    assert joined(embedded, "id\np2\np3\n").seen is None
+    assert joined(embedded, "id\np0\np3\n").seen.tolist() == [True, False]
+
+
 @pytest.mark.parametrize(("text", "how", "words"), [
+    ("PK\3\4", {}, "save it as .csv"),
     ("id,dx\np1,AD\np1,CN\n", {}, "id 'p1' stands twice, with dx 'AD' and 'CN'"),
     ("id,dx\nq1,AD\n", {}, "none of its 1 ids"),
     ("id,dx\np1,AD\n", {"id_column": "eid"}, "no column 'eid'; it has id, dx"),
@@ -250,12 +269,13 @@ def test_a_signal_is_told_and_shuffled_labels_are_not(label: str, how: dict) -> 
     assert found.gain is not None and found.gain.low > 0 and not found.warnings
 
 
+@pytest.mark.parametrize("sites", [("x", "y"), ("11", "12")])  # numbers of sites are names
 @pytest.mark.parametrize("planted", [True, False])
-def test_a_planted_site_confound_is_caught(planted: bool) -> None:
+def test_a_planted_site_confound_is_caught(planted: bool, sites: tuple[str, str]) -> None:
     values, truth = cohort(signal=0 if planted else 3)
     rng = np.random.default_rng(1)
-    site = np.where(rng.random(90) < (np.where(truth, 0.9, 0.1) if planted else 0.5), "x", "y")
-    values[:, 1] += 4 * (site == "x")
+    site = np.where(rng.random(90) < (np.where(truth, 0.9, 0.1) if planted else 0.5), *sites)
+    values[:, 1] += 4 * (site == sites[0])
     found = study.study(people(values, dx=truth, site=site), "dx", Design(
         folds=3, repeats=1, site="site"))
     assert found.site_told is not None and found.site_told.low > 0.7  # told in both cases
@@ -267,6 +287,50 @@ def test_a_planted_site_confound_is_caught(planted: bool) -> None:
         assert "what is told may be the site" in found.warnings[1]
     else:
         assert found.rows[LEFT_OUT].scores["auroc"].value > 0.8 and not found.warnings
+
+
+def test_many_numbered_sites_and_one_of_few_people() -> None:
+    values, truth = cohort(96)
+    site = np.repeat(np.arange(24), 4).astype(str)  # more than classes of a label may be
+    site[:2] = "99"
+    values[:, 1] += 3 * np.repeat(np.arange(24) % 2, 4)
+    found = study.study(people(values, dx=truth, site=site), "dx", Design(
+        folds=3, repeats=1, site="site"))
+    assert found.site_told is not None and found.num_sites == 23  # not 99 and what it leaves
+    # one of each name: site 20 is not taken for twice site 10
+    assert crossval.design_of({"site": site}, ["site"]).shape == (96, 24)
+
+
+def test_the_site_is_told_above_the_chance_of_those_told_apart() -> None:
+    """Two large sites and eight of two people: chance is a half, not a tenth."""
+    values, truth = cohort(96, signal=0)
+    site = np.array([*("x" if dx else "y" for dx in truth[:80]),
+                     *np.repeat([f"z{n}" for n in range(8)], 2)])
+    found = study.study(people(values, dx=truth, site=site), "dx", Design(
+        folds=3, repeats=1, site="site"))
+    assert found.num_sites == 2 and found.site_told is not None
+    assert 0.1 < found.site_told.low < 0.5
+    assert "goes with the site" in found.warnings[0] and "tells the site" not in found.warnings[0]
+
+
+def test_sites_of_other_shares_are_scored_at_the_threshold_that_was_taught() -> None:
+    """A real signal; 9 of 10 have the diagnosis at one site, 1 of 10 at the other."""
+    rng = np.random.default_rng(0)
+    site = np.repeat(["x", "y"], 60)
+    truth = (rng.random(120) < np.where(site == "x", 0.9, 0.1)).astype(int)
+    values = rng.normal(size=(120, 4))
+    values[:, 0] += 4 * truth
+    left_out = study.study(people(values, dx=truth, site=site), "dx", Design(
+        folds=3, repeats=1, site="site")).rows[LEFT_OUT].scores
+    assert left_out["auroc"].value > 0.95 and left_out["balanced_accuracy"].value > 0.8
+
+
+def test_a_covariate_of_numbers_and_words_is_refused() -> None:
+    values, truth = cohort()
+    age = np.array(["60"] * 89 + ["61y"])
+    with pytest.raises(DataError, match=r"column 'age': '61y' is no number, others are"):
+        study.study(people(values, dx=truth, age=age), "dx",
+                    Design(folds=3, repeats=1, adjust=("age",)))
 
 
 def test_what_is_adjusted_for_is_not_told() -> None:
@@ -293,6 +357,8 @@ def test_people_of_the_pretraining_teach_and_are_not_tested() -> None:
     allowed = study.study(people(values, seen, dx=truth), "dx",
                           Design(folds=3, repeats=1, allow_seen=True))
     assert np.isfinite(allowed.rows[ALONE].predicted).all()
+    unknown = study.study(replace(people(values, dx=truth), seen=None), "dx", QUICK)
+    assert "is not known" in unknown.warnings[0] and len(unknown.warnings) == 1
     assert "--allow-seen" in allowed.warnings[0]
 
 
@@ -331,7 +397,8 @@ def test_the_command_writes_results_a_page_and_predictions_under_own_ids(
     said = capsys.readouterr().out
     assert "1 rows of the table without a scan" in said and "1 of 40 people were seen" in said
     record = json.loads((embedded / "out/results.json").read_text())
-    assert record["schema"] == "neurojepa/probe/1" and "nested" in record["methods"]
+    assert record["schema"] == "neurojepa/probe/1" and "nested" in record["methods"] and (
+        "moved from the class shares" in record["methods"])
     dx = record["results"]["dx"]
     assert dx["classes"] == ["CN", "AD"] and dx["scores"]["embedding"]["auroc"]["low"] > 0.6
     assert dx["people"] == 40 and record["notes"] == ["1 rows of the table without a scan"]
