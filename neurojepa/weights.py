@@ -41,7 +41,7 @@ class Weights:
     step: int
     places: Places | None = None  # what embeddings compare tokens with; None in early exports
     feed: str | None = None  # fingerprint of the feed it was trained on
-    seen: frozenset[str] = frozenset()  # hashes of people and scans of its split train
+    seen: frozenset[str] | None = None  # hashes of people and scans of its split train, if known
 
 
 def export(run_dir: str, out: str, step: int | None = None, compare_with: Feed | None = None
@@ -192,7 +192,7 @@ def load(uri: str) -> Weights:
         ("pooling", "pooling.safetensors"), ("seen", "seen.json")))
     return Weights(model.eval(), config, grid, record["step"],
                    Places.from_tensors(load_tensors(pooling)) if pooling else None,
-                   record["feed"], frozenset(json.loads(seen)) if seen else frozenset())
+                   record["feed"], frozenset(json.loads(seen)) if seen else None)
 
 
 def _companion(uri: str, record: dict[str, Any], name: str, file: str) -> bytes | None:
@@ -208,7 +208,7 @@ def _companion(uri: str, record: dict[str, Any], name: str, file: str) -> bytes 
 
 def untrained(config: RootConfig, grid: Grid) -> Weights:
     """The same architecture at its random initialisation (seeded by train.seed)."""
-    return Weights(build_model(config, grid).eval(), config, grid, 0)
+    return Weights(build_model(config, grid).eval(), config, grid, 0, seen=frozenset())
 
 
 def _card(record: dict[str, Any], method: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -84,7 +84,8 @@ class Model:
         out
             Folder where preparation keeps its work, to go on from there; None: it is not kept.
         modality
-            Of the raw scans, where their names do not say it; of a feed, only these scans.
+            Only these scans of a dataset, a table or a feed; of files, what they all are, where
+            names do not say it.
         cohort
             Of a feed, only the scans of this cohort.
         regions, atlas
@@ -115,8 +116,9 @@ class Model:
             else:
                 prepared = self._prepare(named, out or folder, modality, preset, key, workers)
                 feed = prepared.feed
-                people = feed.index["participant"].to_pylist()
-                rows = np.flatnonzero([person in prepared.ids for person in people])
+                rows = select_rows(feed, modality, None)
+                people = feed.index["participant"].take(rows).to_pylist()
+                rows = rows[[person in prepared.ids for person in people]]
             rows, skipped = self._known(feed, rows)
             where = (load_regions(feed.grid, self.weights.config.model.patch_voxels, atlas)
                      if regions or atlas else None)
@@ -151,9 +153,9 @@ class Model:
                skipped: dict[str, int], progress: Callable[[int, int], None]) -> Embedded:
         found = embed(self.weights.model, self.weights.config, feed, rows, self.weights.places,
                       regions=regions, progress=lambda done: progress(done, len(rows)))
-        seen = np.array([
-            not self.weights.seen.isdisjoint(map(hashed, each))
-            for each in zip(found.participant.tolist(), found.scan_id.tolist(), strict=True)])
+        taught = self.weights.seen
+        seen = [None if taught is None else not taught.isdisjoint(map(hashed, each))
+                for each in zip(found.participant.tolist(), found.scan_id.tolist(), strict=True)]
         return Embedded(tables.embedding_table(found, feed, rows, seen, scans),
                         None if regions is None else tables.region_table(found, regions),
                         scans, feed.fingerprint, skipped)

@@ -29,7 +29,7 @@ from neurojepa.storage import exists, join, local_path, sha256, write_bytes
 
 MODALITIES = ("T1w", "T2w", "FLAIR", "PET", "BOLD")  # a scan is of one of them
 TABLES = (".csv", ".tsv")
-SLICES = (".dcm", ".ima")
+SLICES = (".dcm", ".ima")  # endings
 # words of a name that tell a modality; FLAIR comes first, as it is often called t2_flair
 WORDS = {"FLAIR": {"flair"}, "T1w": {"t1", "t1w", "mprage", "mp2rage", "unit1"},
          "T2w": {"t2", "t2w"}, "PET": {"pet"}, "BOLD": {"bold"}}
@@ -226,8 +226,8 @@ def _description(folder: str) -> str:
     """How the scanner calls a series; empty where it does not."""
     import pydicom
 
-    first = sorted(os.listdir(folder))[0]
-    header = pydicom.dcmread(os.path.join(folder, first), stop_before_pixels=True, force=True)
+    header = pydicom.dcmread(_first(folder, os.listdir(folder)), stop_before_pixels=True,
+                             force=True)
     return f"{header.get('SeriesDescription', '')} {header.get('ProtocolName', '')}"
 
 
@@ -239,10 +239,18 @@ def _images(folder: str) -> list[str]:
 def _series(folder: str) -> list[str]:
     """The folders, this one or below, that hold DICOM slices."""
     return [os.path.abspath(top) for top, _, names in os.walk(folder)
-            if names and _is_slice(os.path.join(top, sorted(names)[0]))]
+            if _is_slice(_first(top, names))]
+
+
+def _first(folder: str, names: Sequence[str]) -> str:
+    """The first file that is no left-over of an operating system; empty where there is none."""
+    paths = (os.path.join(folder, name) for name in sorted(names) if not is_hidden(name))
+    return next(filter(os.path.isfile, paths), "")
 
 
 def _is_slice(path: str) -> bool:
+    if not path:
+        return False
     if path.lower().endswith(SLICES):
         return True
     place, mark = DICOM_MARK

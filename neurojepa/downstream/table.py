@@ -35,16 +35,17 @@ _TOLD = ("status", "reason", "flags", "notes", "message", "scan_id")  # of each 
 _TYPES = {"age": pa.float64(), "field_strength": pa.float64()}
 
 
-def embedding_table(found: Embeddings, feed: Feed, rows: np.ndarray, seen: np.ndarray,
-                    scans: Scans | None = None) -> pa.Table:
+def embedding_table(found: Embeddings, feed: Feed, rows: np.ndarray,
+                    seen: Sequence[bool | None], scans: Scans | None = None) -> pa.Table:
     """One row a scan, in the order of ``rows``; what only the archive knows is null without it.
 
-    ``seen`` [n] says whether the scan or its person was in the pretraining of the weights.
+    ``seen`` [n] says whether the scan or its person was in the pretraining of the weights; None
+    where it is not known.
     """
     columns = {name: feed.index[name].take(rows).combine_chunks() for name in _OF_FEED}
     columns["brain_ml"] = pa.array(feed.index["num_foreground"].to_numpy()[rows]
                                    * feed.grid.spacing_mm**3 / 1000)
-    columns["seen"] = pa.array(seen)
+    columns["seen"] = pa.array(seen, pa.bool_())
     known = {row["scan_id"]: row for row in scans.about.select(
         ["scan_id", *_OF_ARCHIVE]).to_pylist()} if scans else {}
     for name, told in _OF_ARCHIVE.items():

@@ -121,7 +121,10 @@ def test_who_was_in_the_pretraining_is_known_by_person_and_by_scan(trained: Path
     under_another_key = hashed(found["scan_id"][int(np.flatnonzero(split == "train")[0])].as_py())
     assert under_another_key in weights.seen  # a scan is known whatever its person is called
     export(str(trained / "run"), str(trained / "bare"))
-    assert load(str(trained / "bare")).seen == frozenset()
+    bare = load(str(trained / "bare"))
+    assert bare.seen is None  # not known, which is not nobody
+    table = Model(bare, "W", "cpu").embed(str(trained / "feed")).table
+    assert table["seen"].null_count == table.num_rows
 
 
 def test_the_probe_command_writes_scores_of_both_models(trained: Path) -> None:

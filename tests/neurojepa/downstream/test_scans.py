@@ -142,6 +142,16 @@ def test_single_files_are_told_apart_and_a_second_run_prepares_nothing(
     assert one.table.num_rows == 1
 
 
+def test_of_a_dataset_one_modality_is_embedded(model: Model, quick: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "cohort", {
+        "dataset_description.json": "{}", "sub-01/anat/sub-01_T1w.nii.gz": "1",
+        "sub-01/anat/sub-01_T2w.nii.gz": "2"})
+    found = model.embed(folder, modality="T2w", preset="quick", key=str(quick))
+    assert found.table["modality"].to_pylist() == ["T2w"]
+    with pytest.raises(DataError, match=r"no scan with modality FLAIR; it has modality \['T1w'"):
+        model.embed(folder, modality="FLAIR", preset="quick", key=str(quick))
+
+
 def test_a_table_of_files_brings_ids_and_modalities(model: Model, quick: Path,
                                                     tmp_path: Path) -> None:
     write(tmp_path / "scans", {"x.nii.gz": "1", "y.mgz": "2", "files.csv":
@@ -207,6 +217,9 @@ def test_a_modality_that_is_not_told_is_asked_for(name: str) -> None:
 def test_dicom_folders_are_series_and_may_be_named_by_the_scanner(tmp_path: Path) -> None:
     for name, told in (("one", "MPRAGE sag"), ("two", "T2 tse")):
         write_series(tmp_path / name, [0.0, 1.0, 2.0], SeriesDescription=told)
+        (tmp_path / name / ".DS_Store").write_bytes(b"left by macOS")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/notes.txt").symlink_to(tmp_path / "gone")  # as git-annex leaves files
     kind, source, tables = raw._source([str(tmp_path)], str(tmp_path / "out/scans"), None)
     rows = list(csv.DictReader(Path(tables[0]).read_text().splitlines()))
     assert kind == "files" and [row["modality"] for row in rows] == ["T1w", "T2w"]
