@@ -6,11 +6,12 @@
     python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
 
 ``embed`` takes a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of
-files or a feed; it writes embeddings.parquet and more (table.py).  ``probe`` says how well labels
-of a table of yours are told from such embeddings, by nested cross-validation (study.py); or, with
-``--feed``, fits on its split ``train`` and scores its split ``test``, beside the same architecture
-at random initialisation.  It writes results.json and report.html.  ``atoms`` shows in a report.html
-where in the brain each atom of the sparse code fires and which places each expert gets.
+files or a feed; it writes embeddings.parquet and more (table.py).  ``probe EMBEDDINGS`` says how
+well labels of a table of yours are told from embeddings, by nested cross-validation (study.py).
+``probe --feed`` is a quick check of a run: it fits labels of the feed on its split ``train`` and
+scores its split ``test``, beside the same architecture at random initialisation.  Both write
+results.json and report.html.  ``atoms`` shows in a report.html where in the brain each atom of the
+sparse code fires and which places each expert gets.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
                              + (", the same as SCANS" if task == "embed" else ""))
         command.add_argument("--out", required=task != "probe", help="folder for what is written"
                              + (" (default: of EMBEDDINGS)" if task == "probe" else ""))
-        command.add_argument("--modality", help="only this modality; default: all")
+        command.add_argument("--modality", help="only this modality; default: all"
+                             + ("; of files, what they are where names do not say it"
+                                if task == "embed" else ""))
         command.add_argument("--cohort", help="only this cohort; default: all")
         if task == "embed":
             _embed_arguments(command)

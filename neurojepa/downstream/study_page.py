@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from neurojepa.downstream.stats import auroc
-from neurojepa.downstream.study import ALONE, SHUFFLED, WITHOUT, Study
+from neurojepa.downstream.study import ALONE, SHUFFLES, WITHOUT, Study
 from neurojepa.report import BLUE, figure, heading, page, paragraph, section, table, tiles
 
 NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "balanced_accuracy": "balanced accuracy",
@@ -112,5 +112,5 @@ def methods(studies: Sequence[Study], record: dict[str, Any]) -> str:
         "the other folds alone. Before the folds of a repeat were scored together, the predictions "
         "of each were moved from the class shares (or mean) of those who taught it to those of all "
         "people. Intervals are 95 % percentile intervals of a bootstrap over "
-        f"families and people. Covariates alone ({', '.join(studies[0].covariates)}) and labels "
-        f"shuffled among people ({SHUFFLED}) were treated alike." + several)
+        f"families and people. Covariates alone ({', '.join(studies[0].covariates)}) were treated "
+        f"alike, and so were labels shuffled among people, {SHUFFLES} times." + several)
