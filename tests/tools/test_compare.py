@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from data_prep.synth import codes, warp
 from data_prep.synth.anatomy import Anatomy, Levels
 from data_prep.synth.cohort import draw_person
 from neurojepa.downstream.embed import Embeddings
-from neurojepa.errors import ConfigError
+from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import Grid
 from neurojepa.model.build import build_model
 from neurojepa.objective.views import make_views
@@ -21,7 +22,8 @@ from tests.helpers.batches import GRID, make_batch, make_config
 from tools.bench import _compare_table, _people, _recipes, compare
 from tools.bench._compare_run import CANDIDATES, FEW, chosen_rows, few_rows, nearest, retrieved
 from tools.bench._mixing import Mixer, brain_of, registered, split_sources
-from tools.bench._quality_run import head_alone, stored
+from tools.bench._quality_run import finish, head_alone, stored
+from tools.bench._runs import claim
 
 
 def embeddings(values: np.ndarray, people: np.ndarray, modality: np.ndarray,
@@ -130,10 +132,34 @@ def test_arms_share_no_folder_and_a_teacher_costs_a_part_of_the_budget(tmp_path:
 
 
 def test_a_folder_of_other_people_is_refused(tmp_path: Path):
-    compare.claim(compare.QUICK, tmp_path / "work", None)
-    compare.claim(compare.QUICK, tmp_path / "work", None)
+    for _ in range(2):
+        claim(tmp_path / "work", compare.plan_text(compare.QUICK, None))
     with pytest.raises(ConfigError, match="another plan"):
-        compare.claim(compare.QUICK, tmp_path / "work", "s3://other/feed")
+        claim(tmp_path / "work", compare.plan_text(compare.QUICK, "s3://other/feed"))
+
+
+def test_a_feed_that_cannot_be_opened_claims_no_folder(tmp_path: Path):
+    with pytest.raises(DataError, match="nowhere"):
+        compare.run(True, None, str(tmp_path / "work"), feed=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "work").exists()
+
+
+def test_where_nothing_was_made_nothing_is_finished(tmp_path: Path):
+    with pytest.raises(ConfigError, match="holds no runs; leave --finished out"):
+        compare.run(True, None, str(tmp_path / "work"), finished=True)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_students_cost_holds_its_teachers(tmp_path: Path):
+    for name, spent, teacher in (("teacher-0", 30.0, None), ("frozen-teacher-0", 90.0, "teacher-0"),
+                                 ("mae-0", 120.0, None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        finish(folder, {"train_cpu_s": np.array(spent)})
+        (folder / "run.json").write_text(json.dumps(
+            {"teacher": f"elsewhere/{teacher}/weights"} if teacher else {}))
+    assert [_compare_table.cpu_of(tmp_path / name) for name in ("frozen-teacher-0", "mae-0")] == [
+        120.0, 120.0]
 
 
 # ---- recipes on trial ----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from tools.bench._quality_table import (
     figures_of,
     value_of,
 )
+from tools.bench._runs import claim, command
 
 
 def test_overlap_by_hand() -> None:
@@ -91,10 +92,11 @@ def test_no_two_runs_share_a_folder_and_every_method_is_tuned_alike(plan: qualit
 
 
 def test_a_folder_of_another_plan_is_refused(tmp_path: Path) -> None:
-    quality.claim(quality.QUICK, tmp_path / "work")
-    quality.claim(quality.QUICK, tmp_path / "work")
-    with pytest.raises(ConfigError, match="another plan"):
-        quality.claim(quality.FULL, tmp_path / "work")
+    for _ in range(2):
+        claim(tmp_path / "work", "one")
+    with pytest.raises(ConfigError, match="another plan, one; choose another folder"):
+        claim(tmp_path / "work", "other")
+
 
 @pytest.mark.slow(11)
 def test_a_run_that_is_stopped_leaves_no_scores(tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_a_run_that_is_stopped_leaves_no_scores(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe)
     (tmp_path / "run.json").write_text('{"scrambled": false, "head_alone": false}')
     with pytest.raises(NeurojepaError, match=f"status {REQUEUE}"):
-        quality.command(tmp_path / "log.txt", "tools.bench._quality_run", str(tmp_path))
+        command(tmp_path / "log.txt", "tools.bench._quality_run", str(tmp_path))
     assert not (tmp_path / "scores.npz").exists() and not (tmp_path / "weights").exists()
 
 

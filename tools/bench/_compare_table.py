@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,17 @@ from neurojepa.downstream.embed import describe, select_rows
 from neurojepa.downstream.stats import auroc, r_squared
 from neurojepa.errors import DataError
 from neurojepa.feed.format import Feed
-from neurojepa.feed.labels import scan_labels
 from neurojepa.feed.loader import SampleReader
 from tools.bench._compare_run import ATOMS, read_people
 from tools.bench._quality_run import finish
 from tools.bench._quality_table import Arrays, scores_of
+from tools.bench._runs import TRUE_VOLUMES, features_of, tissue_of_codes, true_volumes
 from tools.bench.common import print_table
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 REFERENCE = "MAE with tissue head"
 DRAWS = 1000
-TRUE_VOLUMES = ("brain_ml", "ventricle_ml", "hippocampus_ml", "cortex_gm_ml", "csf_ml",
-                "lesion_ml")
+DIVERGED = "diverged.txt"  # in the folder of such a run, with its last line
 ZONES = {"ventricles": codes.VENTRICLES, "hippocampi": codes.HIPPOCAMPI, "cortex": codes.CORTEX,
          "white matter": codes.WHITE}
 ZONE_SHARE = 0.1  # of the label maps of train that have a structure at a voxel of its zone
@@ -52,9 +52,10 @@ FIGURES = {"place": "place", "place, modality": "place and modality", "scan": "s
 
 def tables(runs: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
     """Print and return all tables, of the runs that are finished."""
-    found = {name: [scores_of(each) for each in folders if (each / "scores.npz").exists()]
+    found = {name: [scores_of(each) | {"train_cpu_s": np.array(cpu_of(each))}
+                    for each in folders if (each / "scores.npz").exists()]
              for name, folders in runs.items()}
-    for each in sorted(folder.glob("*/diverged.txt")):
+    for each in sorted(folder.glob(f"*/{DIVERGED}")):
         print(f"{each.parent.name}: {each.read_text()}")
     found = {name: scores for name, scores in found.items() if scores}
     found = with_atoms(found)
@@ -81,6 +82,13 @@ def tables(runs: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
             "seeds": {name: len(scores) for name, scores in found.items()},
             "people_tested": {name: len(set(scores[0]["age/people"].tolist()))
                               for name, scores in found.items() if "age/people" in scores[0]}}
+
+
+def cpu_of(folder: Path) -> float:
+    """CPU seconds that a finished run was trained for, its teacher's with them."""
+    own = float(scores_of(folder)["train_cpu_s"])
+    teacher = json.loads((folder / "run.json").read_text()).get("teacher")
+    return own + cpu_of(folder.parent / Path(teacher).parent.name) if teacher else own
 
 
 def with_atoms(found: dict[str, list[Arrays]]) -> dict[str, list[Arrays]]:
@@ -194,24 +202,14 @@ def ridges(feed: Feed, folder: Path) -> None:
         except DataError as error:
             print(f"ridge on {name} volumes: left out: {error}")
             continue
-        values = np.concatenate([values, np.log1p(values), values / values.sum(1)[:, None]], 1)
         target.mkdir(parents=True, exist_ok=True)
-        finish(target, read_people(describe(feed, rows, values.astype(np.float32)), feed))
-
-
-def true_volumes(feed: Feed, rows: np.ndarray) -> np.ndarray:
-    people, sessions = (np.array(feed.index[name].to_pylist())[rows].tolist()
-                        for name in ("participant", "session"))
-    table = feed.labels()
-    return np.stack([scan_labels(table, name, people=people, sessions=sessions).astype(float)
-                     for name in TRUE_VOLUMES], 1)
+        finish(target, read_people(describe(feed, rows, features_of(values)), feed))
 
 
 def automatic_volumes(feed: Feed, rows: np.ndarray) -> np.ndarray:
     """[n, 13] ml of the brain mask, and of dark, middle and bright tissue in zones of structures.
 
-    Three classes of intensity by k-means (Lloyd 1982); a structure's zone is where some label maps
-    of train have it.
+    A structure's zone is where some label maps of train have it.
 
     Raises
     ------
@@ -219,15 +217,10 @@ def automatic_volumes(feed: Feed, rows: np.ndarray) -> np.ndarray:
         No scan of train has a label map.
     """
     reader, volumes = SampleReader(feed), []
-    zones, values = zones_of(feed, reader), np.arange(1, 255)
+    zones = zones_of(feed, reader)
     for row in rows.tolist():
         image = reader.image(row)
-        counts = np.bincount(image.ravel(), minlength=256)[1:255].astype(float)
-        centres = np.interp([0.1, 0.45, 0.85], counts.cumsum() / counts.sum(), values)
-        for _ in range(50):
-            nearest = np.abs(values[:, None] - centres).argmin(1)
-            centres = np.array([np.average(values[nearest == k],
-                                           weights=counts[nearest == k] + 1e-9) for k in range(3)])
+        counts, nearest = tissue_of_codes(image)
         kind = np.concatenate([[3], nearest, [3]])[image]  # 3: no brain
         volumes.append([counts.sum(), *(float((kind[zone] == k).sum())
                                         for zone in zones for k in range(3))])

@@ -33,27 +33,23 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neurojepa.config import dump_config, validate
 from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import open_feed
 from tools.bench import _compare_table
+from tools.bench._compare_table import DIVERGED
 from tools.bench._people import Cohort, described, make_people
+from tools.bench._runs import ROOT, claim, command, make_all, write_recipe
 from tools.bench.common import machine
 
-ROOT = Path(__file__).resolve().parents[2]
 RATE = 2e-3
 SINGLE = {"objective.masks": {"scales": [[500, 0.0, 0.001]]}}  # one mask, of single tokens
 MAE = {"objective.method": "mae", "objective.tissue_weight": 1.0}
 TEACHER_SHARE = 0.25  # of the budget
-DIVERGED = "diverged.txt"
+RUN = "tools.bench._compare_run"
 
 
 @dataclass(frozen=True)
@@ -110,8 +106,13 @@ def run(quick: bool, official: str | None, work: str | None = None, feed: str | 
     """Make what is missing, or nothing if ``finished``, and print the tables; returns them."""
     plan = QUICK if quick else FULL
     folder = Path(work or ROOT / "build" / "bench-compare") / ("quick" if quick else "full")
+    if finished and not (folder / "plan.json").exists():
+        raise ConfigError(f"--finished: {folder} holds no runs; leave --finished out to make them, "
+                          "or name the folder of others by --work")
+    if feed:
+        open_feed(feed)  # before the folder is claimed for it
     print(machine())
-    claim(plan, folder, feed)
+    claim(folder, plan_text(plan, feed))
     if not finished:
         measure(plan, folder, feed)
     runs = folder / "runs"
@@ -121,35 +122,22 @@ def run(quick: bool, official: str | None, work: str | None = None, feed: str | 
 
 def measure(plan: Plan, work: Path, feed: str | None = None) -> None:
     """All runs of a plan, below ``work``; of a feed at hand or of the plan's people."""
-    cores = len(os.sched_getaffinity(0))
     if feed is None:
         assert plan.cohort is not None
-        feed = make_people(plan.cohort, work, cores)
+        feed = make_people(plan.cohort, work, len(os.sched_getaffinity(0)))
     _compare_table.ridges(open_feed(feed), work / "runs")
     jobs = [job for seed in plan.seeds for arm in plan.arms
             for job in jobs_of(plan, work, arm, seed)]
     teachers = [job for job in jobs if job.folder.name.startswith("teacher")]
     runner = Runner(feed, work)
     for stage in (teachers, [job for job in jobs if job not in teachers]):
-        runner.make(stage, cores)
+        runner.make(stage)
 
 
-def claim(plan: Plan, work: Path, feed: str | None) -> None:
-    """Make ``work`` this plan's, or check that it is; more seeds and arms may come later.
-
-    Raises
-    ------
-    ConfigError
-        It holds the runs of another plan.
-    """
-    of = {"people": feed or (plan.cohort and described(plan.cohort)), "seconds": plan.seconds}
-    text = json.dumps(of, indent=1)
-    file = work / "plan.json"
-    if file.exists() and file.read_text() != text:
-        raise ConfigError(f"--work {work}: holds runs of another plan, {file.read_text()}; choose "
-                          "another folder or delete it")
-    work.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+def plan_text(plan: Plan, feed: str | None) -> str:
+    """What a folder of runs is made for; more seeds and arms may come later."""
+    return json.dumps({"people": feed or (plan.cohort and described(plan.cohort)),
+                       "seconds": plan.seconds}, indent=1)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -170,20 +158,16 @@ def jobs_of(plan: Plan, work: Path, name: str, seed: int) -> list[Job]:
 
 
 class Runner:
-    """Makes runs, as many at once as there are cores, each in a process of one thread."""
+    """Makes runs, each in a process of one thread."""
 
     def __init__(self, feed: str, work: Path) -> None:
         self.feed, self.work = feed, work
+        self.patch = round(18 / open_feed(feed).grid.spacing_mm)  # tokens of 18 mm
 
-    def make(self, jobs: list[Job], cores: int) -> None:
+    def make(self, jobs: list[Job]) -> None:
         """Those that are not finished."""
-        missing = [job for job in jobs if not any(
-            (job.folder / name).exists() for name in ("scores.npz", DIVERGED))]
-        began = time.monotonic()
-        with ThreadPoolExecutor(cores) as pool:
-            for done, name in enumerate(pool.map(self._make, missing), 1):
-                minutes = (time.monotonic() - began) / 60
-                print(f"run {done}/{len(missing)} {name}: {minutes:.1f} min so far", flush=True)
+        make_all([job for job in jobs if not any(
+            (job.folder / name).exists() for name in ("scores.npz", DIVERGED))], self._make)
 
     def _make(self, job: Job) -> str:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +178,7 @@ class Runner:
         steps = self._steps(job) if job.arm.trained else 1
         self._write(job, steps, job.folder)
         try:
-            command(job.folder / "log.txt", str(job.folder))
+            command(job.folder / "log.txt", RUN, str(job.folder))
         except NeurojepaError:
             last = (job.folder / "log.txt").read_text().strip().rpartition("\n")[2]
             if "training diverged" not in last:
@@ -210,44 +194,10 @@ class Runner:
             folder = job.folder / "cost"
             self._write(job, 1000, folder)
             (folder / "run.json").write_text((job.folder / "run.json").read_text())
-            command(folder / "log.txt", str(folder), "--cost")
+            command(folder / "log.txt", RUN, str(folder), "--cost")
             file.write_text((folder / "log.txt").read_text().splitlines()[-1])
         return max(10, round(job.seconds / float(file.read_text()) / 10) * 10)
 
     def _write(self, job: Job, steps: int, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        tree = {
-            "data": {"feed": self.feed, "read_threads": 2},
-            "model": {"size": "tiny", "patch_voxels": open_patch(self.feed), "token_budget": 416},
-            "objective": {"sparse": {"l1_warmup_steps": steps // 10}},
-            "optim": {"lr": job.arm.rate, "warmup_steps": steps // 10, "ema": 0.99},
-            "train": {"steps": steps, "global_batch": 8, "micro_batch": 8, "seed": job.seed,
-                      "dtype": "fp32", "keep_last": 1, "log_every": 20,
-                      "checkpoint_every": max(steps // 8, 1)},
-            "run": {"dir": str(folder / "run")}}
-        for dotted, value in job.arm.recipe.items():
-            *parents, leaf = dotted.split(".")
-            node: dict[str, Any] = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = value
-        (folder / "recipe.yaml").write_text(dump_config(validate(tree, str(folder))))
-
-
-def open_patch(feed: str) -> int:
-    """Voxels along a token of 18 mm."""
-    return round(18 / open_feed(feed).grid.spacing_mm)
-
-
-def command(log: Path, *arguments: str) -> None:
-    """Make a run on one thread, in huge pages (a step saves a tenth); its output goes to a file."""
-    with open(log, "w") as file:
-        done = subprocess.run([sys.executable, "-m", "tools.bench._compare_run", *arguments],
-                              cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1",
-                                   "THP_MEM_ALLOC_ENABLE": "1"})
-    if done.returncode:
-        raise NeurojepaError(f"{arguments[0]}: the run ended with status {done.returncode}; see "
-                             f"{log}")
-
-
+        write_recipe(folder, self.feed, steps=steps, rate=job.arm.rate, seed=job.seed,
+                     overrides={"model.patch_voxels": self.patch} | job.arm.recipe)

@@ -33,22 +33,15 @@ table.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neurojepa.config import dump_config, validate
-from neurojepa.downstream.embed import Embeddings, select_rows
+from neurojepa.downstream.embed import describe, select_rows
 from neurojepa.downstream.stats import mean_absolute_error
-from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import Feed, open_feed
 from neurojepa.feed.loader import SampleReader
 from tools.bench._quality_table import (
@@ -62,13 +55,20 @@ from tools.bench._quality_table import (
     scores_of,
     show,
 )
+from tools.bench._runs import (
+    ROOT,
+    claim,
+    command,
+    features_of,
+    make_all,
+    tissue_of_codes,
+    true_volumes,
+    write_recipe,
+)
 from tools.bench.common import machine, print_table
 
-ROOT = Path(__file__).resolve().parents[2]
 COHORT_SEED = 1
 KEY = "anatomies of the quality table 2683"
-TRUE_VOLUMES = ("brain_ml", "ventricle_ml", "hippocampus_ml", "cortex_gm_ml", "csf_ml",
-                "lesion_ml")
 CNN_LABELS = {"age": "age", "diagnosis": "diagnosis", "sex": "sex", "lesions": "lesion_ml"}
 METHODS: dict[str, dict[str, Any]] = {
     "sparse JEPA": {},
@@ -162,28 +162,12 @@ def measure(plan: Plan, work: Path) -> dict[str, Any]:
 def prepared(plan: Plan, work: Path) -> Feed:
     """The plan's feed below ``work``, and the scores of what needs no training."""
     print(machine())
-    claim(plan, work)
+    text = json.dumps(asdict(plan))
+    print(text)
+    claim(work, text)
     feed = open_feed(make_feed(plan, work))
     ridges(feed, work)
     return feed
-
-
-def claim(plan: Plan, work: Path) -> None:
-    """Make ``work`` this plan's, or check that it is.
-
-    Raises
-    ------
-    ConfigError
-        It holds the runs of another plan.
-    """
-    text = json.dumps(asdict(plan))
-    print(text)
-    file = work / "plan.json"
-    if file.exists() and file.read_text() != text:
-        raise ConfigError(f"--work {work}: holds runs of another plan, {file.read_text()}; choose "
-                          "another folder or delete it")
-    work.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -226,53 +210,19 @@ class Runs:
 
     def make(self, jobs: list[Job]) -> None:
         """Those that are not finished."""
-        jobs = [each for each in jobs if not (each.folder / "scores.npz").exists()]
-        began, cores = time.monotonic(), len(os.sched_getaffinity(0))
-        with ThreadPoolExecutor(cores) as pool:
-            for done, name in enumerate(pool.map(self._make, jobs), 1):
-                minutes = (time.monotonic() - began) / 60
-                left = minutes / done * (len(jobs) - done)
-                print(f"run {done}/{len(jobs)} {name}: {minutes:.1f} min so far, about {left:.0f} "
-                      "min left of this stage", flush=True)
+        make_all([each for each in jobs if not (each.folder / "scores.npz").exists()], self._make)
 
     def _make(self, each: Job) -> str:
-        folder, plan = each.folder, self.plan
-        folder.mkdir(parents=True, exist_ok=True)
-        tree = {
-            "data": {"feed": self.feed, "modalities": ["T1w", "T2w", "FLAIR"], "read_threads": 2},
-            "model": {"size": "tiny", "patch_voxels": 6, "token_budget": 416},
-            "objective": {"sparse": {"l1_warmup_steps": plan.steps // 10}},
-            "optim": {"lr": each.rate, "warmup_steps": plan.steps // 10, "ema": 0.99},
-            "train": {"steps": plan.steps, "global_batch": plan.batch, "micro_batch": plan.batch,
-                      "seed": each.seed, "dtype": "fp32", "keep_last": 1, "log_every": 20,
-                      "checkpoint_every": max(plan.steps // 8, 1)},
-            "run": {"dir": str(folder / "run")}}
-        for dotted, value in each.overrides.items():
-            *parents, leaf = dotted.split(".")
-            node: dict[str, Any] = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = value
-        (folder / "recipe.yaml").write_text(dump_config(validate(tree, str(folder))))
+        folder = each.folder
+        write_recipe(folder, self.feed, steps=self.plan.steps, rate=each.rate, seed=each.seed,
+                     overrides={"data.modalities": ["T1w", "T2w", "FLAIR"]} | each.overrides,
+                     batch=self.plan.batch)
         (folder / "run.json").write_text(json.dumps({
             "scrambled": each.scrambled, "head_alone": each.head_alone}))
         if each.untrained:
             (folder / "untrained").touch()
         command(folder / "log.txt", "tools.bench._quality_run", str(folder))
         return folder.name
-
-
-def command(log: Path | None, *arguments: str) -> None:
-    """Run a module on one thread, in huge pages (a step saves a tenth); its output goes to a file,
-    or to ours."""
-    with open(log or os.devnull, "w") as file:
-        done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT,
-                              stdout=file if log else None, stderr=subprocess.STDOUT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1",
-                                   "THP_MEM_ALLOC_ENABLE": "1"})
-    if done.returncode:
-        raise NeurojepaError(f"{' '.join(arguments[:2])} ended with status {done.returncode}; see "
-                             f"{log or 'above'}")
 
 
 def make_feed(plan: Plan, work: Path) -> str:
@@ -301,32 +251,20 @@ def ridges(feed: Feed, work: Path) -> None:
     from tools.bench._quality_run import finish, probed
 
     rows = select_rows(feed, "T1w", None)
-    column = {name: np.array(feed.index[name].to_pylist())[rows] for name in (
-        "scan_id", "participant", "family", "session", "modality", "split")}
-    known = Embeddings(values=np.zeros((len(rows), 1)), **column)
-    true = np.stack([known.labels(feed.labels(), name) for name in TRUE_VOLUMES], 1).astype(float)
-    for name, values in (("ridge-automatic", tissue_volumes(feed, rows)), ("ridge-true", true)):
+    for name, values in (("ridge-automatic", tissue_volumes(feed, rows)),
+                         ("ridge-true", true_volumes(feed, rows))):
         folder = work / "runs" / f"{name}-0"
         if not (folder / "scores.npz").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            values = np.concatenate([values, np.log1p(values), values / values.sum(1)[:, None]], 1)
-            finish(folder, probed(Embeddings(values=values.astype(np.float32), **column), feed))
+            finish(folder, probed(describe(feed, rows, features_of(values)), feed))
 
 
 def tissue_volumes(feed: Feed, rows: np.ndarray) -> np.ndarray:
-    """[n, 4] ml of the brain mask and of dark, middle and bright tissue in each prepared T1w.
-
-    Three classes of intensity by k-means (Lloyd 1982) on its histogram, from fixed quantiles.
-    """
-    reader, volumes, values = SampleReader(feed), [], np.arange(1, 255)
+    """[n, 4] ml of the brain mask and of dark, middle and bright tissue in each prepared T1w."""
+    reader, volumes = SampleReader(feed), []
     for row in rows.tolist():
-        counts = np.bincount(reader.image(row).ravel(), minlength=256)[1:255].astype(float)
-        centres = np.interp([0.1, 0.45, 0.85], counts.cumsum() / counts.sum(), values)
-        for _ in range(50):
-            nearest = np.abs(values[:, None] - centres).argmin(1)
-            centres = np.array([np.average(values[nearest == k], weights=counts[nearest == k]
-                                           + 1e-9) for k in range(3)])
-        volumes.append([counts.sum(), *(counts[nearest == k].sum() for k in range(3))])
+        counts, kind = tissue_of_codes(reader.image(row))
+        volumes.append([counts.sum(), *(counts[kind == k].sum() for k in range(3))])
     return np.array(volumes) * feed.grid.spacing_mm**3 / 1000
 
 
