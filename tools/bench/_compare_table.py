@@ -23,6 +23,7 @@ from tools.bench.common import print_table
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 REFERENCE = "MAE with tissue head"
+CONTROLS = ("random init", "tissue head alone", REFERENCE)  # that others are compared with
 DRAWS = 1000
 DIVERGED = "diverged.txt"  # in the folder of such a run, with its last line
 ZONES = {"ventricles": codes.VENTRICLES, "hippocampi": codes.HIPPOCAMPI, "cortex": codes.CORTEX,
@@ -71,9 +72,9 @@ def tables(runs: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
         for name, row in show.items()])
     primary = compared(found)
     print("\nprimary endpoint, in standard deviations between methods, and 95 % intervals")
-    print_table(("", "seeds", "value", "above random init", f"above {REFERENCE}"), [
-        (name, len(found[name]), *(_interval(row.get(key)) for key in (
-            "value", "random init", REFERENCE))) for name, row in primary.items()])
+    print_table(("", "seeds", "value", *(f"above {name}" for name in CONTROLS)), [
+        (name, len(found[name]), *(_interval(row.get(key)) for key in ("value", *CONTROLS)))
+        for name, row in primary.items()])
     figures = {name: {title: _mean([scores[key] for scores in each if key in scores])
                       for title, key in FIGURES.items()} for name, each in found.items()}
     print("\nwhat tokens and people differ by: shares of the variance of brain tokens, and ranks")
@@ -129,7 +130,7 @@ def compared(found: dict[str, list[Arrays]]) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for k, name in enumerate(methods):
         rows[name] = {"value": _with_interval(value[k], drawn[:, k])}
-        for other in ("random init", REFERENCE):
+        for other in CONTROLS:
             if other in methods and other != name:
                 j = methods.index(other)
                 rows[name][other] = _with_interval(value[k] - value[j], drawn[:, k] - drawn[:, j])

@@ -10,8 +10,7 @@ Frozen before the first result:
   budget     equal CPU seconds of training: steps are the budget over the measured CPU seconds of a
              step of each recipe.  A frozen teacher's training counts: a quarter of the budget
   tuning     none here: rate 5e-4 for the present sparse JEPA and 2e-3 for all else, as val chose
-             among 5e-4, 1e-3, 2e-3 for the table of quality.py; new recipes take MAE's rate, but
-             1e-3 under a shared code, which diverged at 2e-3 before it had a result
+             among 5e-4, 1e-3, 2e-3 for the table of quality.py; new recipes take MAE's rate
   seeds      0, 1, 2 of weights, order and masks; of a first look 0 alone
   probes     on embeddings as users get them (downstream/pooling.py), or on atoms pooled alike:
              ridge and logistic, from 500 and from 100 people; nearest people; T1w to T2w and FLAIR;
@@ -20,6 +19,8 @@ Frozen before the first result:
              between the methods of the table
   interval   95 %, 1000 draws of source person, then person in it, and seed; paired differences to
              MAE with the tissue head
+
+Departures, such as the rate of a shared code, are told in docs/results/compare.md.
 
 What is on trial and not in the package stands in _recipes.py.  Beside them: ridge on volumes that
 a simple program finds (_compare_table.py) and on the true ones.
