@@ -9,14 +9,13 @@ file's time.  A study is the name without its date.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from data_prep.delimited import decoded, delimiter, header_cells, records
 from data_prep.identity import pseudonym
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.storage import sha256
@@ -104,11 +103,17 @@ def _study_and_date(file: Path) -> tuple[str, str]:
 def _read(file: Path, study: str, date: str, cohort: str | None) -> WithdrawalList:
     try:
         data = file.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
-    rows = [(number, [cell.strip() for cell in row])
-            for number, row in enumerate(csv.reader(io.StringIO(text)), 1) if any(row)]
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    text, encoding = decoded(data)
+    if encoding.startswith("damaged"):
+        raise DataError(f"{file}: is {encoding}; fetch it again, or save it as UTF-8")
+    lines = re.split(r"\r\n|\n|\r", text)
+    top = next(filter(str.strip, lines), "")
+    mark = delimiter(top, file.name)
+    rows = [(record.line, [cell.strip() for cell in record.cells])
+            for record in records(lines, mark, len(header_cells(top, mark)))
+            if any(record.cells)]
     header = rows[0][1] if rows else []
     if bare := "cohort" not in header:
         people = _bare(file, [row for row in rows if row[1] != header

@@ -178,6 +178,18 @@ def test_the_newest_list_of_each_study_counts(tmp_path: Path):
         read_lists([str(tmp_path)], "ukb")
 
 
+@pytest.mark.parametrize("text", [
+    "cohort;participant\na;7\nb;8\n", "cohort\tparticipant\r\na\t7\r\nb\t8\r\n",
+    '"cohort","participant"\r"a","7"\r"b","8"\r'])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
+def test_lists_as_spreadsheets_save_them(tmp_path: Path, text: str, encoding: str):
+    (tmp_path / "left.csv").write_bytes(text.encode(encoding))
+    assert read_lists([str(tmp_path / "left.csv")])[0].people == [("a", "7"), ("b", "8")]
+    (tmp_path / "left.csv").write_bytes(text.encode("utf-16") + b"x")
+    with pytest.raises(DataError, match="is damaged utf-16; fetch it again"):
+        read_lists([str(tmp_path / "left.csv")])
+
+
 @pytest.mark.parametrize("text, message", [
     ("cohort,participant\n", "names nobody"), ("", "names nobody"), ("eid\n", "names nobody"),
     ("cohort,participant\na,7\nb,\n", "line 3: needs the columns"),
