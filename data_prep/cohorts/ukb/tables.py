@@ -18,7 +18,7 @@ from data_prep.tables import as_float
 from data_prep.wide import read_columns
 
 _COLUMN = re.compile(r"(?:participant\.)?p(\d+)(?:_i(\d+))?(?:_a\d+)?$|(\d+)-(\d+)\.\d+$"
-                     r"|(?:x\.?|f\.)(\d+)[._](\d+)[._]\d+$|(?:[nst]|\w+_f)_?(\d+)_(\d+)_\d+$",
+                     r"|(?:x\.?|f\.)(\d+)[._](\d+)[._]\d+$|(?:[ns]|ts|\w+_f)_?(\d+)_(\d+)_\d+$",
                      re.IGNORECASE)
 _TITLE = re.compile(r"(.+?)(?: \| instance (\d+))?(?: \| array \d+)?$")
 _EID = ("eid", "participant.eid", "f.eid", "n_eid", "participant id")

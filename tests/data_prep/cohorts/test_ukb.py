@@ -176,6 +176,14 @@ def test_codes_and_words_of_all_programs_say_the_same(tmp_path: Path, other: str
     assert source.columns["ukb1.csv"]["31-0.0"] == "sex"
 
 
+def test_ages_come_from_the_dates_of_a_stata_extract(tmp_path: Path):
+    root = write(tmp_path, {"1000001_20252_2_0.zip": package(T1), "ukb.csv":
+                            "n_eid,n_34_0_0,n_52_0_0,ts_53_2_0\n1000001,1955,7,2016-07-02\n"})
+    people, source = read(root)
+    assert only(people["1000001"]).age_at_scan == 61
+    assert source.columns["ukb.csv"]["ts_53_2_0"] == "date at visit 2"
+
+
 def test_words_that_differ_are_still_a_contradiction(tmp_path: Path):
     root = write(tmp_path, {"1000001_20252_2_0.zip": package(T1), "a.csv": "eid,p31\n1000001,0\n",
                             "b.csv": "eid,p31\n1000001,Male\n"})
