@@ -97,7 +97,8 @@ class Flag(_Code):
         "repetition time does not hold and there are no ALFF and fALFF",
         "nothing for a sparse acquisition; else write RepetitionTime and remove VolumeTiming")
     NO_TR = (
-        "no_tr", "no repetition time is known, so there are no ALFF and fALFF",
+        "no_tr", "no repetition time is known that holds for all volumes, so there are no ALFF and "
+        "fALFF",
         "write RepetitionTime in seconds into the sidecar")
     SHORT_SERIES = (
         "short_series", "too few volumes or seconds for ALFF and fALFF",

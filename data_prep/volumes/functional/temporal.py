@@ -62,7 +62,7 @@ def make_plan(count: int, *, tr_s: float | None, whole: np.ndarray, motion: Moti
         reason = (f"{used} volumes, at least {MIN_ALFF_VOLUMES} and {MIN_ALFF_S:g} s are needed")
         plan.flags.append(Flag.SHORT_SERIES)
     elif not tr_s:
-        reason = "no repetition time in header or sidecar"
+        reason = "no repetition time that holds for all volumes"
         plan.flags.append(Flag.NO_TR)
     elif 0.5 / tr_s < BAND_HZ[1]:
         reason = f"a repetition time of {tr_s:g} s does not reach {BAND_HZ[1]} Hz"

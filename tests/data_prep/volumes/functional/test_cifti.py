@@ -230,6 +230,7 @@ def test_volume_timing_gives_no_alff_from_the_headers_time(tmp_path, axis, serie
                        facts={"VolumeTiming": [0, 2, 9]})
     assert set(found.maps) == {"BOLD", "tSNR"} and found.figures["bold_tr_s"] is None
     assert set(found.flags) == {"volume_timing", "no_tr"}
+    assert found.figures["alff_reason"] == "no repetition time that holds for all volumes"
 
 
 # ---- the archive grid ----------------------------------------------------------------------------
