@@ -29,7 +29,7 @@ MISSING = {"", "n/a", "na", "nan", "none", "null", "n.a.", "#n/a", "<na>", "#nul
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".dat", ".parquet")
 _ROWS = 4096
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f]")
-_POINTERS = (b"version https://git-lfs", b"/annex/objects/")
+POINTERS = (b"version https://git-lfs", b"/annex/objects/")  # how the text in a file's place begins
 _ROWS_AT_ONCE = 10_000
 _SIGNED = r"[+-]?"
 _THOUSANDS = re.compile(_SIGNED + r"[1-9]\d{0,2}(,\d{3})+(\.\d+)?")
@@ -103,7 +103,7 @@ def parse_table(data: bytes, uri: str, notes: Counter[str] | None = None) -> lis
     """
     if data.startswith(b"PAR1"):
         return list(parquet_rows(io.BytesIO(data), lambda name: True))
-    if data.startswith(_POINTERS):
+    if data.startswith(POINTERS):
         raise DataError(f"{uri}: a pointer of git-annex or git-lfs, not the table; download its "
                         "content first")
     said: Counter[str] = Counter() if notes is None else notes

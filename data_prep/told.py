@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-import numpy as np
 import pyarrow as pa
+
+from data_prep.tables import as_float
 
 _MOST = 40  # names on a line; a questionnaire may have thousands
 
@@ -32,7 +33,8 @@ def tell_labels(labels: pa.Table) -> None:
         own = labels.filter(pa.compute.equal(labels["name"], name))
         people = len(own["participant"].unique())
         values = own["value"].unique().to_pylist()
-        kinds = "" if _are_numbers(values) else f", {len(values)} classes"
+        are_numbers = all(as_float(value) is not None for value in values)
+        kinds = "" if are_numbers else f", {len(values)} classes"
         told.append(f"{name} ({people} people{kinds})")
     print(f"  labels: {_some(told) if told else 'none'}")
 
@@ -40,11 +42,3 @@ def tell_labels(labels: pa.Table) -> None:
 def _some(names: list[str]) -> str:
     more = len(names) - _MOST
     return ", ".join(names[:_MOST]) + (f" and {more} more" if more > 0 else "")
-
-
-def _are_numbers(values: list[str]) -> bool:
-    try:
-        np.array(values).astype(float)
-    except ValueError:
-        return False
-    return True

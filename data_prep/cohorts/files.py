@@ -35,7 +35,6 @@ _NEEDED = ("file", "participant_id", "modality")
 _FILES = ("file", "mask", "labels")  # columns that hold a path
 _OWN = {*_FILES, "modality", "tracer"}  # of the scan, not of the person
 _CIFTI = re.compile(r"\.(d(tseries|scalar|label)\.nii)$", re.IGNORECASE)
-_OWN_NAMES = {name: name for name in _OWN}
 _SUFFIXES = {modality: suffix for suffix, modality in MODALITIES.items()}
 Line = tuple[str, Cells]  # where it stands, for errors
 
@@ -72,7 +71,7 @@ def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
 def _lines(uri: str, source: Source) -> Iterator[Line]:
     rows = parse_table(read_bytes(uri), uri, source.notes)
     for number, row in enumerate(rows):
-        rows[number] = {_OWN_NAMES.get(words.plain(name), name): value
+        rows[number] = {plain if (plain := words.plain(name)) in _OWN else name: value
                         for name, value in row.items()}
     about = [{name: value for name, value in row.items() if name not in _OWN} for row in rows]
     columns = Columns(about, dictionary_of(uri, source.notes), name=uri.rsplit("/", 1)[-1],

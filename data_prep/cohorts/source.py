@@ -16,10 +16,10 @@ from typing import Any, Protocol, TypeVar
 
 from data_prep.cohorts.left_out import LeftOut, first_hidden
 from data_prep.scan import Scan
+from data_prep.tables import POINTERS
 from neurojepa.errors import DataError
 from neurojepa.storage import is_local, join, open_store, read_bytes, store_errors
 
-POINTERS = (b"version https://git-lfs", b"/annex/objects/")  # how the text in a file's place begins
 POINTER_BYTES = range(20, 1000)  # an LFS pointer has about 130 bytes, one of git-annex 60 to 300
 REQUESTS = 16  # under way at once, of files whose opening costs several each
 T = TypeVar("T")
