@@ -26,7 +26,7 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -108,6 +108,7 @@ class Supervisor:
     _lease: Lease | None = field(default=None, init=False)
     _lost: LeaseLost | None = field(default=None, init=False)
     _world: World | None = field(default=None, init=False)
+    _left: World | None = field(default=None, init=False)  # of the last owner, not taken over
     _members: Membership | None = field(default=None, init=False)
     _stragglers: Stragglers = field(default_factory=Stragglers, init=False)
     _current: Launch = field(init=False)  # the launch, without hosts that are left out
@@ -128,17 +129,19 @@ class Supervisor:
             It gave up, or the run is being trained by someone else already.
         """
         self._lease = take(self.run_dir.uri, "supervisor", self._patience, self._adopt)
-        if self._world is None:
-            self._refuse_running()
         keeper = Keeper(self._lease, self._said, self._on_lost, self._on_stop)
         try:
+            if self._left is not None:
+                self._left.end()
+            if self._world is None:
+                self._refuse_running()
             with self._stop_on_signal(), tempfile.TemporaryDirectory(
                     prefix="supervise-") as scratch:
                 return self._to_end(Path(scratch))
         finally:
             keeper.close()
             if self._lost is None:
-                self._patience(self._lease.release)
+                self._lease.release()
 
     def _to_end(self, scratch: Path) -> int:
         budget, restarts = Budget(self.max_restarts, self.retry_s), 0
@@ -209,7 +212,8 @@ class Supervisor:
     # ---- owning the run --------------------------------------------------------------------------
 
     def _adopt(self, last: Owner, said: dict[str, Any]) -> bool:
-        """Go on with the processes that the last owner left, or end them."""
+        """Go on with the processes that the last owner left; others are ended once we own the run.
+        """
         attempt = str(said.get("attempt", ""))
         if not attempt.isalnum():  # it is part of a remote command line
             return False
@@ -223,7 +227,7 @@ class Supervisor:
             return True
         print(f"ending attempt {world.number} of the {last}, which was started otherwise",
               flush=True)
-        world.end()
+        self._left = world
         return False
 
     def _fingerprint(self) -> str:
@@ -249,7 +253,7 @@ class Supervisor:
     def _attempt(self, scratch: Path) -> Outcome:
         """Start the launcher (or take up an adopted attempt), watch it to its end, and leave no
         process of it behind."""
-        world, self._world = self._world, None
+        world = self._world
         before = self._patience(self.run_dir.heartbeats)
         log: Path | None = None
         if world is None:
@@ -261,10 +265,13 @@ class Supervisor:
             self._start(world, log, scratch)
         else:
             before = []
+        self._attempts += 1
         progress = Progress(before, self.last_step)
-        self._world = world
         try:
             hung = self._watch(world, progress)
+        except LeaseLost as error:  # a write has met it before the keeper looked
+            self._lost = error
+            raise
         finally:
             if self._lost is None:
                 world.end()
@@ -286,7 +293,6 @@ class Supervisor:
         lease = self._lease
         if self._attempts:  # what hosts that could not be reached still run writes no more
             self._patience(lease.advance)
-        self._attempts += 1
         self._event("started", self._patience(self.run_dir.committed_step), attempt=world.number,
                     **({"hosts": world.hosts} if world.hosts else {}))
         self._world = world
@@ -306,7 +312,6 @@ class Supervisor:
             if self._lost is not None:
                 raise self._lost
             if gone := world.gone_hosts():
-                world.signal(signal.SIGKILL)
                 self._event("host_lost", progress.step, hosts=gone)
                 return False
             if self._stop_signals and not asked_at:
@@ -353,9 +358,8 @@ class Supervisor:
         text = report(states, guilty, why)
         print(text, flush=True)
         name = f"logs/attempt-{world.number}.stacks.txt"
-        self._patience(lambda: write_bytes(join(self.run_dir.uri, name), text.encode()))
+        self._write(name, lambda: write_bytes(join(self.run_dir.uri, name), text.encode()))
         by_rank = {item.rank: item.state for item in states}
-        world.signal(signal.SIGKILL)
         self._event("hang", progress.step, silent_s=round(progress.silent_s, 1),
                     limit_s=round(limit_s, 1), culprits=guilty, why=why, stacks=name,
                     ranks=[{**vars(beat), "state": by_rank.get(beat.rank)}
@@ -395,17 +399,21 @@ class Supervisor:
         row = {"time": time.time(), "event": event, "step": step, "by": "supervisor", **fields}
         uri = join(self.run_dir.uri, "events.jsonl")
         append = self._lease.append if self._lease else append_rows
-        while True:
-            try:
-                self._patience(lambda: append(uri, [row]))
-                break
-            except DataError as error:  # what happened must not be lost: wait for room
-                if not no_space(error) or self._stop_signals > 1:
-                    raise
-                print(f"cannot write the event {event}: {error}", flush=True)
-                time.sleep(ROOM_S)
+        self._write(f"the event {event}", lambda: append(uri, [row]))
         shown = {key: value for key, value in fields.items() if key not in ("ranks", "log")}
         print(f"{event} at step {step} {shown}", flush=True)
+
+    def _write(self, what: str, write: Callable[[], None]) -> None:
+        """Write what must not be lost: where the disk is full, wait for room."""
+        while True:
+            try:
+                self._patience(write)
+                return
+            except DataError as error:
+                if not no_space(error) or self._stop_signals > 1:
+                    raise
+                print(f"cannot write {what}: {error}", flush=True)
+                time.sleep(ROOM_S)
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
