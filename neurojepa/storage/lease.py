@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -58,7 +59,7 @@ class Lease:
         self.run_dir, self.owner = run_dir, owner
         self.token, self.id = owner.token, owner.id
         self._follows = follows
-        self._beat = 0
+        self._beat, self._released = 0, False
         self._turn = threading.RLock()
         self._next: Owner | None = None  # our own next claim, on its way
         self._local = local_path(run_dir) is not None
@@ -109,12 +110,22 @@ class Lease:
     def renew_by(self, said: Callable[[], dict[str, Any]]) -> None:
         """As ``renew``; of two threads the one that writes last asks last."""
         with self._turn:
-            self._beat += 1
-            self._say("held", said())
+            if not self._released:
+                self._beat += 1
+                self._say("held", said())
 
     def release(self) -> None:
-        """Give it back: the next owner need not wait."""
-        self._say("released", {})
+        """Give it back, for good: the next owner need not wait.
+
+        Where that cannot be written, it is only said: how the run has ended counts more.
+        """
+        with self._turn:
+            self._released = True
+            try:
+                self._say("released", {})
+            except DataError as error:
+                print(f"the run directory was not given back ({error}); a start on another machine "
+                      f"waits {TTL_S:.0f} s for it", file=sys.stderr, flush=True)
 
     def stop_asked(self) -> str:
         """"" or, where an operator asked for it, "stop" or "now"."""
@@ -281,12 +292,10 @@ class Keeper(threading.Thread):
             except LeaseLost as error:
                 self._on_lost(error)
                 return
-            except DataError as error:  # an outage: writers meet it, too, and have the patience
-                self.problem = str(error)
+            except DataError:  # an outage: writers meet it, too, and have the patience
+                pass
             if self._ended.wait(RENEW_S):
                 return
-
-    problem = ""  # what the store said when it last failed
 
     def close(self) -> None:
         """Renew no more; the last look may still be on its way."""

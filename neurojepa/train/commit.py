@@ -61,8 +61,8 @@ class Commits:
         if self._is_milestone(step):
             from neurojepa.weights import export
 
-            with self.owner.writing():
-                export(self.run_dir, join(self.run_dir, "weights", f"step-{step}"), step)
+            self.owner.check()  # no lock: large weights would hold up all other writes
+            export(self.run_dir, join(self.run_dir, "weights", f"step-{step}"), step)
 
     def _prune(self, step: int) -> None:
         assert self._line is not None

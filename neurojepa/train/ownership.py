@@ -46,6 +46,7 @@ class Ownership:
         self.stop = ""
         self._lease, self._holds = lease, holds
         self._keeper: Keeper | None = None
+        self._leave: threading.Timer | None = None
 
     def keep(self) -> None:
         """From now on renew the lease, if this process took it, and watch it."""
@@ -61,6 +62,11 @@ class Ownership:
     def writing(self) -> AbstractContextManager[None]:
         """Around a write of rank 0; raises LeaseLost where it is no more allowed."""
         return self._lease.writing() if self._lease else nullcontext()
+
+    def check(self) -> None:
+        """Raise LeaseLost if another owner has taken over."""
+        if self._lease:
+            self._lease.check()
 
     def replace(self, uri: str, data: bytes, token_of: Any) -> None:
         """Replace an object; see ``Lease.replace``."""
@@ -94,6 +100,8 @@ class Ownership:
             self._keeper.close()
         if self._lease and self._holds and self.lost is None:
             self._lease.release()
+        if self._leave:  # the process may live on
+            self._leave.cancel()
 
     def _on_lost(self, error: LeaseLost) -> None:
         self.lost = error
@@ -101,9 +109,9 @@ class Ownership:
     def _on_stop(self, how: str) -> None:
         self.stop = how
         if how == "now":  # a step that never ends would not come to its boundary
-            timer = threading.Timer(LEAVE_S, os._exit, (REQUEUE,))
-            timer.daemon = True
-            timer.start()
+            self._leave = threading.Timer(LEAVE_S, os._exit, (REQUEUE,))
+            self._leave.daemon = True
+            self._leave.start()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from neurojepa.errors import CheckpointError, DataError, LeaseHeld, LeaseLost
 from neurojepa.storage import Patience, conditional, join, lease, owners, read_rows, write_bytes
 from neurojepa.storage.lease import Keeper, follow, take
 from neurojepa.storage.owners import ask_to_stop, facts, newest
+from neurojepa.train import ownership
 from neurojepa.train.checkpoint import committed_steps, latest_step, step_uri
 from neurojepa.train.commit import Commits
 from neurojepa.train.ownership import Ownership
@@ -362,3 +363,34 @@ def test_older_run_directories_open_and_keep_what_they_had(tmp_path: Path) -> No
     assert (tmp_path / "latest").read_text() == "step-25"
     assert committed_steps(run_dir) == [20, 25]
     owner.close()
+
+
+def test_a_lease_that_was_given_back_stays_so_and_a_store_that_fails_then_is_no_error(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    held = take(str(tmp_path), "training", NOW)
+    held.release()
+    held.renew()  # a keeper that was late
+    assert facts(str(tmp_path), held.owner)["state"] == "released"
+
+    def fails(*_: object) -> None:
+        raise DataError("the store is away")
+
+    monkeypatch.setattr(lease, "write_bytes", fails)
+    Ownership(str(tmp_path), held, holds=True).close()
+    assert "was not given back (the store is away)" in capsys.readouterr().err
+
+
+def test_a_stop_at_once_ends_no_process_that_lives_on_after_its_run(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(ownership, "LEAVE_S", 0.3)
+    monkeypatch.setattr(ownership.os, "_exit", left.append)
+    owner = Ownership(str(tmp_path))
+    owner._on_stop("now")
+    owner.close()
+    time.sleep(0.5)
+    assert left == []
+    Ownership(str(tmp_path))._on_stop("now")  # of a step that never ends
+    time.sleep(0.5)
+    assert left == [ownership.REQUEUE]
