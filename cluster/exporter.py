@@ -18,6 +18,8 @@ from cluster.rundir import RunDir
 from cluster.status import read_status
 from neurojepa.errors import NeurojepaError
 
+# counted from 0 on: to Prometheus the first row of a kind would else be no increase
+AT_LEAST_0 = ("skip", "host_excluded")
 STATES = ("running", "waiting", "stalled", "stopped", "failed", "finished")
 # metric, what it says, key of the status
 VALUES = (
@@ -66,7 +68,7 @@ class RunCollector(Collector):
             slow.add_metric([run.uri], len(status["slow"]))
             if status["ranks"]:
                 silent.add_metric([run.uri], max(rank["age_s"] for rank in status["ranks"]))
-            for name, count in status["event_counts"].items():
+            for name, count in (dict.fromkeys(AT_LEAST_0, 0) | status["event_counts"]).items():
                 events.add_metric([run.uri, name], count)
         return [up, state, silent, slow, events, *(gauge for gauge, _ in values)]
 

@@ -62,6 +62,7 @@ def test_a_scrape_says_what_the_status_says(run: str, tmp_path: Path) -> None:
     assert value(text, "neurojepa_state", state="running") == 1
     assert value(text, "neurojepa_state", state="failed") == 0
     assert value(text, "neurojepa_events", event="skip") == 1
+    assert value(text, "neurojepa_events", event="host_excluded") == 0
     assert 40 <= value(text, "neurojepa_checkpoint_age_seconds") < 60
     assert 2 <= value(text, "neurojepa_rank_silent_seconds") < 20
     assert value(text, "neurojepa_goodput_ratio") == 1
@@ -78,6 +79,8 @@ def test_rules_speak_of_metrics_that_there_are(run: str) -> None:
         assert set(re.findall(r'state="(\w+)"', rule["expr"])) <= states
         for event in re.findall(r'event=~?"([\w|]+)"', rule["expr"]):
             assert all(f"**`{name}`**" in explained for name in event.split("|")), event
+        for event in re.findall(r'increase\(neurojepa_events{event="(\w+)"}', rule["expr"]):
+            value(text, "neurojepa_events", event=event)  # before its first row, too
         assert f"| `{rule['alert']}` |" in explained
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
 
