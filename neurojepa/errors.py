@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -52,7 +53,9 @@ def run_command(main: Callable[[], int | None], teardown: bool = True) -> None:
     try:
         status = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read what we print has left, as head does
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141  # as SIGPIPE would end it
     except NeurojepaError as error:
@@ -72,3 +75,10 @@ def run_command(main: Callable[[], int | None], teardown: bool = True) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _reader_left() -> bool:
+    """Whether it is our standard output that nobody reads any more, as after ``| head``."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # asks for errors alone
+    return bool(poll.poll(0))
