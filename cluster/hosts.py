@@ -24,7 +24,6 @@ from cluster.room import LEAST_ROOM, free_bytes
 
 ANSWER_S = 10.0  # ssh gives up on a dead host after 5 s
 GONE_S = 20.0  # after ssh has noticed, which takes 8 s
-OFF_S = 60.0  # a clock that is further off makes logs hard to read
 NO_CONNECTION = 255  # ssh's own status
 
 
@@ -53,7 +52,7 @@ def problems(slots: dict[str, int], folder: str | None, ssh_options: str) -> dic
 
 def about_this_host(folder: str | None) -> dict[str, Any]:
     """What others want to know of the host that this runs on."""
-    return {"code": code_version(), "devices": num_devices(), "time": time.time(),
+    return {"code": code_version(), "devices": num_devices(),
             "free": free_bytes(folder) if folder else None}
 
 

@@ -109,8 +109,8 @@ def _lock(handle: int, path: str) -> None:
             return
         except BlockingIOError as error:
             if time.monotonic() > end:
-                late = TimeoutError(f"another process has held {path}/lock for {LOCK_S:.0f} s")
-                raise DataError(f"{late}; is it stopped?") from error
+                raise DataError(f"another process has held {path}/lock for {LOCK_S:.0f} s; is it "
+                                "stopped?") from error
             time.sleep(_POLL_S)
         except OSError as error:
             if error.errno in _NO_LOCKS:

@@ -76,17 +76,19 @@ def drop_rows(uri: str, keep: Callable[[dict[str, Any]], bool]) -> None:
 def _append_object(uri: str, rows: list[dict[str, Any]]) -> None:
     fs, path = open_store(uri)
     lines = rows_bytes(rows)
+    appends = not MAGIC.search(path)  # s3fs does it by a method that takes the path for a pattern
     try:
         if fs.exists(path) and fs.tail(path, len(lines)) == lines:
             return
-        if MAGIC.search(path):  # s3fs appends by a method that takes the path for a pattern
-            raise NotImplementedError
-        with fs.open(path, "ab") as file:
-            file.write(lines)
+        if appends:
+            with fs.open(path, "ab") as file:
+                file.write(lines)
     except (NotImplementedError, ValueError):  # a store that has no such thing
-        write_rows(uri, read_rows(uri) + rows)
+        appends = False
     except store_errors() as error:
         raise DataError(f"{uri}: cannot append ({error}); check the store") from error
+    if not appends:
+        write_rows(uri, read_rows(uri) + rows)
 
 
 def _row(uri: str, line: bytes) -> dict[str, Any]:

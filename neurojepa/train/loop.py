@@ -58,7 +58,7 @@ def train(config: RootConfig) -> int:
     Raises
     ------
     ConfigError, DataError, CheckpointError
-        See ``Run``; the run directory is as before.
+        See ``Run``; but for lease/, the run directory is as before.
     LeaseHeld, LeaseLost
         The run directory belongs to someone else.
     NeurojepaError
