@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 from neurojepa.errors import ConfigError, run_command
 
@@ -26,6 +27,7 @@ COHORTS = {
     "bids": "any BIDS dataset with its derivatives, or a folder of loose *_T1w.nii.gz files",
     "files": "whatever files a --table lists, with person and modality; see cohorts/files.py",
 }
+Steps: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 GRIDS = ["1.5mm", "3mm", "paper"]  # of TRAINING_GRIDS, whose import would slow --help
 
 
@@ -41,7 +43,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m data_prep", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = parser.add_subparsers(dest="step", required=True)
+    for add in (_add_synth, _add_index, _add_doctor, _add_prepare, _add_pack, _add_verify,
+                _add_withdraw, _add_report):
+        add(steps)
+    return parser
 
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _add_synth(steps: Steps) -> None:
     step = steps.add_parser("synth", help="make a synthetic BIDS cohort with labels")
     step.add_argument("--out", required=True)
     step.add_argument("--participants", type=_positive, required=True)
@@ -51,6 +66,19 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--anatomies", type=Path, help="folder of label maps people are made from")
     step.set_defaults(run=_synth)
 
+
+def _synth(arguments: argparse.Namespace) -> int:
+    from data_prep.synth import synthesise
+
+    if arguments.spacing_mm <= 0:
+        raise ConfigError(f"--spacing-mm {arguments.spacing_mm}: must be above 0")
+    synthesise(arguments.out, participants=arguments.participants, seed=arguments.seed,
+               spacing_mm=arguments.spacing_mm, workers=arguments.workers,
+               anatomies=arguments.anatomies)
+    return 0
+
+
+def _add_index(steps: Steps) -> None:
     step = steps.add_parser(
         "index", help="list a cohort's scans, with pseudonyms and splits",
         description="List the scans of a cohort as delivered; archives are read in place and no "
@@ -76,6 +104,18 @@ def _parser() -> argparse.ArgumentParser:
                       "else one made once at ~/.config/neurojepa/pseudonym.key)")
     step.set_defaults(run=_index)
 
+
+def _index(arguments: argparse.Namespace) -> int:
+    from data_prep.identity import load_key
+    from data_prep.index import index
+
+    index(arguments.cohort, arguments.source, out=arguments.out, key=load_key(arguments.key),
+          name=arguments.name, tables=arguments.table, links=arguments.links,
+          beside=arguments.beside, withdrawn=arguments.withdrawn)
+    return 0
+
+
+def _add_doctor(steps: Steps) -> None:
     step = steps.add_parser("doctor", help="one person or file: what index and prepare see of it")
     step.add_argument("source", help="folder or s3:// prefix of the cohort")
     step.add_argument("who", metavar="PERSON|FILE", help="id as the source has it, or a file")
@@ -85,6 +125,15 @@ def _parser() -> argparse.ArgumentParser:
                       help="as for index; may be repeated")
     step.set_defaults(run=_doctor)
 
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from data_prep.doctor import doctor
+
+    doctor(arguments.source, arguments.who, cohort=arguments.cohort, tables=arguments.table)
+    return 0
+
+
+def _add_prepare(steps: Steps) -> None:
     step = steps.add_parser("prepare", help="scans -> quality-checked volumes in MNI space")
     step.add_argument("--manifest", required=True, nargs="+")
     step.add_argument("--out", required=True, help="archive to make or add to")
@@ -107,73 +156,6 @@ def _parser() -> argparse.ArgumentParser:
                       "LPS; RAS says that the header is right")
     step.set_defaults(run=_prepare)
 
-    step = steps.add_parser("pack", help="archive -> WebDataset tars at a training grid")
-    step.add_argument("--archive", required=True)
-    step.add_argument("--out", required=True, help="feed to make or replace")
-    step.add_argument("--grid", default="1.5mm", choices=GRIDS)
-    step.add_argument("--shard-mib", type=_positive, default=256, help="about the size of a tar")
-    step.add_argument("--workers", type=_positive, help="shards packed at once (default: as many "
-                      "as the cluster has CPUs, without one 1)")
-    step.add_argument("--ray-address", help="a running Ray cluster to pack on (default: "
-                      "$RAY_ADDRESS, as in a Ray job; else this machine)")
-    step.set_defaults(run=_pack)
-
-    step = steps.add_parser("verify", help="check a feed or an archive; exit 1 if damaged")
-    step.add_argument("target", metavar="FEED|ARCHIVE")
-    step.set_defaults(run=_verify)
-
-    step = steps.add_parser("withdraw", help="delete people who left a study")
-    step.add_argument("--list", required=True, action="append", dest="lists",
-                      metavar="CSV|FOLDER", help="as delivered: UK Biobank's w<app>_<date>.csv, or "
-                      "columns cohort and participant (original ids); the newest of a study counts")
-    step.add_argument("--cohort", help="of lists without that column: the name given to index")
-    step.add_argument("--key", help="file of the pseudonym key that index used")
-    step.add_argument("targets", nargs="+", metavar="ARCHIVE|FEED")
-    step.add_argument("--runs", nargs="+", default=[], metavar="RUN",
-                      help="run directories and exports: list what saw the people")
-    step.set_defaults(run=_withdraw)
-
-    step = steps.add_parser("report", help="an archive's quality as an HTML page")
-    step.add_argument("archive")
-    step.add_argument("--out", required=True, help="page to write, *.html")
-    step.set_defaults(run=_report)
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _synth(arguments: argparse.Namespace) -> int:
-    from data_prep.synth import synthesise
-
-    if arguments.spacing_mm <= 0:
-        raise ConfigError(f"--spacing-mm {arguments.spacing_mm}: must be above 0")
-    synthesise(arguments.out, participants=arguments.participants, seed=arguments.seed,
-               spacing_mm=arguments.spacing_mm, workers=arguments.workers,
-               anatomies=arguments.anatomies)
-    return 0
-
-
-def _index(arguments: argparse.Namespace) -> int:
-    from data_prep.identity import load_key
-    from data_prep.index import index
-
-    index(arguments.cohort, arguments.source, out=arguments.out, key=load_key(arguments.key),
-          name=arguments.name, tables=arguments.table, links=arguments.links,
-          beside=arguments.beside, withdrawn=arguments.withdrawn)
-    return 0
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    from data_prep.doctor import doctor
-
-    doctor(arguments.source, arguments.who, cohort=arguments.cohort, tables=arguments.table)
-    return 0
-
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from data_prep.prepare.driver import prepare
@@ -188,6 +170,19 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_pack(steps: Steps) -> None:
+    step = steps.add_parser("pack", help="archive -> WebDataset tars at a training grid")
+    step.add_argument("--archive", required=True)
+    step.add_argument("--out", required=True, help="feed to make or replace")
+    step.add_argument("--grid", default="1.5mm", choices=GRIDS)
+    step.add_argument("--shard-mib", type=_positive, default=256, help="about the size of a tar")
+    step.add_argument("--workers", type=_positive, help="shards packed at once (default: as many "
+                      "as the cluster has CPUs, without one 1)")
+    step.add_argument("--ray-address", help="a running Ray cluster to pack on (default: "
+                      "$RAY_ADDRESS, as in a Ray job; else this machine)")
+    step.set_defaults(run=_pack)
+
+
 def _pack(arguments: argparse.Namespace) -> int:
     from data_prep.pack import pack
     from neurojepa.feed.format import TRAINING_GRIDS
@@ -198,10 +193,29 @@ def _pack(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_verify(steps: Steps) -> None:
+    step = steps.add_parser("verify", help="check a feed or an archive; exit 1 if damaged")
+    step.add_argument("target", metavar="FEED|ARCHIVE")
+    step.set_defaults(run=_verify)
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from data_prep.verify import verify
 
     return verify(arguments.target)
+
+
+def _add_withdraw(steps: Steps) -> None:
+    step = steps.add_parser("withdraw", help="delete people who left a study")
+    step.add_argument("--list", required=True, action="append", dest="lists",
+                      metavar="CSV|FOLDER", help="as delivered: UK Biobank's w<app>_<date>.csv, or "
+                      "columns cohort and participant (original ids); the newest of a study counts")
+    step.add_argument("--cohort", help="of lists without that column: the name given to index")
+    step.add_argument("--key", help="file of the pseudonym key that index used")
+    step.add_argument("targets", nargs="+", metavar="ARCHIVE|FEED")
+    step.add_argument("--runs", nargs="+", default=[], metavar="RUN",
+                      help="run directories and exports: list what saw the people")
+    step.set_defaults(run=_withdraw)
 
 
 def _withdraw(arguments: argparse.Namespace) -> int:
@@ -211,6 +225,13 @@ def _withdraw(arguments: argparse.Namespace) -> int:
     withdraw(arguments.lists, targets=arguments.targets, key=load_key(arguments.key, make=False),
              cohort=arguments.cohort, runs=arguments.runs)
     return 0
+
+
+def _add_report(steps: Steps) -> None:
+    step = steps.add_parser("report", help="an archive's quality as an HTML page")
+    step.add_argument("archive")
+    step.add_argument("--out", required=True, help="page to write, *.html")
+    step.set_defaults(run=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
