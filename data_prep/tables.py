@@ -98,11 +98,15 @@ def parse_table(data: bytes, uri: str, notes: Counter[str] | None = None) -> lis
     Raises
     ------
     DataError
-        A row has more cells than the header, two columns of one name differ, or the bytes are a
-        pointer of git-annex or git-lfs.
+        A row has more cells than the header, two columns of one name differ, the Parquet is
+        damaged, or the bytes are a pointer of git-annex or git-lfs.
     """
     if data.startswith(b"PAR1"):
-        return list(parquet_rows(io.BytesIO(data), lambda name: True))
+        try:
+            return list(parquet_rows(io.BytesIO(data), lambda name: True))
+        except pa.ArrowException as error:
+            raise DataError(f"{uri}: not a table ({str(error).splitlines()[0]}); fix or remove it"
+                            ) from error
     if data.startswith(POINTERS):
         raise DataError(f"{uri}: a pointer of git-annex or git-lfs, not the table; download its "
                         "content first")

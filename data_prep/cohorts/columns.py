@@ -90,7 +90,9 @@ class Columns:
             return
         plain = words.plain(column)
         numbers = [number for value in known if (number := as_float(value)) is not None]
-        levels, name = self._meaning[column].levels, plain if plain in CLASSES else column
+        levels = self._meaning[column].levels
+        taken = {*self._meaning, *self.labels.values()}  # Group beside group keeps its own name
+        name = plain if plain in CLASSES - taken else column
         if set(plain.split("_")) & _MAY_NAME and not levels:
             told = "left out: may name people"
         elif 2 * len(numbers) >= len(known):

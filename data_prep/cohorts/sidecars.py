@@ -36,11 +36,11 @@ def load_json(data: bytes) -> Loaded:
     notes = [] if encoding == "utf-8" else [f"is {encoding}, not UTF-8: decoded"]
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             content = json.loads(_mended(text), strict=False)
             notes.append("is not strict JSON (control characters, backslashes or commas): mended")
-        except ValueError:
+        except (ValueError, RecursionError):
             return None, []
     return (content, notes) if isinstance(content, dict) else (None, [])
 

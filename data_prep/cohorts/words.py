@@ -169,7 +169,7 @@ def _levels(levels: Any) -> dict[str, str]:
     for code, word in levels.items():
         if isinstance(word, dict):
             word = word.get("Description") or word.get("LongName") or code
-        text = str(word).strip()
+        text = "" if word is None else str(word).strip()
         words[str(code).strip().lower()] = text or str(code)
     return words
 

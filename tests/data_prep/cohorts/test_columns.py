@@ -234,6 +234,13 @@ def test_rows_of_visits_without_a_scan_are_counted(tmp_path: Path, visits: str, 
     assert read.notes.get("rows of visits without a scan that is taken: not used", 0) == unused
 
 
+def test_columns_that_differ_in_case_alone_are_two_labels(tmp_path: Path) -> None:
+    read = people(tmp_path, "participant_id\tDX\tGroup\tgroup\nsub-a\tAD\tx\tp\n"
+                            "sub-b\tCN\ty\tq\n")
+    assert {name: values(read, name) for name in ("dx", "Group", "group")} == {
+        "dx": {"a": "AD", "b": "CN"}, "Group": {"a": "x", "b": "y"}, "group": {"a": "p", "b": "q"}}
+
+
 def test_ids_of_spreadsheets(tmp_path: Path) -> None:
     write(tmp_path, {"t.csv": "id,x\n7.0,1\n12.0,2\n", "loose/sub-007_T1w.nii": "x",
                      "loose/sub-12_T1w.nii": "x"})

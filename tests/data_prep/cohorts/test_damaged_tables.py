@@ -31,6 +31,11 @@ def test_a_pointer_is_no_table(data: bytes) -> None:
         parse_table(data, "x/t.tsv")
 
 
+def test_a_damaged_parquet_table_is_named() -> None:
+    with pytest.raises(DataError, match=r"x/t\.parquet: not a table \(.*\); fix or remove it"):
+        parse_table(b"PAR1" + b"x" * 100, "x/t.parquet")
+
+
 def test_rows_of_sessions_and_scans_that_are_not_there(tmp_path: Path) -> None:
     anat = "sub-1/ses-{0}/anat/sub-1_ses-{0}_T1w.nii.gz"
     read = Read(write(tmp_path, {

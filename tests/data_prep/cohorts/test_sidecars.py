@@ -26,7 +26,8 @@ def test_json_that_is_odd_is_read_and_said(data: bytes, mended: str) -> None:
     assert content.get("b", "x, }") in ("x, }", [1], "x\x01\ty\nz", "C:\\scans\\x")
 
 
-@pytest.mark.parametrize("data", [b"", b"not JSON", b"[1]", b'{"a": ', b'"a"', b"{'a': 1}"])
+@pytest.mark.parametrize("data", [b"", b"not JSON", b"[1]", b'{"a": ', b'"a"', b"{'a': 1}",
+                                  b'{"a": ' + b"[" * 9999 + b"]" * 9999 + b"}"])
 def test_what_is_no_object_is_none(data: bytes) -> None:
     assert load_json(data) == (None, [])
 

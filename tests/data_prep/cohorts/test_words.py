@@ -94,6 +94,7 @@ def test_levels_and_codes_in_a_header() -> None:
     assert meaning("SEX_ID (1=m, 2=f)", None).word("2") == "f"
     assert meaning("Sex [0: female; 1: male]", None).levels == {}  # only "=" is a code
     assert meaning("group", {"Levels": ["a", "b"]}).word("a") == "a"
+    assert meaning("group", {"Levels": {"1": None, "2": "b"}}).word("1") == "1"
     assert meaning("pain", {"Levels": {"0": "None", "1": "mild"}}).word("0") == "None"
 
 
