@@ -73,7 +73,8 @@ def pair_sums(z_BND: Tensor, patch_BN: Tensor, modality_B: Tensor, used_BN: Tens
     z_QD = z_QD - z_QD.mean(0)  # what all tokens share is no part of the variance
 
     def number(cell_BN: Tensor) -> Tensor:
-        return cell_BN.expand(B, N).flatten()[used_Q].unique(return_inverse=True)[1]
+        number_Q: Tensor = cell_BN.expand(B, N).flatten()[used_Q].unique(return_inverse=True)[1]
+        return number_Q
 
     modality_B1, scan_B1 = modality_B[:, None], torch.arange(B, device=z_QD.device)[:, None]
     every, kind, scan = number(scan_B1 * 0), number(modality_B1), number(scan_B1)
