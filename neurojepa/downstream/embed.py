@@ -215,7 +215,11 @@ def tokens_in(model: Averaged, config: RootConfig, feed: Feed, views: Views,
               *, atoms: bool = False) -> Tokens:
     """The target encoder's tokens of views of this feed, or the atoms of a JEPA's code in them."""
     patch_BN = patch_numbers(views.coords_BN3, feed.grid, config.model.patch_voxels)
-    z_BND = model.atoms(views) if atoms and isinstance(model, SparseJEPA) else model.latents(views)
+    if atoms:
+        assert isinstance(model, SparseJEPA)
+        z_BND = model.atoms(views)
+    else:
+        z_BND = model.latents(views)
     return Tokens(z_BND, patch_BN, views.foreground_BN, views.modality_B)
 
 

@@ -90,7 +90,7 @@ class Places:
         Raises
         ------
         DataError
-            A scan's modality is none of those fitted.
+            A scan's modality is none of those fitted, or its tokens have other features.
         """
         self._check(tokens)
         by_size = [self.lines[modality](log_size) for modality, log_size in zip(
@@ -112,7 +112,7 @@ class Places:
         Raises
         ------
         DataError
-            A scan's modality is none of those fitted.
+            A scan's modality is none of those fitted, or its tokens have other features.
         """
         self._check(tokens)
         rows, seen = [], []
@@ -155,6 +155,10 @@ class Places:
             raise DataError(f"no {MODALITIES[min(unknown)]} scan to compare with; "
                             "it has " + ", ".join(MODALITIES[m] for m in sorted(self.sums))
                             + "; embed other modalities, or add such scans to the feed")
+        known, width = next(iter(self.sums.values())).token_nD.shape[1], tokens.z_BND.shape[-1]
+        if known != width:
+            raise DataError(f"places tell of {known} features and tokens have {width}; compare "
+                            "latents with places of latents, and atoms with places of atoms")
 
     def _differences(self, tokens: Tokens) -> Tensor:
         """[B, D]: mean difference from the mean token of the place; 0 where no place is known."""

@@ -36,6 +36,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from neurojepa.errors import ConfigError, NeurojepaError
@@ -163,6 +164,7 @@ class Runner:
 
     def __init__(self, feed: str, work: Path) -> None:
         self.feed, self.work = feed, work
+        self.measuring = Lock()  # a cost is measured once an arm, and one at a time
         self.patch = round(18 / open_feed(feed).grid.spacing_mm)  # tokens of 18 mm
 
     def make(self, jobs: list[Job]) -> None:
@@ -191,12 +193,13 @@ class Runner:
         """The budget over the cost of a step, which is measured once an arm and kept."""
         arm = job.folder.name.rpartition("-")[0]
         file = self.work / "runs" / f"{arm}.cost"
-        if not file.exists():
-            folder = job.folder / "cost"
-            self._write(job, 1000, folder)
-            (folder / "run.json").write_text((job.folder / "run.json").read_text())
-            command(folder / "log.txt", RUN, str(folder), "--cost")
-            file.write_text((folder / "log.txt").read_text().splitlines()[-1])
+        with self.measuring:
+            if not file.exists():
+                folder = job.folder / "cost"
+                self._write(job, 1000, folder)
+                (folder / "run.json").write_text((job.folder / "run.json").read_text())
+                command(folder / "log.txt", RUN, str(folder), "--cost")
+                file.write_text((folder / "log.txt").read_text().splitlines()[-1])
         return max(10, round(job.seconds / float(file.read_text()) / 10) * 10)
 
     def _write(self, job: Job, steps: int, folder: Path) -> None:

@@ -207,3 +207,6 @@ def test_atoms_are_pooled_by_the_same_rule_and_only_where_one_code_reads_all_tok
     assert embedding.embed(model, config, feed, rows).values.shape == (8, 96)
     h_BNA = next(embedding.tokens_of(model, config, feed, rows, atoms=True)).z_BND
     assert h_BNA.min() >= 0 and h_BNA.max() > 0
+    of_latents = embedding.fit_places(model, config, feed, rows)
+    with pytest.raises(DataError, match="places tell of 96 features and tokens have 384"):
+        embedding.embed(model, config, feed, rows, of_latents, atoms=True)
