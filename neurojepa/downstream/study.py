@@ -197,17 +197,16 @@ class _Runner:
         return Score(value(chosen), *interval(drawn), len(chosen), len(set(who.tolist())))
 
     def _value(self, metric: str, predicted: np.ndarray, drawn: np.ndarray) -> float:
-        scorer, truth = scorers(self.target.kind)[metric], self.target.truth
-        if self.site is None:
-            return scorer(truth[drawn], predicted[drawn]) if _varies(truth[drawn]) else np.nan
-        scores, weights = [], []
-        for name in np.unique(self.site[drawn]):
-            part = drawn[self.site[drawn] == name]
+        truth, scores, weights = self.target.truth, [], []
+        site = np.zeros(len(truth)) if self.site is None else self.site
+        for name in np.unique(site[drawn]):
+            part = drawn[site[drawn] == name]
             if _varies(truth[part]):
                 found = predicted[part]
-                if metric == "balanced_accuracy":  # its threshold is that of who taught
-                    found = moved(self.target, found, truth[self.site != name], truth[part])
-                scores.append(scorer(truth[part], found))
+                if metric == "balanced_accuracy":  # at the threshold that predictions are made for
+                    taught = truth if self.site is None else truth[site != name]
+                    found = moved(self.target, found, taught, truth[part])
+                scores.append(scorers(self.target.kind)[metric](truth[part], found))
                 weights.append(len(part))
         return float(np.average(scores, weights=weights)) if scores else float("nan")
 
