@@ -20,6 +20,8 @@ Measured = Mapping[str, float | str]  # a text is the reason why there is no num
 
 STRUCTURAL = ("T1w", "T2w", "FLAIR")
 GHOST_LEVEL = 3.5  # times the median of air: Rayleigh noise is above it once in 5000 voxels
+# Of the brain's median: what is fainter disturbs nothing, however empty the air around it.
+MIN_GHOST = 0.03
 _RAYLEIGH = (2 - np.pi / 2) ** 0.5
 _TISSUE = ("qc_snr_tissue", "qc_cnr", "qc_cjv", "qc_inhomogeneity")
 _AIR = ("qc_snr", "qc_efc", "qc_fber", "qc_ghost", "qc_air_level")
@@ -60,7 +62,7 @@ def quality(volume: Volume, mask: np.ndarray, *, tissue: np.ndarray | None = Non
             of motion raise it.
         qc_fber : mean energy of the head over that of air (Shehzad et al., Front. Neurosci. 2015).
         qc_ghost : share of air in structures brighter than its noise (as QI1 of Mortamet et al.,
-            MRM 2009): ghosts, spikes, wrapped tissue.
+            MRM 2009) and than 3 % of the brain: ghosts, spikes, wrapped tissue.
         qc_air_level : median of air over the median of the brain.
 
     Raises
@@ -148,6 +150,6 @@ def _air(around: Surroundings | str, brain: float) -> Measured:
     return measured | {
         "qc_snr": brain / (float(air.std()) / _RAYLEIGH),
         "qc_fber": float(np.mean(np.square(around.head)) / np.mean(np.square(air))),
-        "qc_ghost": around.structured_share(GHOST_LEVEL * level),
+        "qc_ghost": around.structured_share(max(GHOST_LEVEL * level, MIN_GHOST * brain)),
         "qc_air_level": level / brain,
     }

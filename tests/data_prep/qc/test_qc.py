@@ -149,6 +149,16 @@ def test_an_intercept_below_zero_changes_nothing() -> None:
         assert moved[name] == pytest.approx(plain[name], rel=0.03)
 
 
+@pytest.mark.parametrize(("share", "told"), [(0.015, False), (0.1, True)])
+def test_a_ghost_is_told_by_what_it_does_to_the_brain(share: float, told: bool) -> None:
+    """In air that is almost empty, as 8-bit storage leaves it, all is far above the noise."""
+    volume, brain = head(noise=1.0)
+    ghost = share * np.roll(volume.data, volume.data.shape[1] // 2, axis=1)
+    found = quality(Volume("ghost", volume.data + ghost, volume.affine), brain)
+    assert found["qc_snr"] > 100
+    assert ("high_ghost" in flags(found, "T1w")) is told
+
+
 def test_a_brain_on_the_edge_is_a_cut() -> None:
     volume, brain = head()
     top = int(np.argwhere(brain)[:, 2].max()) - 5
