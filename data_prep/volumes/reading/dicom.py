@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import nibabel as nib
@@ -25,7 +25,7 @@ import numpy as np
 from data_prep.filenames import is_hidden
 from data_prep.members import read_members
 from data_prep.scan import FACTS, ScanError
-from data_prep.volumes.reading.packed import GZIP, unpack, unpack_head
+from data_prep.volumes.reading.packed import unpack, unpack_head
 from neurojepa.errors import DataError
 from neurojepa.storage import open_store, store_errors
 
@@ -71,8 +71,7 @@ def to_nifti(uri: str, member: str | None = None) -> tuple[bytes, dict[str, obje
     ScanError
         With ``code``: missing, not_downloaded, too_large, not_dicom, mixed_series,
         incomplete_series, uneven_slices, derived_image, diffusion_series, truncated,
-        conversion_failed; of an archive also
-        those of ``read_member``.
+        conversion_failed; of an archive also those of ``read_member``.
     DataError
         The store itself cannot be read.
     """
@@ -85,7 +84,7 @@ def to_nifti(uri: str, member: str | None = None) -> tuple[bytes, dict[str, obje
         frames = _check(headers, name)
         _convert(source, target, name)
         image, sidecar = _outcome(target, frames, name)
-    return image, _facts(sidecar, headers[0])
+    return image, _facts(sidecar, headers[0], name)
 
 
 def scanner_of(uri: str) -> dict[str, str | float | None]:
@@ -93,23 +92,18 @@ def scanner_of(uri: str) -> dict[str, str | float | None]:
 
     None where it does not say, or is no DICOM file: that is for ``to_nifti`` to refuse.
     """
-    import pydicom
-
     fs, path = open_store(uri)
     try:
         head = fs.cat_file(path, start=0, end=HEAD_BYTES)
-        if head.startswith(GZIP):
-            head = unpack_head(head, HEAD_BYTES, uri)
-        header = pydicom.dcmread(io.BytesIO(head), stop_before_pixels=True, force=True,
-                                 specific_tags=list(_SCANNER))
-        maker, model, strength = (header.get(tag) for tag in _SCANNER)
-        field_strength = float(strength) if strength is not None else None
     except store_errors() as error:
         raise DataError(f"{uri}: cannot be read ({error}); check the store") from error
-    except Exception:  # pydicom raises many kinds on bytes that are no DICOM
+    try:
+        header = _parse(unpack_head(head, HEAD_BYTES, uri), _SCANNER, uri)
+    except ScanError:
         return {"scanner": None, "field_strength": None}
+    maker, model, strength = (header.get(tag) for tag in _SCANNER)
     return {"scanner": " ".join(str(part) for part in (maker, model) if part) or None,
-            "field_strength": field_strength}
+            "field_strength": float(strength) if isinstance(strength, float) else None}
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -178,20 +172,29 @@ def _copy(files: Iterator[tuple[str, bytes]], folder: str, name: str) -> list[An
 
 
 def _header(content: bytes, name: str) -> Any:
-    """The checked tags of one file; files without the DICOM preamble are read too."""
-    import pydicom
-
+    """The checked tags of one file."""
     if content.startswith(b"version https://git-lfs") or b"/annex/objects/" in content[:512]:
         raise ScanError("not_downloaded", f"{name}: a pointer of git-lfs or git-annex, not a slice;"
                                           " download its content first")
-    try:
-        header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True,
-                                 specific_tags=_TAGS)
-    except Exception as error:  # pydicom raises many kinds on bytes that are no DICOM
-        raise ScanError("not_dicom", f"{name}: cannot be parsed ({error})") from error
+    header = _parse(content, _TAGS, name)
     if "SOPInstanceUID" not in header or "SeriesInstanceUID" not in header:
         raise ScanError("not_dicom", f"{name}: has no SOPInstanceUID and SeriesInstanceUID; it is "
                                      "no DICOM image")
+    return header
+
+
+def _parse(content: bytes, tags: Sequence[str], name: str) -> Any:
+    """Some tags of one file, decoded; files without the DICOM preamble are read too."""
+    import pydicom
+
+    try:
+        header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True,
+                                 specific_tags=list(tags))
+        for tag in tags:
+            header.get(tag)  # pydicom decodes a value when it is asked for
+    except Exception as error:  # it raises many kinds on bytes that are no DICOM
+        raise ScanError("not_dicom", f"{name}: cannot be parsed ({error}); fetch it "
+                                     "again") from error
     return header
 
 
@@ -212,7 +215,7 @@ def _check(headers: list[Any], name: str) -> int | None:
         raise _diffusion(name)
     if "MOSAIC" in kinds:  # one file holds a whole volume; its slices are not in the headers
         return None
-    places = [place for header in headers for place in _places(header)]
+    places = [place for header in headers for place in _places(header, name)]
     if places and None not in places:
         _check_slices(np.array(places, np.float64), name)
     _check_promise(headers[0], len(places), name)
@@ -226,26 +229,44 @@ def _diffusion(name: str) -> ScanError:
 
 def _values(header: Any, tag: str) -> list[Any]:
     value = header.get(tag)
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
-def _places(header: Any) -> list[tuple[float, ...] | None]:
+def _numbers(header: Any, tag: str, name: str) -> list[float]:
+    """The numbers of a tag; pydicom hands on a text where it cannot read one."""
+    values = _values(header, tag)
+    try:
+        return [float(value) for value in values]
+    except ValueError as error:
+        raise ScanError("not_dicom", f"{name}: {tag} is {', '.join(map(str, values))}, no number; "
+                                     "export the series again") from error
+
+
+def _number(header: Any, tag: str, name: str) -> float:
+    """The number of a tag, or the first of several; 0 where it is not there."""
+    return next(iter(_numbers(header, tag, name)), 0.0)
+
+
+def _places(header: Any, name: str) -> list[tuple[float, ...] | None]:
     """Position and orientation (9 numbers, mm) of each frame; None where the file has none."""
     frames = header.get("PerFrameFunctionalGroupsSequence")
     if not frames:
-        plain = [*_values(header, "ImagePositionPatient"),
-                 *_values(header, "ImageOrientationPatient")]
-        place = tuple(float(value) for value in plain) if len(plain) == 9 else None
-        return [place] * int(header.get("NumberOfFrames") or 1)
+        return [_place(header, header, name)] * int(_number(header, "NumberOfFrames", name) or 1)
     shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
     places: list[tuple[float, ...] | None] = []
     for frame in frames:
         position = frame.get("PlanePositionSequence") or shared.get("PlanePositionSequence")
         axes = frame.get("PlaneOrientationSequence") or shared.get("PlaneOrientationSequence")
-        places.append(tuple(float(value) for value in (*position[0].ImagePositionPatient,
-                                                       *axes[0].ImageOrientationPatient))
-                      if position and axes else None)
+        places.append(_place(position[0], axes[0], name) if position and axes else None)
     return places
+
+
+def _place(position: Any, axes: Any, name: str) -> tuple[float, ...] | None:
+    place = (*_numbers(position, "ImagePositionPatient", name),
+             *_numbers(axes, "ImageOrientationPatient", name))
+    return place if len(place) == 9 else None
 
 
 def _check_slices(places: np.ndarray, name: str) -> None:
@@ -276,10 +297,11 @@ def _check_slices(places: np.ndarray, name: str) -> None:
 
 def _check_promise(header: Any, frames: int, name: str) -> None:
     """A PET header says how many slices and times the series has."""
-    promised = int(header.get("NumberOfSlices") or 0) * int(header.get("NumberOfTimeSlices") or 1)
+    promised = (_number(header, "NumberOfSlices", name)
+                * (_number(header, "NumberOfTimeSlices", name) or 1))
     if promised > frames:
         raise ScanError("incomplete_series", f"{name}: {frames} frames, the header promises "
-                                             f"{promised}; fetch it again")
+                                             f"{promised:g}; fetch it again")
 
 
 # ---- conversion ----------------------------------------------------------------------------------
@@ -320,7 +342,7 @@ def _outcome(target: str, frames: int | None, name: str) -> tuple[bytes, dict[st
         return image, json.load(file)
 
 
-def _facts(sidecar: dict[str, Any], header: Any) -> dict[str, object]:
+def _facts(sidecar: dict[str, Any], header: Any, name: str) -> dict[str, object]:
     """FACTS and SCANNER of dcm2niix's sidecar, and of the header what it does not write."""
     facts: dict[str, object] = {key: sidecar[key] for key in (*FACTS, *SCANNER)
                                 if sidecar.get(key) is not None}
@@ -329,11 +351,11 @@ def _facts(sidecar: dict[str, Any], header: Any) -> dict[str, object]:
     if units := header.get("Units"):
         facts["Units"] = _UNITS.get(str(units), str(units))
     tracer = (header.get("RadiopharmaceuticalInformationSequence") or [{}])[0]
-    if dose := tracer.get("RadionuclideTotalDose"):
-        facts["InjectedRadioactivity"] = float(dose) / 1e6
+    if dose := _number(tracer, "RadionuclideTotalDose", name):
+        facts["InjectedRadioactivity"] = dose / 1e6
         facts["InjectedRadioactivityUnits"] = "MBq"
-    if half_life := tracer.get("RadionuclideHalfLife"):
-        facts["RadionuclideHalfLife"] = float(half_life)
-    if "Units" in facts and (weight := header.get("PatientWeight")):
-        facts["BodyWeight"] = float(weight)
+    if half_life := _number(tracer, "RadionuclideHalfLife", name):
+        facts["RadionuclideHalfLife"] = half_life
+    if "Units" in facts and (weight := _number(header, "PatientWeight", name)):
+        facts["BodyWeight"] = weight
     return facts

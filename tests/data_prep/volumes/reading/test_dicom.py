@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from data_prep.scan import ScanError
 from data_prep.volumes.reading import dicom
 from data_prep.volumes.reading.dicom import to_nifti
+from neurojepa.errors import DataError
 from tests.helpers.dicom import slice_of, write_series
 
 DEPTHS = [2.0 * number for number in range(8)]
@@ -129,6 +130,27 @@ def test_what_is_no_dicom(tmp_path: Path):
     annexed = write_series(tmp_path / "annex", DEPTHS)
     (annexed / "zz.dcm").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     refused(annexed, "not_downloaded", "zz.dcm")
+
+
+@pytest.mark.parametrize("tag", ["ImagePositionPatient", "NumberOfFrames"])
+def test_a_damaged_number_is_refused_by_name(tmp_path: Path, tag: str):
+    number = 12345678  # eight digits, to be found in the file
+    folder = write_series(tmp_path, DEPTHS[:1], **{tag: [number] * 3 if "Position" in tag
+                                                   else number})
+    (file,) = folder.iterdir()
+    file.write_bytes(file.read_bytes().replace(b"12345678", b"nonsense"))
+    refused(folder, "not_dicom", f"{tag} is nonsense")
+
+
+def test_the_scanner_of_bytes_that_are_no_slice_is_unknown(tmp_path: Path):
+    unknown = {"scanner": None, "field_strength": None}
+    for number, content in enumerate((b"", b"text", bytes(range(256)) * 4, b"\x1f\x8b\x08cut")):
+        (tmp_path / f"{number}.dcm").write_bytes(content)
+        assert dicom.scanner_of(str(tmp_path / f"{number}.dcm")) == unknown
+    odd = write_series(tmp_path / "odd", DEPTHS[:1], MagneticFieldStrength=[3, 7])
+    assert dicom.scanner_of(str(next(odd.iterdir())))["field_strength"] is None
+    with pytest.raises(DataError, match=r"none\.dcm"):
+        dicom.scanner_of(str(tmp_path / "none.dcm"))
 
 
 def test_damaged_slice_is_no_silent_loss(tmp_path: Path):
