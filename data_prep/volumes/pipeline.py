@@ -14,7 +14,7 @@ Every scan comes back, as Prepared or as Rejected; nothing is replaced by a stan
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import SimpleITK as sitk
@@ -78,7 +78,7 @@ def prepare_person(scans: list[Scan], preset: Preset) -> list[Prepared | Rejecte
         else:
             wanted.append((number, scan))
     if preset.published:
-        done |= {number: [_one(prepare_published, scan, preset)] for number, scan in wanted}
+        done |= {number: [prepare_published(scan, preset)] for number, scan in wanted}
     else:
         anchors = _structural(
             [item for item in wanted if item[1].modality not in FUNCTIONAL], preset, done)
@@ -86,14 +86,6 @@ def prepare_person(scans: list[Scan], preset: Preset) -> list[Prepared | Rejecte
             if scan.modality in FUNCTIONAL:
                 done[number] = prepare_functional(scan, anchors, preset)
     return [result for number in range(len(scans)) for result in done[number]]
-
-
-def _one(prepare: Callable[[Scan, Preset], Prepared], scan: Scan, preset: Preset
-         ) -> Prepared | Rejected:
-    try:
-        return prepare(scan, preset)
-    except ScanError as error:
-        return rejected(scan, error)
 
 
 # ---- structural scans ----------------------------------------------------------------------------

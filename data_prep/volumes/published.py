@@ -23,6 +23,7 @@ from dataclasses import replace
 import numpy as np
 import SimpleITK as sitk
 
+from data_prep.flags import Note
 from data_prep.scan import Scan, ScanError
 from data_prep.volumes.output import (
     judged,
@@ -39,7 +40,7 @@ from data_prep.volumes.placing.geometry import on_grid, resample, to_array, to_i
 from data_prep.volumes.placing.orientation import refuse_turned
 from data_prep.volumes.preset import Preset
 from data_prep.volumes.reading.volume import Volume, read_scan
-from data_prep.volumes.results import Prepared
+from data_prep.volumes.results import Prepared, Rejected, rejected
 from data_prep.volumes.structural.brain import brain_mask, check_mask
 from data_prep.volumes.structural.intensity import correct_bias_field, to_unit
 from data_prep.volumes.structural.session import native_figures
@@ -50,18 +51,29 @@ MIN_HEAD_SHARE = 0.02  # of a slice that is head, for it to count as the top
 PERCENTILES = (0.5, 99.5)  # of the whole volume, air included
 
 
-def prepare_published(scan: Scan, preset: Preset) -> Prepared:
-    """One T1w, T2w or FLAIR in the published order.
+def prepare_published(scan: Scan, preset: Preset) -> Prepared | Rejected:
+    """One T1w, T2w or FLAIR in the published order, or the reason why it cannot be."""
+    try:
+        if scan.modality not in ("T1w", "T2w", "FLAIR"):
+            raise ScanError("not_in_preset", f"{scan.uri}: the published order has no step for "
+                            f"{scan.modality}; prepare it with the default preset")
+        read = read_scan(scan.uri, scan.member, json.loads(scan.facts or "{}"), turn=scan.turn)
+    except ScanError as error:
+        return rejected(scan, error)
+    try:
+        return _prepared(scan, read, preset)
+    except ScanError as error:
+        return rejected(scan, error, read.flags)
+
+
+def _prepared(scan: Scan, read: Volume, preset: Preset) -> Prepared:
+    """A scan as read in the published order.
 
     Raises
     ------
     ScanError
-        not_in_preset, registration_failed, and those of reading and brain extraction.
+        registration_failed, and those of brain extraction, orientation and qc.yaml.
     """
-    if scan.modality not in ("T1w", "T2w", "FLAIR"):
-        raise ScanError("not_in_preset", f"{scan.uri}: the published order has no step for "
-                                         f"{scan.modality}; prepare it with the default preset")
-    read = read_scan(scan.uri, scan.member, json.loads(scan.facts or "{}"), turn=scan.turn)
     head, inside = crop_neck(read)
     head = replace(head, data=correct_bias_field(head.data, head.affine, inside))
     first, source = brain_mask(head, preset)
@@ -90,7 +102,8 @@ def prepare_published(scan: Scan, preset: Preset) -> Prepared:
              *judged(figures, scan.modality, read.name)]
     low, high = np.percentile(np.where(brain, image, 0), PERCENTILES)
     return Prepared(scan, read.scan_id, to_unit(image, brain, low=low, high=high),
-                    mask_codes(brain, scanned(read, matrix)), label, figures, flags, read.notes)
+                    mask_codes(brain, scanned(read, matrix)), label, figures, flags,
+                    [*read.notes, Note.LEFT_RIGHT_FROM_HEADER])
 
 
 def crop_neck(volume: Volume) -> tuple[Volume, np.ndarray]:

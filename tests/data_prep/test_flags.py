@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +78,11 @@ def paper(folder: Path, patch: pytest.MonkeyPatch) -> list[Prepared | Rejected]:
     return prepare_person([scan("a")], replace(PRESETS["paper"], spline=False))
 
 
+def rejected_by_paper(folder: Path, patch: pytest.MonkeyPatch) -> list[Prepared | Rejected]:
+    patch.setattr(published, "read_scan", lambda *_, **__: odd_volume())
+    return prepare_person([scan("a", mask_uri=None)], replace(PRESETS["paper"], brain_ml=(1, 2)))
+
+
 def odd_series(*_: object, **__: object) -> Series:
     still, affine = head()
     data = np.repeat(still[..., None], 3, axis=3) + np.arange(3, dtype=np.float32)
@@ -109,13 +113,14 @@ def cifti(folder: Path, patch: pytest.MonkeyPatch) -> list[Prepared | Rejected]:
 
 
 STAGES: dict[str, Stage] = {"structural": structural, "rejected": rejected_later, "paper": paper,
-                            "bold": bold, "pet": pet, "cifti": cifti}
+                            "rejected by paper": rejected_by_paper, "bold": bold, "pet": pet,
+                            "cifti": cifti}
 
 
 def expected(stage: str) -> tuple[set[str], set[str]]:
     """All; but frames of PET have no repetition time, and what is rejected has no map to note."""
     flags = set(ALL_FLAGS) - (set(NOT_OF_FRAMES) if stage == "pet" else set())
-    return flags, set() if stage == "rejected" else set(ALL_NOTES)
+    return flags, set() if stage.startswith("rejected") else set(ALL_NOTES)
 
 
 def rows_of(results: list[Prepared | Rejected], folder: Path) -> list[ArchiveRow]:
@@ -135,7 +140,8 @@ def rows_of(results: list[Prepared | Rejected], folder: Path) -> list[ArchiveRow
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_was_read_with_a_scan_is_in_its_row(stage, tmp_path, monkeypatch) -> None:
     results = STAGES[stage](tmp_path, monkeypatch)
-    assert {type(result) for result in results} == {Rejected if stage == "rejected" else Prepared}
+    assert {type(result) for result in results} == {
+        Rejected if stage.startswith("rejected") else Prepared}
     monkeypatch.undo()
     rows = rows_of(results, tmp_path)
     flags, notes = expected(stage)
@@ -145,6 +151,18 @@ def test_what_was_read_with_a_scan_is_in_its_row(stage, tmp_path, monkeypatch) -
         assert set((row["notes"] or "").split(";")) - {""} >= notes
         if row["status"] == Status.FLAGGED:
             assert row["reason"] == row["flags"]
+
+
+def test_what_the_place_of_a_scan_is_flagged_for_comes_to_what_was_read() -> None:
+    volume = replace(odd_volume(), flags=[Flag.NEGATIVE_VALUES], notes=[])
+    work = StructuralScan(scan("a"), volume, "id", mask=volume.data > 0, transform_fault="astray")
+    far = np.eye(4)
+    far[2, 3] = 60  # mm
+    result = output.write_scan(work, far, replace(placed(), dice=0.5, ncc=0.1), QUICK)
+    assert [flag for flag in result.flags if isinstance(flag, Flag)] == [
+        Flag.NEGATIVE_VALUES, Flag.LOW_MASK_DICE, Flag.LOW_NCC, Flag.BRAIN_CUT,
+        Flag.COHORT_TRANSFORM_FAILED]
+    assert result.notes == [Note.LEFT_RIGHT_FROM_HEADER]
 
 
 def test_a_copy_keeps_its_flags(tmp_path) -> None:
@@ -224,14 +242,32 @@ def test_a_mean_transform_of_visits_that_fails_is_told(monkeypatch) -> None:
 # ---- the table of flags and notes ----------------------------------------------------------------
 
 def test_every_code_is_raised_somewhere_and_no_other() -> None:
-    raised, bare = set(), []
+    """Raised: put into a list or set.  A code that is only compared with reaches no row."""
+    raised, named, bare = set(), set(), []
     for path in SOURCES:
-        text = path.read_text()
-        raised |= set(re.findall(r"\b(?:Flag|Note)\.[A-Z_]+\b", text))
-        bare += [f"{path.name}:{node.lineno}" for node in ast.walk(ast.parse(text))
-                 if _bare_code(node)]
+        for node in ast.walk(ast.parse(path.read_text())):
+            named |= {_code(node)}
+            raised |= {_code(part) for part in _put_in(node)}
+            bare += [f"{path.name}:{node.lineno}"] if _bare_code(node) else []
+    codes = {f"{type(code).__name__}.{code.name}" for code in (*Flag, *Note)}
     assert not bare, "raise members of Flag or Note in data_prep/flags.py, not texts"
-    assert raised == {f"{type(code).__name__}.{code.name}" for code in (*Flag, *Note)}
+    assert raised - {""} == codes and named - {""} == codes
+
+
+def _code(node: ast.AST) -> str:
+    """The member of Flag or Note that an expression is; empty where it is none."""
+    known = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (
+        node.value.id in ("Flag", "Note"))
+    return ast.unparse(node) if known else ""
+
+
+def _put_in(node: ast.AST) -> list[ast.expr]:
+    """What an expression puts into a list or set."""
+    if isinstance(node, ast.List | ast.Set):
+        return node.elts
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "append":
+        return node.args
+    return []
 
 
 def _bare_code(node: ast.AST) -> bool:

@@ -155,7 +155,6 @@ def test_a_ghost_is_told_by_what_it_does_to_the_brain(share: float, told: bool) 
     volume, brain = head(noise=1.0)
     ghost = share * np.roll(volume.data, volume.data.shape[1] // 2, axis=1)
     found = quality(Volume("ghost", volume.data + ghost, volume.affine), brain)
-    assert found["qc_snr"] > 100
     assert ("high_ghost" in flags(found, "T1w")) is told
 
 
