@@ -81,7 +81,7 @@ ARMS = {
 class Plan:
     """How much of it."""
 
-    cohort: Cohort | None
+    cohort: Cohort
     seconds: float
     seeds: tuple[int, ...]
     arms: tuple[str, ...] = tuple(ARMS)
@@ -125,7 +125,6 @@ def run(quick: bool, official: str | None, work: str | None = None, feed: str | 
 def measure(plan: Plan, work: Path, feed: str | None = None) -> None:
     """All runs of a plan, below ``work``; of a feed at hand or of the plan's people."""
     if feed is None:
-        assert plan.cohort is not None
         feed = make_people(plan.cohort, work, len(os.sched_getaffinity(0)))
     _compare_table.ridges(open_feed(feed), work / "runs")
     jobs = [job for seed in plan.seeds for arm in plan.arms
@@ -138,14 +137,14 @@ def measure(plan: Plan, work: Path, feed: str | None = None) -> None:
 
 def plan_text(plan: Plan, feed: str | None) -> str:
     """What a folder of runs is made for; more seeds and arms may come later."""
-    return json.dumps({"people": feed or (plan.cohort and described(plan.cohort)),
+    return json.dumps({"people": feed or described(plan.cohort),
                        "seconds": plan.seconds}, indent=1)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
 
 def folder_of(arm: str, seed: int) -> str:
-    return f"{arm.replace(' ', '-').replace(',', '').lower()}-{seed}"
+    return f"{arm.replace(' ', '-').lower()}-{seed}"
 
 
 def jobs_of(plan: Plan, work: Path, name: str, seed: int) -> list[Job]:
