@@ -21,8 +21,8 @@ from tests.helpers import ROOT
 from tests.helpers.trees import write
 
 # The same commands on fewer people at a coarser scale, with a key that gives every split people.
-SMALLER = {"--participants 48": "--participants 15 --spacing-mm 4"}
-KEY = "a public key for invented people (2)"
+SMALLER = {"--participants 48": "--participants 12 --spacing-mm 4"}
+KEY = "a public key for invented people (93)"
 # What an earlier page has run is not run again, but on this page, whose scans have changed.
 CHANGED = "how-to/labels.md"
 TRAINED_AGAIN = "how-to/train.md"  # by two ranks, into a run directory of the same name
