@@ -75,7 +75,7 @@ def _lines(uri: str, source: Source) -> Iterator[Line]:
                         for name, value in row.items()}
     about = [{name: value for name, value in row.items() if name not in _OWN} for row in rows]
     columns = Columns(about, dictionary_of(uri, source.notes), name=uri.rsplit("/", 1)[-1],
-                      source=source)
+                      source=source, bare_id=True)
     there = {*(rows[0] if rows else ()), *columns.roles}
     if missing := [name for name in _NEEDED if rows and name not in there]:
         raise DataError(f"{uri}: has no column {', '.join(missing)}; add it")

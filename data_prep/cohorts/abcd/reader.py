@@ -33,10 +33,9 @@ from data_prep.cohorts.bids.names import (
     parse_name,
 )
 from data_prep.cohorts.bids.scan import Reader
-from data_prep.cohorts.bids.visits import is_ruled_out, judged_rows
+from data_prep.cohorts.bids.visits import is_ruled_out, judged_rows, person_rows
 from data_prep.cohorts.source import Findings, Found, Source
 from data_prep.scan import Scan, split_member
-from data_prep.tables import parse_table
 
 
 def read_cohort(source: Source, cohort: str) -> Iterator[Findings]:
@@ -119,9 +118,7 @@ class _PersonFiles:
         return replace(name, entities=entities)
 
     def _add_table(self, found: Found, people: AbcdTables) -> None:
-        rows = self.source.opened(found, lambda one: [
-            {name: value for name, value in row.items() if name != "acq_time"}
-            for row in parse_table(self.source.read(one), one.uri)])
+        rows = person_rows(self.source, found)
         if found.name.endswith("_sessions.tsv"):
             for row in rows:
                 people.add_row(self.participant, row)

@@ -64,25 +64,31 @@ class Visits:
 
     def _read(self, table: Found, files: list[Found]) -> tuple[list[Cells], dict[str, Any]]:
         """Rows of a table, and its dictionary: the dataset's own and the one beside it."""
-        rows, notes = self.source.opened(table, self._parse)
-        self.notes.update(notes)
+        rows = person_rows(self.source, table)
         described = dict(self._described.get(parse_name(table.name).suffix, {}))
         for found in files:
             if found.path == f"{table.path.removesuffix('.tsv')}.json":
                 described |= self._dictionary(found)
         return rows, described
 
-    def _parse(self, table: Found) -> tuple[list[Cells], dict[str, int]]:
+    def _dictionary(self, found: Found) -> dict[str, Any]:
+        return {} if found.size_bytes is None else parse_dictionary(self.source.read(found),
+                                                                    self.notes)
+
+
+def person_rows(source: Source, table: Found) -> list[Cells]:
+    """Rows of a table of one person, without dates; what had to be mended is noted."""
+    def parse(table: Found) -> tuple[list[Cells], dict[str, int]]:
         notes: Counter[str] = Counter()
-        rows = parse_table(self.source.read(table), table.uri, notes)
+        rows = parse_table(source.read(table), table.uri, notes)
         kind = f"{parse_name(table.name).suffix}.tsv"  # the table's own name has the person's id
         return ([{name: value for name, value in row.items() if name.lower() != "acq_time"}
                  for row in rows],
                 {note.replace(table.name, kind): count for note, count in notes.items()})
 
-    def _dictionary(self, found: Found) -> dict[str, Any]:
-        return {} if found.size_bytes is None else parse_dictionary(self.source.read(found),
-                                                                    self.notes)
+    rows, notes = source.opened(table, parse)
+    source.notes.update(notes)
+    return rows
 
 
 def _applies(table: Found, one: Taken) -> bool:

@@ -294,6 +294,13 @@ def test_odd_text_and_damaged_tables(tmp_path: Path):
         read(root)
 
 
+def test_what_had_to_be_mended_in_a_persons_table_is_said(tmp_path: Path):
+    _, source = read(write(tmp_path, {
+        raw(A, "00A", "T1w.nii.gz"): NIFTI, f"rawdata/sub-{A}/sub-{A}_sessions.tsv":
+            "session_id\tage\nses-00A\t9.5\n".encode("utf-16")}))
+    assert source.notes["sessions.tsv: is utf-16, not UTF-8: decoded"] == 1
+
+
 def test_annexed_content_gives_way_or_is_named(tmp_path: Path):
     root = write(tmp_path, {raw(A, "00A", "run-01_T1w.nii.gz"): NIFTI})
     for place in (MPROC + f"/sub-{A}/ses-00A/anat", f"rawdata/sub-{A}/ses-02A/anat"):

@@ -46,6 +46,11 @@ def test_every_row_is_a_scan_of_its_person(folder: Path) -> None:
     assert source.notes == {"not taken: file that no table lists": 1}  # left.nii
 
 
+def test_the_column_of_participants_may_be_called_id(folder: Path) -> None:
+    people, _ = read(folder, "b.nii,007,T1w\n", "File,ID,Modality\n")
+    assert [one.participant for one in people] == ["007"]
+
+
 @pytest.mark.parametrize(("row", "says"), [
     ("gone.nii,1,,T1w,,,,,,", r"table.csv row 1: file 'gone.nii' is not below"),
     ("../table.csv,1,,T1w,,,,,,", r"row 1: file '../table.csv' is not below"),
