@@ -29,8 +29,8 @@ VALUES = (
     ("step_seconds", "seconds a step takes", "step_s"),
     ("volumes_per_second", "volumes trained per second", "volumes_per_s"),
     ("last_checkpoint_step", "step of the last committed checkpoint", "last_checkpoint"),
-    ("checkpoint_age_seconds", "seconds since the last checkpoint was committed",
-     "checkpoint_age_s"),
+    ("checkpoint_age_seconds", "seconds since the last checkpoint was committed, or since the run "
+     "began", "checkpoint_age_s"),
     ("restarts", "restarts by the supervisor", "restarts"),
     ("goodput_ratio", "share of the run's time that was productive", "goodput"),
     ("lost_steps", "steps that were done in vain", "lost_steps"),

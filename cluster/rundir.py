@@ -1,8 +1,9 @@
 """The run directory as seen from outside: what training wrote, and the supervisor's own events.
 
     config.yaml  metrics.jsonl  events.jsonl  latest          written by rank 0 of the training
-    heartbeat/rank-R.json                                     written by every rank at every step
-    logs/attempt-K.log                                        written by the supervisor
+    heartbeat/rank-R.json                                     written by every rank, all the time
+    logs/attempt-K.log  logs/attempt-K.stacks.txt             written by the supervisor
+    lease/                                                    who owns the run
 
 It is a local directory or a URI that fsspec knows.  Reading never changes it and never needs the
 training to be alive.  A line that a kill cut short is left out.

@@ -91,8 +91,7 @@ def _read(run_dir: RunDir, beats: list[Heartbeat], now: float) -> dict[str, Any]
         "step_s": step_s,
         "eta_s": (steps - step) * step_s if state == "running" and steps and step_s else None,
         "last_checkpoint": run_dir.committed_step(),
-        "checkpoint_age_s": min((now - row["time"] for row in events
-                                 if row.get("event") == "checkpoint"), default=None),
+        "checkpoint_age_s": _checkpoint_age_s(events, now),
         "disk_free": free_bytes(path) if (path := run_dir.local_path) else None,
         "event_counts": dict(Counter(str(row.get("event")) for row in events)),
         "restarts": sum(row.get("event") == "restart" for row in events),
@@ -127,6 +126,12 @@ def _state(events: list[dict[str, Any]], beats: list[Heartbeat], step_s: float |
         return "waiting"
     # the slowest rank counts: the others may be waiting for it
     return "running" if now - min(signs) < max(SILENT_S, 10 * (step_s or 0.0)) else "stalled"
+
+
+def _checkpoint_age_s(events: list[dict[str, Any]], now: float) -> float | None:
+    """Since the last checkpoint was committed; before the first, since the run began."""
+    rows = [row for row in events if row.get("event") == "checkpoint"] or events[:1]
+    return now - rows[-1]["time"] if rows else None
 
 
 def render(status: dict[str, Any]) -> str:

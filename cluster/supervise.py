@@ -2,7 +2,7 @@
 
     supervise [--hostfile H] -- --config C ...
         -> deepspeed ... neurojepa.pretrain --config C ...      one attempt, in its own session
-        -> events.jsonl: started, hang, exit, restart, give_up, stopped, finished
+        -> events.jsonl: started, exit, hang and more (docs/operations.md says what each means)
         -> logs/attempt-K.log: everything the launcher and its ranks printed
 
 The training continues by itself when the same command runs again on the same run directory, so a

@@ -101,6 +101,14 @@ def test_a_rank_that_waits_for_its_store_is_not_hung_until_it_says_so_no_more() 
     assert progress.silent_s > 400
 
 
+def test_a_run_that_commits_nothing_has_an_old_checkpoint_too(run: Path) -> None:
+    assert read_status(RunDir(str(run)), now=NOW)["checkpoint_age_s"] == NOW - 1000
+    with (run / "events.jsonl").open("a") as file:
+        file.write('{"time": 4000, "event": "checkpoint", "step": 5}\n'
+                   '{"time": 6000, "event": "resume", "step": 5}\n')
+    assert read_status(RunDir(str(run)), now=NOW)["checkpoint_age_s"] == NOW - 4000
+
+
 @pytest.mark.parametrize(("last", "status"), [("finish", 0), ("stopped", 75), ("give_up", 1)])
 def test_watch_ends_when_the_run_has_ended(run: Path, capsys: pytest.CaptureFixture[str],
                                            last: str, status: int) -> None:

@@ -169,7 +169,8 @@ def _disk(folder: Path) -> list[tuple[str, str, float]]:
             filler = disk / "filler"
             story.do("the run's disk is full", lambda: _fill(filler))
             # of the log too, so only the supervisor's own screen can say it
-            story.until("said, waiting", lambda: "waiting for it" in _screen(run_dir))
+            story.until("said, waiting", lambda: "waiting for it" in _screen(recipe).read_text(
+                errors="replace"))
             committed = run_dir.committed_step()
             story.do("room made", filler.unlink)
             story.until("next checkpoint", lambda: run_dir.committed_step() != committed)
@@ -191,7 +192,7 @@ def _supervised(run_dir: RunDir, recipe: Path, hosts: Hosts | None, at: int, *op
                  str(hosts.hostfile)]
         environment = {name: value for name, value in hosts.environment().items()
                        if name != "GLOO_SOCKET_IFNAME"}
-    with open(_screen_path(run_dir), "ab") as screen:
+    with _screen(recipe).open("ab") as screen:
         process = subprocess.Popen(
             [*words, "--", "--config", str(recipe), *ENDLESS, "train.checkpoint_every=10",
              f"run.dir={run_dir.uri}", *arguments], cwd=ROOT, env=environment, stdout=screen,
@@ -204,12 +205,9 @@ def _supervised(run_dir: RunDir, recipe: Path, hosts: Hosts | None, at: int, *op
             process.wait(LONGEST_S)
 
 
-def _screen_path(run_dir: RunDir) -> Path:
-    return Path(tempfile.gettempdir()) / f"{run_dir.uri.strip('/').replace('/', '-')}.screen"
-
-
-def _screen(run_dir: RunDir) -> str:
-    return _screen_path(run_dir).read_text(errors="replace")
+def _screen(recipe: Path) -> Path:
+    """What supervisors say, beside the recipe: the run's own disk may be full."""
+    return recipe.with_suffix(".screen")
 
 
 def _events(run_dir: RunDir, name: str) -> list[dict[str, Any]]:
