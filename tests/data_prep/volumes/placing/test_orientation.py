@@ -210,6 +210,16 @@ def test_a_real_head_in_lps_is_seen_and_as_it_is_it_passes(shared_data: Path, fi
     assert caught.value.code == "orientation_doubtful"
 
 
+@pytest.mark.slow(3)
+@pytest.mark.parametrize("degrees", [30, -30])
+def test_a_real_head_that_nods_is_not_doubted(shared_data: Path, degrees):
+    volume = read_scan(str(shared_data / REAL[0]))
+    volume.affine = moved(volume.affine, degrees, (0, 0, 0))[0]
+    mask, _ = brain_mask(volume, QUICK)
+    found = check_turn(volume, mask)
+    assert (found.turn, found.sure) == (AS_STATED, True)
+
+
 @pytest.mark.slow(6)
 @pytest.mark.parametrize(("fixed", "moving"), [
     ("sub-ms03/ses-2/anat/sub-ms03_ses-2_T1w", "sub-ms03/ses-2/anat/sub-ms03_ses-2_T2w"),
