@@ -14,6 +14,7 @@ from torch import Tensor
 _MASK64 = (1 << 64) - 1
 _BYTES_STD = (4 * (0x100**2 - 1) / 12) ** 0.5  # of a sum of four bytes
 _GOLDEN, _MUL1, _MUL2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_INVERSE = pow(_GOLDEN, -1, 1 << 64)
 
 
 def bits(seed: int, position_B: Tensor, stream: int, counter: int | Tensor) -> Tensor:
@@ -35,6 +36,10 @@ def bits(seed: int, position_B: Tensor, stream: int, counter: int | Tensor) -> T
     start = _mix_int(_mix_int(seed & _MASK64) ^ (stream * _GOLDEN & _MASK64))
     key_B = _mix(position_B * _signed(_GOLDEN) ^ _signed(start))
     key = key_B.view(-1, *[1] * (counter.dim() - 1))
+    if torch.compiler.is_compiling():
+        # The same bits.  Inductor folds a product of a counter that it knows and a constant, which
+        # does not wrap and exceeds int64; it knows nothing of a sum with the key.
+        return _mix((counter + key * _signed(_INVERSE)) * _signed(_GOLDEN))
     return _mix(counter * _signed(_GOLDEN) + key)
 
 

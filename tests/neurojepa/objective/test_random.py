@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -65,3 +67,24 @@ def _reference_start(seed: int, position: int, stream: int) -> int:
     golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
     start = _reference_mix((_reference_mix(seed) & mask) ^ (stream * golden & mask)) & mask
     return _reference_mix((position * golden & mask) ^ start) & mask
+
+
+def test_the_form_for_compilers_has_the_same_bits(monkeypatch: pytest.MonkeyPatch):
+    position = torch.tensor([0, 5, 1 << 40, -3])
+    plain = [random.bits(seed, position, 2, 50) for seed in (0, 7)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for seed, expected in zip((0, 7), plain, strict=True):
+        assert torch.equal(random.bits(seed, position, 2, 50), expected)
+
+
+@pytest.mark.slow(12)
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_what_a_gpu_compiles_with_has_the_same_bits():
+    """Inductor folds what it knows of counters; products must not grow beyond 64 bits."""
+    position = torch.tensor([3, 1 << 40])
+
+    def drawn(position_B: torch.Tensor) -> torch.Tensor:
+        return random.uniform(7, position_B, 4, 1 + 6 * torch.arange(20)[None])
+
+    compiled = torch.compile(drawn, backend="inductor", fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(position), drawn(position))
