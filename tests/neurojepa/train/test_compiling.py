@@ -182,11 +182,11 @@ def test_what_is_compiled_is_kept_with_the_run(monkeypatch: pytest.MonkeyPatch,
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(inductor, "deterministic", False)
     tree = make_config().model_dump(mode="json")
     tree["run"] = {"dir": str(tmp_path / "run"), "deterministic": True}
-    with monkeypatch.context() as patch:
+    # inductor.patch, as monkeypatch would delete the setting at its end
+    with inductor.patch(deterministic=False), monkeypatch.context() as patch:
         patch.setattr(compiling.os, "environ", found := {names[1]: "/elsewhere"})
         compiling.keep_compiled(validate(tree, "tests"))
+        assert inductor.deterministic
     assert found == {names[0]: str(tmp_path / "run/compiled/inductor"), names[1]: "/elsewhere"}
-    assert inductor.deterministic
