@@ -72,6 +72,9 @@ def _embed_arguments(command: argparse.ArgumentParser) -> None:
                          "by coordinates, or those of --atlas")
     command.add_argument("--atlas", help="label map in MNI152 space (NIfTI; names in a .tsv "
                          "beside it)")
+    command.add_argument("--atoms", action="store_true", help="atoms of the sparse code in place "
+                         "of latents, compared with those of the scans embedded (of split train, "
+                         "where a feed has one)")
     command.add_argument("--preset", default="default", choices=["quick", "default", "paper"],
                          help="how thoroughly scans are prepared; take the one that the feed of "
                          "the weights was prepared with (default: default)")
@@ -93,8 +96,8 @@ def run_embed(arguments: argparse.Namespace) -> int:
     model = Model(weights, arguments.weights, arguments.device)
     found = model.embed(
         named, out=arguments.out, modality=arguments.modality, cohort=arguments.cohort,
-        regions=arguments.regions, atlas=arguments.atlas, preset=arguments.preset,
-        key=arguments.key, workers=arguments.workers,
+        regions=arguments.regions, atlas=arguments.atlas, atoms=arguments.atoms,
+        preset=arguments.preset, key=arguments.key, workers=arguments.workers,
         progress=lambda done, of: print(f"{done} of {of} scans", end="\r" if done < of else "\n",
                                         flush=True))
     found.write(arguments.out)
@@ -143,8 +146,8 @@ def _probe_arguments(command: argparse.ArgumentParser) -> None:
                          "beside empty and n/a: such as 999 (write -9 as --missing=-9)")
     command.add_argument("--cv", default="5x5", help="repeats x folds of the outer "
                          "cross-validation (default: 5x5)")
-    command.add_argument("--site", help="column of sites: they are left out one by one, and it is "
-                         "told whether the label goes with them")
+    command.add_argument("--site", help="column of sites: they are left out one by one, made alike "
+                         "by ComBat, and it is told whether the label goes with them")
     command.add_argument("--adjust", nargs="+", default=[], help="columns whose influence is taken "
                          "from the features: of the table or age, sex, brain_ml, field_strength")
     command.add_argument("--allow-seen", action="store_true", help="test people who were in the "
@@ -168,6 +171,7 @@ def _study(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.study import Design, study
     from neurojepa.downstream.study_output import write_studies
     from neurojepa.downstream.table import read_embeddings
+    from neurojepa.downstream.volumes import read_volumes
 
     if not arguments.label or len(arguments.labels) != 1:
         raise ConfigError("probe EMBEDDINGS needs one table, --labels TABLE, and the columns of it "
@@ -180,7 +184,8 @@ def _study(arguments: argparse.Namespace) -> int:
     embeddings = read_embeddings(arguments.embeddings)
     people = join_labels(embeddings, arguments.labels[0], key=arguments.key,
                          id_column=arguments.id, session_column=arguments.session,
-                         modality=arguments.modality, missing=arguments.missing)
+                         modality=arguments.modality, missing=arguments.missing,
+                         volumes=read_volumes(arguments.embeddings))
     for note in people.notes:
         print(note)
     studies = []

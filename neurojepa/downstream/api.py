@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from neurojepa.downstream import table as tables
+from neurojepa.downstream import volumes
 from neurojepa.downstream.embed import embed, select_rows
 from neurojepa.downstream.regions import Regions, load_regions
 from neurojepa.downstream.scans import Scans, is_feed, prepare_scans, told
@@ -39,6 +40,7 @@ class Embedded:
     scans: Scans | None  # what became of raw scans; None of a feed
     feed: str  # fingerprint
     skipped: dict[str, int]  # scans of modalities that the weights do not know, by modality
+    volumes: bytes  # volumes.csv
 
     @property
     def values(self) -> np.ndarray:
@@ -51,6 +53,7 @@ class Embedded:
             write_bytes(join(out, "regions.parquet"), parquet_bytes(self.regions))
         if self.scans is not None:
             tables.write_scans_csv(out, self.scans, self.table["scan_id"].to_pylist())
+        write_bytes(join(out, volumes.FILE), self.volumes)
         tables.write_tables(out, self.table)
 
 
@@ -71,9 +74,9 @@ class Model:
 
     def embed(self, scans: Path | Sequence[Path], *, out: str | None = None,
               modality: str | None = None, cohort: str | None = None, regions: bool = False,
-              atlas: str | None = None, preset: str = "default", key: str | None = None,
-              workers: int = 1, progress: Callable[[int, int], None] = lambda done, of: None
-              ) -> Embedded:
+              atlas: str | None = None, atoms: bool = False, preset: str = "default",
+              key: str | None = None, workers: int = 1,
+              progress: Callable[[int, int], None] = lambda done, of: None) -> Embedded:
         """Embed scans as they are, or those of a feed.
 
         Parameters
@@ -90,6 +93,10 @@ class Model:
             Of a feed, only the scans of this cohort.
         regions, atlas
             Rows of regions too: of lobes by coordinates, or of this label map in MNI152 space.
+        atoms
+            Atoms of the sparse code in place of latents.  Exported weights say what is usual of
+            latents alone, so atoms are compared with those of the scans embedded (of split train,
+            where a feed has one).
         preset
             How thoroughly scans are prepared: quick, default or paper.
         key
@@ -120,9 +127,9 @@ class Model:
                 people = feed.index["participant"].take(rows).to_pylist()
                 rows = rows[[person in prepared.ids for person in people]]
             rows, skipped = self._known(feed, rows)
-            where = (load_regions(feed.grid, self.weights.config.model.patch_voxels, atlas)
-                     if regions or atlas else None)
-            return self._embed(feed, rows, prepared, where, skipped, progress)
+            where = load_regions(feed.grid, self.weights.config.model.patch_voxels, atlas)
+            return self._embed(feed, rows, prepared, where, skipped, progress,
+                               regions=regions or atlas is not None, atoms=atoms)
 
     def _prepare(self, named: list[str], out: str, modality: str | None, preset: str,
                  key: str | None, workers: int) -> Scans:
@@ -149,16 +156,21 @@ class Model:
                             f"({', '.join(known)})")
         return rows[np.isin(names, known)], skipped
 
-    def _embed(self, feed: Feed, rows: np.ndarray, scans: Scans | None, regions: Regions | None,
-               skipped: dict[str, int], progress: Callable[[int, int], None]) -> Embedded:
-        found = embed(self.weights.model, self.weights.config, feed, rows, self.weights.places,
-                      regions=regions, progress=lambda done: progress(done, len(rows)))
+    def _embed(self, feed: Feed, rows: np.ndarray, scans: Scans | None, where: Regions,
+               skipped: dict[str, int], progress: Callable[[int, int], None], *,
+               regions: bool, atoms: bool) -> Embedded:
+        config = self.weights.config
+        found = embed(self.weights.model, config, feed, rows,
+                      None if atoms else self.weights.places, regions=where if regions else None,
+                      progress=lambda done: progress(done, len(rows)), atoms=atoms)
         taught = self.weights.seen
         seen = [None if taught is None else not taught.isdisjoint(map(hashed, each))
                 for each in zip(found.participant.tolist(), found.scan_id.tolist(), strict=True)]
+        measured = volumes.tissue_volumes(feed, rows, where, config.model.patch_voxels)
         return Embedded(tables.embedding_table(found, feed, rows, seen, scans),
-                        None if regions is None else tables.region_table(found, regions),
-                        scans, feed.fingerprint, skipped)
+                        tables.region_table(found, where) if regions else None,
+                        scans, feed.fingerprint, skipped,
+                        volumes.volumes_csv(feed, *measured, where))
 
     def _check_grid(self, feed: Feed) -> None:
         grid = self.weights.grid

@@ -1,25 +1,24 @@
 """Predictions of people who taught nothing: repeated nested cross-validation by family.
 
-In every outer fold features are standardised, adjusted and the penalty of a linear model is chosen
-on the people of the other folds alone; families stay whole.  Features [n, D] enter the linear model
-rotated into the span of the people who teach, which changes no prediction under an L2 penalty and
-makes D of no cost.
+In every outer fold features (features.py) are fitted, and the penalty of a linear model or the
+number of neighbours is chosen, on the people of the other folds alone; families stay whole.
+Features [n, D] enter the linear model rotated into the span of the people who teach, which changes
+no prediction under an L2 penalty and makes D of no cost.
 
 The grid of penalties grows where its best value lies at an edge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from neurojepa.downstream.features import Features
 from neurojepa.downstream.targets import Kind, Target
 from neurojepa.errors import DataError
-from neurojepa.feed.labels import as_numbers
 
-Features = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 INNER = 5  # folds that choose the penalty
 PENALTIES = 10.0 ** np.arange(-3, 4)  # times the mean squared length of a row
 WIDEN = 3  # decades
@@ -80,25 +79,49 @@ def _folds(kind: Kind, truth: np.ndarray, family: np.ndarray, folds: int, seed: 
         truth[:, None], truth, family)
 
 
-def predict(target: Target, features: Features, plan: Plan, family: np.ndarray) -> np.ndarray:
+Read = Callable[[Target, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def held_out(plan: Plan, features: Features, number: int,
+             read: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray | None],
+             tail: tuple[int, ...] = ()) -> np.ndarray:
+    """float64 [n, R, *tail] of what ``read(train, test, taught, tested)`` says of the tested people
+    of each fold; nan where nobody was tested, or it says nothing."""
+    predicted = np.full((number, len(plan.repeats), *tail), np.nan)
+    for r, folds in enumerate(plan.repeats):
+        for train, test in folds:
+            if not len(train) or not len(test):
+                continue
+            if (found := read(train, test, *features(train, test))) is not None:
+                predicted[test, r] = found
+    return predicted
+
+
+def predict(target: Target, features: Features, plan: Plan, family: np.ndarray,
+            model: Read | None = None) -> np.ndarray:
     """float64 [n, R] or, of classes, [n, R, K]; nan where nobody predicted a person.
 
     Who is tested is missing from those who teach, so a fold with many positives is predicted from
     fewer of them.  Where folds are scored together this alone puts chance below a half; therefore
     each fold's predictions are moved from the share (or mean) that taught to that of all.
+
+    Parameters
+    ----------
+    model : ``linear`` (None) or ``nearest``
     """
-    shape = (len(target.truth), len(plan.repeats))
-    classes = len(target.classes) if target.kind in ("multiclass", "ordinal") else 0
-    predicted = np.full((*shape, classes) if classes else shape, np.nan)
-    for r, folds in enumerate(plan.repeats):
-        for train, test in folds:
-            known = set(target.truth[train].tolist())
-            if len(test) and (target.kind == "regression" or len(known) == len(target.classes)):
-                found = _fit_predict(target, *features(train, test), target.truth[train],
-                                     family[train])
-                predicted[test, r] = (moved(target, found, target.truth[train], target.truth)
-                                      if plan.pooled else found)
-    return predicted
+    truth = target.truth
+    fit = model or linear
+
+    def read(train: np.ndarray, test: np.ndarray, taught: np.ndarray,
+             tested: np.ndarray) -> np.ndarray | None:
+        known = set(truth[train].tolist())
+        if target.kind != "regression" and len(known) < len(target.classes):
+            return None
+        found = fit(target, taught, tested, truth[train], family[train])
+        return moved(target, found, truth[train], truth) if plan.pooled else found
+
+    classes = target.kind in ("multiclass", "ordinal")
+    return held_out(plan, features, len(truth), read, (len(target.classes),) if classes else ())
 
 
 def moved(target: Target, found: np.ndarray, taught: np.ndarray, to: np.ndarray) -> np.ndarray:
@@ -113,73 +136,25 @@ def moved(target: Target, found: np.ndarray, taught: np.ndarray, to: np.ndarray)
     return found * ratio / (found * ratio).sum(-1, keepdims=True)
 
 
-# ---- features ------------------------------------------------------------------------------------
-
-def plain(values: np.ndarray) -> Features:
-    """Features as they are, standardised by those who teach; rows have a mean square of 1."""
-    def build(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        mean, std = values[train].mean(0), values[train].std(0)
-        kept = std > 1e-9 * max(std.max(initial=0.0), 1e-30)
-        scaled = (values[:, kept] - mean[kept]) / std[kept] / np.sqrt(max(kept.sum(), 1))
-        return scaled[train].astype(float), scaled[test].astype(float)
-    return build
-
-
-def adjusted(values: np.ndarray, covariates: np.ndarray) -> Features:
-    """Features less what a line in the covariates [n, c] tells of them, fitted on who teaches."""
-    def build(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        design = np.column_stack([np.ones(len(covariates)), covariates])
-        line = np.linalg.lstsq(design[train], values[train], rcond=None)[0]
-        return plain(values - design @ line)(train, test)
-    return build
-
-
-def beside(values: np.ndarray, covariates: np.ndarray) -> Features:
-    """Both; each covariate weighs as much as all features together."""
-    def build(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        one, other = plain(values)(train, test), plain(covariates)(train, test)
-        scale = np.sqrt(covariates.shape[1])
-        return (np.hstack([one[0], other[0] * scale]), np.hstack([one[1], other[1] * scale]))
-    return build
-
-
-def design_of(columns: dict[str, np.ndarray], names: Sequence[str | None] = ()) -> np.ndarray:
-    """float64 [n, c] of columns of str without missing values: numbers, or one of each name.
-
-    Of the columns in ``names`` numbers are names, too, as those of sites are.
-
-    Raises
-    ------
-    DataError
-        A column has numbers and words.
-    """
-    parts = []
-    for name, values in columns.items():
-        numbers = None if name in names else as_numbers(values)
-        if numbers is not None:
-            parts.append(numbers[:, None])
-            continue
-        found = np.unique(values)
-        words = [value for value in found.tolist() if as_numbers(np.array([value])) is None]
-        if name not in names and len(words) < len(found):
-            raise DataError(f"column {name!r}: {words[0]!r} is no number, others are; correct it, "
-                            f"or add --missing {words[0]} if it stands for nothing")
-        parts.append((values[:, None] == found[None, 1:]).astype(float))
-    return np.hstack(parts)
-
-
 # ---- the linear model ----------------------------------------------------------------------------
 
-def _fit_predict(target: Target, taught: np.ndarray, tested: np.ndarray, truth: np.ndarray,
-                 family: np.ndarray) -> np.ndarray:
-    if taught.shape[1] > len(taught):
-        _, _, basis = np.linalg.svd(taught, full_matrices=False)
-        taught, tested = taught @ basis.T, tested @ basis.T
+def linear(target: Target, taught: np.ndarray, tested: np.ndarray, truth: np.ndarray,
+           family: np.ndarray) -> np.ndarray:
+    """Predictions [m] or [m, K] of ``tested`` [m, D] by a linear model with an L2 penalty."""
+    taught, tested = in_span(taught, tested)
     fit = _ridge if target.kind == "regression" else _ordinal if target.kind == "ordinal" \
         else _logistic
     penalty = _best_penalty(target, fit, taught, truth, family)
     found = fit(taught, truth, tested, np.array([penalty]), len(target.classes))[0]
     return found[:, 1] if target.kind == "binary" else found
+
+
+def in_span(taught: np.ndarray, tested: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both rotated into the span of those who teach, where features outnumber them."""
+    if taught.shape[1] <= len(taught):
+        return taught, tested
+    _, _, basis = np.linalg.svd(taught, full_matrices=False)
+    return taught @ basis.T, tested @ basis.T
 
 
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
@@ -191,16 +166,30 @@ def _best_penalty(target: Target, fit: Fit, taught: np.ndarray, truth: np.ndarra
     folds = min(INNER, len(set(family.tolist())), *(
         max(2, len(set(family[truth == k].tolist()))) for k in range(len(target.classes))))
     splits = list(_folds(target.kind, truth, family, folds, seed=0))
-    grid, losses = PENALTIES, dict[float, float]()
-    while True:
-        new = np.array([each for each in grid if each not in losses])
-        total = np.zeros(len(new))
+
+    def losses(penalties: np.ndarray) -> np.ndarray:
+        total = np.zeros(len(penalties))
         for train, test in splits:
             if target.kind != "regression" and len(set(truth[train])) < len(target.classes):
                 continue
-            found = fit(taught[train], truth[train], taught[test], new, len(target.classes))
+            found = fit(taught[train], truth[train], taught[test], penalties, len(target.classes))
             total += [_loss(target.kind, truth[test], each) for each in found]
-        losses |= dict(zip(new.tolist(), total.tolist(), strict=True))
+        return total
+
+    return least(losses)
+
+
+def least(losses_of: Callable[[np.ndarray], np.ndarray]) -> float:
+    """The penalty of least loss; the grid grows while it lies at an edge.
+
+    Parameters
+    ----------
+    losses_of : the losses of an array of penalties
+    """
+    grid, losses = PENALTIES, dict[float, float]()
+    while True:
+        new = np.array([each for each in grid if each not in losses])
+        losses |= dict(zip(new.tolist(), losses_of(new).tolist(), strict=True))
         best = min(losses, key=lambda each: (losses[each], -each))
         if best == min(losses) and best > WIDEST[0]:
             grid = best / 10.0 ** np.arange(1, WIDEN + 1)
@@ -250,3 +239,43 @@ def _ordinal(taught: np.ndarray, truth: np.ndarray, tested: np.ndarray, penaltie
     above = np.minimum.accumulate(above, -1)  # being above a level is no less likely than the next
     edges = np.concatenate([np.ones_like(above[..., :1]), above, np.zeros_like(above[..., :1])], -1)
     return edges[..., :-1] - edges[..., 1:]
+
+
+# ---- nearest neighbours --------------------------------------------------------------------------
+
+def nearest(target: Target, taught: np.ndarray, tested: np.ndarray, truth: np.ndarray,
+            family: np.ndarray) -> np.ndarray:
+    """Predictions [m] or [m, K]: means over the k people who are nearest.
+
+    k is chosen among powers of two by the predictions of those who teach, each from the other
+    families; shares of classes count one more person, of the classes' shares in all.
+    """
+    counts = 2 ** np.arange(int(np.log2(max(len(taught), 1))) + 1)
+    of_each = _means(target, taught, taught, truth, counts, family, family)
+    known = np.isfinite(of_each).reshape(len(counts), len(truth), -1).all((0, 2))
+    losses = [_loss(target.kind, truth[known], each[known]) for each in of_each]
+    best = counts[[int(np.argmin(losses))]] if known.any() else counts[:1]
+    found = _means(target, taught, tested, truth, best)[0]
+    return found[:, 1] if target.kind == "binary" else found
+
+
+def _means(target: Target, taught: np.ndarray, tested: np.ndarray, truth: np.ndarray,
+           counts: np.ndarray, family: np.ndarray | None = None,
+           own: np.ndarray | None = None) -> np.ndarray:
+    """[counts, m] or [counts, m, K]; of nobody's own family, where families are told."""
+    distance = (np.square(tested).sum(1)[:, None] - 2 * tested @ taught.T
+                + np.square(taught).sum(1))
+    if family is not None and own is not None:
+        distance[own[:, None] == family] = np.inf
+    order = np.argsort(distance, 1, kind="stable")
+    far = ~np.isfinite(np.take_along_axis(distance, order, 1))
+    number = len(target.classes)
+    each = truth[:, None] if target.kind == "regression" else np.eye(number)[truth.astype(int)]
+    near = np.where(far[..., None], 0.0, each[order])
+    sums, seen = near.cumsum(1), (~far).cumsum(1)
+    if target.kind == "regression":
+        with np.errstate(invalid="ignore"):
+            means = sums[..., 0] / np.where(seen > 0, seen, np.nan)
+    else:
+        means = (sums + each.mean(0)) / (seen[..., None] + 1)
+    return np.stack([means[:, min(count, means.shape[1]) - 1] for count in counts])

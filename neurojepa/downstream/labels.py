@@ -8,7 +8,7 @@ without labels, missing values, rows that stand twice.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,8 @@ from neurojepa.storage import read_bytes
 CODES = {"-9", "-99", "-999", "-9999", "-7", "-8", "-77", "-88", "99", "999", "9999", "-4", "-1"}
 WORKBOOK = b"PK"  # how .xlsx and .ods begin
 FAR = 6  # median absolute deviations from the median: a code among numbers, not a value
-_OF_SCANS = ("age", "sex", "brain_ml", "site", "field_strength")  # covariates that embed tells
+# covariates that embed tells
+_OF_SCANS = ("age", "sex", "brain_ml", "site", "scanner", "field_strength")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class People:
     seen: np.ndarray | None  # bool [n], in the pretraining of the weights; None: not known
     columns: dict[str, np.ndarray]  # str [n], "" where missing: the table's, then those of scans
     notes: list[str] = field(default_factory=list)  # what did not meet, counted
+    volumes: np.ndarray | None = None  # float64 [n, V] ml of tissue by region, where all have them
+    sessions: np.ndarray | None = None  # str [n], where visits are told apart
 
     def column(self, name: str) -> np.ndarray:
         """A column [n] of str.
@@ -53,7 +56,9 @@ class People:
         """The people of an index or mask [n]."""
         return People(self.values[chosen], self.ids[chosen], self.participant[chosen],
                       self.family[chosen], None if self.seen is None else self.seen[chosen],
-                      {name: column[chosen] for name, column in self.columns.items()}, self.notes)
+                      {name: column[chosen] for name, column in self.columns.items()}, self.notes,
+                      None if self.volumes is None else self.volumes[chosen],
+                      None if self.sessions is None else self.sessions[chosen])
 
 
 def read_rows(uri: str, missing: Sequence[str], notes: list[str]) -> list[dict[str, str]]:
@@ -83,7 +88,7 @@ def read_rows(uri: str, missing: Sequence[str], notes: list[str]) -> list[dict[s
 
 def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
          session_column: str | None = None, modality: str | None = None,
-         missing: Sequence[str] = ()) -> People:
+         missing: Sequence[str] = (), volumes: Mapping[str, np.ndarray] | None = None) -> People:
     """People, or visits where a column of sessions is named, of both the table and the embeddings.
 
     Parameters
@@ -92,6 +97,7 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
     uri : of the table of labels
     key : file of the pseudonym key that embed used
     missing : values that stand for nothing, such as -9
+    volumes : ml of tissue by region [V] of scans, as volumes.read_volumes gives them
 
     Raises
     ------
@@ -133,7 +139,24 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
         participant=np.array([row["participant"] for row in first]),
         family=np.array([row["family"] for row in first]),
         seen=_seen([[scans[number].get("seen") for number in met[each]] for each in order]),
-        columns=columns, notes=notes)
+        columns=columns, notes=notes,
+        volumes=_volumes([[scans[number]["scan_id"] for number in met[each]] for each in order],
+                         volumes, notes),
+        sessions=np.array([session for _, session in order]) if session_column else None)
+
+
+def _volumes(of_scans: list[list[str]], volumes: Mapping[str, np.ndarray] | None,
+             notes: list[str]) -> np.ndarray | None:
+    """float64 [n, V]: mean over each one's scans; None, and a note, where some have none."""
+    if volumes is None:
+        return None
+    lack = sum(not any(scan in volumes for scan in scans) for scans in of_scans)
+    if lack:
+        notes.append(f"region volumes are not compared with: {lack} of {len(of_scans)} have none "
+                     "in volumes.csv")
+        return None
+    return np.stack([np.mean([volumes[scan] for scan in scans if scan in volumes], 0)
+                     for scans in of_scans])
 
 
 def _seen(of_scans: list[list[bool | None]]) -> np.ndarray | None:

@@ -61,7 +61,38 @@ def resamples(people: np.ndarray, groups: np.ndarray | None, draws: int, seed: i
                               for scans in _resampled(members[k], rng)])
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def of_people(value: Callable[[np.ndarray], float], chosen: np.ndarray, people: np.ndarray,
+              groups: np.ndarray, draws: int) -> tuple[Score, float]:
+    """``value(indices)`` of the chosen [m] indices with its interval, and the two-sided p of its
+    being 0 (from the bootstrap, Davison & Hinkley 1997, section 4.4).
+
+    Parameters
+    ----------
+    people, groups : [n], who each index is and of which group
+    """
+    if not len(chosen):
+        return Score(np.nan, np.nan, np.nan, 0, 0), float("nan")
+    who = people[chosen]
+    drawn = np.array([value(chosen[each])
+                      for each in resamples(who, groups[chosen], draws)])
+    drawn = drawn[np.isfinite(drawn)]
+    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    p = min(1.0, 2 * float(tail + 1) / (len(drawn) + 1)) if len(drawn) else float("nan")
+    return Score(value(chosen), *interval(drawn), len(chosen), len(set(who.tolist()))), p
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p values that hold for all of them together (Holm 1979); nan stays nan."""
+    values = np.array(p, dtype=float)
+    found, worst = np.full(len(values), np.nan), 0.0
+    known = np.flatnonzero(np.isfinite(values))
+    for rank, place in enumerate(known[np.argsort(values[known], kind="stable")]):
+        worst = max(worst, min(1.0, (len(known) - rank) * values[place]))
+        found[place] = worst
+    return found.tolist()
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """The middle 95 % of the values that are defined; nan without any."""
     defined = [value for value in values if np.isfinite(value)]
     low, high = np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan)

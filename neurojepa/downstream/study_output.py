@@ -1,20 +1,18 @@
-"""What a study of labels leaves in a folder: results.json, report.html and predictions.csv."""
+"""What a study of labels leaves in a folder: its record and its predictions (output.py)."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
-from neurojepa import __version__
-from neurojepa.downstream.study import Study, predictions_of, record_of
-from neurojepa.downstream.study_page import methods, study_page
-from neurojepa.storage import join, write_bytes
+import numpy as np
 
-SCHEMA = "neurojepa/probe/1"
+from neurojepa.downstream.output import Figures, headed, write_task
+from neurojepa.downstream.scoring import known
+from neurojepa.downstream.stats import holm
+from neurojepa.downstream.study import ALONE, Study
+from neurojepa.downstream.study_checks import calibration, corrected
+from neurojepa.downstream.study_page import methods, study_page
 
 
 def write_studies(out: str, studies: Sequence[Study], record: dict[str, Any]) -> None:
@@ -24,23 +22,60 @@ def write_studies(out: str, studies: Sequence[Study], record: dict[str, Any]) ->
     ----------
     record : of the command: embeddings, labels, cv, modality, allow_seen, notes
     """
-    record = {"schema": SCHEMA, "version": __version__, **record}
-    record |= {"results": {each.target.name: record_of(each) for each in studies},
-               "methods": methods(studies, record)}
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(predictions_of(studies))
-    uri = join(out, "predictions.csv")
-    write_bytes(uri, text.getvalue().encode())
-    if os.path.exists(uri):
-        os.chmod(uri, 0o600)  # it holds the user's own ids
-    write_bytes(join(out, "report.html"), study_page(studies, record).encode())
-    write_bytes(join(out, "results.json"), json.dumps(_finite(record), indent=1).encode())
+    record = headed("probe/1", record)
+    results = {each.target.name: record_of(each) for each in studies}
+    gains = [gain for each in results.values() for gain in each["gains"]]
+    for gain, p in zip(gains, holm([gain["p"] for gain in gains]), strict=True):
+        gain["p_holm"] = p
+    record |= {"results": results, "methods": methods(studies, record)}
+    figures = Figures()
+    write_task(out, record, study_page(studies, record, figures), predictions_of(studies), figures)
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for what is not a number, which JSON cannot say."""
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and value != value else value
+def record_of(found: Study) -> dict[str, Any]:
+    """One label of results.json."""
+    target, predicted = found.target, found.rows[ALONE].predicted
+    whom = known(predicted)
+    curve = (calibration(target.truth[whom], predicted[whom].mean(1))
+             if target.kind == "binary" and whom.any() else [])
+    told = {name: score.as_dict() if score else None for name, score in (
+        ("told_from_embedding", found.site_told), ("told_after_combat", found.site_told_alike))}
+    return {
+        "kind": target.kind, "classes": list(target.classes),
+        "people": len(set(found.people.participant.tolist())), "rows": len(found.people.ids),
+        "counts": {name: int((target.truth == k).sum()) for k, name in enumerate(target.classes)},
+        "covariates": list(found.covariates), "adjusted_for": list(found.adjust),
+        "scores": {name: {metric: value.as_dict() for metric, value in row.scores.items()}
+                   for name, row in found.rows.items()},
+        "gains": [gain.as_dict() for gain in found.gains],
+        "calibration": [{"predicted": mean, "observed": share, "people": number}
+                        for mean, share, number in curve],
+        "groups": [{"column": group.column, "group": group.name, "people": group.people,
+                    "score": group.score.as_dict() if group.score else None}
+                   for group in found.groups],
+        "site": {"number": found.num_sites, **told},
+        "warnings": found.warnings, "notes": found.notes}
+
+
+def predictions_of(studies: Sequence[Study]) -> list[list[str]]:
+    """Rows of predictions.csv, with a header: mean over repeats, under the user's own ids.
+
+    ``corrected`` is a number's prediction without its pull towards the mean (study_checks.py).
+    """
+    lines = [["participant_id", "label", "truth", "predicted", "corrected", "probability"]]
+    for found in studies:
+        target, predicted = found.target, found.rows[ALONE].predicted
+        whom = np.flatnonzero(known(predicted))
+        mean = predicted[whom].mean(1)
+        if target.kind == "regression":
+            upright = corrected(target.truth[whom], mean, found.people.family[whom])
+            told = [[f"{truth:g}", f"{each:g}", "" if np.isnan(right) else f"{right:g}", ""]
+                    for truth, each, right in zip(target.truth[whom], mean, upright, strict=True)]
+        else:
+            shares = np.column_stack([1 - mean, mean]) if target.kind == "binary" else mean
+            told = [[target.classes[int(truth)], target.classes[int(each.argmax())], "", " ".join(
+                f"{name}={value:.4f}" for name, value in zip(target.classes, each, strict=True))]
+                for truth, each in zip(target.truth[whom], shares, strict=True)]
+        lines += [[str(found.people.ids[number]), target.name, *row]
+                  for number, row in zip(whom, told, strict=True)]
+    return lines

@@ -7,20 +7,25 @@ from typing import Any
 
 import numpy as np
 
+from neurojepa.downstream.output import Figures, new_plot
+from neurojepa.downstream.scoring import known
 from neurojepa.downstream.stats import auroc
-from neurojepa.downstream.study import ALONE, SHUFFLES, WITHOUT, Study
-from neurojepa.report import BLUE, figure, heading, page, paragraph, section, table, tiles
+from neurojepa.downstream.study import ALIKE, ALONE, VOLUMES, WITHOUT, Study
+from neurojepa.downstream.study_checks import SHUFFLES, corrected, group_metric
+from neurojepa.downstream.targets import SENSITIVITY
+from neurojepa.report import BLUE, GREY, grid, heading, page, paragraph, section, table, tiles
 
 NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "balanced_accuracy": "balanced accuracy",
-         "brier": "Brier score", "r2": "R²", "mean_absolute_error": "mean absolute error",
-         "rank_correlation": "rank correlation"}
+         SENSITIVITY: "sensitivity at 90 % specificity", "brier": "Brier score", "r2": "R²",
+         "mean_absolute_error": "mean absolute error", "rank_correlation": "rank correlation"}
+COLUMNS = {"age": "age, years", "field_strength": "field strength, T"}
 
 
-def study_page(studies: Sequence[Study], record: dict[str, Any]) -> str:
+def study_page(studies: Sequence[Study], record: dict[str, Any], figures: Figures) -> str:
     """results.json's content as a page that needs no network."""
     lead = (f"{record['embeddings']}, {record['modality']}; labels of {record['labels']}; "
             f"{record['cv']} nested cross-validation by person and family")
-    parts = [_label(found) for found in studies]
+    parts = [_label(found, record["results"][found.target.name], figures) for found in studies]
     parts.append(section("How it was done", paragraph(methods(studies, record)), *(
         [paragraph("From the table and the embeddings: " + "; ".join(record["notes"]) + ".")]
         if record["notes"] else [])))
@@ -28,73 +33,136 @@ def study_page(studies: Sequence[Study], record: dict[str, Any]) -> str:
                 parts)
 
 
-def _label(found: Study) -> str:
+def _label(found: Study, record: dict[str, Any], figures: Figures) -> str:
     target, metric = found.target, found.metric
     header = ["from", *(NAMES[name] for name in found.rows[ALONE].scores), "tested"]
-    rows = [[name, *map(str, row.scores.values()), next(iter(row.scores.values())).num_people]
+    rows = [[name, *(str(score) if score.num_people else "not told"
+                     for score in row.scores.values()),
+             next(iter(row.scores.values())).num_people]
             for name, row in found.rows.items()]
     counts = [(str(int((target.truth == k).sum())), name, "")
               for k, name in enumerate(target.classes)]
-    told = [(f"{found.rows[ALONE].scores[metric].value:.2f}", f"{NAMES[metric]}, embedding", ""),
-            (f"{found.rows[WITHOUT].scores[metric].value:.2f}",
-             f"{NAMES[metric]}, covariates alone", "")]
+    told = [(f"{found.rows[row].scores[metric].value:.2f}", f"{NAMES[metric]}, {row}", "")
+            for row in (ALONE, VOLUMES, WITHOUT) if row in found.rows]
     lines = [tiles([*told, *counts])]  # type: ignore[list-item]
     lines += [paragraph(f"Look out: {each}.") for each in found.warnings]
     lines.append(table(header, rows))
     lines.append(paragraph(
         "Mean over repeats [95 % interval over families and people]; of shuffled labels the least "
-        f"and the most. Covariates: {', '.join(found.covariates)}."))
-    if found.gain:
-        lines.append(paragraph(f"The embedding beside the covariates changes {NAMES[metric]} by "
-                               f"{found.gain} (paired)."))
+        f"and the most. Covariates: {', '.join(found.covariates)}." + (
+            "" if VOLUMES in found.rows else " Region volumes are not compared with: not every "
+            "scan has them in volumes.csv, which embed writes for T1w, T2w and FLAIR.")))
+    lines += _gains(record["gains"], NAMES[metric])
     if found.site_told:
+        alike = f"; after ComBat {found.site_told_alike}" if found.site_told_alike else ""
         lines.append(paragraph(f"The site, one of {found.num_sites}, is told from the embedding "
-                               f"with a balanced accuracy of {found.site_told}."))
+                               f"with a balanced accuracy of {found.site_told}{alike}. Chance is "
+                               f"{1 / found.num_sites:.2f}."))
     lines += [paragraph(f"Left out: {'; '.join(found.notes)}.")] if found.notes else []
-    lines += [heading("Predictions"), figure(_figure(found), _caption(found))]
+    lines += [heading("Predictions"), grid(_figures(found, record, figures))]
+    lines += _groups(found)
     kind = f"{target.classes[1]} against {target.classes[0]}" if target.kind == "binary" else (
         target.kind)
     return section(f"{target.name}: {kind}", *lines)
 
 
-def _caption(found: Study) -> str:
-    people = found.rows[ALONE].scores[found.metric].num_people
-    if found.target.kind == "regression":
-        return f"Predicted against true {found.target.name}: a point is one of {people} people."
-    return (f"How often those of each class of {found.target.name} are told from all others, as "
-            f"the threshold moves: ROC curves of {people} people.")
+def _gains(gains: Sequence[dict[str, Any]], metric: str) -> list[str]:
+    if not gains:
+        return []
+    rows = [[f"{gain['row']} less {gain['over']}",
+             f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]", f"{gain['p']:.3f}",
+             f"{gain['p_holm']:.3f}"] for gain in gains]
+    return [heading("Paired differences"),
+            table(["difference", metric, "p", "p, all on this page (Holm)"], rows)]
 
 
-def _figure(found: Study) -> Any:
-    import matplotlib
+def _groups(found: Study) -> list[str]:
+    if not found.groups:
+        return []
+    metric = NAMES[group_metric(found.target.kind)]
+    rows = [[COLUMNS.get(group.column, group.column), group.name,
+             str(group.score) if group.score else "too few people", group.people]
+            for group in found.groups]
+    return [heading("Groups of people"), table(["by", "group", metric, "people"], rows),
+            paragraph("Scores of the embedding among people of one group, by models that were "
+                      "taught on all. Intervals of groups are not corrected for their number.")]
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
+# ---- figures -------------------------------------------------------------------------------------
+
+def _figures(found: Study, record: dict[str, Any], figures: Figures) -> list[str]:
     target, predicted = found.target, found.rows[ALONE].predicted
-    known = np.isfinite(predicted).all(axis=tuple(range(1, predicted.ndim)))
-    truth, mean = target.truth[known], predicted[known].mean(1)
-    plot, axis = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    whom = known(predicted)
+    truth, mean = target.truth[whom], predicted[whom].mean(1)
+    people = found.rows[ALONE].scores[found.metric].num_people
     if target.kind == "regression":
-        low, high = truth.min(), truth.max()
-        axis.plot([low, high], [low, high], color="#c5ccd6", zorder=0)
-        axis.scatter(truth, mean, s=16, color=BLUE, alpha=0.75)
-        axis.set(xlabel=f"true {target.name}", ylabel=f"predicted {target.name}")
-    else:
-        axis.plot([0, 1], [0, 1], color="#c5ccd6", zorder=0)
-        each = {1: mean} if target.kind == "binary" else dict(enumerate(mean.T))
-        for (number, score), style in zip(each.items(), ("-", "--", ":", "-.") * 5, strict=False):
-            positive = truth == number
-            order = np.argsort(-score)
-            axis.plot(np.r_[0, np.cumsum(~positive[order]) / max((~positive).sum(), 1)],
-                      np.r_[0, np.cumsum(positive[order]) / max(positive.sum(), 1)], style,
-                      color=BLUE, label=f"{target.classes[number]} "
-                      f"{auroc(positive.astype(float), score):.2f}")
-        axis.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
-        axis.legend(frameon=False, loc="lower right")
-    axis.spines[["top", "right"]].set_visible(False)
+        upright = corrected(truth, mean, found.people.family[whom])
+        return [figures.show(
+            f"{target.name} predicted", _scatter(target.name, truth, mean),
+            f"Predicted against true {target.name}: a point is one of {people} people."),
+            figures.show(
+                f"{target.name} gap", _gap(target.name, truth, mean, upright),
+                f"Predicted less true {target.name} against the truth: predictions are pulled "
+                "towards the mean (grey). A line fitted on the people of other families takes that "
+                "out (blue, the column corrected of predictions.csv); as it uses the truth, no "
+                "score here does.")]
+    parts = [figures.show(f"{target.name} roc", _roc(found, truth, mean), (
+        f"How often those of each class of {target.name} are told from all others, as the "
+        f"threshold moves: ROC curves of {people} people."))]
+    if record["calibration"]:
+        parts.append(figures.show(f"{target.name} calibration", _calibration(record), (
+            f"How often people were {target.classes[1]}, by the probability that was predicted: "
+            f"calibration of {people} people in {len(record['calibration'])} bins of equal "
+            "number. On the line, probabilities can be taken at their word.")))
+    return parts
+
+
+def _scatter(name: str, truth: np.ndarray, mean: np.ndarray) -> Any:
+    plot, axis = new_plot()
+    low, high = truth.min(), truth.max()
+    axis.plot([low, high], [low, high], color=GREY, zorder=0)
+    axis.scatter(truth, mean, s=16, color=BLUE, alpha=0.75)
+    axis.set(xlabel=f"true {name}", ylabel=f"predicted {name}")
     return plot
 
+
+def _gap(name: str, truth: np.ndarray, mean: np.ndarray, upright: np.ndarray) -> Any:
+    plot, axis = new_plot()
+    axis.axhline(0, color=GREY, zorder=0)
+    axis.scatter(truth, mean - truth, s=16, color=GREY, marker="x", label="as predicted")
+    axis.scatter(truth, upright - truth, s=16, color=BLUE, alpha=0.75, label="corrected")
+    axis.set(xlabel=f"true {name}", ylabel=f"predicted less true {name}")
+    axis.legend(frameon=False)
+    return plot
+
+
+def _roc(found: Study, truth: np.ndarray, mean: np.ndarray) -> Any:
+    target = found.target
+    plot, axis = new_plot()
+    axis.plot([0, 1], [0, 1], color=GREY, zorder=0)
+    each = {1: mean} if target.kind == "binary" else dict(enumerate(mean.T))
+    for (number, score), style in zip(each.items(), ("-", "--", ":", "-.") * 5, strict=False):
+        positive = truth == number
+        order = np.argsort(-score)
+        axis.plot(np.r_[0, np.cumsum(~positive[order]) / max((~positive).sum(), 1)],
+                  np.r_[0, np.cumsum(positive[order]) / max(positive.sum(), 1)], style,
+                  color=BLUE, label=f"{target.classes[number]} "
+                  f"{auroc(positive.astype(float), score):.2f}")
+    axis.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
+    axis.legend(frameon=False, loc="lower right")
+    return plot
+
+
+def _calibration(record: dict[str, Any]) -> Any:
+    plot, axis = new_plot()
+    axis.plot([0, 1], [0, 1], color=GREY, zorder=0)
+    axis.plot([each["predicted"] for each in record["calibration"]],
+              [each["observed"] for each in record["calibration"]], "o-", color=BLUE)
+    axis.set(xlabel="predicted probability", ylabel="share observed", xlim=(0, 1), ylim=(0, 1))
+    return plot
+
+
+# ---- words ---------------------------------------------------------------------------------------
 
 def methods(studies: Sequence[Study], record: dict[str, Any]) -> str:
     """A paragraph for the methods section."""
@@ -102,15 +170,24 @@ def methods(studies: Sequence[Study], record: dict[str, Any]) -> str:
     models = " and ".join(name for kind, name in (
         ("regression", "ridge regression"), ("classes", "L2-penalised logistic regression"))
         if kind in kinds or (kind == "classes" and kinds - {"regression"}))
+    rows = {name for each in studies for name in each.rows}
     several = (f" {len(studies)} labels were studied; intervals are not corrected for that."
                if len(studies) > 1 else "")
     return (
         f"Frozen embeddings of {record['modality']} scans (neurojepa {record['version']}) were "
-        f"read out by {models}. Performance was estimated by {record['cv']} (repeats x folds) "
+        f"read out by {models}, and by the mean of nearest neighbours. Performance was estimated "
+        f"by {record['cv']} (repeats x folds) "
         "nested cross-validation in which members of a family shared a fold. Within each outer "
-        "fold, features were standardised and the penalty was chosen by inner cross-validation on "
+        "fold, features were standardised and the penalty, or the number of neighbours, was chosen "
+        "by inner cross-validation on "
         "the other folds alone. Before the folds of a repeat were scored together, the predictions "
         "of each were moved from the class shares (or mean) of those who taught it to those of all "
         "people. Intervals are 95 % percentile intervals of a bootstrap over "
         f"families and people. Covariates alone ({', '.join(studies[0].covariates)}) were treated "
-        f"alike, and so were labels shuffled among people, {SHUFFLES} times." + several)
+        + ("alike, and so were automatic volumes of fluid, grey and white matter by region, "
+           if VOLUMES in rows else "alike, ")
+        + f"and so were labels shuffled among people, {SHUFFLES} times."
+        + (" Sites were harmonised by ComBat (Johnson et al. 2007, Fortin et al. 2018), fitted "
+           "within each fold on those who taught." if ALIKE in rows else "")
+        + " Paired differences have two-sided bootstrap p values, adjusted for all comparisons of "
+        "the report by Holm's method." + several)

@@ -25,6 +25,8 @@ Kind = Literal["binary", "multiclass", "ordinal", "regression"]
 # positive without being named, where this is the other value; 1 and 2 mean either in some cohort
 OBVIOUS = {"1": "0", "1.0": "0.0", "yes": "no", "true": "false", "y": "n"}
 MOST_CLASSES = 20
+SPECIFICITY = 0.9  # that is asked for where sensitivity is told
+SENSITIVITY = f"sensitivity_at_{100 * SPECIFICITY:.0f}_specificity"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def scorers(kind: Kind) -> dict[str, Metric]:
     """The scores of a kind by name, the one that tells most first: (truth [n], predicted)."""
     named: dict[Kind, dict[str, Metric]] = {
         "binary": {"auroc": auroc, "auprc": auprc, "balanced_accuracy": _binary_accuracy,
-                   "brier": _binary_brier},
+                   SENSITIVITY: _sensitivity, "brier": _binary_brier},
         "multiclass": {"auroc": _class_auroc, "balanced_accuracy": _class_accuracy,
                        "brier": _class_brier},
         "ordinal": {"rank_correlation": _level_correlation, "balanced_accuracy": _class_accuracy,
@@ -128,6 +130,16 @@ def _binary_accuracy(truth: np.ndarray, predicted: np.ndarray) -> float:
     """Mean of sensitivity and specificity where the share of positives is the threshold: what a
     calibrated probability must exceed to be above chance."""
     return _recalls(truth, (predicted > truth.mean()).astype(float))
+
+
+def _sensitivity(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Share of positives above the lowest threshold that as many negatives keep below as
+    ``SPECIFICITY`` asks; nan for one class."""
+    negative, positive = np.sort(predicted[truth == 0]), predicted[truth == 1]
+    if not len(negative) or not len(positive):
+        return float("nan")
+    threshold = negative[int(np.ceil(SPECIFICITY * len(negative))) - 1]
+    return float((positive > threshold).mean())
 
 
 def _binary_brier(truth: np.ndarray, predicted: np.ndarray) -> float:

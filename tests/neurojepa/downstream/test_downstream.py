@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from neurojepa.config import dump_config
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.api import Model
 from neurojepa.downstream.embed import Embeddings, embed, select_rows, views_of
 from neurojepa.downstream.probe import probe
+from neurojepa.downstream.table import read_embeddings
+from neurojepa.downstream.volumes import read_volumes
 from neurojepa.errors import ConfigError, DataError, NeurojepaError
 from neurojepa.feed.format import open_feed
 from neurojepa.train.checkpoint import latest_step, open_checkpoint
@@ -150,6 +153,34 @@ def test_the_embed_command_writes_one_row_a_scan(trained: Path) -> None:
                        "--out", str(out)]) == 0
     table = pq.read_table(out / "embeddings.parquet")
     assert table.num_rows == 12 and set(table["modality"].to_pylist()) == {"T1w"}
+    # every voxel of the brain that lies in a lobe is fluid, grey or white matter of it
+    volumes = read_volumes(str(out))
+    assert list(volumes) == table["scan_id"].to_pylist()
+    total = np.array([each.sum() for each in volumes.values()])
+    brain = table["brain_ml"].to_numpy()
+    assert len(volumes[next(iter(volumes))]) == 13 * 3
+    assert (total < 1.02 * brain).all() and (total > 0.8 * brain).all()
+
+
+def test_volumes_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    assert read_volumes(str(tmp_path)) is None
+    (tmp_path / "volumes.csv").write_text(
+        "scan_id,participant,session,modality,left deep grey ml\ns,p,1,T1w,7.5\nt,p,1,T1w,\n")
+    with pytest.raises(DataError, match=r"volumes.csv, line 3: left deep grey ml is ''"):
+        read_volumes(str(tmp_path))
+
+
+def test_atoms_are_embedded_where_the_code_reads_visible_tokens(trained: Path) -> None:
+    words = ["embed", str(trained / "feed"), "--weights", "random", "--modality", "T1w", "--atoms"]
+    with pytest.raises(ConfigError, match=r"objective.sparse.visible=1"):
+        downstream([*words, "--config", str(trained / "recipe.yaml"), "--out", "unused"])
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
+    recipe["objective"]["sparse"] = {"code": "relu", "visible": 1.0, "atoms": 24}
+    (trained / "visible.yaml").write_text(yaml.safe_dump(recipe))
+    assert downstream([*words, "--config", str(trained / "visible.yaml"),
+                       "--out", str(trained / "of-atoms")]) == 0
+    assert read_embeddings(str(trained / "of-atoms"))["embedding"].combine_chunks(
+        ).value_lengths().unique().to_pylist() == [24]
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

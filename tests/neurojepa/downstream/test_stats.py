@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from neurojepa.downstream.stats import auroc, mean_absolute_error, r_squared, score
+from neurojepa.downstream.stats import (
+    auroc,
+    holm,
+    mean_absolute_error,
+    of_people,
+    r_squared,
+    score,
+)
 
 
 def test_auroc_by_hand() -> None:
@@ -55,3 +62,21 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         interval = score(mean_absolute_error, error, np.zeros(50), np.arange(50), draws=300)
         covered += interval.low <= 1.0 <= interval.high
     assert 48 <= covered <= 60
+
+
+def test_p_values_hold_together() -> None:
+    """Holm 1979 by hand: times 3, 2 and 1 in order, and never below a smaller one's."""
+    found = holm([0.04, 0.01, 0.03, float("nan")])
+    assert found[:3] == pytest.approx([0.06, 0.03, 0.06]) and np.isnan(found[3])
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+@pytest.mark.parametrize(("shift", "low", "high"), [(0.0, 0.05, 1.0), (0.5, 0.0, 0.02)])
+def test_a_difference_that_is_none_has_a_large_p(shift: float, low: float, high: float) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=100)
+    values += shift - values.mean() * (shift == 0)
+    who = np.arange(100).astype(str)
+    found, p = of_people(lambda drawn: float(values[drawn].mean()), np.arange(100), who, who, 300)
+    assert low < p <= high and found.low < values.mean() < found.high
+    assert np.isnan(of_people(lambda drawn: 0.0, np.zeros(0, int), who, who, 5)[1])

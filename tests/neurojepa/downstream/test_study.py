@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.identity import pseudonym
-from neurojepa.downstream import crossval, study, targets
+from neurojepa.downstream import crossval, scoring, study, study_checks, targets
 from neurojepa.downstream.__main__ import main as downstream
-from neurojepa.downstream.crossval import Plan, plain, plan_folds, plan_sites, predict
+from neurojepa.downstream.crossval import Plan, nearest, plan_folds, plan_sites, predict
+from neurojepa.downstream.features import design_of, harmonised, plain
+from neurojepa.downstream.harmonise import Combat
 from neurojepa.downstream.labels import People, join
 from neurojepa.downstream.study import ALONE, LEFT_OUT, SHUFFLED, SITE, WITH, WITHOUT, Design
 from neurojepa.downstream.table import read_embeddings
@@ -32,8 +34,8 @@ QUICK = Design(folds=3, repeats=1)
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(study, "DRAWS", 40)
-    monkeypatch.setattr(study, "SHUFFLES", 2)
+    monkeypatch.setattr(scoring, "DRAWS", 40)
+    monkeypatch.setattr(study_checks, "SHUFFLES", 2)
     yield
 
 
@@ -234,6 +236,41 @@ def test_shuffled_labels_give_a_half() -> None:
     assert abs(np.mean(scores) - 0.5) < 0.06
 
 
+@pytest.mark.parametrize("label", ["dx", "three", "number"])
+def test_nearest_people_tell_what_no_line_does(label: str) -> None:
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, 200)
+    ring = np.arange(200) % 2  # an inner and an outer one
+    values = (1 + 2 * ring)[:, None] * np.c_[np.cos(angle), np.sin(angle)]
+    truth = {"dx": ring.astype(str), "three": np.where(ring, "c", np.where(angle > 3, "a", "b")),
+             "number": ring * 10 + angle}[label]
+    target, family = target_of(label, truth.astype(str)), np.arange(200).astype(str)
+    plan = plan_folds(target, family, 4, 1)
+    by_line, by_people = (predict(target, plain(values), plan, family, model)
+                          for model in (crossval.linear, nearest))
+    score = next(iter(scorers(target.kind).values()))
+    assert score(target.truth, by_people) > max(0.9, score(target.truth, by_line) + 0.1)
+    assert target.kind == "regression" or ((by_people > 0).all() and (by_people < 1).all())
+
+
+def test_neighbours_of_the_own_family_choose_nothing() -> None:
+    """Twins with equal features and labels: their likeness tells of nobody else."""
+    rng = np.random.default_rng(0)
+    family = np.repeat(np.arange(40), 2).astype(str)
+    values, truth = np.repeat(rng.normal(size=(40, 4)), 2, 0), np.repeat(rng.normal(size=40), 2)
+    target = target_of("x", truth.astype(str))
+    found = nearest(target, values, rng.normal(size=(5, 4)), truth, family)
+    assert np.abs(found - truth.mean()).max() < 0.6 * truth.std()  # not the nearest
+
+
+def test_sensitivity_by_hand() -> None:
+    score = scorers("binary")[targets.SENSITIVITY]
+    truth = np.r_[np.zeros(10), np.ones(4)]
+    predicted = np.r_[np.arange(10) / 10, 0.1, 0.8, 0.85, 0.95]  # 9 of 10 lie at .8 or below
+    assert score(truth, predicted[:, None]) == 0.5
+    assert np.isnan(score(np.ones(4), predicted[:4, None]))
+
+
 def test_scores_by_hand() -> None:
     truth, predicted = np.array([0, 0, 1, 1.0]), np.array([0.1, 0.6, 0.6, 0.9])[:, None]
     binary = {name: scorer(truth, predicted) for name, scorer in scorers("binary").items()}
@@ -246,6 +283,133 @@ def test_scores_by_hand() -> None:
     classes = {name: scorer(np.array([0, 1, 2, 2.0]), certain)
                for name, scorer in scorers("multiclass").items()}
     assert classes == {"auroc": 1, "balanced_accuracy": 1, "brier": 0}
+
+
+# ---- what explains a score -----------------------------------------------------------------------
+
+def test_calibration_tells_what_happened_in_each_bin() -> None:
+    rng = np.random.default_rng(0)
+    probability = rng.random(400)
+    truth = (rng.random(400) < probability**2).astype(float)  # too sure of positives
+    curve = study_checks.calibration(truth, probability)
+    assert len(curve) == 8 and sum(number for *_, number in curve) == 400
+    assert all(abs(share - mean**2) < 0.2 for mean, share, _ in curve)
+    assert [number for *_, number in study_checks.calibration(truth[:7], probability[:7])] == [7]
+
+
+def test_predictions_are_freed_of_their_pull_towards_the_mean() -> None:
+    rng = np.random.default_rng(0)
+    age, gap = rng.uniform(20, 80, 200), rng.normal(0, 5, 200)
+    predicted = 50 + 0.6 * (age - 50) + gap
+    found = study_checks.corrected(age, predicted, np.arange(200).astype(str))
+    assert np.corrcoef(predicted - age, age)[0, 1] < -0.8
+    assert abs(np.corrcoef(found - age, age)[0, 1]) < 0.1
+    assert np.corrcoef(found - age, gap)[0, 1] > 0.99
+
+
+def test_ages_are_put_into_bands() -> None:
+    ages = np.array(["3", "18", "39.9", "40", "74.5", "75", "91", ""])
+    assert study_checks.banded(ages).tolist() == [
+        "0 to 17", "18 to 39", "18 to 39", "40 to 59", "60 to 74", "from 75", "from 75", ""]
+    assert set(study_checks.banded(np.array(["old", "young"]))) == {""}
+
+
+def test_groups_of_people_are_scored_apart() -> None:
+    """Told among women alone; two people of a third site are too few."""
+    values, truth = cohort(120, signal=4)
+    women = np.random.default_rng(2).random(120) < 0.5
+    values[~women, 0] = 0
+    site = np.array(["x", "y"] * 59 + ["z", "z"])
+    found = study.study(people(values, dx=truth, sex=np.where(women, "F", "M"), site=site), "dx",
+                        QUICK)
+    scores = {(group.column, group.name): group.score for group in found.groups}
+    assert set(scores) == {("sex", "F"), ("sex", "M"), ("site", "x"), ("site", "y"), ("site", "z")}
+    assert scores["sex", "F"].low > 0.8 > 0.65 > scores["sex", "M"].value
+    assert scores["site", "z"] is None
+
+
+@pytest.mark.parametrize("informative", [True, False])
+def test_region_volumes_stand_beside(informative: bool) -> None:
+    values, truth = cohort(signal=0 if informative else 4)
+    volumes = np.random.default_rng(3).normal(10, 1, (90, 6))
+    volumes[:, 2] += 4 * truth * informative
+    found = study.study(replace(people(values, dx=truth), volumes=volumes), "dx", QUICK)
+    gain = next(gain for gain in found.gains if gain.over == study.VOLUMES)
+    assert (gain.score.high < -0.2) if informative else (gain.score.low > 0.2)
+    assert gain.p < 0.1 and VOLUMES_TOLD[informative](found.rows[study.VOLUMES].scores["auroc"])
+
+
+VOLUMES_TOLD = {True: lambda score: score.low > 0.8, False: lambda score: score.value < 0.65}
+
+
+# ---- sites made alike ----------------------------------------------------------------------------
+
+def scanned_at_sites(number: int = 240) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Features [n, 12] as they are and as two sites with other people show them, sites, ages."""
+    rng = np.random.default_rng(0)
+    site = np.where(rng.random(number) < 0.4, "x", "y")
+    age = rng.normal(50, 10, number) + 8 * (site == "x")  # x has older people
+    true = rng.normal(size=(number, 12)) + age[:, None] * rng.normal(0.05, 0.02, 12)
+    shown = true + (site == "x")[:, None] * rng.normal(3, 1, 12)
+    shown *= np.where(site == "x", 1.6, 1)[:, None]
+    return true, shown, site, age
+
+
+def test_sites_are_made_alike_and_ages_are_kept() -> None:
+    true, shown, site, age = scanned_at_sites()
+    fitted = Combat.fit(shown[:160], site[:160], age[:160, None])
+    alike = fitted.apply(shown, site, age[:, None])[160:]  # people who taught nothing
+    x, differ = site[160:] == "x", (alike - true[160:])
+    assert np.abs(differ[x].mean(0) - differ[~x].mean(0)).mean() < 0.35  # 3 before
+    assert np.abs(np.log(alike[x].std(0) / alike[~x].std(0))).mean() < 0.2  # .5 before
+    # without ages, what x's people owe to their age is taken for the site
+    blind = Combat.fit(shown, site, np.zeros((240, 0))).apply(shown, site, np.zeros((240, 0)))
+    assert np.allclose(blind[site == "x"].mean(0), blind[site == "y"].mean(0), atol=0.15)
+
+
+def test_a_site_that_taught_nothing_or_too_few_stays_as_it_is() -> None:
+    _, shown, site, _ = scanned_at_sites()
+    none = np.zeros((240, 0))
+    fitted = Combat.fit(shown[:200], np.where(np.arange(200) < 2, "z", site[:200]), none[:200])
+    assert set(fitted.shift) == {"x", "y"}
+    there = np.array(["z", "new"] * 120)
+    assert np.allclose(fitted.apply(shown, there, none), shown)
+
+
+def test_shrinkage_follows_the_published_equations() -> None:
+    """At the fixed point of Johnson et al. 2007, and towards the mean of all features."""
+    from neurojepa.downstream.harmonise import _shrunk
+
+    rng = np.random.default_rng(0)
+    rest = rng.normal(rng.normal(1, 0.3, 50), rng.uniform(0.8, 1.4, 50), (8, 50))
+    shift, scale = _shrunk(rest)
+    own, variance = rest.mean(0), rest.var(0, ddof=1)
+    spread, middle = own.var(ddof=1), own.mean()
+    level, varies = variance.mean(), variance.var(ddof=1)
+    a, b = (2 * varies + level**2) / varies, (level * varies + level**3) / varies
+    assert np.allclose(shift, (8 * spread * own + scale * middle) / (8 * spread + scale), atol=1e-3)
+    squares = np.square(rest - shift).sum(0)
+    assert np.allclose(scale, (squares / 2 + b) / (8 / 2 + a - 1), atol=1e-3)
+    assert shift.std() < own.std() and scale.std() < variance.std()
+
+
+def test_harmonised_features_are_fitted_on_who_teaches_alone() -> None:
+    _, shown, site, _ = scanned_at_sites(90)
+    train, test = np.arange(60), np.arange(60, 90)
+    spoilt = shown.copy()
+    spoilt[60:] *= 100
+    once, again = (harmonised(values, site)(train, test)[0] for values in (shown, spoilt))
+    assert np.array_equal(once, again)
+
+
+def test_the_site_is_told_no_more_after_combat() -> None:
+    values, truth = cohort(120)
+    site = np.array(["x", "y"])[np.random.default_rng(1).permutation(np.arange(120) % 2)]
+    values += 2 * (site == "x")[:, None]
+    found = study.study(people(values, dx=truth, site=site), "dx", Design(
+        folds=3, repeats=1, site="site"))
+    assert found.site_told.low > 0.8 and found.site_told_alike.value < 0.65
+    assert found.rows[study.ALIKE].scores["auroc"].low > 0.8
 
 
 # ---- studies -------------------------------------------------------------------------------------
@@ -266,7 +430,7 @@ def test_a_signal_is_told_and_shuffled_labels_are_not(label: str, how: dict) -> 
     assert found.rows[WITH].scores[found.metric].value > chance + 0.2
     assert found.rows[WITHOUT].scores[found.metric].value < chance + 0.2
     assert abs(found.rows[SHUFFLED].scores[found.metric].value - chance) < 0.25
-    assert found.gain is not None and found.gain.low > 0 and not found.warnings
+    assert found.gains[0].score.low > 0 and found.gains[0].p < 0.1 and not found.warnings
 
 
 @pytest.mark.parametrize("sites", [("x", "y"), ("11", "12")])  # numbers of sites are names
@@ -298,7 +462,7 @@ def test_many_numbered_sites_and_one_of_few_people() -> None:
     assert found.site_told is not None and found.num_sites == 21  # not 99 and what it leaves
     assert found.num_sites > targets.MOST_CLASSES
     # one of each name: site 20 is not taken for twice site 10
-    assert crossval.design_of({"site": site}, ["site"]).shape == (66, 22)
+    assert design_of({"site": site}, ["site"]).shape == (66, 22)
 
 
 def test_the_site_is_told_above_the_chance_of_those_told_apart() -> None:
@@ -328,10 +492,10 @@ def test_sites_of_other_shares_are_scored_at_the_threshold_that_was_taught() -> 
 def test_the_threshold_does_not_move_with_who_is_drawn() -> None:
     """Predictions that hardly differ from the share of positives: no draw turns them over."""
     values, truth = cohort(90, signal=0)
-    runner = study._Runner(target_of("dx", truth.astype(str)), people(values), Plan([]))
+    runner = scoring.Runner(target_of("dx", truth.astype(str)), people(values), Plan([]))
     predicted = (truth.mean() + 1e-3 * (2 * truth - 1))[:, None]
     more = np.r_[np.flatnonzero(truth), np.flatnonzero(truth == 0)[:20]]
-    assert runner._value("balanced_accuracy", predicted, more) == 1
+    assert runner.value("balanced_accuracy", predicted, more) == 1
 
 
 def test_a_covariate_of_numbers_and_words_is_refused() -> None:
@@ -351,7 +515,7 @@ def test_what_is_adjusted_for_is_not_told() -> None:
                         Design(folds=3, repeats=1, adjust=("age",)))
     assert found.rows[ALONE].scores["r2"].value > 0.6
     assert found.rows["embedding, adjusted for age"].scores["r2"].value < 0.1
-    assert found.gain is not None and found.gain.high < 0.1
+    assert found.gains[0].score.high < 0.1
 
 
 def test_people_of_the_pretraining_teach_and_are_not_tested() -> None:
@@ -417,7 +581,7 @@ def test_the_command_writes_results_a_page_and_predictions_under_own_ids(
     assert len(right) > 30 and "AD=" in right[0]["probability"]
     assert os.stat(embedded / "out/predictions.csv").st_mode & 0o777 == 0o600
     page = (embedded / "out/report.html").read_text()
-    assert "Look out: 1 of 40 people were seen" in page and page.count("<figure>") == 2
+    assert "Look out: 1 of 40 people were seen" in page and page.count("<figure>") == 4
     assert "alt='How often those of each class" in page and "p17" not in page
 
 
