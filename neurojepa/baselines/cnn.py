@@ -77,11 +77,12 @@ class Labels:
 
     def attach(self, views: Views, scan_ids: list[str]) -> LabelledViews:
         """The same views with their labels."""
-        label_B = torch.tensor([self._of[scan_id] for scan_id in scan_ids])
-        known_B = label_B.isfinite().to(views.weight_B.device)
-        whole: dict[str, Any] = vars(views) | {"weight_B": views.weight_B * known_B}
+        device = views.weight_B.device
+        label_B = torch.tensor([self._of[scan_id] for scan_id in scan_ids],
+                               pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        whole: dict[str, Any] = vars(views) | {"weight_B": views.weight_B * label_B.isfinite()}
         return LabelledViews(**whole, is_binary=self.names is not None,
-                             label_B=label_B.nan_to_num().to(views.weight_B.device))
+                             label_B=label_B.nan_to_num())
 
 
 class CNN(Averaged):

@@ -154,10 +154,11 @@ class Loader:
         self.micro_steps = -(-self.global_batch // (world * self.micro_batch))
         self.prefetch = config.data.prefetch_batches
         self.wait_s = 0.0
+        self._ahead: deque[tuple[Batch, list[Future[_Read]]]] = deque()
         self._pool = ThreadPoolExecutor(config.data.read_threads, thread_name_prefix="feed")
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead: deque[tuple[Batch, list[Future[_Read]]]] = deque()
+        ahead = self._ahead = deque()
         for positions, weights in self._plan():
             ahead.append(self._begin(positions, weights))
             if len(ahead) > self.prefetch:
@@ -168,6 +169,11 @@ class Loader:
     def seek(self, first_step: int, windows: Iterable[Window]) -> None:
         """Let the next iteration begin at another step, with other windows stepped over."""
         self.steps, self.windows = range(first_step, self.last_step), tuple(windows)
+
+    @property
+    def has_next_ready(self) -> bool:
+        """Whether the iteration begun last has a next batch and would not wait for it."""
+        return bool(self._ahead) and all(read.done() for read in self._ahead[0][1])
 
     @property
     def has_reports(self) -> bool:

@@ -53,8 +53,10 @@ class Averaged(nn.Module, ABC):
     @torch.no_grad()
     def latents(self, views: Views) -> Tensor:
         """float32 [B, N, D]: layer-normed output of the target encoder for every token."""
-        for target, source in zip(_moes(self.target), _moes(self.encoder), strict=True):
-            target.bias.copy_(source.bias)  # routing follows the encoder; only weights are averaged
+        # routing follows the encoder; only weights are averaged
+        if layers := _moes(self.target):
+            torch._foreach_copy_([layer.bias for layer in layers],
+                                 [layer.bias for layer in _moes(self.encoder)])
         z_BND = self.target(views.tokens_BNP, views.coords_BN3, views.valid_BN,
                             views.all_scanned)
         return F.layer_norm(z_BND.float(), z_BND.shape[-1:])

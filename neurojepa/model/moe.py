@@ -184,7 +184,8 @@ def update_router_bias(layers: list[MoE], load_LE: Tensor, rate: float) -> None:
     load_LE : [L, E] tokens per expert of the step, summed over ranks and micro-batches.
     rate : step of the bias; 0 only forgets the load, as after a skipped step.
     """
-    for layer, load_E in zip(layers, load_LE, strict=True):
-        layer.bias += rate * torch.sign(load_E.mean() - load_E)
-        layer.bias -= layer.bias.mean()
-        layer.load.zero_()
+    bias_LE = torch.stack([layer.bias for layer in layers])
+    bias_LE += rate * torch.sign(load_LE.mean(1, keepdim=True) - load_LE)
+    bias_LE -= bias_LE.mean(1, keepdim=True)
+    torch._foreach_copy_([layer.bias for layer in layers], bias_LE.unbind())
+    torch._foreach_zero_([layer.load for layer in layers])

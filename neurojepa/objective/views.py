@@ -217,10 +217,10 @@ def patch_centres_mm(grid: Grid, patch: int, device: torch.device | None = None)
 
 def patch_numbers(coords_BN3: Tensor, grid: Grid, patch: int) -> Tensor:
     """int64 [B, N]: the patch of the grid at coordinates from the grid's centre, mm."""
-    counts = torch.tensor([length // patch for length in grid.shape], device=coords_BN3.device)
-    edge_mm = patch * grid.spacing_mm
-    index = (coords_BN3 / edge_mm + counts / 2).floor().long()
-    return (index[..., 0] * counts[1] + index[..., 1]) * counts[2] + index[..., 2]
+    counts, edge_mm = patch_counts(grid, patch), patch * grid.spacing_mm
+    x, y, z = ((coords / edge_mm + count / 2).floor().long()
+               for coords, count in zip(coords_BN3.unbind(-1), counts, strict=True))
+    return (x * counts[1] + y) * counts[2] + z
 
 
 def _choose_tokens(brain_Bn: Tensor, scanned_Bn: Tensor, budget: int | None, seed: int,

@@ -87,10 +87,15 @@ class Engine:
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self._params = dict(self.module.named_parameters())
         self.fragments = list(self._fragments_3() if self._stage3 else self._fragments_12())
+        self._clip, self._offload = config.optim.grad_clip, config.train.offload != "none"
         self._ema = {i: self._flats[i].detach().clone() for i, group in enumerate(self._groups)
                      if self._names[id(group[0])].startswith(SOURCE)}
         self.guard = Guard(config.train.health.spike_deviations, world)
         self._watch_norms()
+        self._targets = {} if self._stage3 else {i: self._laid_out(i) for i in self._ema}
+        self._gathers: list[dist.Work] = []
+        self.module.get_submodule("target").register_forward_pre_hook(
+            lambda *_: self._await_target())
         self._publish()
 
     # ---- a step ----------------------------------------------------------------------------------
@@ -128,23 +133,43 @@ class Engine:
     def _watch_norms(self) -> None:
         """Show each step's gradient norm to the guard.
 
-        Where that says inf, DeepSpeed's own skip drops the step, on all ranks and without another
-        read by the host.
+        Where that says inf, DeepSpeed's own skip drops the step, on all ranks.  Its look at the
+        norm is the only read of a step that the host waits for; others told no more, and so are
+        left out.
         """
-        if not self._stage3:
-            norm = self._zero.scaled_global_norm
-            self._zero.scaled_global_norm = lambda: self.guard.judge(norm())
+        norm = self._offloaded_norm() if self._offload else self._norm  # gradients on the host
+        if self._stage3:
+            self._zero._get_norm_groups = lambda: [self.guard.judge(norm())]
             return
+        self._zero.scaled_global_norm = lambda: self.guard.judge(norm())
+        if not self._offload:
+            self._zero.check_overflow = lambda **_: None
+            self._zero.unscale_and_clip_grads = self._clip_gradients
+
+    def _offloaded_norm(self) -> Callable[[], Tensor]:
+        """DeepSpeed's own norm."""
+        if not self._stage3:
+            norm: Callable[[], Tensor] = self._zero.scaled_global_norm
+            return norm
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        norms = self._zero._get_norm_groups
+        groups = self._zero._get_norm_groups
+        return lambda: combine_grad_norm_groups(groups())
 
-        def judged() -> list[Tensor]:
-            groups = norms()
-            verdict = self.guard.judge(combine_grad_norm_groups(groups))
-            return [torch.where(verdict.isfinite(), group, torch.inf) for group in groups]
+    def _norm(self) -> Tensor:
+        """Of the gradients of all ranks, float32, in a few kernels and one message."""
+        gradients = [gradient for group in self._zero.averaged_gradients.values()
+                     for gradient in group]
+        square = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        if gradients:
+            norms = torch._foreach_norm(gradients, 2, torch.float64)
+            square += torch.stack(list(norms)).square().sum()
+        return self.world.sum_(square).sqrt().float()
 
-        self._zero._get_norm_groups = judged
+    def _clip_gradients(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """As DeepSpeed does, but without asking for each group whether the norm is finite."""
+        scale = 1 / torch.clamp((norm + 1e-6) / self._clip, min=1.0)
+        torch._foreach_mul_(gradients, scale)
 
     def grad_norm(self) -> Tensor | float:
         """Norm of the last step's whole gradient before clipping; inf where it was skipped.
@@ -162,6 +187,7 @@ class Engine:
 
     @torch.no_grad()
     def _publish(self) -> None:
+        self._await_target()
         for i, ema in self._ema.items():
             if self._stage3:
                 self._publish_sharded(i, ema)
@@ -179,16 +205,29 @@ class Engine:
         torch._foreach_copy_(targets, parts)
 
     def _publish_replicated(self, i: int, ema: Tensor) -> None:
-        whole = local = ema.to(self.world.device, self._zero.bit16_groups_flat[i].dtype)
+        whole = self._targets[i]
+        own = whole.narrow(0, self.world.rank * ema.numel(), ema.numel())
+        own.copy_(ema)
         if self.world.size > 1:
-            whole = local.new_empty(local.numel() * self.world.size)
-            dist.all_gather_into_tensor(whole, local, group=self._zero.real_dp_process_group[i])
-        targets: list[Tensor] = [
-            self._target(param) for param in self._zero.round_robin_bit16_groups[i]]
+            # on its way while the next batch becomes views; the target's forward waits
+            self._gathers.append(dist.all_gather_into_tensor(
+                whole, own, group=self._zero.real_dp_process_group[i], async_op=True))
+
+    def _await_target(self) -> None:
+        for gather in self._gathers:
+            gather.wait()
+        self._gathers.clear()
+
+    @torch.no_grad()
+    def _laid_out(self, i: int) -> Tensor:
+        """The flat that the target's weights of a group become views of, as the encoder's are."""
+        flat = torch.empty_like(self._zero.bit16_groups_flat[i])
         # offsets are padded for alignment, so not the running sum of sizes
-        torch._foreach_copy_(targets, [
-            whole.narrow(0, offset, target.numel()).view_as(target) for target, offset in
-            zip(targets, self._zero.round_robin_bit16_offsets[i], strict=True)])
+        for param, offset in zip(self._zero.round_robin_bit16_groups[i],
+                                 self._zero.round_robin_bit16_offsets[i], strict=True):
+            target = self._target(param)
+            target.data = flat.narrow(0, offset, target.numel()).view_as(target)
+        return flat
 
     def _target(self, param: nn.Parameter) -> nn.Parameter:
         return self._params[TARGET + self._names[id(param)].removeprefix(SOURCE)]
@@ -275,6 +314,7 @@ class Engine:
 
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back."""
+        self._await_target()
         self._engine.destroy()
 
 

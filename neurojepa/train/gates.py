@@ -68,13 +68,14 @@ def pair_sums(z_BND: Tensor, patch_BN: Tensor, modality_B: Tensor, used_BN: Tens
     float64 [D, D] : sum over scans of the square of their means less that of their modality.
     """
     B, N = patch_BN.shape
-    used_Q = used_BN.flatten()
-    z_QD = z_BND.flatten(0, 1)[used_Q].double()
-    z_QD = z_QD - z_QD.mean(0)  # what all tokens share is no part of the variance
+    # tokens that do not count stay, with weight 0: to leave them out, the host would have to wait
+    one_Q = used_BN.flatten().double()
+    z_QD = z_BND.flatten(0, 1).double() * one_Q[:, None]
+    # what all tokens share is no part of the variance
+    z_QD = (z_QD - z_QD.sum(0) / one_Q.sum().clamp(min=1)) * one_Q[:, None]
 
     def number(cell_BN: Tensor) -> Tensor:
-        number_Q: Tensor = cell_BN.expand(B, N).flatten()[used_Q].unique(return_inverse=True)[1]
-        return number_Q
+        return _numbered(cell_BN.expand(B, N).flatten())
 
     modality_B1, scan_B1 = modality_B[:, None], torch.arange(B, device=z_QD.device)[:, None]
     every, kind, scan = number(scan_B1 * 0), number(modality_B1), number(scan_B1)
@@ -86,7 +87,7 @@ def pair_sums(z_BND: Tensor, patch_BN: Tensor, modality_B: Tensor, used_BN: Tens
         the groups."""
         cell_G = torch.zeros_like(token).scatter_(0, group_Q, cell_Q)
         sum_GD = torch.zeros_like(z_QD).index_add_(0, group_Q, z_QD)
-        num_G = torch.zeros_like(z_QD[:, 0]).index_add_(0, group_Q, torch.ones_like(z_QD[:, 0]))
+        num_G = torch.zeros_like(one_Q).index_add_(0, group_Q, one_Q)
         found_G2 = torch.stack([sum_GD.square().sum(1), num_G.square()], 1)
         return torch.zeros_like(found_G2).index_add_(0, cell_G, found_G2)
 
@@ -106,12 +107,17 @@ def pair_sums(z_BND: Tensor, patch_BN: Tensor, modality_B: Tensor, used_BN: Tens
     return sums, _spread(z_QD, used_BN, modality_B)
 
 
+def _numbered(cell_Q: Tensor) -> Tensor:
+    """The cells' places among all different ones, as of ``unique``, whose size the host awaits."""
+    sorted_Q, order_Q = cell_Q.sort()
+    begins_Q = sorted_Q.diff(prepend=sorted_Q[:1]) != 0
+    return torch.empty_like(order_Q).scatter_(0, order_Q, begins_Q.cumsum(0))
+
+
 def _spread(z_QD: Tensor, used_BN: Tensor, modality_B: Tensor) -> Tensor:
     """[D, D]: sum over scans of the square of their means less that of their modality."""
-    weight_BN = used_BN.to(z_QD)
-    z_BND = z_QD.new_zeros(*used_BN.shape, z_QD.shape[1])
-    z_BND[used_BN] = z_QD
-    mean_BD = z_BND.sum(1) / weight_BN.sum(1).clamp(min=1)[:, None]
+    mean_BD = (z_QD.view(*used_BN.shape, -1).sum(1)
+               / used_BN.sum(1, keepdim=True).clamp(min=1))
     seen_B = used_BN.any(1).to(z_QD)
     same_BB = (modality_B[:, None] == modality_B) * seen_B * seen_B[:, None]
     mean_BD = mean_BD - same_BB @ mean_BD / same_BB.sum(1, keepdim=True).clamp(min=1)

@@ -83,7 +83,7 @@ class Guard:
 
     def why(self) -> dict[str, Any]:
         """Why the last step was dropped, with its values and limits (waits for the device)."""
-        (loss, norm), (max_loss, max_norm) = self._values.tolist(), self._limits.tolist()
+        (loss, norm), (max_loss, max_norm) = torch.stack([self._values, self._limits]).tolist()
         compared = (("loss", loss, max_loss), ("gradient", norm, max_norm))
         reasons = [f"{name} {'spike' if math.isfinite(value) else 'not finite'}"
                    for name, value, limit in compared

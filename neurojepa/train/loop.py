@@ -12,15 +12,16 @@ dropped, the run goes back to its last checkpoint and steps over the samples sin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from neurojepa.config import RootConfig, dump_config
 from neurojepa.errors import ConfigError, LeaseLost
+from neurojepa.feed.ahead import Ahead
 from neurojepa.feed.format import open_feed
-from neurojepa.feed.loader import Batch, Loader
+from neurojepa.feed.loader import Loader
 from neurojepa.feed.order import Window, first_position
 from neurojepa.methods import METHODS
 from neurojepa.model.build import build_model
@@ -131,7 +132,6 @@ class Run:
         self.step = self._started_at = found.step if found else 0
         self.windows: list[Window] = []
         self.began = (time.perf_counter(), self.step)
-        self._batches: Iterator[Batch] = iter(())
         self._take_up(found, found.manifest["skipped_windows"] if found else (), changes)
         self.saver = Saver(owner, self.engine, world, keep_last=config.train.keep_last,
                            milestone_every=config.train.milestone_every, patience=self.patience)
@@ -221,7 +221,7 @@ class Run:
         applied = False
         for _ in range(self.loader.micro_steps):
             self.pace.begin()
-            batch = next(self._batches).to(self.world.device)
+            batch = next(self._batches)
             self.pace.fetched()
             views = make_views(batch, config, self.feed.grid, config.train.seed, self.build)
             if self.labels:
@@ -229,6 +229,7 @@ class Run:
             loss, sums = self.engine.forward(views.without_fill_up(), rates.l1)
             self.pace.forwarded()
             self.engine.backward(loss * scale)
+            self._batches.fetch()  # the device is busy; what comes next waits for it
             applied = self.engine.step(rates.lr)
             self.metrics.add(loss, sums)
         gates = self.gates.look(self.engine.module, views, self.step + 1)
@@ -284,7 +285,7 @@ class Run:
         if changes:  # the new recipe's losses are no spikes of the old one's
             self.engine.guard.forget()
         self.loader.seek(self.step, self.windows)
-        self._batches = iter(self.loader)
+        self._batches = Ahead(self.loader, self.world.device)
         self.began = (time.perf_counter(), self.step)
 
     def _report_data(self) -> None:

@@ -110,19 +110,17 @@ class Metrics:
 
     def _rows(self, waited_s: float) -> list[dict[str, Any]]:
         keys = sorted(self._pending[0][1])
-        table = torch.stack([torch.stack([sums[key] for key in keys])
-                             for _, sums in self._pending])
-        values = self.world.sum_(table).tolist()
+        table = self.world.sum_(torch.stack([torch.stack([sums[key] for key in keys])
+                                             for _, sums in self._pending]))
+        known, values = _read([known for known, _ in self._pending], table)
         now = time.perf_counter()
         seconds = (now - self._flushed) / len(values)
         rates = {**self._work.rates(self.global_batch / seconds), "step_s": seconds,
                  "data_wait": (waited_s - self._waited) / len(values) / seconds}
         rows = []
-        for (known, _), row in zip(self._pending, values, strict=True):
-            known = {key: value.item() if isinstance(value, Tensor) else value
-                     for key, value in known.items()}
+        for facts, row in zip(known, values, strict=True):
             means = _means(dict(zip(keys, row, strict=True)))
-            rows.append({**known, "loss": row[keys.index("loss")] / self.global_batch, **means,
+            rows.append({**facts, "loss": row[keys.index("loss")] / self.global_batch, **means,
                          **rates})
         self._pending, self._flushed, self._waited = [], now, waited_s
         return rows
@@ -179,6 +177,17 @@ class _Work:
         return {"volumes_per_s": volumes_per_s, "tokens_per_s": volumes_per_s * self._tokens,
                 "mfu": None if self._share is None else volumes_per_s * self._share,
                 "memory_mib": peak / 2**20}
+
+
+def _read(known: list[dict[str, Any]], table: Tensor
+          ) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    """Scalars and a table as numbers of the host, which waits for the device once."""
+    scalars = [value.to(table) for row in known for value in row.values()
+               if isinstance(value, Tensor)]
+    numbers = iter(torch.cat([table.flatten(), *(value.view(1) for value in scalars)]).tolist())
+    values = [[next(numbers) for _ in row] for row in table]
+    return [{key: next(numbers) if isinstance(value, Tensor) else value
+             for key, value in row.items()} for row in known], values
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
