@@ -133,9 +133,9 @@ def _prepare_folder(folder: Path) -> dict[str, str]:
     recipe = (ROOT / "configs/demo.yaml").read_text()
     write(folder, {"configs/demo.yaml": recipe.replace("steps: 100", "steps: 20"), "key": KEY,
                    "bin/srun": SRUN.format(python=sys.executable),
-                   "bin/scontrol": "#!/bin/sh\n"})
+                   "bin/scontrol": "#!/bin/sh\n", "bin/squeue": "#!/bin/sh\necho tomorrow\n"})
     (folder / "key").chmod(0o600)
-    for name in ("srun", "scontrol"):
+    for name in ("srun", "scontrol", "squeue"):
         (folder / "bin" / name).chmod(0o700)
     package = io.BytesIO()
     with zipfile.ZipFile(package, "w") as file:

@@ -6,9 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh
 
-# Real hosts (network namespaces with sshd), the pdsh launcher and a browser for the report.
+# Real hosts (network namespaces with sshd), the pdsh launcher, Slurm, a browser for the report.
 missing=()
-for pair in sshd:openssh-server pdsh:pdsh ip:iproute2 chromium:chromium; do
+for pair in sshd:openssh-server pdsh:pdsh ip:iproute2 chromium:chromium munged:munge \
+    slurmctld:slurmctld slurmd:slurmd srun:slurm-client; do
     PATH=$PATH:/usr/sbin command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
 done
 if [ ${#missing[@]} -gt 0 ]; then
