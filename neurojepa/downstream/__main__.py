@@ -3,13 +3,15 @@
     python -m neurojepa.downstream embed SCANS... --weights DIR --out DIR
     python -m neurojepa.downstream probe EMBEDDINGS --labels TABLE --id COLUMN --label COLUMN
     python -m neurojepa.downstream probe --weights DIR --feed FEED --out DIR [--labels age sex]
+    python -m neurojepa.downstream reliability EMBEDDINGS --out DIR [--labels TABLE --label COLUMN]
     python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
 
 ``embed`` takes a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of
 files or a feed; it writes embeddings.parquet and more (table.py).  ``probe EMBEDDINGS`` says how
-well labels of a table of yours are told from embeddings, by nested cross-validation (study.py).
+well labels of a table of yours are told from embeddings, by nested cross-validation (study.py), and
+``reliability`` how alike rescans are (reliability.py).
 ``probe --feed`` is a quick check of a run: it fits labels of the feed on its split ``train`` and
-scores its split ``test``, beside the same architecture at random initialisation.  Both write
+scores its split ``test``, beside the same architecture at random initialisation.  All of them write
 results.json and report.html.  ``atoms`` shows in a report.html where in the brain each atom of the
 sparse code fires and which places each expert gets.
 """
@@ -23,6 +25,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neurojepa.downstream.commands import (
+    RUN,
+    add_commands,
+    class_arguments,
+    folds_of,
+)
 from neurojepa.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
@@ -57,8 +65,9 @@ def main(argv: list[str] | None = None) -> int:
                                  help="of the scans shown (default: test)")
             command.add_argument("--atlas", help="label map in MNI152 space (NIfTI; names in a "
                                  ".tsv beside it); default: lobes by coordinates")
+    add_commands(commands)
     arguments = parser.parse_args(argv)
-    run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms}[arguments.task]
+    run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms, **RUN}[arguments.task]
     return run(arguments)
 
 
@@ -138,10 +147,7 @@ def _probe_arguments(command: argparse.ArgumentParser) -> None:
                          "participant_id)")
     command.add_argument("--session", help="its column of visits, where labels change with them")
     command.add_argument("--label", nargs="+", help="its columns to be told")
-    command.add_argument("--positive", nargs="+", default=[], help="positive class of a label of "
-                         "two; of more, that one against the rest")
-    command.add_argument("--order", nargs="+", default=[], help="levels of an ordinal label, from "
-                         "low to high")
+    class_arguments(command)
     command.add_argument("--missing", nargs="+", default=[], help="values that mean missing, "
                          "beside empty and n/a: such as 999 (write -9 as --missing=-9)")
     command.add_argument("--cv", default="5x5", help="repeats x folds of the outer "
@@ -176,10 +182,8 @@ def _study(arguments: argparse.Namespace) -> int:
     if not arguments.label or len(arguments.labels) != 1:
         raise ConfigError("probe EMBEDDINGS needs one table, --labels TABLE, and the columns of it "
                           "that are to be told, --label COLUMN")
-    repeats, _, folds = arguments.cv.partition("x")
-    if not (repeats.isdigit() and folds.isdigit() and int(repeats) and int(folds) > 1):
-        raise ConfigError(f"--cv {arguments.cv}: write repeats x folds, such as 5x5")
-    design = Design(int(folds), int(repeats), tuple(arguments.adjust), arguments.site,
+    repeats, folds = folds_of(arguments.cv)
+    design = Design(folds, repeats, tuple(arguments.adjust), arguments.site,
                     tuple(arguments.positive), tuple(arguments.order), arguments.allow_seen)
     embeddings = read_embeddings(arguments.embeddings)
     people = join_labels(embeddings, arguments.labels[0], key=arguments.key,

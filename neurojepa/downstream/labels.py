@@ -111,7 +111,7 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
     for name in (id_column, session_column):
         if name and name not in rows[0]:
             raise ConfigError(f"{uri}: no column {name!r}; it has {', '.join(rows[0])}")
-    embeddings = _one_modality(embeddings, modality)
+    embeddings = one_modality(embeddings, modality)
     told = _by_key(rows, uri, id_column, session_column, notes)
     groups = _groups(embeddings, session_column is not None)
     names = _pseudonyms({person for person, _ in told}, set(embeddings["cohort"].to_pylist()), key)
@@ -166,7 +166,14 @@ def _seen(of_scans: list[list[bool | None]]) -> np.ndarray | None:
     return np.array([any(scans) for scans in of_scans])
 
 
-def _one_modality(embeddings: pa.Table, modality: str | None) -> pa.Table:
+def one_modality(embeddings: pa.Table, modality: str | None) -> pa.Table:
+    """Rows of a modality; None: of the only one.
+
+    Raises
+    ------
+    ConfigError
+        There are several, or not this one.
+    """
     names = np.array(embeddings["modality"].to_pylist())
     there = sorted(set(names.tolist()))
     if modality is None and len(there) > 1:

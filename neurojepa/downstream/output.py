@@ -55,8 +55,8 @@ def headed(schema: str, record: dict[str, Any]) -> dict[str, Any]:
     return {"schema": f"neurojepa/{schema}", "version": __version__, **record}
 
 
-def write_task(out: str, record: dict[str, Any], page: str, predictions: Sequence[Sequence[Any]],
-               figures: Figures) -> None:
+def write_task(out: str, record: dict[str, Any], page: str,
+               predictions: Sequence[Sequence[Any]], figures: Figures) -> None:
     """Write all of it; ``predictions`` begin with their header."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(predictions)

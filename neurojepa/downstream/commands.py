@@ -1,0 +1,128 @@
+"""Commands that study embeddings with a table of the user's own: arguments, and what they run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from neurojepa.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from neurojepa.downstream.labels import People
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the parsers of ``RUN``'s commands."""
+    command = commands.add_parser("reliability", help="how alike rescans are, at one site or more")
+    _embeddings(command)
+    table_arguments(command, required=False)
+    command.add_argument("--label", nargs="+", default=[], help="its columns that are read out of "
+                         "every scan")
+    class_arguments(command)
+    command.add_argument("--across-visits", action="store_true", help="scans of all visits of a "
+                         "person are rescans, as where people travelled between scanners "
+                         "(default: scans of one visit)")
+
+
+def _embeddings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("embeddings", metavar="EMBEDDINGS", help="folder that embed wrote")
+    command.add_argument("--out", required=True, help="folder for what is written")
+    command.add_argument("--modality", help="of the scans, where there are several")
+
+
+def table_arguments(command: argparse.ArgumentParser, required: bool = True) -> None:
+    """Where labels are, and how their ids become those of embeddings."""
+    command.add_argument("--labels", required=required, help="table of your own (.csv, .tsv), "
+                         "joined by your own ids")
+    command.add_argument("--id", default="participant_id", help="its column of ids (default: "
+                         "participant_id)")
+    command.add_argument("--missing", nargs="+", default=[], help="values that mean missing, "
+                         "beside empty and n/a: such as 999 (write -9 as --missing=-9)")
+    command.add_argument("--key", help="file of the pseudonym key that embed used")
+
+
+def class_arguments(command: argparse.ArgumentParser) -> None:
+    """What a label's values mean."""
+    command.add_argument("--positive", nargs="+", default=[], help="positive class of a label of "
+                         "two; of more, that one against the rest")
+    command.add_argument("--order", nargs="+", default=[], help="levels of an ordinal label, from "
+                         "low to high")
+
+
+def folds_of(cv: str) -> tuple[int, int]:
+    """Repeats and folds of --cv.
+
+    Raises
+    ------
+    ConfigError
+        It is not written as repeats x folds.
+    """
+    repeats, _, folds = cv.partition("x")
+    if not (repeats.isdigit() and folds.isdigit() and int(repeats) and int(folds) > 1):
+        raise ConfigError(f"--cv {cv}: write repeats x folds, such as 5x5")
+    return int(repeats), int(folds)
+
+
+def people_of(arguments: argparse.Namespace, table: pa.Table, session: str | None = None,
+              modality: str | None = None) -> People:
+    """Embeddings joined with the table; what did not meet is printed."""
+    from neurojepa.downstream.labels import join as join_labels
+    from neurojepa.downstream.volumes import read_volumes
+
+    people = join_labels(table, arguments.labels, key=arguments.key, id_column=arguments.id,
+                         session_column=session, modality=modality or arguments.modality,
+                         missing=arguments.missing, volumes=read_volumes(arguments.embeddings))
+    for note in people.notes:
+        print(note)
+    return people
+
+
+# ---- reliability ---------------------------------------------------------------------------------
+
+def run_reliability(arguments: argparse.Namespace) -> int:
+    from neurojepa.downstream import reliability_page as pages
+    from neurojepa.downstream.labels import one_modality
+    from neurojepa.downstream.output import Figures, headed, write_task
+    from neurojepa.downstream.reliability import reliability, scans_of, with_labels
+    from neurojepa.downstream.table import read_embeddings
+    from neurojepa.downstream.volumes import read_volumes
+
+    if bool(arguments.label) != bool(arguments.labels):
+        raise ConfigError("reliability: readouts need a table and its columns, --labels TABLE "
+                          "--label COLUMN; without either, features alone are compared")
+    table = one_modality(read_embeddings(arguments.embeddings), arguments.modality)
+    scans, unit, notes = scans_of(table, read_volumes(arguments.embeddings),
+                                  arguments.across_visits)
+    labels = {}
+    if arguments.label:
+        people = people_of(arguments, table)
+        notes += people.notes
+        labels = with_labels(scans, people, arguments.label)
+    found = reliability(scans, unit, labels, tuple(arguments.positive), tuple(arguments.order))
+    for each in found.measures:
+        print(f"{each.name}{', after ComBat' if each.alike else ''}: ICC {each.icc}"
+              + (f", nearest is a rescan {each.same}" if each.same else "")
+              + (f", site told {each.site}" if each.site else ""), flush=True)
+    record = headed("reliability/1", {
+        "embeddings": arguments.embeddings, "modality": table["modality"][0].as_py(),
+        "rescans": "people" if arguments.across_visits else "visits", "notes": notes,
+        **pages.record_of(found)})
+    record["methods"] = pages.methods(found, record)
+    figures = Figures()
+    lines = [["scan_id", "participant", "session", "label", "readout"]]
+    lines += [[scan, who, visit, label, f"{value:.6g}"]
+              for label, values in found.readouts.items()
+              for scan, who, visit, value in zip(scans.ids, scans.participant, scans.sessions
+                                                 if scans.sessions is not None else [], values,
+                                                 strict=True) if value == value]
+    write_task(arguments.out, record, pages.reliability_page(found, record, figures), lines,
+               figures)
+    print(f"read {arguments.out}/report.html")
+    return 0
+
+
+RUN = {"reliability": run_reliability}
