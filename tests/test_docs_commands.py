@@ -1,5 +1,5 @@
 """The commands of README and docs do what these say: run here as they stand, on few people, or by
-the test that a comment above the block names."""
+the test that a comment above the block names.  The notebooks run first, on the same people."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import csv
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 from neurojepa.ports import free_port
 from tests.helpers import ROOT
@@ -25,6 +28,8 @@ SMALLER = {"--participants 48": "--participants 12 --spacing-mm 4"}
 KEY = "a public key for invented people (93)"
 # What an earlier page has run is not run again, but on this page, whose scans have changed.
 CHANGED = "how-to/labels.md"
+NOTEBOOKS = ("scans-to-embeddings", "run-to-atoms")  # in the order in which they build on another
+PREPARED = ("cohort", "archive")  # by the notebooks, and not again
 TRAINED_AGAIN = "how-to/train.md"  # by two ranks, into a run directory of the same name
 BLOCK = re.compile(r"(?:<!-- run by (?P<test>\S+) -->\n)?```(?P<kind>\w+)"
                    r"(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)```", re.DOTALL)
@@ -91,20 +96,51 @@ def test_options_of_commands_run_elsewhere_exist() -> None:
                 assert all(option in known for option in options), command
 
 
-@pytest.mark.slow(150)
+def notebook(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "docs/notebooks" / f"{name}.ipynb", as_version=4)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_is_kept_without_outputs(name: str) -> None:
+    cells = [cell for cell in notebook(name).cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+@pytest.fixture(scope="module")
+def after_notebooks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the notebooks have run from top to bottom."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in NOTEBOOKS:
+        NotebookClient(notebook(name), timeout=600,
+                       resources={"metadata": {"path": str(folder)}}).execute()
+    return folder
+
+
+@pytest.mark.slow(80)
+@pytest.mark.timeout(900)
+def test_the_notebooks_run_in_order(after_notebooks: Path) -> None:
+    assert (after_notebooks / "atoms/report.html").stat().st_size > 10_000
+    assert (after_notebooks / "key").read_text() == KEY  # so both have the same people
+
+
+@pytest.mark.slow(100)
 @pytest.mark.timeout(1500)
-def test_the_commands_work_in_the_order_shown(tmp_path: Path, s3) -> None:
-    environment = _prepare_folder(tmp_path)
+def test_the_commands_work_in_the_order_shown(after_notebooks: Path, s3) -> None:
+    folder = after_notebooks
+    for path in folder.iterdir():
+        if path.name not in PREPARED:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    environment = _prepare_folder(folder)
     replaced = {**SMALLER, "s3://bucket": s3.uri}
     page, ran = "", set[str]()
     for block in blocks():
         if block.page != page and block.page == TRAINED_AGAIN:
-            (tmp_path / "run").rename(tmp_path / "run-before")
+            (folder / "run").rename(folder / "run-before")
         if block.page != page and block.page == CHANGED:
-            _write_scores(tmp_path)
+            _write_scores(folder)
         page = block.page
-        if block.title and block.kind != "bash" and not (tmp_path / block.title).exists():
-            (tmp_path / block.title).write_text(block.text)
+        if block.title and block.kind != "bash" and not (folder / block.title).exists():
+            (folder / block.title).write_text(block.text)
         if block.test or block.kind not in ("bash", "python"):
             continue
         for command in [block.text] if block.kind == "python" else block.commands():
@@ -114,16 +150,16 @@ def test_the_commands_work_in_the_order_shown(tmp_path: Path, s3) -> None:
             for shown, here in replaced.items():
                 command = command.replace(shown, here)
             shell = [sys.executable, "-c"] if block.kind == "python" else ["bash", "-c"]
-            done = subprocess.run([*shell, command], cwd=tmp_path, env=environment, text=True,
+            done = subprocess.run([*shell, command], cwd=folder, env=environment, text=True,
                                   capture_output=True, timeout=600)
             assert done.returncode == 0, (f"{block.page}: {command}\n{done.stdout[-2000:]}\n"
                                           f"{done.stderr[-3000:]}")
     assert len(ran) > 25
-    made = {path.name for path in tmp_path.iterdir()}
+    made = {path.name for path in folder.iterdir()}
     assert {"cohort", "scans.parquet", "ukb.parquet", "abcd.parquet", "adni.parquet",
             "files.parquet", "archive", "feed", "run", "run-slurm", "weights", "embeddings",
             "probe", "probe-scores", "atoms", "report.html"} <= made
-    assert (tmp_path / "probe/report.html").stat().st_size > 10_000
+    assert (folder / "probe/report.html").stat().st_size > 10_000
 
 
 # ---- small data ----------------------------------------------------------------------------------
