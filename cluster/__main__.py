@@ -4,6 +4,7 @@
     python -m cluster supervise --hostfile hosts -- --config configs/base.yaml
     python -m cluster status runs/demo --json
     python -m cluster watch s3://bucket/runs/base
+    python -m cluster dashboard runs/demo s3://bucket/runs/base
     python -m cluster stop s3://bucket/runs/base
     python -m cluster export runs/demo s3://bucket/runs/base
 """
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     if split < len(words):
         raise ConfigError(f"{options.command}: takes nothing after --")
     return {"watch": _watch, "status": _status, "stop": _stop,
-            "export": _export}[options.command](options)
+            "export": _export, "dashboard": _dashboard}[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("run", help="run directory, local or URI")
     watch.add_argument("--every", type=float, default=5, metavar="S",
                        help="seconds between looks (default 5)")
+    dashboard = commands.add_parser("dashboard", help="a page about runs, for a browser")
+    dashboard.add_argument("runs", nargs="+", metavar="run", help="run directories, local or URIs")
+    dashboard.add_argument("--port", type=int, default=8780, help="default: %(default)s")
+    dashboard.add_argument("--address", default="127.0.0.1", help="to listen on; elsewhere than on "
+                           "loopback, a browser needs the token that is printed once "
+                           "(default: %(default)s)")
     stop = commands.add_parser("stop", help="end a run, with a checkpoint, from any machine")
     stop.add_argument("run", help="run directory, local or URI")
     stop.add_argument("--now", action="store_true", help="without a checkpoint")
@@ -106,26 +113,32 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     from cluster.rundir import RunDir
-    from cluster.status import read_status, render
+    from cluster.screen import render, wants_colour
+    from cluster.status import read_status
 
     status = read_status(RunDir(options.run), sleep=time.sleep)
-    print(json.dumps(status) if options.json else render(status))
+    print(json.dumps(status) if options.json else render(status, wants_colour(sys.stdout)))
     return 0
 
 
 def _watch(options: argparse.Namespace) -> int:
+    from cluster.left import Left
     from cluster.rundir import RunDir
-    from cluster.status import read_status, render
+    from cluster.screen import render, wants_colour
+    from cluster.status import read_status
 
-    before = ""
+    before, left = "", Left(options.run)
     while True:
         status = read_status(RunDir(options.run), sleep=time.sleep)
         clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
-        print(clear + render(status), flush=True)
+        print(clear + render(status, wants_colour(sys.stdout)), flush=True)
         state = status["state"]
         # twice in a row: a supervisor calls an attempt failed just before it starts the next one
         if state in ENDED and state in (before, "finished"):
             return ENDED[state]
+        if state == "stalled" and (why := left.look()):
+            print(f"nobody goes on with it: {why}", flush=True)
+            return ENDED["failed"]
         before = state
         time.sleep(options.every)
 
@@ -137,15 +150,32 @@ def _stop(options: argparse.Namespace) -> int:
     return stop(RunDir(options.run), options.now, options.wait)
 
 
+def _dashboard(options: argparse.Namespace) -> int:
+    from cluster.dashboard.server import Dashboard
+
+    try:
+        server = Dashboard(options.runs, options.address, options.port)
+    except OSError as error:
+        raise _cannot_listen(options, error) from error
+    with server:
+        print(f"{server.url}   (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     from cluster.exporter import serve
 
     try:
         serve(options.runs, options.address, options.port)
     except OSError as error:
-        raise ConfigError(f"--address {options.address} --port {options.port}: cannot listen there "
-                          f"({error.strerror}); choose another port") from error
+        raise _cannot_listen(options, error) from error
     return 0
+
+
+def _cannot_listen(options: argparse.Namespace, error: OSError) -> ConfigError:
+    return ConfigError(f"--address {options.address} --port {options.port}: cannot listen there "
+                       f"({error.strerror}); choose another port")
 
 
 def command() -> None:

@@ -1,6 +1,6 @@
 """What a run is doing, on one screen, from its run directory alone.
 
-``read_status`` makes plain data of the heartbeats, events and metrics; ``render`` makes the screen.
+``read_status`` makes plain data of the heartbeats, events and metrics; ``screen.render`` shows it.
 States: running; waiting (for a store, or for room on a disk); stalled (no step for longer than is
 normal, or gone without a word); stopped (on request); failed (exited, or the supervisor gave up);
 finished.
@@ -22,10 +22,10 @@ from cluster.goodput import goodput
 from cluster.room import free_bytes
 from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
 from cluster.stragglers import stragglers
+from cluster.trend import trend
 from neurojepa.errors import ClusterError
 
 TAIL_BYTES = 262_144
-MOST_ROWS = 16  # ranks that have a line of their own
 AGAIN_S = 6.0  # between two looks; signs of life come every 2 s, from object stores every 5 s
 START_S = 600.0  # a start (imports, compilation, reading a checkpoint) may take this long
 SILENT_S = 60.0
@@ -56,19 +56,34 @@ def read_status(run_dir: RunDir, now: float | None = None,
         return status
     sleep(AGAIN_S)
     now += max(AGAIN_S, time.time() - began)
-    return _read(run_dir, [_by_our_clock(beat, now) if beat not in beats else beat
+    return _read(run_dir, [by_our_clock(beat, now) if beat not in beats else beat
                            for beat in run_dir.heartbeats()], now)
 
 
-def _by_our_clock(beat: Heartbeat, now: float) -> Heartbeat:
+def by_our_clock(beat: Heartbeat, now: float) -> Heartbeat:
     """A sign that was given just now; its host's clock may say something else."""
     return replace(beat, time=now - beat.quiet_s, seen=now)
 
 
 def _read(run_dir: RunDir, beats: list[Heartbeat], now: float) -> dict[str, Any]:
-    events = run_dir.events()
-    metrics = run_dir.rows("metrics.jsonl", TAIL_BYTES)
-    config = run_dir.config()
+    return summarise(run_dir, run_dir.events(), beats, run_dir.rows("metrics.jsonl", TAIL_BYTES),
+                     run_dir.config(), now)
+
+
+def summarise(run_dir: RunDir, events: list[dict[str, Any]], beats: list[Heartbeat],
+              metrics: list[dict[str, Any]], config: dict[str, Any], now: float) -> dict[str, Any]:
+    """The status of a run from what was read of it.
+
+    Parameters
+    ----------
+    metrics
+        The last rows; the trends are theirs.
+
+    Raises
+    ------
+    ClusterError
+        Nothing was found: there is no run.
+    """
     if not (events or beats or metrics or config):
         raise ClusterError(f"{run_dir.uri}: no run here (no events.jsonl, heartbeat/ or "
                            "config.yaml); give the run.dir of a training")
@@ -88,6 +103,8 @@ def _read(run_dir: RunDir, beats: list[Heartbeat], now: float) -> dict[str, Any]
         "loss": last.get("loss"),
         "loss_step": last.get("step"),
         "volumes_per_s": last.get("volumes_per_s"),
+        "trend": {name: trend([row.get(name) for row in metrics])
+                  for name in ("loss", "volumes_per_s")},
         "step_s": step_s,
         "eta_s": (steps - step) * step_s if state == "running" and steps and step_s else None,
         "last_checkpoint": run_dir.committed_step(),
@@ -132,73 +149,3 @@ def _checkpoint_age_s(events: list[dict[str, Any]], now: float) -> float | None:
     """Since the last checkpoint was committed; before the first, since the run began."""
     rows = [row for row in events if row.get("event") == "checkpoint"] or events[:1]
     return now - rows[-1]["time"] if rows else None
-
-
-def render(status: dict[str, Any]) -> str:
-    """One screen of text."""
-    total = f"/{status['steps']}" if status["steps"] else ""
-    lines = [
-        status["run"],
-        f"  {status['state'].upper():9} step {status['step']}{total}"
-        f"   loss {_number(status['loss'])} (step {status['loss_step']})"
-        f"   {_number(status['volumes_per_s'])} volumes/s"
-        f"   ETA {_duration(status['eta_s'])}",
-        f"  last checkpoint: {_step(status['last_checkpoint']) or 'none yet'}"
-        f"   restarts: {status['restarts']}   goodput: {_share(status['goodput'])}"
-        f" (lost: {status['lost_steps']} steps)",
-        "",
-    ]
-    ranks = status["ranks"]
-    lines += _by_rank(ranks) if len(ranks) <= MOST_ROWS else _by_host(ranks)
-    lines += [f"  slow: rank {slow['rank']} on {slow['host']} needs {slow['own_s']:.2g} s, the "
-              f"others {slow['others_s']:.2g} s" for slow in status["slow"]]
-    lines += ["", "  last events"]
-    lines += [f"  {time.strftime('%F %T', time.localtime(row.get('time', 0)))}  "
-              f"{row.get('event'):11} {_step(row.get('step')):12} {_facts(row)}".rstrip()
-              for row in status["events"]]
-    return "\n".join(lines)
-
-
-def _by_rank(ranks: list[dict[str, Any]]) -> list[str]:
-    return ["  rank  host                 pid       step      last step", *(
-        f"  {rank['rank']:<5} {rank['host'][:20]:20} {rank['pid']:<9} {rank['step']:<9} "
-        f"{_duration(rank['age_s'])} ago" for rank in ranks)]
-
-
-def _by_host(ranks: list[dict[str, Any]]) -> list[str]:
-    """One line a host: the slowest of its ranks counts."""
-    lines = ["  host                 ranks            step      last step"]
-    for host in dict.fromkeys(rank["host"] for rank in ranks):
-        own = [rank for rank in ranks if rank["host"] == host]
-        span = f"{own[0]['rank']}-{own[-1]['rank']} ({len(own)})"
-        lines.append(f"  {host[:20]:20} {span:16} {min(rank['step'] for rank in own):<9} "
-                     f"{_duration(max(rank['age_s'] for rank in own))} ago")
-    return lines
-
-
-def _share(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
-def _facts(row: dict[str, Any]) -> str:
-    shown = {key: value for key, value in row.items()
-             if key not in ("time", "event", "step", "by") and isinstance(value, int | float | str)}
-    return " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={str(value)[:16]}"
-                    for key, value in shown.items())
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _step(step: int | None) -> str:
-    return "" if step is None else f"step {step}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = int(seconds // 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

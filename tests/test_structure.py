@@ -20,7 +20,8 @@ ARROWS = {
     "neurojepa": (),  # but for the one module below
     "data_prep": ("neurojepa.storage", "neurojepa.errors", "neurojepa.feed.format",
                   "neurojepa.report"),
-    "cluster": ("neurojepa.storage", "neurojepa.errors", "neurojepa.ports", "neurojepa.recipes"),
+    "cluster": ("neurojepa.storage", "neurojepa.errors", "neurojepa.ports", "neurojepa.recipes",
+                "neurojepa.feed.samples"),
 }
 # Raw scans become a feed, and ids pseudonyms, by the one way there is, called inside functions.
 EXCEPTIONS = {"neurojepa.downstream.scans": "data_prep",

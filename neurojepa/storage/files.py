@@ -153,6 +153,24 @@ def read_if_there(uri: str, tail_bytes: int | None = None) -> bytes | None:
 
 # ---- folders -------------------------------------------------------------------------------------
 
+def read_range(uri: str, start: int, end: int) -> bytes | None:
+    """Bytes ``start`` to ``end`` (or up to the object's end) of an object; None if there is none.
+
+    Raises
+    ------
+    DataError
+        The store cannot be read.
+    """
+    fs, path = open_store(uri)
+    with _naming(uri, "read"):
+        try:
+            end = min(end, fs.size(path))
+            data: bytes = fs.cat_file(path, start=start, end=end) if start < end else b""
+            return data
+        except FileNotFoundError:
+            return None
+
+
 def exists(uri: str) -> bool:
     """Whether there is an object or a folder."""
     fs, path = open_store(uri)

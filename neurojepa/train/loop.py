@@ -247,7 +247,9 @@ class Run:
                                           "grad_norm": self.engine.grad_norm(), **balance,
                                           **gates})
         if not applied:
-            self.metrics.event("skip", self.step, **self.engine.guard.why())
+            begin = first_position(self.step - 1, config.train.global_batch, self.windows)
+            self.metrics.event("skip", self.step, **self.engine.guard.why(),
+                               positions=[begin, begin + config.train.global_batch])
         return applied
 
     def _go_back(self) -> None:

@@ -14,8 +14,12 @@ import pytest
 
 from cluster import __main__ as command
 from cluster.attempt import Progress
+from cluster.left import Left
 from cluster.rundir import Heartbeat, RunDir
-from cluster.status import read_status, render
+from cluster.screen import render
+from cluster.status import read_status
+from cluster.trend import trend
+from neurojepa.storage.owners import pid_space
 from tests.helpers import ROOT
 
 NOW = 10_000.0
@@ -121,9 +125,89 @@ def test_watch_ends_when_the_run_has_ended(run: Path, capsys: pytest.CaptureFixt
 def test_watch_goes_on_between_two_attempts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = iter(["failed", "running", "failed", "failed"])
     monkeypatch.setattr("cluster.status.read_status", lambda *_, **__: {"state": next(states)})
-    monkeypatch.setattr("cluster.status.render", lambda status: status["state"])
+    monkeypatch.setattr("cluster.screen.render", lambda status, _: status["state"])
     assert command.main(["watch", str(run), "--every", "0"]) == 1
     assert next(states, None) is None
+
+
+def test_watch_ends_when_a_run_was_killed_without_a_word(
+        run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A training without a supervisor, killed together with its owner."""
+    beat(run, 0, time=time.time() - 900, seen=time.time() - 900)
+    (run / "lease").mkdir()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    owner = {"token": 1, "id": "x", "kind": "training", "host": "a", "pid": ended.pid,
+             "pid_space": pid_space(), "process": 5, "time": time.time() - 900}
+    (run / "lease/00000001.json").write_text(json.dumps({**owner, "adopts": None}))
+    (run / "lease/00000001.alive.json").write_text('{"state": "held", "beat": 7}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cluster.status.AGAIN_S", 0.01)
+        assert command.main(["watch", str(run), "--every", "0.01"]) == 1
+    assert "STALLED" in (said := capsys.readouterr().out) and "was killed" in said
+
+
+def test_an_owner_elsewhere_is_dead_when_it_says_nothing_for_as_long_as_a_claim_lasts(
+        run: Path) -> None:
+    now = [0.0]
+    left = Left(str(run), clock=lambda: now[0])
+    assert left.look() == "it has no owner"
+    (run / "lease").mkdir()
+    owner = {"token": 3, "id": "x", "kind": "supervisor", "host": "b", "pid": 1, "adopts": None,
+             "pid_space": "another machine", "process": 5, "time": 1.0}
+    (run / "lease/00000003.json").write_text(json.dumps(owner))
+    for number, state in ((1, "held"), (2, "held"), (2, "held")):
+        (run / "lease/00000003.alive.json").write_text(json.dumps({"state": state, "beat": number}))
+        assert left.look() == ""
+        now[0] += 30
+    assert "supervisor on b" in left.look() and "gives no sign of life" in left.look()
+    (run / "lease/00000003.alive.json").write_text('{"state": "released", "beat": 2}')
+    assert left.look().endswith("has ended")
+
+
+@pytest.mark.parametrize(("terminal", "settings", "coloured"), [
+    (True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False),
+    (True, {"NO_COLOR": ""}, True), (True, {"TERM": "dumb"}, False)])
+def test_colours_are_for_terminals(run: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool,
+                                   settings: dict[str, str], coloured: bool) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in {"TERM": "xterm", **settings}.items():
+        monkeypatch.setenv(name, value)
+    with (run / "events.jsonl").open("a") as file:
+        for name in ("skip", "give_up"):
+            file.write(json.dumps({"time": time.time(), "event": name, "step": 3}) + "\n")
+    shown, writer = os.openpty() if terminal else os.pipe()
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    assert command.main(["status", str(run)]) == 0
+    sys.stdout.flush()
+    text = os.read(shown, 1 << 16).decode()
+    os.close(shown)
+    assert ("\x1b[31m" in text, "\x1b[33m" in text) == (coloured, coloured)
+    assert "FAILED" in text
+
+
+def test_trends_of_loss_and_rate_are_on_the_screen(run: Path) -> None:
+    rows = [{"step": step, "loss": 3.0 - step / 100, "volumes_per_s": 8.0, "step_s": 1.0}
+            for step in range(1, 201)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status = read_status(RunDir(str(run)), now=NOW)
+    assert status["trend"]["loss"]["change"] == pytest.approx((1.245 - 2.745) / 2.745, abs=1e-3)
+    screen = render(status)
+    assert "loss       ██▇▇" in screen and "▂▁▁   -54.6% over 200 steps" in screen
+    assert "+0.0% over 200 steps" in screen
+    (run / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert read_status(RunDir(str(run)), now=NOW)["trend"] == {"loss": None, "volumes_per_s": None}
+
+
+@pytest.mark.parametrize(("values", "points", "change"), [
+    ([1.0] * 8, [1.0] * 8, 0.0), ([None] * 40, None, None), ([1.0] * 7, None, None),
+    ([0.0] * 8 + [2.0] * 8, [0.0] * 8 + [2.0] * 8, None),
+    ([float("nan"), None, *range(8)], list(range(8)), 12.0)])
+def test_a_trend_needs_rows(values: list[float | None], points: list[float] | None,
+                            change: float | None) -> None:
+    found = trend(values)
+    assert (found and found["points"]) == points
+    assert (found and found["change"]) == change
 
 
 def test_whoever_reads_may_leave(run: Path) -> None:

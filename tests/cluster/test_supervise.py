@@ -22,7 +22,8 @@ from cluster.attempt import DeepSpeedLaunch, Progress
 from cluster.outcome import Outcome
 from cluster.processes import TOKEN, members, same_process
 from cluster.rundir import Heartbeat, RunDir, run_of_arguments
-from cluster.status import read_status, render
+from cluster.screen import render
+from cluster.status import read_status
 from cluster.stop import stop
 from cluster.supervise import Supervisor
 from neurojepa.errors import ClusterError, ConfigError, DataError, LeaseLost

@@ -174,6 +174,7 @@ def test_a_spike_on_one_rank_is_dropped_on_all_and_shifts_nothing(folder: Path) 
         (skip,) = events(folder, run, "skip")
         assert skip["step"] == 37 and skip["reason"] == "loss spike, gradient spike"
         assert skip["loss"] > 100 > skip["loss_limit"]
+        assert skip["positions"] == [4 * 36, 4 * 37]
         assert final(folder, run).manifest["adam_step"] == 37
         assert losses(folder, run)[:36] == pytest.approx(calm[:36], abs=1e-5)
         assert losses(folder, run)[37:] == pytest.approx(calm[37:], abs=0.05)  # the same samples
