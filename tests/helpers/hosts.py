@@ -30,6 +30,7 @@ class Hosts:
     hostfile: Path
     ssh_arguments: str
     namespaces: list[str]
+    gateway: str  # this machine's address as the hosts see it
 
     def environment(self) -> dict[str, str]:
         """For a launcher: its ssh options, and gloo on the hosts' own link."""
@@ -56,8 +57,12 @@ def skip_without_tools() -> None:
 
 
 @contextmanager
-def two_hosts(folder: Path, count: int = 2) -> Iterator[Hosts]:
-    """Bring the hosts up, and take them down again whatever happens."""
+def two_hosts(folder: Path, count: int = 2,
+              variables: dict[str, str] | None = None) -> Iterator[Hosts]:
+    """Bring the hosts up, and take them down again whatever happens.
+
+    ``variables`` are in the environment of all that ssh starts there, and so is HOST_ADDRESS.
+    """
     suffix = f"{random.randrange(16**5):05x}"
     subnet = f"10.{random.randrange(64, 128)}.{random.randrange(256)}"
     bridge = f"njbr{suffix}"
@@ -67,14 +72,15 @@ def two_hosts(folder: Path, count: int = 2) -> Iterator[Hosts]:
     try:
         run("ip", "link", "add", bridge, "type", "bridge")
         run("ip", "link", "set", bridge, "up")
+        run("ip", "addr", "add", f"{subnet}.254/24", "dev", bridge)
         for namespace, address in zip(namespaces, addresses, strict=True):
             _connect(namespace, address, bridge)
         ssh_arguments = _keys(folder)
-        daemons += [_sshd(folder, namespace, address)
+        daemons += [_sshd(folder, namespace, address, variables or {})
                     for namespace, address in zip(namespaces, addresses, strict=True)]
         hostfile = folder / "hostfile"
         hostfile.write_text("".join(f"{address} slots=1\n" for address in addresses))
-        hosts = Hosts(addresses, hostfile, ssh_arguments, namespaces)
+        hosts = Hosts(addresses, hostfile, ssh_arguments, namespaces, f"{subnet}.254")
         _wait_for_ssh(hosts)
         yield hosts
     finally:
@@ -113,12 +119,16 @@ def _keys(folder: Path) -> str:
     return f"-F {config}"
 
 
-def _sshd(folder: Path, namespace: str, address: str) -> subprocess.Popen[bytes]:
+def _sshd(folder: Path, namespace: str, address: str,
+          variables: dict[str, str]) -> subprocess.Popen[bytes]:
     os.makedirs("/run/sshd", exist_ok=True)  # sshd insists on it
     config = folder / f"sshd_{namespace}"
+    given = " ".join(f"{name}={value}" for name, value in
+                     {**variables, "HOST_ADDRESS": address}.items())
     config.write_text(f"ListenAddress {address}\nHostKey {folder}/host_key\nStrictModes no\n"
                       f"AuthorizedKeysFile {folder}/authorized_keys\nUsePAM no\nPidFile none\n"
-                      "PermitRootLogin yes\nPasswordAuthentication no\nMaxStartups 50\n")
+                      "PermitRootLogin yes\nPasswordAuthentication no\nMaxStartups 50\n"
+                      f"SetEnv {given}\n")
     sshd = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin") or "sshd"
     with (folder / f"sshd_{namespace}.log").open("wb") as log:
         # -D: stays our child, so its pid is known

@@ -14,11 +14,11 @@ from urllib.parse import urlparse
 class Proxy:
     """A TCP proxy on a port of its own; each new connection suffers the next of ``faults``."""
 
-    def __init__(self, target: str | None) -> None:
+    def __init__(self, target: str | None, address: str = "127.0.0.1") -> None:
         self.target = target
         self.faults: deque[str] = deque()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((address, 0))
+        self.url = f"http://{address}:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:

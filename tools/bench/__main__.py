@@ -28,26 +28,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="smaller, for a first look")
     parser.add_argument("--official", type=Path, metavar="DIR")
-    parser.add_argument("--work", metavar="DIR", help="compare, quality, readout: where runs are "
-                        "kept (default: build/bench-NAME)")
+    parser.add_argument("--work", metavar="DIR", help="compare, quality, readout, soak: where runs "
+                        "are kept (default: build/bench-NAME)")
     parser.add_argument("--feed", help="compare: your own packed feed in place of synthetic people")
     parser.add_argument("--finished", action="store_true", help="compare: make no more runs, only "
                         "the tables of those that are there")
     parser.add_argument("--rehearse", action="store_true", help="gpu: every stage at a tiny size, "
                         "with or without a GPU")
+    parser.add_argument("--faults", type=int, metavar="N", help="soak: how many (default: 60)")
+    parser.add_argument("--seed", type=int, metavar="S", help="soak: of the plan (default: 1)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="soak: begin no round "
+                        "later than this; the same command goes on")
     arguments = parser.parse_args(argv)
     official = arguments.official
     if official is not None and not (official / "src/neurojepa").is_dir():
         raise ConfigError(f"--official {official}: holds no src/neurojepa; name a checkout of the "
                           "official repository")
-    if arguments.work and arguments.name not in ("compare", "quality", "readout"):
+    if arguments.work and arguments.name not in ("compare", "quality", "readout", "soak"):
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
-    for option, owner in (("feed", "compare"), ("finished", "compare"), ("rehearse", "gpu")):
+    for option, owner in (("feed", "compare"), ("finished", "compare"), ("rehearse", "gpu"),
+                          ("faults", "soak"), ("seed", "soak"), ("minutes", "soak")):
         if (value := getattr(arguments, option)) and arguments.name != owner:
             raise ConfigError(f"--{option} {value}: {arguments.name} has no use for it; only "
                               f"{owner} does")
     module = importlib.import_module(f"tools.bench.{arguments.name}")
-    options = {name: value for name in ("work", "feed", "finished", "rehearse")
+    options = {name: value for name in ("work", "feed", "finished", "rehearse", "faults", "seed",
+                                               "minutes")
                if (value := getattr(arguments, name))}
     print(json.dumps(module.run(arguments.quick, None if official is None else str(official),
                                 **options)))

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if role == "launch":
         return _launch(job["arguments"], path)
     notes = Notes(Path(job["folder"]), int(os.environ["RANK"]))
-    _watch(notes, job["poison"])
+    watch(notes, job["poison"])
     if job["event"] and job["event"]["rank"] == notes.rank:
         _arm(notes, job["event"]["name"], job["event"]["count"])
     notes.mark("imports")
@@ -86,7 +86,7 @@ class Notes:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _watch(notes: Notes, poison: list[int]) -> None:
+def watch(notes: Notes, poison: list[int]) -> None:
     """Note samples and the parts of the start; poison samples."""
     from neurojepa.train import loop
     from neurojepa.train.engine import Engine

@@ -1,0 +1,265 @@
+"""soak: random faults, drawn by a seed, done to supervised runs on three hosts; nobody helps.
+
+Hosts are network namespaces with sshd on this machine (needs root, iproute2, pdsh and openssh), the
+store is a real S3 server, the full disk a tmpfs.  Training is the tests' tiny recipe, and what
+harms it is listed in _soak_faults.py.  A round is a few faults, done to a run of its own.
+At the end of a round:
+
+    no process of it is left
+    ``latest`` never went back, and every checkpoint it named could be read      (_soak_eye.py)
+    metrics.jsonl has every step once, and its samples are those of an undisturbed run
+    loss, gradient norm and weights are bit-equal to that run's while all hosts take part, and
+    losses stay within 2e-3 where some have been missing
+
+Rounds are kept below --work: run it again with the same seed to continue.  The undisturbed run and
+the tables are made when all faults are done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from neurojepa.config import dump_config
+from neurojepa.errors import ConfigError, NeurojepaError
+from neurojepa.storage import read_rows
+from tests.helpers.feeds import tiny_config, write_feed
+from tools.bench._soak_eye import Eye
+from tools.bench._soak_faults import KINDS, Kind
+from tools.bench._soak_field import Failed, Field, clear, playing_field
+from tools.bench.common import machine, print_table
+
+FAULTS_A_ROUND = 4
+CLOSE = 2e-3  # of losses at another world size: gates can flip (see recovery.py)
+
+
+def run(quick: bool, official: str | None, faults: int = 0, seed: int = 1,
+        work: str = "build/bench-soak", minutes: float = 0.0) -> dict[str, Any]:
+    """The plan, or what is left of it; ``minutes`` after the start no new round begins."""
+    if os.geteuid() != 0:
+        raise ConfigError("soak: makes network namespaces and mounts a tmpfs; run it as root")
+    faults, began = faults or (4 if quick else 60), time.monotonic()
+    folder = Path(work).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "feed/feed.json").exists():
+        write_feed(str(folder / "feed"))
+    kept = folder / f"faults-{seed}.jsonl"
+    print(machine(), flush=True)
+    todo = plan(faults, seed)
+    done = {row["number"] for row in read_rows(str(kept))} if kept.exists() else set()
+    if not done:
+        print(f"plan of seed {seed}: " + "; ".join(f"{number} {kind.name}"
+                                                   for number, kind in todo), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # so that all is taken down
+    while left := [item for item in todo if item[0] not in done]:
+        if minutes and time.monotonic() - began > 60 * minutes:
+            print(f"{len(left)} faults are left for the next time", flush=True)
+            return {"faults": len(done), "planned": faults}
+        mode = left[0][1].mode
+        rows = _round(folder, mode, [item for item in left if item[1].mode == mode]
+                      [:FAULTS_A_ROUND], seed)
+        with kept.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        done |= {row["number"] for row in rows}
+    return _report(folder, read_rows(str(kept)) if kept.exists() else [], faults)
+
+
+def plan(faults: int, seed: int) -> list[tuple[int, Kind]]:
+    """So many faults in random order: each kind once if there is room, then by its weight."""
+    draw = random.Random(seed)
+    drawn = draw.sample(KINDS, min(faults, len(KINDS)))
+    rest = [kind for kind in KINDS for _ in range(kind.weight - 1)]
+    draw.shuffle(rest)
+    while len(drawn) < faults:
+        drawn.append(rest.pop() if rest else draw.choice(KINDS))
+    draw.shuffle(drawn)
+    return list(enumerate(drawn))
+
+
+# ---- a round -------------------------------------------------------------------------------------
+
+def _round(folder: Path, mode: str, faults: list[tuple[int, Kind]], seed: int) \
+        -> list[dict[str, Any]]:
+    """Do some faults to a new run; one that fails ends the round, the rest wait for the next."""
+    number = len(list(folder.glob("round-*.json")))
+    place = folder / "round"
+    clear(place)
+    shutil.rmtree(place, ignore_errors=True)
+    rows: list[dict[str, Any]] = []
+    with playing_field(place, mode, _recipe) as (field, eye):
+        field.start(0)
+        try:
+            field.until("the first checkpoint", field.committed)
+        except (Failed, NeurojepaError) as error:
+            rows.append({"number": faults[0][0], "failed": f"at its start: {error}"})
+            faults = []
+        for fault, kind in faults:
+            rows.append({"number": fault, **_fault(field, kind, random.Random(f"{seed}-{fault}"))})
+            print(json.dumps(rows[-1]), flush=True)
+            if "failed" in rows[-1]:
+                break
+        wrong = _end(field, eye)
+        failed = any("failed" in row for row in rows) or bool(wrong)
+        _keep(field, eye, folder / f"round-{number}.json", mode, wrong, failed)
+    for row in rows:
+        row["round"] = number
+    print(f"round {number} ({mode}): {len(rows)} faults, "
+          + ("; ".join(wrong) if wrong else "nothing left over, nothing lost"), flush=True)
+    return rows
+
+
+def _fault(field: Field, kind: Kind, draw: random.Random) -> dict[str, Any]:
+    row: dict[str, Any] = {"kind": kind.name}
+    try:
+        time.sleep(1 + 3 * draw.random())  # at no special moment
+        times = kind.do(field, draw)
+        field.until("nothing of an earlier attempt is left",
+                    lambda: len(field.tokens()) == 1, 60)
+        return row | {"noticed_s": times.noticed and round(times.noticed, 1),
+                      "back_s": round(times.back, 1)}
+    except (Failed, NeurojepaError, OSError, subprocess.SubprocessError, psutil.Error,
+            LookupError) as error:
+        return row | {"failed": f"{type(error).__name__}: {error}"}
+
+
+def _end(field: Field, eye: Eye) -> list[str]:
+    """Stop the run as an operator does; what is wrong with what it leaves."""
+    wrong = []
+    try:
+        done = field.command("-m", "cluster", "stop", field.run_dir.uri)
+        if done.returncode:
+            wrong.append(f"cluster stop: {done.stderr.strip()[-300:]}")
+        for supervisor in field.supervisors:
+            supervisor.wait(60)
+        field.until("no process is left", lambda: not field.processes(), 30)
+    except (Failed, NeurojepaError, subprocess.TimeoutExpired) as error:
+        wrong.append(f"at the end: {error}")
+    eye.look()
+    steps = [row["step"] for row in field.run_dir.rows("metrics.jsonl")]
+    if steps != list(range(1, len(steps) + 1)):
+        wrong.append("metrics.jsonl does not have every step once, in order")
+    return wrong + eye.wrong
+
+
+def _keep(field: Field, eye: Eye, path: Path, mode: str, wrong: list[str], failed: bool) -> None:
+    """What the comparison needs; after a failure, all that there is."""
+    begins = [(row["step"] or 0, row["world"]) for row in field.events("start", "resume")]
+    path.write_text(json.dumps({
+        "mode": mode, "wrong": wrong, "states": eye.states, "read": eye.read, "begins": begins,
+        "rows": [(row["step"], row["loss"], row["grad_norm"])
+                 for row in field.run_dir.rows("metrics.jsonl")],
+        "samples": {position: sorted(scans) for position, scans in field.notes.samples().items()}}))
+    if failed and field.run_dir.local_path:
+        with suppress(shutil.Error):  # what is being removed
+            shutil.copytree(field.run_dir.local_path, path.with_suffix(""), dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns("checkpoints"))
+    if failed:
+        shutil.copy(field.recipe.with_suffix(".screen"), path.with_suffix(".screen"))
+
+
+def _recipe(folder: Path, feed: str, run_dir: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(dump_config(tiny_config(feed, run_dir, steps=10**6)))
+    return path
+
+
+# ---- the undisturbed run -------------------------------------------------------------------------
+
+def _undisturbed(folder: Path, steps: int) -> dict[str, Any]:
+    """What a round without faults comes to, on the same hosts; made again if it is too short."""
+    kept = folder / "plain.json"
+    if not kept.exists() or len(json.loads(kept.read_text())["rows"]) < steps:
+        place = folder / "round"
+        clear(place)
+        shutil.rmtree(place, ignore_errors=True)
+        with playing_field(place, "fixed", _recipe) as (field, eye):
+            (place / "hurry").touch()
+            field.start(0)
+            field.until(f"step {steps} of the undisturbed run",
+                        lambda: len(field.run_dir.rows("metrics.jsonl")) >= steps,
+                        limit_s=120 + 2 * steps)
+            wrong = _end(field, eye)
+            _keep(field, eye, kept, "fixed", wrong, bool(wrong))
+    found: dict[str, Any] = json.loads(kept.read_text())
+    return found
+
+
+def compare(found: dict[str, Any], plain: dict[str, Any], ranks: int = 3) -> dict[str, Any]:
+    """What differs between a round and the undisturbed run.
+
+    Steps before the first begin with other ranks have to be bit-equal, as have their weights; after
+    it losses have to be close.  Samples have to be the same throughout.
+    """
+    other = min([step for step, world in found["begins"] if world != ranks], default=10**9)
+    wrong, apart = [], 0.0
+    for mine, theirs in zip(found["rows"], plain["rows"], strict=False):
+        apart = max(apart, abs(mine[1] - theirs[1]) if mine[0] > other else 0.0)
+        if mine[0] <= other and mine != theirs:
+            wrong.append(f"step {mine[0]}: {mine[1:]} instead of {theirs[1:]}")
+            break
+    states = {step: state for step, state in found["states"].items()
+              if int(step) <= other and step in plain["states"]}
+    wrong += [f"weights of step {step} differ" for step, state in states.items()
+              if state != plain["states"][step]][:1]
+    if apart > CLOSE:
+        wrong.append(f"losses {apart:.2g} apart at another world size")
+    moved = [position for position, scans in found["samples"].items()
+             if scans != plain["samples"].get(position, scans)]
+    if moved:
+        wrong.append(f"{len(moved)} positions had other samples, first {min(moved, key=int)}")
+    return {"wrong": wrong, "apart": apart, "states": len(states),
+            "steps": len(found["rows"]), "samples": len(found["samples"])}
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+def _report(folder: Path, faults: list[dict[str, Any]], planned: int) -> dict[str, Any]:
+    rounds = [json.loads(path.read_text()) for path in
+              sorted(folder.glob("round-*.json"), key=lambda path: int(path.stem[6:]))]
+    longest = max((len(found["rows"]) for found in rounds), default=0)
+    plain = _undisturbed(folder, longest) if rounds else {}
+    compared = [compare(found, plain) for found in rounds]
+    print_table(("kind", "times", "failed", "noticed: median s", "worst", "back: median s",
+                 "worst", "goal s"), [_line(kind, faults) for kind in KINDS
+                                      if any(row.get("kind") == kind.name for row in faults)])
+    print_table(("round", "hosts and disk", "steps", "weights equal", "checkpoints read",
+                 "sample positions", "wrong"),
+                [(number, found["mode"], result["steps"], result["states"], found["read"],
+                  result["samples"], "; ".join(found["wrong"] + result["wrong"]) or "nothing")
+                 for number, (found, result) in enumerate(zip(rounds, compared, strict=True))])
+    for row in faults:
+        if "failed" in row:
+            print(f"fault {row['number']}, {row.get('kind', '')}: {row['failed']} (round "
+                  f"{row['round']})", flush=True)
+    wrong = sum(bool(found["wrong"] or result["wrong"])
+                for found, result in zip(rounds, compared, strict=True))
+    return {"faults": len(faults), "planned": planned,
+            "failed": sum("failed" in row for row in faults), "rounds": len(rounds),
+            "rounds_wrong": wrong, "late": [row["kind"] for row in faults if _late(row)],
+            "losses_apart": max((result["apart"] for result in compared), default=0.0)}
+
+
+def _line(kind: Kind, faults: list[dict[str, Any]]) -> tuple[Any, ...]:
+    rows = [row for row in faults if row.get("kind") == kind.name]
+    noticed = [row["noticed_s"] for row in rows if row.get("noticed_s") is not None]
+    back = [row["back_s"] for row in rows if "back_s" in row]
+    return (kind.name, len(rows), sum("failed" in row for row in rows),
+            *(f(values) if values else None for values in (noticed, back)
+              for f in (statistics.median, max)), kind.limit_s)
+
+
+def _late(row: dict[str, Any]) -> bool:
+    limit_s = next((kind.limit_s for kind in KINDS if kind.name == row.get("kind")), None)
+    return limit_s is not None and row.get("back_s", 0.0) > limit_s
