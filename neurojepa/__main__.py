@@ -14,7 +14,7 @@ import sys
 
 from neurojepa.errors import run_command
 
-TASKS = ("embed", "probe", "reliability", "atoms")
+TASKS = ("embed", "probe", "reliability", "survive", "atoms")
 
 
 def main(argv: list[str] | None = None) -> int:

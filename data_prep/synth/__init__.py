@@ -32,7 +32,7 @@ from neurojepa.storage import join, read_bytes, walk, write_bytes
 
 __all__ = ["synthesise"]
 
-VERSION = 2  # of the recipe: the same version and arguments give the same bytes
+VERSION = 3  # of the recipe: the same version and arguments give the same bytes
 PEOPLE_PER_TASK = 4
 RECIPE = "code/synth.json"
 

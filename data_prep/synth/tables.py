@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.synth.cohort import SyntheticPerson
 from data_prep.synth.contrast import label_names
+from data_prep.synth.events import draw_event
 from neurojepa.storage import join, read_bytes
 
 BIDS_VERSION = "1.9.0"
@@ -37,6 +38,10 @@ COLUMNS = {
     "av45_ratio": {"Description": "AV45 uptake of cortex over cerebellar cortex, scanned or not"},
     "fdg_ratio": {"Description": "FDG uptake, likewise"},
     "fluctuation": {"Description": "sd of a BOLD network's signal, as a share of the mean"},
+    "event_years": {"Description": "from the first visit to the event, or to the end of follow-up",
+                    "Units": "years"},
+    "event": {"Levels": {"0": "none while followed (censored)", "1": "happened"}},
+    "log_hazard": {"Description": "the true one, from which event times were drawn"},
 }
 README = """\
 Synthetic heads made by `python -m data_prep synth`; nobody was scanned.
@@ -66,6 +71,7 @@ def dataset_files(out: str, people: list[SyntheticPerson], *, origin: dict[str, 
     """
     rows = []
     for person in people:
+        event = draw_event(recipe["seed"], person)
         first = _rows(read_bytes(join(out, sessions_path(person))))[0]
         rows.append({
             "participant_id": f"sub-{person.label}", "age": first["age"], "sex": person.sex,
@@ -73,7 +79,9 @@ def dataset_files(out: str, people: list[SyntheticPerson], *, origin: dict[str, 
             "small_vessel": "yes" if person.small_vessel else "no",
             "amyloid": "positive" if person.amyloid else "negative", "site": person.site.name,
             "family_id": person.family or "n/a", "split_group": origin[person.label],
-            **{name: value for name, value in first.items() if name not in ("session_id", "age")}})
+            **{name: value for name, value in first.items() if name not in ("session_id", "age")},
+            "event_years": event.years, "event": int(event.happened),
+            "log_hazard": event.log_hazard})
     labels = [{"index": code, "name": f"{name} ({code})"}
               for code, name in sorted(label_names().items())]
     generator = [{"Name": "neurojepa data_prep synth", "Version": str(recipe["version"]),

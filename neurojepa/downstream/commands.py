@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from neurojepa.errors import ConfigError
 
@@ -27,6 +28,19 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
                          "person are rescans, as where people travelled between scanners "
                          "(default: scans of one visit)")
 
+    command = commands.add_parser("survive", help="when an event happens, from censored times")
+    _embeddings(command)
+    table_arguments(command)
+    command.add_argument("--time", required=True, help="its column of times from the scan to the "
+                         "event, or to the end of follow-up")
+    command.add_argument("--event", required=True, help="its column of whether the event ended "
+                         "that time (1, yes, true), or follow-up did (0, no, false)")
+    command.add_argument("--positive", help="the value of --event that says that it happened, "
+                         "where it is another one")
+    command.add_argument("--reference", help="column of risks that are known, for a row of its "
+                         "own: such as a clinical score, or the true hazard of made-up people")
+    cv_arguments(command)
+
 
 def _embeddings(command: argparse.ArgumentParser) -> None:
     command.add_argument("embeddings", metavar="EMBEDDINGS", help="folder that embed wrote")
@@ -43,6 +57,16 @@ def table_arguments(command: argparse.ArgumentParser, required: bool = True) -> 
     command.add_argument("--missing", nargs="+", default=[], help="values that mean missing, "
                          "beside empty and n/a: such as 999 (write -9 as --missing=-9)")
     command.add_argument("--key", help="file of the pseudonym key that embed used")
+
+
+def cv_arguments(command: argparse.ArgumentParser) -> None:
+    """How people are tested, and what with."""
+    command.add_argument("--cv", default="5x5", help="repeats x folds of the outer "
+                         "cross-validation (default: 5x5)")
+    command.add_argument("--adjust", nargs="+", default=[], help="columns of covariates: of the "
+                         "table or age, sex, brain_ml, field_strength")
+    command.add_argument("--allow-seen", action="store_true", help="test people who were in the "
+                         "pretraining, too; the report says so")
 
 
 def class_arguments(command: argparse.ArgumentParser) -> None:
@@ -125,4 +149,41 @@ def run_reliability(arguments: argparse.Namespace) -> int:
     return 0
 
 
-RUN = {"reliability": run_reliability}
+# ---- survive -------------------------------------------------------------------------------------
+
+def run_survive(arguments: argparse.Namespace) -> int:
+    from neurojepa.downstream import survive_page as pages
+    from neurojepa.downstream.output import Figures, headed, write_task
+    from neurojepa.downstream.survive import survive
+    from neurojepa.downstream.table import read_embeddings
+
+    repeats, folds = folds_of(arguments.cv)
+    table = read_embeddings(arguments.embeddings)
+    people = people_of(arguments, table)
+    found = survive(people, arguments.time, arguments.event, positive=arguments.positive,
+                    adjust=tuple(arguments.adjust), reference=arguments.reference, folds=folds,
+                    repeats=repeats, allow_seen=arguments.allow_seen)
+    print_rows(arguments.event, found.rows, (*found.notes, *found.warnings))
+    record = headed("survive/1", {
+        "embeddings": arguments.embeddings, "labels": arguments.labels, "cv": arguments.cv,
+        "modality": arguments.modality or table["modality"][0].as_py(), "time": arguments.time,
+        "event": arguments.event, "reference": arguments.reference,
+        "allow_seen": arguments.allow_seen, "notes": people.notes, **pages.record_of(found)})
+    record["methods"] = pages.methods(found, record)
+    figures = Figures()
+    write_task(arguments.out, record, pages.survive_page(found, record, figures),
+               pages.predictions_of(found, arguments.time, arguments.event), figures)
+    print(f"read {arguments.out}/report.html")
+    return 0
+
+
+def print_rows(name: str, rows: Mapping[str, Any], notes: Sequence[str]) -> None:
+    """Notes, and each row's scores on a line."""
+    for line in notes:
+        print(f"{name}: {line}", flush=True)
+    for row, found in rows.items():
+        print(f"{name}: {row}: " + ", ".join(
+            f"{metric} {value}" for metric, value in found.scores.items()), flush=True)
+
+
+RUN = {"reliability": run_reliability, "survive": run_survive}

@@ -56,7 +56,7 @@ def plan_folds(target: Target, family: np.ndarray, folds: int, repeats: int) -> 
     if (count := len(set(family.tolist()))) < folds:
         raise DataError(f"label {target.name!r}: known for {count} people or families, {folds} "
                         f"folds need {folds}")
-    return Plan([list(_folds(target.kind, target.truth, family, folds, seed))
+    return Plan([list(whole_families(target.kind, target.truth, family, folds, seed))
                  for seed in range(repeats)])
 
 
@@ -69,7 +69,7 @@ def plan_sites(site: np.ndarray, family: np.ndarray) -> Plan:
     return Plan([folds], pooled=False)
 
 
-def _folds(kind: Kind, truth: np.ndarray, family: np.ndarray, folds: int, seed: int
+def whole_families(kind: Kind, truth: np.ndarray, family: np.ndarray, folds: int, seed: int
            ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
@@ -143,7 +143,7 @@ def linear(target: Target, taught: np.ndarray, tested: np.ndarray, truth: np.nda
     """Predictions [m] or [m, K] of ``tested`` [m, D] by a linear model with an L2 penalty."""
     taught, tested = in_span(taught, tested)
     fit = _ridge if target.kind == "regression" else _ordinal if target.kind == "ordinal" \
-        else _logistic
+        else logistic
     penalty = _best_penalty(target, fit, taught, truth, family)
     found = fit(taught, truth, tested, np.array([penalty]), len(target.classes))[0]
     return found[:, 1] if target.kind == "binary" else found
@@ -165,7 +165,7 @@ def _best_penalty(target: Target, fit: Fit, taught: np.ndarray, truth: np.ndarra
     """The penalty of least loss over inner folds; the grid grows while it lies at an edge."""
     folds = min(INNER, len(set(family.tolist())), *(
         max(2, len(set(family[truth == k].tolist()))) for k in range(len(target.classes))))
-    splits = list(_folds(target.kind, truth, family, folds, seed=0))
+    splits = list(whole_families(target.kind, truth, family, folds, seed=0))
 
     def losses(penalties: np.ndarray) -> np.ndarray:
         total = np.zeros(len(penalties))
@@ -217,7 +217,7 @@ def _ridge(taught: np.ndarray, truth: np.ndarray, tested: np.ndarray, penalties:
     return truth.mean() + shrunk @ (right @ (tested - mean).T)
 
 
-def _logistic(taught: np.ndarray, truth: np.ndarray, tested: np.ndarray, penalties: np.ndarray,
+def logistic(taught: np.ndarray, truth: np.ndarray, tested: np.ndarray, penalties: np.ndarray,
               classes: int) -> np.ndarray:
     """[penalties, m, K] probabilities; each fit begins where the one of more penalty ended."""
     from sklearn.linear_model import LogisticRegression
@@ -234,7 +234,7 @@ def _logistic(taught: np.ndarray, truth: np.ndarray, tested: np.ndarray, penalti
 def _ordinal(taught: np.ndarray, truth: np.ndarray, tested: np.ndarray, penalties: np.ndarray,
              classes: int) -> np.ndarray:
     """[penalties, m, K]: a logistic model for each step between levels (Frank & Hall 2001)."""
-    above = np.stack([_logistic(taught, (truth > level).astype(float), tested, penalties, 2)[..., 1]
+    above = np.stack([logistic(taught, (truth > level).astype(float), tested, penalties, 2)[..., 1]
                       for level in range(classes - 1)], -1)
     above = np.minimum.accumulate(above, -1)  # being above a level is no less likely than the next
     edges = np.concatenate([np.ones_like(above[..., :1]), above, np.zeros_like(above[..., :1])], -1)

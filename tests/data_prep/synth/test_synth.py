@@ -67,7 +67,8 @@ def test_names_and_tables_follow_bids(tree: Path):
     described = json.loads((tree / "participants.json").read_text())
     assert set(described) == set(rows[0]) - {"participant_id"}
     assert set(rows[0]) > {"age", "sex", "diagnosis", "small_vessel", "amyloid", "site",
-                           "family_id", "split_group", *person.VOLUME_COLUMNS}
+                           "family_id", "split_group", "event_years", "event", "log_hazard",
+                           *person.VOLUME_COLUMNS}
     name = re.compile(r"(sub-\d{4})/(ses-\d)/(anat/\1_\2_(T1w|T2w|FLAIR)|pet/\1_\2_trc-FDG_pet|"
                       r"func/\1_\2_task-rest_bold)\.nii\.gz")
     seen = set()

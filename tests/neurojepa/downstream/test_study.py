@@ -193,7 +193,7 @@ def test_the_span_of_who_teaches_loses_nothing() -> None:
     taught, tested = rng.normal(size=(20, 50)), rng.normal(size=(7, 50))
     truth = taught[:, 0] + rng.normal(size=20)
     _, _, basis = np.linalg.svd(taught, full_matrices=False)
-    for fit, y in ((crossval._ridge, truth), (crossval._logistic, (truth > 0).astype(float))):
+    for fit, y in ((crossval._ridge, truth), (crossval.logistic, (truth > 0).astype(float))):
         whole = fit(taught, y, tested, np.array([0.1, 3.0]), 2)
         rotated = fit(taught @ basis.T, y, tested @ basis.T, np.array([0.1, 3.0]), 2)
         assert np.allclose(whole, rotated, atol=1e-3)
