@@ -89,8 +89,8 @@ def followed(people: People, time: str, event: str, positive: str | None) -> tup
     when, what = people.column(time), people.column(event)
     for number in np.flatnonzero((when == "") != (what == "")):
         lacks, has = (event, time) if what[number] == "" else (time, event)
-        value = str(people.column(has)[number])
-        raise DataError(f"id {str(people.ids[number])!r} has {has} {value!r} but no {lacks}; write both "
+        who, value = str(people.ids[number]), str(people.column(has)[number])
+        raise DataError(f"id {who!r} has {has} {value!r} but no {lacks}; write both "
                         f"({event} 0 where follow-up ended without it), or neither, and the person "
                         "is left out")
     there = when != ""
@@ -103,8 +103,8 @@ def followed(people: People, time: str, event: str, positive: str | None) -> tup
         raise DataError(f"column {time!r}: {word!r} is no number; times are numbers, in one unit")
     if (times < 0).any():
         number = int(np.argmin(times))
-        raise DataError(f"id {str(people.ids[number])!r}: {time} is {times[number]:g}; times begin at "
-                        "the scan and cannot be negative; leave out people whose event came before")
+        raise DataError(f"id {str(people.ids[number])!r}: {time} is {times[number]:g}; times begin "
+                        "at the scan and cannot be negative; leave out people whose event came before")
     happened = _happened(event, people.column(event), positive)
     if not happened.any():
         raise DataError(f"column {event!r}: all {len(happened)} people are censored, so nothing "
@@ -149,8 +149,8 @@ def survive(people: People, time: str, event: str, *, positive: str | None = Non
     tested, warnings = may_test(people, f"event {event!r}", allow_seen)
     happened = len(set(people.family[followed_.event].tolist()))
     if happened < folds:
-        raise DataError(f"event {event!r}: happened to {happened} people or families, {folds} folds "
-                        f"need {folds}; use fewer folds (--cv {repeats}x{max(2, happened)}) or "
+        raise DataError(f"event {event!r}: happened to {happened} people or families, {folds} "
+                        f"folds need {folds}; use fewer folds (--cv {repeats}x{max(2, happened)}) or "
                         "more people")
     target = Target(event, "binary", followed_.event.astype(float))
     plan = plan_folds(target, people.family, folds, repeats).testing(tested)
