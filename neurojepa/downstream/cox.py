@@ -155,14 +155,16 @@ def discrete(taught: np.ndarray, tested: np.ndarray, time: np.ndarray, event: np
             found -= np.log(np.clip(right, 1e-6, 1)).sum(1)
         return found
 
-    who, at = np.divmod(np.arange(len(tested) * len(ends)), len(ends))
-    hazard = _hazards(rows(taught, person, interval), fell, rows(tested, who, at),
-                      np.array([least(losses)]))[0].reshape(len(tested), len(ends))
-    share = np.cumprod(1 - hazard, 1)
+    everyone = np.vstack([taught, tested])
+    who, at = np.divmod(np.arange(len(everyone) * len(ends)), len(ends))
+    hazard = _hazards(rows(taught, person, interval), fell, rows(everyone, who, at),
+                      np.array([least(losses)]))[0].reshape(len(everyone), len(ends))
+    of_all = np.cumprod(1 - hazard, 1)
+    # the complementary log-log of the last share orders people as a log hazard does
+    risk = np.log(-np.log(np.clip(of_all[:, -1], 1e-12, 1 - 1e-12)))
+    risk, share = risk[len(taught):] - risk[:len(taught)].mean(), of_all[len(taught):]
     place = np.searchsorted(ends, horizons, side="right")
     by_horizon = np.column_stack([np.ones(len(tested)), share])[:, place]
-    # the complementary log-log of the last share orders people as a log hazard does
-    risk = np.log(-np.log(np.clip(share[:, -1], 1e-12, 1 - 1e-12)))
     return np.column_stack([risk, by_horizon])
 
 

@@ -104,7 +104,8 @@ def followed(people: People, time: str, event: str, positive: str | None) -> tup
     if (times < 0).any():
         number = int(np.argmin(times))
         raise DataError(f"id {str(people.ids[number])!r}: {time} is {times[number]:g}; times begin "
-                        "at the scan and cannot be negative; leave out people whose event came before")
+                        "at the scan and cannot be negative; leave out people whose event came "
+                        "before")
     happened = _happened(event, people.column(event), positive)
     if not happened.any():
         raise DataError(f"column {event!r}: all {len(happened)} people are censored, so nothing "
@@ -150,8 +151,8 @@ def survive(people: People, time: str, event: str, *, positive: str | None = Non
     happened = len(set(people.family[followed_.event].tolist()))
     if happened < folds:
         raise DataError(f"event {event!r}: happened to {happened} people or families, {folds} "
-                        f"folds need {folds}; use fewer folds (--cv {repeats}x{max(2, happened)}) or "
-                        "more people")
+                        f"folds need {folds}; use fewer folds "
+                        f"(--cv {repeats}x{max(2, happened)}) or more people")
     target = Target(event, "binary", followed_.event.astype(float))
     plan = plan_folds(target, people.family, folds, repeats).testing(tested)
     percentiles = np.unique(np.percentile(followed_.time[followed_.event], DECILES))
@@ -213,10 +214,9 @@ class Runner:
 
         scores: dict[str, Callable[[np.ndarray], float]] = {
             "c_index": partial(share, concordance(time, event, found[..., 0]))}
-        for horizon in self.shown:
-            column = 1 + int(np.searchsorted(self.horizons, horizon))
+        for horizon in self.shown:  # by log hazards: shares of different folds differ by who taught
             scores[f"auc_at_{horizon:g}"] = partial(
-                share, dynamic(time, event, -found[..., column], horizon))
+                share, dynamic(time, event, found[..., 0], horizon))
         parts = np.stack([brier_parts(time, event, found[..., 1 + k], horizon)
                           for k, horizon in enumerate(self.horizons)]).mean((0, 2))
         scores["brier"] = lambda drawn: float(parts[place[drawn]].mean())

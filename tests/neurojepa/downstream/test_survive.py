@@ -20,6 +20,7 @@ from neurojepa.downstream import survive as module
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.cox import Efron, baseline, cox, discrete, fit_cox, periods
 from neurojepa.downstream.labels import People
+from neurojepa.downstream.stats import auroc
 from neurojepa.downstream.survival import (
     brier_parts,
     concordance,
@@ -83,7 +84,7 @@ def test_the_gradient_and_curvature_are_those_of_the_likelihood() -> None:
 
 
 def test_a_penalty_shrinks_and_few_people_with_many_features_are_told() -> None:
-    values, time, event, risk = cohort(80)
+    values, time, event, _ = cohort(80)
     sizes = [np.linalg.norm(fit_cox(values, time, event, penalty)) for penalty in (0.1, 10, 1000)]
     assert sizes[0] > sizes[1] > sizes[2] > 0
     wide = np.hstack([values, np.random.default_rng(1).normal(size=(80, 200))]) / 14
@@ -151,10 +152,8 @@ def test_concordance_by_hand() -> None:
 
 
 def test_scores_without_censoring_are_the_plain_ones() -> None:
-    values, time, _, risk = cohort(120)
+    _, time, _, risk = cohort(120)
     event = np.ones(120, bool)
-    from neurojepa.downstream.stats import auroc
-
     assert dynamic(time, event, risk[:, None], 2.0).share(np.ones(120)) == pytest.approx(
         auroc((time <= 2).astype(float), risk))
     share = np.random.default_rng(0).random(120)
@@ -186,7 +185,9 @@ def test_a_known_hazard_is_told_and_shuffled_times_are_not() -> None:
     best = scores["hazard"]["c_index"].value
     assert best > 0.7 and scores[ALONE]["c_index"].value > best - 0.03
     assert scores[DISCRETE]["c_index"].value > best - 0.04
-    assert scores[WITHOUT]["c_index"].low < 0.58 and scores[NOBODY]["c_index"].value == 0.5
+    assert scores[WITHOUT]["c_index"].low < 0.58
+    # folds that taught other curves do not order people
+    assert {value.value for name, value in scores[NOBODY].items() if name != "brier"} == {0.5}
     assert abs(scores[SHUFFLED]["c_index"].value - 0.5) < 0.08
     assert scores[ALONE]["brier"].value < scores[NOBODY]["brier"].value - 0.01
     assert found.gains[0].score.low > 0.05 and len(found.shown) == 3
