@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
                            "(default 60)")
     supervise.add_argument("--start-seconds", type=float, default=600, metavar="S",
                            help="longest time to the first step (default 600)")
+    supervise.add_argument("--notify-url-file", metavar="FILE", help="file that holds the URL of a "
+                           "webhook, which is told when the run needs somebody")
+    supervise.add_argument("--notify-command", metavar="CMD", help="command that is told so on its "
+                           "standard input, as JSON; no shell")
     status = commands.add_parser("status", help="one screen about a run")
     status.add_argument("run", help="run directory, local or URI")
     status.add_argument("--json", action="store_true", help="as one JSON object")
@@ -89,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
+    from cluster import notify
     from cluster.attempt import DeepSpeedLaunch, launcher_tools
     from cluster.rundir import run_of_arguments
     from cluster.supervise import Supervisor
@@ -105,10 +110,14 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
     if not 1 <= least <= most or (hosts and least > len(hosts)):
         raise ConfigError(f"--min-hosts {least} --max-hosts {most}: {options.hostfile} has "
                           f"{len(hosts)} hosts; choose 1 <= min <= max, and min from these")
+    targets = [notify.webhook(options.notify_url_file)] if options.notify_url_file else []
+    targets += [notify.command(options.notify_command)] if options.notify_command else []
     launcher_tools(hostfile=options.hostfile is not None)
-    return Supervisor(launch, run_dir, options.max_restarts, options.hang_seconds,
-                      options.start_seconds, last_step=settings.get("train.steps"),
-                      retry_s=60 * options.retry_minutes, min_hosts=least, max_hosts=most).run()
+    supervisor = Supervisor(launch, run_dir, options.max_restarts, options.hang_seconds,
+                            options.start_seconds, last_step=settings.get("train.steps"),
+                            retry_s=60 * options.retry_minutes, min_hosts=least, max_hosts=most)
+    with notify.notifying(run_dir, targets):
+        return supervisor.run()
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """``cluster dashboard RUN...``: a page about running trainings, served on loopback.
 
-    follow.py    files that grow, each row read once; columns of metrics
+    columns.py   figures of many steps, as few points
     view.py      one run: what was read of it, and the plain data that the page asks for
     around.py    what surrounds an event: log lines, and the samples of a dropped step
     guard.py     who may ask: names of the host, the token

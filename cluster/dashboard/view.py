@@ -12,7 +12,8 @@ import time
 from typing import Any
 
 from cluster.dashboard.around import around
-from cluster.dashboard.follow import Columns, Follower, Rows
+from cluster.dashboard.columns import Columns
+from cluster.follow import Follower, Rows
 from cluster.levels import level
 from cluster.rundir import Heartbeat, RunDir
 from cluster.status import by_our_clock, summarise

@@ -1,0 +1,284 @@
+"""Who is told what about a run: a real HTTP server and real commands, slow, wrong and dead ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import __main__ as command
+from cluster import notify
+from cluster.notify import OLD_CHECKPOINT_S, QUIET_S, TOLD, Digest, Notifier, notifying
+from cluster.rundir import RunDir
+from neurojepa.errors import ClusterError, ConfigError
+from neurojepa.storage import append_rows
+from tests.helpers import ROOT
+
+SECRET = "/hooks/T0KEN-that-nobody-may-see"
+
+
+class Hook(ThreadingHTTPServer):
+    """A webhook's other side: keeps what it gets, answers with ``statuses`` in turn."""
+
+    def __init__(self) -> None:
+        self.got: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        self.statuses: list[int] = []
+        self.wait_s = 0.0
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}{SECRET}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hook
+
+    def do_POST(self) -> None:
+        time.sleep(self.server.wait_s)
+        data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.headers["Content-Type"] == "application/json"
+        self.server.paths.append(self.path)
+        status = self.server.statuses.pop(0) if self.server.statuses else 204
+        if status < 300:
+            self.server.got.append(data)
+        self.send_response(status)
+        self.send_header("Location", "/elsewhere")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    server = Hook()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notify, "LOOK_S", 0.02)
+    monkeypatch.setattr(notify, "TRIES_S", (0.02, 0.02, 0.02))
+
+
+@pytest.fixture
+def url_file(tmp_path: Path, hook: Hook) -> str:
+    (tmp_path / "url").write_text(hook.url + "\n")
+    return str(tmp_path / "url")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run that had given up before."""
+    found = RunDir(str(tmp_path / "run"))
+    event(found, "start", 0)
+    event(found, "give_up", 7)
+    return found
+
+
+def event(run: RunDir, name: str, step: int | None, **facts: Any) -> None:
+    append_rows(f"{run.uri}/events.jsonl",
+                [{"time": time.time(), "event": name, "step": step, **facts}])
+
+
+def wait(what: Any) -> None:
+    end = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# ---- delivery ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", sorted(TOLD))
+def test_each_kind_reaches_the_webhook(run: RunDir, hook: Hook, url_file: str, kind: str) -> None:
+    with notifying(run, [notify.webhook(url_file)]):
+        event(run, "checkpoint", 8)
+        event(run, kind, 9, host="node3", why="no route", log=["a line"], ranks=[{}])
+        wait(lambda: hook.got)
+    (message,) = hook.got  # nothing of what was before, no checkpoint
+    assert message["kind"] == kind and message["run"] == run.uri and message["step"] == 9
+    assert message["text"] == f"{run.uri} {TOLD[kind]} at step 9: host node3, why no route"
+    assert message["facts"] == {"host": "node3", "why": "no route"} and message["count"] == 1
+    assert hook.paths == [SECRET]
+
+
+def test_a_webhook_that_fails_is_asked_again(run: RunDir, hook: Hook, url_file: str) -> None:
+    hook.statuses = [500, 503]
+    with notifying(run, [notify.webhook(url_file)]):
+        event(run, "hang", 9)
+        wait(lambda: hook.got)
+    assert len(hook.paths) == 3 and len(hook.got) == 1
+
+
+@pytest.mark.parametrize("status", [302, 403, 500])
+def test_one_that_goes_on_failing_is_named_without_its_url(
+        run: RunDir, hook: Hook, url_file: str, capfd: pytest.CaptureFixture[str],
+        status: int) -> None:
+    hook.statuses = [status] * 99
+    with notifying(run, [notify.webhook(url_file)]):
+        event(run, "hang", 9)
+        wait(lambda: len(hook.paths) == 4)
+    said = "".join(capfd.readouterr())
+    assert said == f"could not tell hang: the webhook answers {status}\n"
+    assert set(hook.paths) == {SECRET}  # not to where it was sent on
+
+
+def test_one_that_is_dead_is_named_without_its_url(run: RunDir, tmp_path: Path,
+                                                   capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dead").write_text(f"http://127.0.0.1:9{SECRET}")
+    with notifying(run, [notify.webhook(str(tmp_path / "dead"))]):
+        event(run, "hang", 9)
+    said = "".join(capfd.readouterr())
+    assert said == ("could not tell hang: the webhook cannot be reached "
+                    "(ConnectionRefusedError)\n")
+
+
+def test_a_slow_webhook_holds_up_neither_the_run_nor_the_command(
+        run: RunDir, hook: Hook, url_file: str, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    hook.wait_s = 1.0
+    monkeypatch.setattr(notify, "CLOSE_S", 0.3)
+    began = time.monotonic()
+    with notifying(run, [notify.webhook(url_file), notify.command(f"tee {tmp_path}/told")]):
+        event(run, "hang", 9)
+        wait((tmp_path / "told").exists)
+        assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < 1.4
+
+
+def test_what_happens_last_is_told_though_supervision_fails(run: RunDir, hook: Hook,
+                                                            url_file: str) -> None:
+    with pytest.raises(ClusterError), notifying(run, [notify.webhook(url_file)]):
+        event(run, "give_up", 12, failures=4)
+        raise ClusterError("gave up")
+    assert [message["kind"] for message in hook.got] == ["give_up"]
+
+
+def test_events_that_cannot_be_read_are_told_of_once(
+        run: RunDir, hook: Hook, url_file: str, capfd: pytest.CaptureFixture[str]) -> None:
+    path = Path(run.uri) / "events.jsonl"
+    kept = path.read_bytes()
+    path.unlink()
+    path.mkdir()
+    notifier = Notifier(run, [notify.webhook(url_file)])
+    time.sleep(0.1)
+    path.rmdir()
+    path.write_bytes(kept)
+    time.sleep(0.1)
+    event(run, "hang", 9)
+    wait(lambda: hook.got)
+    notifier.close()
+    assert "".join(capfd.readouterr()).count("notification:") == 1
+    assert [message["kind"] for message in hook.got] == ["hang"]
+
+
+# ---- a command -----------------------------------------------------------------------------------
+
+def test_a_command_gets_the_event_as_json_and_no_shell_sees_it(run: RunDir, tmp_path: Path) -> None:
+    script = tmp_path / "tell me"
+    script.write_text(f"#!{sys.executable}\nimport sys\n"
+                      f"open({str(tmp_path / 'told')!r}, 'a').write(repr(sys.argv[1:]) + "
+                      "sys.stdin.read() + '\\n')\n")
+    script.chmod(0o700)
+    with notifying(run, [notify.command(f"'{script}' '$(id)' ; echo > {tmp_path}/made")]):
+        event(run, "hang", 9, why="`touch x`; $(id)")
+        wait(lambda: (tmp_path / "told").exists() and (tmp_path / "told").read_text())
+    said = (tmp_path / "told").read_text()
+    assert said.startswith(str(["$(id)", ";", "echo", ">", f"{tmp_path}/made"]))
+    assert json.loads(said[said.index("{"):])["facts"]["why"] == "`touch x`; $(id)"
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_command_that_fails_or_hangs_is_named(run: RunDir, monkeypatch: pytest.MonkeyPatch,
+                                                tmp_path: Path) -> None:
+    monkeypatch.setattr(notify, "COMMAND_S", 0.3)
+    assert notify.command("false")({"kind": "x"}) == "false ended with status 1"
+    pids = tmp_path / "pids"
+    line = f"sh -c 'sleep 50 & echo $! > {pids}; wait'"
+    assert notify.command(line)({"kind": "x"}) == "sh took longer than 0 s"
+    wait(lambda: not os.path.exists(f"/proc/{pids.read_text().strip()}"))
+
+
+# ---- how often -----------------------------------------------------------------------------------
+
+def test_many_of_a_kind_become_few_messages() -> None:
+    now = [0.0]
+    digest = Digest("run", lambda: now[0])
+    skip = {"event": "skip", "time": 1.0, "step": 5, "reason": "loss spike"}
+    assert [m["count"] for m in digest.messages([skip] * 3)] == [3]
+    assert digest.messages([skip] * 40) == []
+    (other,) = digest.messages([{"event": "hang", "time": 1.0, "step": 6}])  # not held up by it
+    assert other["kind"] == "hang"
+    now[0] += QUIET_S
+    (later,) = digest.messages([])
+    assert later["count"] == 40 and "at step 5 (40 times): reason loss spike" in later["text"]
+    digest.messages([skip])
+    assert [m["count"] for m in digest.messages([], last=True)] == [1]
+
+
+def test_a_run_that_commits_nothing_is_told_of_once_in_two_hours() -> None:
+    now = [0.0]
+    digest = Digest("run", lambda: now[0])
+    told = []
+    for minute in range(60 * 7):
+        now[0] = 60.0 * minute
+        rows = [{"event": "checkpoint", "time": 0.0, "step": 1}] if minute == 100 else []
+        told += [(minute, message["kind"]) for message in digest.messages(rows)]
+    assert told == [(minute, "old_checkpoint") for minute in (221, 342)]
+    assert OLD_CHECKPOINT_S == 7200  # the text and cluster/alerts.yaml say so
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", ["", "ftp://host/x", "file:///etc/passwd", "not a url", "http://",
+                                  "http://host/a b", "http://[::1", "http://a\nhttp://b"])
+def test_what_is_no_url_is_refused_without_showing_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "url").write_text(text)
+    with pytest.raises(ConfigError, match="holds no http:// or https:// URL") as error:
+        notify.webhook(str(tmp_path / "url"))
+    assert text in ("", "http://") or text not in str(error.value)
+
+
+@pytest.mark.parametrize(("line", "why"), [("no-such-command x", "no such command"),
+                                           ("", "no such command"), ("'open", "No closing quot")])
+def test_a_command_that_is_not_there_is_refused(line: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        notify.command(line)
+
+
+def test_a_file_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--notify-url-file .*none: cannot be read"):
+        command.main(["supervise", "--notify-url-file", str(tmp_path / "none"), "--", "--config",
+                      "configs/demo.yaml", "data.feed=x", f"run.dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow(8)
+def test_a_supervisor_tells_that_it_gave_up(tmp_path: Path, hook: Hook, url_file: str) -> None:
+    """The command itself: a recipe whose feed is not there."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", "supervise", "--notify-url-file", url_file, "--",
+         "--config", "configs/demo.yaml", f"data.feed={tmp_path / 'none'}", "run.ranks=1",
+         f"run.dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 2 and [message["kind"] for message in hook.got] == ["give_up"]
+    kept = [done.stdout, done.stderr, *(path.read_text(errors="replace") for path in
+                                        (tmp_path / "run").rglob("*") if path.is_file())]
+    assert not [text for text in kept if "T0KEN" in text]
