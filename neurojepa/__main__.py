@@ -14,7 +14,8 @@ import sys
 
 from neurojepa.errors import run_command
 
-TASKS = ("embed", "probe", "reliability", "survive", "atoms")
+TASKS = ("embed", "probe", "reliability", "survive", "change",
+         "atoms")
 
 
 def main(argv: list[str] | None = None) -> int:

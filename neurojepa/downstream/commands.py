@@ -40,6 +40,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--reference", help="column of risks that are known, for a row of its "
                          "own: such as a clinical score, or the true hazard of made-up people")
     cv_arguments(command)
+    command = commands.add_parser("change", help="how a label changes between visits")
+    _embeddings(command)
+    table_arguments(command)
+    command.add_argument("--session", required=True, help="its column of visits")
+    command.add_argument("--time", required=True, help="its column of when each visit was, such as "
+                         "the age in years")
+    command.add_argument("--label", required=True, help="its column of numbers that change")
+    cv_arguments(command)
 
 
 def _embeddings(command: argparse.ArgumentParser) -> None:
@@ -177,6 +185,36 @@ def run_survive(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# ---- change --------------------------------------------------------------------------------------
+
+def run_change(arguments: argparse.Namespace) -> int:
+    from neurojepa.downstream import change_page as pages
+    from neurojepa.downstream.change import change
+    from neurojepa.downstream.output import Figures, headed, write_task
+    from neurojepa.downstream.table import read_embeddings
+
+    repeats, folds = folds_of(arguments.cv)
+    table = read_embeddings(arguments.embeddings)
+    people = people_of(arguments, table, arguments.session)
+    found = change(people, arguments.label, arguments.time, adjust=tuple(arguments.adjust),
+                   folds=folds, repeats=repeats, allow_seen=arguments.allow_seen)
+    print_rows(arguments.label, found.rows, (*found.notes, *found.warnings))
+    for each in found.slopes:
+        print(f"{arguments.label}: mixed model, {each.row}: {each.value:+.4g} [{each.low:+.4g}, "
+              f"{each.high:+.4g}] for one sd, p {each.p:.2g}", flush=True)
+    record = headed("change/1", {
+        "embeddings": arguments.embeddings, "labels": arguments.labels, "cv": arguments.cv,
+        "modality": arguments.modality or table["modality"][0].as_py(), "time": arguments.time,
+        "label": arguments.label, "allow_seen": arguments.allow_seen, "notes": people.notes,
+        **pages.record_of(found)})
+    record["methods"] = pages.methods(found, record)
+    figures = Figures()
+    write_task(arguments.out, record, pages.change_page(found, record, figures),
+               pages.predictions_of(found), figures)
+    print(f"read {arguments.out}/report.html")
+    return 0
+
+
 def print_rows(name: str, rows: Mapping[str, Any], notes: Sequence[str]) -> None:
     """Notes, and each row's scores on a line."""
     for line in notes:
@@ -186,4 +224,4 @@ def print_rows(name: str, rows: Mapping[str, Any], notes: Sequence[str]) -> None
             f"{metric} {value}" for metric, value in found.scores.items()), flush=True)
 
 
-RUN = {"reliability": run_reliability, "survive": run_survive}
+RUN = {"reliability": run_reliability, "survive": run_survive, "change": run_change}

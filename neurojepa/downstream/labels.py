@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +51,10 @@ class People:
             raise ConfigError(f"column {name!r}: neither the table nor the scans have it; there "
                               "are " + ", ".join(sorted(self.columns)))
         return self.columns[name]
+
+    def replaced(self, values: np.ndarray) -> People:
+        """The same people with other features [n, D]."""
+        return replace(self, values=values)
 
     def take(self, chosen: np.ndarray) -> People:
         """The people of an index or mask [n]."""

@@ -52,7 +52,7 @@ def _label(found: Study, record: dict[str, Any], figures: Figures) -> str:
         f"and the most. Covariates: {', '.join(found.covariates)}." + (
             "" if VOLUMES in found.rows else " Region volumes are not compared with: not every "
             "scan has them in volumes.csv, which embed writes for T1w, T2w and FLAIR.")))
-    lines += _gains(record["gains"], NAMES[metric])
+    lines += gains_table(record["gains"], NAMES[metric])
     if found.site_told:
         alike = f"; after ComBat {found.site_told_alike}" if found.site_told_alike else ""
         lines.append(paragraph(f"The site, one of {found.num_sites}, is told from the embedding "
@@ -66,7 +66,8 @@ def _label(found: Study, record: dict[str, Any], figures: Figures) -> str:
     return section(f"{target.name}: {kind}", *lines)
 
 
-def _gains(gains: Sequence[dict[str, Any]], metric: str) -> list[str]:
+def gains_table(gains: Sequence[dict[str, Any]], metric: str) -> list[str]:
+    """Paired differences under their heading, where there are some."""
     if not gains:
         return []
     rows = [[f"{gain['row']} less {gain['over']}",

@@ -9,6 +9,7 @@ import numpy as np
 from neurojepa.downstream.output import Figures, new_plot
 from neurojepa.downstream.scoring import known
 from neurojepa.downstream.stats import holm
+from neurojepa.downstream.study_page import gains_table
 from neurojepa.downstream.survival import kaplan_meier
 from neurojepa.downstream.survive import ALONE, DISCRETE, VOLUMES, WITH, WITHOUT, Survival
 from neurojepa.report import (
@@ -17,13 +18,12 @@ from neurojepa.report import (
     ORANGE,
     WINE,
     grid,
-    heading,
     page,
     paragraph,
     section,
+    table,
     tiles,
 )
-from neurojepa.report import table as html_table
 
 THIRDS = (("lowest third of risk", BLUE, "-"), ("middle third", ORANGE, "--"),
           ("highest third of risk", WINE, ":"))
@@ -46,13 +46,13 @@ def survive_page(found: Survival, record: dict[str, Any], figures: Figures) -> s
     parts.append(section(
         f"Time to {record['event']}",
         *(paragraph(f"Look out: {each}.") for each in found.warnings),
-        html_table(["from", *map(_name, names), "tested"], rows),
+        table(["from", *map(_name, names), "tested"], rows),
         paragraph("Mean over repeats [95 % interval over families and people]. C-index, AUC: 0.5 "
                   "tells nobody apart. Brier score: mean over horizons of the squared error of the "
                   "share without the event, of which 0 is perfect; the row nobody told apart is "
                   f"what the Kaplan-Meier curve alone gives. AUC at {time} as written. Covariates: "
                   f"{', '.join(found.covariates)}."),
-        *_gains(record["gains"])))
+        *gains_table(record["gains"], "C-index")))
     parts.append(section("Figures", grid(_figures(found, record, figures))))
     notes = [*record["notes"], *found.notes]
     parts.append(section("How it was done", paragraph(record["methods"]), *(
@@ -63,14 +63,6 @@ def survive_page(found: Survival, record: dict[str, Any], figures: Figures) -> s
 def _name(score: str) -> str:
     return {"c_index": "C-index", "brier": "Brier score"}.get(score, score.replace(
         "auc_at_", "AUC at "))
-
-
-def _gains(gains: list[dict[str, Any]]) -> list[str]:
-    rows = [[f"{gain['row']} less {gain['over']}",
-             f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]", f"{gain['p']:.3f}",
-             f"{gain['p_holm']:.3f}"] for gain in gains]
-    return [heading("Paired differences"),
-            html_table(["difference", "C-index", "p", "p, all on this page (Holm)"], rows)]
 
 
 def _figures(found: Survival, record: dict[str, Any], figures: Figures) -> list[str]:

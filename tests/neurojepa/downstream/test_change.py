@@ -1,0 +1,155 @@
+"""Pairs of visits: a planted change is told, a shuffled one is not, and bad tables say why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.identity import pseudonym
+from neurojepa.downstream import scoring, study_checks
+from neurojepa.downstream.__main__ import main as downstream
+from neurojepa.downstream.change import (
+    DIFFERENCE,
+    FIRST,
+    SHUFFLED,
+    VOLUMES,
+    WITHOUT,
+    change,
+    visits_of,
+)
+from neurojepa.downstream.labels import People
+from neurojepa.errors import NeurojepaError
+from tests.helpers.trees import write
+
+KEY = b"a public key for invented people"
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(scoring, "DRAWS", 40)
+    monkeypatch.setattr(study_checks, "SHUFFLES", 2)
+    yield
+
+
+def followed(number: int = 120, shown: bool = True, seed: int = 0) -> People:
+    """People of three visits.  The label falls by a rate of each person's, which feature 0 shows at
+    the first visit, and feature 1 by how it moves."""
+    rng = np.random.default_rng(seed)
+    rate = rng.normal(-1, 0.5, number)
+    start, age = rng.normal(30, 3, number), rng.uniform(50, 80, number)
+    since = np.column_stack([np.zeros(number), rng.uniform(1, 2, number),
+                             rng.uniform(3, 5, number)])
+    values = rng.normal(size=(number, 3, 6)) * 0.3 + rng.normal(size=(number, 1, 6))
+    if shown:
+        values[..., 0] += 4 * rate[:, None]
+        values[..., 1] += rate[:, None] * since * 2
+    score = start[:, None] + rate[:, None] * since + rng.normal(0, 0.4, (number, 3))
+    names = np.repeat([f"p{n:03d}" for n in range(number)], 3)
+    return People(
+        values.reshape(-1, 6).astype(np.float32), names, names, names,
+        np.zeros(3 * number, bool),
+        {"mmse": score.round(3).ravel().astype(str),
+         "age": (age[:, None] + since).round(3).ravel().astype(str),
+         "sex": np.repeat(rng.choice(["F", "M"], number), 3)},
+        sessions=np.tile(["1", "2", "3"], number))
+
+
+def test_a_planted_change_is_told() -> None:
+    found = change(followed(), "mmse", "age", adjust=("sex",), folds=4, repeats=1)
+    scores = {name: row.scores["r2"] for name, row in found.rows.items()}
+    assert scores[DIFFERENCE].low > 0.5 and scores[FIRST].low > 0.5
+    assert scores[WITHOUT].value < 0.25 and scores[SHUFFLED].value < 0.1
+    assert found.gains[0].score.low > 0.3 and VOLUMES not in scores
+    # people change by .5 a year more for one sd, and a prediction is nearly that
+    by_row = {each.row: each for each in found.slopes}
+    assert by_row[DIFFERENCE].value == pytest.approx(0.45, abs=0.1)
+    assert by_row[FIRST].low > 0.25 and by_row[FIRST].p < 1e-6 and by_row[FIRST].converged
+
+
+def test_what_scans_do_not_show_is_not_told() -> None:
+    found = change(followed(shown=False), "mmse", "age", folds=4, repeats=1)
+    for name in (DIFFERENCE, FIRST):
+        assert found.rows[name].scores["r2"].value < 0.08
+    assert all(abs(each.value) < 0.2 for each in found.slopes if each.row != WITHOUT)
+
+
+def test_the_first_and_last_visit_make_a_pair_whatever_their_order() -> None:
+    people = followed(20)
+    turned = people.take(np.arange(60)[::-1])
+    visits, _ = visits_of(turned, "mmse", "age")
+    assert set(turned.sessions[visits.first]) == {"1"}
+    assert set(turned.sessions[visits.last]) == {"3"}
+    assert (visits.span > 0).all()
+    by_hand = (visits.value[visits.last] - visits.value[visits.first]) / visits.span
+    assert np.array_equal(visits.change, by_hand) and -2 < by_hand.mean() < 0
+
+
+def test_volumes_stand_beside_and_people_of_the_pretraining_are_not_tested() -> None:
+    people = followed(60)
+    people = replace(people, volumes=people.values.astype(float),
+                     seen=np.repeat(np.arange(60) < 12, 3))
+    found = change(people, "mmse", "age", folds=3, repeats=1)
+    assert found.rows[VOLUMES].scores["r2"].value == pytest.approx(
+        found.rows[DIFFERENCE].scores["r2"].value, abs=1e-6)
+    assert found.rows[DIFFERENCE].scores["r2"].num_people == 48
+    assert "12 of 60 people were seen" in found.warnings[0]
+
+
+def spoilt(people: People, **columns: object) -> People:
+    return replace(people, columns={**people.columns, **columns})
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda p: replace(p, sessions=None), "--session COLUMN"),
+    (lambda p: spoilt(p, age=np.repeat(p.columns["age"][::3], 3)),
+     "id 'p000': two visits have the same age"),
+    (lambda p: spoilt(p, mmse=np.array(["good", *p.columns["mmse"][1:]])), "'good' is no number"),
+    (lambda p: spoilt(p, mmse=np.full(60, "3")), "changes alike in all 20 people"),
+    (lambda p: p.take(np.arange(60) % 3 == 0), "0 people have two visits"),
+])
+def test_what_cannot_be_told_is_said(make: object, words: str) -> None:
+    with pytest.raises(NeurojepaError, match=words):
+        change(make(followed(20)), "mmse", "age", folds=3, repeats=1)
+
+
+def test_visits_without_a_value_are_counted() -> None:
+    people = followed(20)
+    values = people.columns["mmse"].copy()
+    values[0], values[4], values[5] = "", "", ""  # of p000 one, of p001 two
+    visits, notes = visits_of(spoilt(people, mmse=values), "mmse", "age")
+    assert notes == ["3 people without mmse", "1 people with one visit"]
+    assert len(visits.first) == 19
+
+
+def test_the_command_writes_results_and_a_page(tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    people = followed(40)
+    pq.write_table(pa.Table.from_pylist([
+        {"scan_id": f"s{n}", "participant": pseudonym(KEY, "clinic", str(people.ids[n])),
+         "family": pseudonym(KEY, "clinic", str(people.ids[n])), "session": people.sessions[n],
+         "cohort": "clinic", "modality": "T1w", "site": "a", "split": "test", "brain_ml": 1400.0,
+         "seen": False, "embedding": people.values[n].tolist()}
+        for n in range(120)]), tmp_path / "embeddings.parquet")
+    lines = [",".join([people.ids[n], f"ses-{people.sessions[n]}", people.columns["age"][n],
+                       people.columns["mmse"][n]]) for n in range(120)]
+    write(tmp_path, {"key": KEY, "my.csv": "participant_id,visit,age,mmse\n" + "\n".join(lines)})
+    (tmp_path / "key").chmod(0o600)
+    assert downstream(["change", str(tmp_path), "--labels", str(tmp_path / "my.csv"), "--session",
+                       "visit", "--time", "age", "--label", "mmse", "--cv", "1x3", "--key",
+                       str(tmp_path / "key"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "mmse: difference of scans: r2 0." in said and "mixed model, first scan: +0." in said
+    record = json.loads((tmp_path / "out/results.json").read_text())
+    assert record["schema"] == "neurojepa/change/1" and record["people"] == 40
+    assert [each["row"] for each in record["mixed_models"]] == [WITHOUT, FIRST, DIFFERENCE]
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("<figure>") == 2 and "Mixed models" in page
+    rows = (tmp_path / "out/predictions.csv").read_text().splitlines()
+    assert len(rows) == 41 and rows[1].startswith("p000,1,3,")
