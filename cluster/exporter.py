@@ -43,6 +43,7 @@ class RunCollector(Collector):
 
     def __init__(self, runs: list[str]) -> None:
         self._runs = [RunDir(run) for run in runs]
+        self._problems: dict[str, str] = {}  # said already
 
     def collect(self) -> Iterable[Metric]:
         """Read the runs; one that cannot be read is ``neurojepa_up`` 0 and has no others."""
@@ -56,10 +57,13 @@ class RunCollector(Collector):
             try:
                 status = read_status(run)
             except NeurojepaError as error:
-                print(f"{run.uri}: {error}", flush=True)
+                if self._problems.get(run.uri) != str(error):
+                    self._problems[run.uri] = str(error)
+                    print(error, flush=True)
                 up.add_metric([run.uri], 0)
                 continue
             up.add_metric([run.uri], 1)
+            self._problems.pop(run.uri, None)
             for name in STATES:
                 state.add_metric([run.uri, name], status["state"] == name)
             for gauge, key in values:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.helpers import ROOT
 
@@ -62,10 +63,37 @@ def test_every_event_is_explained() -> None:
                for name in re.findall(r"\b_?event\(\"(\w+)\"", path.read_text())}
     written |= {name for path in SOURCES for pair in re.findall(
         r"\bevent\(\"(\w+)\" if \w+ else \"(\w+)\"", path.read_text()) for name in pair}
-    text = (ROOT / "docs/operations.md").read_text()
-    explained = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\*\*`.*<br>$", text, re.M))))
+    explained = entries("## Events")
     assert {"start", "resume", "rollback", "give_up"} <= written
-    assert written == explained
+    assert written == set(explained)
+
+
+def entries(heading: str) -> dict[str, str]:
+    """Name -> text of the entries of operations.md below a heading, up to the next of its level."""
+    text = (ROOT / "docs/operations.md").read_text().partition(f"\n{heading}\n")[2]
+    text = re.split(rf"^{heading.split()[0]} ", text, maxsplit=1, flags=re.M)[0]
+    found = re.findall(r"^(\*\*`.*)<br>\n((?:.+\n)+)", text, re.M)
+    return {name: body for names, body in found for name in re.findall(r"`(\w+)`", names)}
+
+
+def test_every_alert_is_explained() -> None:
+    """What it means, what to look at, what to do: a sentence each, at least."""
+    rules = yaml.safe_load((ROOT / "cluster/alerts.yaml").read_text())["groups"][0]["rules"]
+    explained = entries("### Alerts")
+    assert list(explained) == [rule["alert"] for rule in rules]
+    assert not [name for name, text in explained.items() if len(re.findall(r"[.:]\s", text)) < 3]
+
+
+def test_every_event_that_matters_says_what_to_do() -> None:
+    from cluster.levels import PROBLEMS, WARNINGS
+    from cluster.notify import TOLD
+
+    explained = entries("## Events")
+    assert set(PROBLEMS) | set(WARNINGS) | set(TOLD) <= set(explained)
+    assert not [name for name in (*PROBLEMS, *TOLD)
+                if len(re.findall(r"[.:]\s", explained[name])) < 2]
+    told = (ROOT / "docs/operations.md").read_text().partition("### To be told")[2]
+    assert all(f"`{name}`" in told.partition("\n## ")[0] for name in (*TOLD, "old_checkpoint"))
 
 
 def test_messages_in_the_faq_are_those_of_the_code() -> None:
