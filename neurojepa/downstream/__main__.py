@@ -6,6 +6,7 @@
     python -m neurojepa.downstream reliability EMBEDDINGS --out DIR [--labels TABLE --label COLUMN]
     python -m neurojepa.downstream survive EMBEDDINGS --out DIR --labels TABLE --time C --event C
     python -m neurojepa.downstream change EMBEDDINGS --out DIR --labels TABLE --session C --time C
+    python -m neurojepa.downstream transfer EMBEDDINGS --out DIR --from T1w --to PET --labels TABLE
     python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
 
 ``embed`` takes a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of
@@ -13,7 +14,7 @@ files or a feed; it writes embeddings.parquet and more (table.py).  ``probe EMBE
 well labels of a table of yours are told from embeddings, by nested cross-validation (study.py), and
 ``reliability`` how alike rescans are (reliability.py).  ``survive`` does so of an event that comes
 sooner or later, or was not seen to come (survive.py), and ``change`` of what differs between visits
-(change.py).
+(change.py); ``transfer`` tells one modality from another (transfer.py).
 ``probe --feed`` is a quick check of a run: it fits labels of the feed on its split ``train`` and
 scores its split ``test``, beside the same architecture at random initialisation.  All of them write
 results.json and report.html.  ``atoms`` shows in a report.html where in the brain each atom of the

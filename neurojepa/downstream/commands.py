@@ -48,12 +48,22 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
                          "the age in years")
     command.add_argument("--label", required=True, help="its column of numbers that change")
     cv_arguments(command)
+    command = commands.add_parser("transfer", help="one modality told from another")
+    _embeddings(command, modality=False)
+    command.add_argument("--from", dest="source", required=True, help="modality to tell from, such "
+                         "as T1w")
+    command.add_argument("--to", required=True, help="modality that is told, such as PET or ALFF")
+    table_arguments(command)
+    command.add_argument("--session", help="its column of visits, where scans of one visit are "
+                         "paired; default: means over a person's visits")
+    cv_arguments(command)
 
 
-def _embeddings(command: argparse.ArgumentParser) -> None:
+def _embeddings(command: argparse.ArgumentParser, modality: bool = True) -> None:
     command.add_argument("embeddings", metavar="EMBEDDINGS", help="folder that embed wrote")
     command.add_argument("--out", required=True, help="folder for what is written")
-    command.add_argument("--modality", help="of the scans, where there are several")
+    if modality:
+        command.add_argument("--modality", help="of the scans, where there are several")
 
 
 def table_arguments(command: argparse.ArgumentParser, required: bool = True) -> None:
@@ -99,14 +109,14 @@ def folds_of(cv: str) -> tuple[int, int]:
     return int(repeats), int(folds)
 
 
-def people_of(arguments: argparse.Namespace, table: pa.Table, session: str | None = None,
-              modality: str | None = None) -> People:
+def people_of(arguments: argparse.Namespace, table: pa.Table, modality: str | None,
+              session: str | None = None) -> People:
     """Embeddings joined with the table; what did not meet is printed."""
     from neurojepa.downstream.labels import join as join_labels
     from neurojepa.downstream.volumes import read_volumes
 
     people = join_labels(table, arguments.labels, key=arguments.key, id_column=arguments.id,
-                         session_column=session, modality=modality or arguments.modality,
+                         session_column=session, modality=modality,
                          missing=arguments.missing, volumes=read_volumes(arguments.embeddings))
     for note in people.notes:
         print(note)
@@ -131,7 +141,7 @@ def run_reliability(arguments: argparse.Namespace) -> int:
                                   arguments.across_visits)
     labels = {}
     if arguments.label:
-        people = people_of(arguments, table)
+        people = people_of(arguments, table, arguments.modality)
         notes += people.notes
         labels = with_labels(scans, people, arguments.label)
     found = reliability(scans, unit, labels, tuple(arguments.positive), tuple(arguments.order))
@@ -167,7 +177,7 @@ def run_survive(arguments: argparse.Namespace) -> int:
 
     repeats, folds = folds_of(arguments.cv)
     table = read_embeddings(arguments.embeddings)
-    people = people_of(arguments, table)
+    people = people_of(arguments, table, arguments.modality)
     found = survive(people, arguments.time, arguments.event, positive=arguments.positive,
                     adjust=tuple(arguments.adjust), reference=arguments.reference, folds=folds,
                     repeats=repeats, allow_seen=arguments.allow_seen)
@@ -195,7 +205,7 @@ def run_change(arguments: argparse.Namespace) -> int:
 
     repeats, folds = folds_of(arguments.cv)
     table = read_embeddings(arguments.embeddings)
-    people = people_of(arguments, table, arguments.session)
+    people = people_of(arguments, table, arguments.modality, arguments.session)
     found = change(people, arguments.label, arguments.time, adjust=tuple(arguments.adjust),
                    folds=folds, repeats=repeats, allow_seen=arguments.allow_seen)
     print_rows(arguments.label, found.rows, (*found.notes, *found.warnings))
@@ -215,6 +225,37 @@ def run_change(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# ---- transfer ------------------------------------------------------------------------------------
+
+def run_transfer(arguments: argparse.Namespace) -> int:
+    from neurojepa.downstream import transfer_page as pages
+    from neurojepa.downstream.output import Figures, headed, write_task
+    from neurojepa.downstream.table import read_embeddings
+    from neurojepa.downstream.transfer import paired, transfer
+
+    if arguments.source == arguments.to:
+        raise ConfigError(f"--from {arguments.source} --to {arguments.to}: name two modalities")
+    repeats, folds = folds_of(arguments.cv)
+    table = read_embeddings(arguments.embeddings)
+    both = [people_of(arguments, table, modality, arguments.session)
+            for modality in (arguments.source, arguments.to)]
+    people, target, notes = paired(*both)
+    found = transfer(people, target, adjust=tuple(arguments.adjust), folds=folds, repeats=repeats,
+                     allow_seen=arguments.allow_seen)
+    name = f"{arguments.to} from {arguments.source}"
+    print_rows(name, found.rows, (*notes, *found.notes, *found.warnings))
+    record = headed("transfer/1", {
+        "embeddings": arguments.embeddings, "labels": arguments.labels, "cv": arguments.cv,
+        "from": arguments.source, "to": arguments.to, "allow_seen": arguments.allow_seen,
+        "notes": [*both[0].notes, *notes], **pages.record_of(found)})
+    record["methods"] = pages.methods(found, record)
+    figures = Figures()
+    write_task(arguments.out, record, pages.transfer_page(found, record, figures),
+               pages.predictions_of(found), figures)
+    print(f"read {arguments.out}/report.html")
+    return 0
+
+
 def print_rows(name: str, rows: Mapping[str, Any], notes: Sequence[str]) -> None:
     """Notes, and each row's scores on a line."""
     for line in notes:
@@ -224,4 +265,5 @@ def print_rows(name: str, rows: Mapping[str, Any], notes: Sequence[str]) -> None
             f"{metric} {value}" for metric, value in found.scores.items()), flush=True)
 
 
-RUN = {"reliability": run_reliability, "survive": run_survive, "change": run_change}
+RUN = {"reliability": run_reliability, "survive": run_survive, "change": run_change,
+       "transfer": run_transfer}

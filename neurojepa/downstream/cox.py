@@ -82,7 +82,7 @@ def fit_cox(values: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: fl
     value = -np.inf
     for _ in range(STEPS):
         now, slope, curve = likelihood(values @ found, values)
-        now -= penalty / 2 * found @ found
+        now -= float(penalty / 2 * found @ found)
         if now - value < CLOSE * max(1.0, abs(now)):
             break
         value = now

@@ -102,8 +102,9 @@ def followed(people: People, time: str, event: str, positive: str | None) -> tup
                     if as_numbers(np.array([value])) is None)
         raise DataError(f"column {time!r}: {word!r} is no number; times are numbers, in one unit")
     if (times < 0).any():
-        number = int(np.argmin(times))
-        raise DataError(f"id {str(people.ids[number])!r}: {time} is {times[number]:g}; times begin "
+        earliest = int(np.argmin(times))
+        who = str(people.ids[earliest])
+        raise DataError(f"id {who!r}: {time} is {times[earliest]:g}; times begin "
                         "at the scan and cannot be negative; leave out people whose event came "
                         "before")
     happened = _happened(event, people.column(event), positive)

@@ -1,0 +1,124 @@
+"""The page of a transfer between modalities: what is told beyond the mean of the group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from neurojepa.downstream.output import Figures, new_plot
+from neurojepa.downstream.scoring import known
+from neurojepa.downstream.stats import holm
+from neurojepa.downstream.study_page import gains_table
+from neurojepa.downstream.transfer import ALONE, SHUFFLED, VOLUMES, WITHOUT, Transfer
+from neurojepa.report import BLUE, GREY, grid, page, paragraph, section, table, tiles
+
+NAMES = {"r2": "R² beyond the group mean", "correlation": "correlation within people",
+         "own_is_nearer": "own truth is nearer"}
+
+
+def transfer_page(found: Transfer, record: dict[str, Any], figures: Figures) -> str:
+    """results.json's content as a page that needs no network."""
+    source, target = record["from"], record["to"]
+    lead = (f"{record['embeddings']}: {found.features} features of {target} from {source}; "
+            f"{record['cv']} nested cross-validation by person and family")
+    told = [(f"{found.rows[name].scores['r2'].value:.3f}", f"R² beyond the group mean, {name}", "")
+            for name in (ALONE, VOLUMES, WITHOUT, SHUFFLED) if name in found.rows]
+    rows = [[name, *map(str, row.scores.values()), row.scores["r2"].num_people]
+            for name, row in found.rows.items()]
+    people = found.rows[ALONE].scores["r2"].num_people
+    parts = [tiles(told), section(  # type: ignore[arg-type]
+        f"{target} from {source}",
+        *(paragraph(f"Look out: {each}.") for each in found.warnings),
+        table(["from", *NAMES.values(), "tested"], rows),
+        paragraph("Mean over repeats [95 % interval over families and people]. R² is 0 where the "
+                  "group's mean tells as much; the correlation is over features, after the mean "
+                  "was removed, and 0 by chance; a person's prediction is nearer to the own truth "
+                  "than to another person's in half of all cases by chance. Covariates: "
+                  f"{', '.join(found.covariates)}."),
+        *gains_table(record["gains"], NAMES["r2"])),
+        section("Figures", grid([
+            figures.show("people", _people(found), (
+                "Correlation over features of what the embedding predicts of a person with the "
+                f"truth, after the group mean was removed: {people} people in order, and people "
+                "shuffled (grey).")),
+            figures.show("features", _features(found), (
+                "R² of each feature of the target, in order: from the embedding, and from "
+                "covariates alone (grey)."))]))]
+    notes = [*record["notes"], *found.notes]
+    parts.append(section("How it was done", paragraph(record["methods"]), *(
+        [paragraph("Left out: " + "; ".join(notes) + ".")] if notes else [])))
+    return page(f"{target} told from {source}", lead, parts)
+
+
+def _within(found: Transfer, name: str) -> np.ndarray:
+    row = found.rows[name]
+    whom = known(row.predicted)
+    one, other = (each[whom].mean(1) for each in (row.predicted, row.truth))
+    one, other = (each - each.mean(1, keepdims=True) for each in (one, other))
+    size = np.sqrt(np.square(one).sum(1) * np.square(other).sum(1))
+    return np.sort((one * other).sum(1) / np.maximum(size, 1e-12))
+
+
+def _people(found: Transfer) -> Any:
+    plot, axis = new_plot()
+    axis.axhline(0, color="#c5ccd6", zorder=0)
+    for name, colour, style in ((ALONE, BLUE, "-"), (SHUFFLED, GREY, "--")):
+        values = _within(found, name)
+        axis.plot(np.linspace(0, 1, len(values)), values, style, color=colour, label=name)
+    axis.set(xlabel="share of people", ylabel="correlation with the truth")
+    axis.legend(frameon=False)
+    return plot
+
+
+def _features(found: Transfer) -> Any:
+    plot, axis = new_plot()
+    axis.axhline(0, color="#c5ccd6", zorder=0)
+    for name, colour, style in ((ALONE, BLUE, "-"), (WITHOUT, GREY, "--")):
+        row = found.rows[name]
+        whom = known(row.predicted)
+        rest, whole = (np.square(each[whom]).sum((0, 1)) for each in (
+            row.truth - row.predicted, row.truth))
+        values = np.sort(1 - rest / np.maximum(whole, 1e-12))
+        axis.plot(np.linspace(0, 1, len(values)), values, style, color=colour, label=name)
+    axis.set(xlabel="share of features", ylabel="R² beyond the group mean")
+    axis.legend(frameon=False)
+    return plot
+
+
+def record_of(found: Transfer) -> dict[str, Any]:
+    """What results.json says of it."""
+    gains = [gain.as_dict() for gain in found.gains]
+    for gain, p in zip(gains, holm([gain.p for gain in found.gains]), strict=True):
+        gain["p_holm"] = p
+    return {"people": len(set(found.people.participant.tolist())), "rows": len(found.people.ids),
+            "features": found.features, "covariates": list(found.covariates),
+            "scores": {name: {score: value.as_dict() for score, value in row.scores.items()}
+                       for name, row in found.rows.items()},
+            "gains": gains, "warnings": found.warnings, "left_out": found.notes}
+
+
+def predictions_of(found: Transfer) -> list[list[str]]:
+    """Rows of predictions.csv, with a header: how well each person was told, under own ids."""
+    row = found.rows[ALONE]
+    lines = [["participant_id", "share_of_variance_told"]]
+    for number in np.flatnonzero(known(row.predicted)):
+        rest = np.square(row.truth[number] - row.predicted[number]).sum()
+        lines.append([str(found.people.ids[number]),
+                      f"{1 - rest / max(np.square(row.truth[number]).sum(), 1e-12):.5g}"])
+    return lines
+
+
+def methods(found: Transfer, record: dict[str, Any]) -> str:
+    """A paragraph for the methods section."""
+    volumes = " and automatic region volumes" if VOLUMES in found.rows else ""
+    return (
+        f"Frozen embeddings of {record['to']} scans ({found.features} features, neurojepa "
+        f"{record['version']}) were predicted from those of {record['from']} scans of the same "
+        f"people by ridge regression with one penalty for all features, in {record['cv']} (repeats "
+        "x folds) nested cross-validation in which members of a family shared a fold. Within each "
+        "fold the mean of those who taught was removed from the target and its features were "
+        "scaled; the penalty was chosen on the other folds alone. Treated alike were covariates "
+        f"({', '.join(found.covariates)}){volumes}, and targets shuffled among people. Intervals "
+        "are 95 % percentile intervals of a bootstrap over families and people; paired differences "
+        "have two-sided bootstrap p values, adjusted by Holm's method.")

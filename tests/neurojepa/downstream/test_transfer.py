@@ -1,0 +1,144 @@
+"""One modality told from another: a planted link is found, none is not, and the mean of the group
+is no success."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.identity import pseudonym
+from neurojepa.downstream import transfer as module
+from neurojepa.downstream.__main__ import main as downstream
+from neurojepa.downstream.labels import People
+from neurojepa.downstream.transfer import ALONE, SHUFFLED, VOLUMES, WITH, WITHOUT, paired, transfer
+from neurojepa.errors import NeurojepaError
+from tests.helpers.trees import write
+
+KEY = b"a public key for invented people"
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "DRAWS", 40)
+    yield
+
+
+def people(values: np.ndarray, age: np.ndarray) -> People:
+    names = np.array([f"p{number:03d}" for number in range(len(values))])
+    return People(values, names, names, names, np.zeros(len(values), bool),
+                  {"brain_ml": np.full(len(values), "1400") if len(values) < 3 else
+                   np.random.default_rng(7).normal(1400, 90, len(values)).astype(str),
+                   "age": age.astype(str)})
+
+
+def linked(link: float, of_age: float = 0.0, number: int = 120
+           ) -> tuple[People, np.ndarray]:
+    """A source of 10 features and a target of 15 that is a mean, ``link`` of the source, ``of_age``
+    of the age, and noise."""
+    rng = np.random.default_rng(0)
+    source, age = rng.normal(size=(number, 10)), rng.normal(60, 8, number)
+    source += of_age * ((age - 60) / 8)[:, None]  # scans show the age, too
+    target = 50 * rng.normal(size=15) + link * source @ rng.normal(size=(10, 15)) / 3
+    target += of_age * np.outer((age - 60) / 8, rng.normal(size=15)) * 2
+    return people(source, age), target + rng.normal(size=(number, 15))
+
+
+def test_a_planted_link_is_told_beyond_the_mean_and_the_age() -> None:
+    source, target = linked(2.0)
+    found = transfer(source, target, adjust=("age",), folds=4, repeats=1)
+    scores = {name: row.scores for name, row in found.rows.items()}
+    assert scores[ALONE]["r2"].low > 0.6 and scores[ALONE]["correlation"].low > 0.7
+    assert scores[ALONE]["own_is_nearer"].low > 0.9
+    assert abs(scores[WITHOUT]["r2"].value) < 0.05
+    assert scores[SHUFFLED]["r2"].value < 0.03
+    assert abs(scores[SHUFFLED]["own_is_nearer"].value - 0.5) < 0.1
+    assert found.gains[0].score.low > 0.5 and VOLUMES not in scores
+
+
+def test_without_a_link_nothing_is_told_though_all_share_a_mean() -> None:
+    source, target = linked(0.0)
+    scores = transfer(source, target, folds=4, repeats=1).rows[ALONE].scores
+    assert scores["r2"].value < 0.03 and abs(scores["correlation"].value) < 0.1
+    assert abs(scores["own_is_nearer"].value - 0.5) < 0.1
+
+
+def test_a_link_by_age_alone_is_no_gain_over_the_age() -> None:
+    source, target = linked(0.0, of_age=1.0)
+    found = transfer(source, target, adjust=("age",), folds=4, repeats=1)
+    assert found.rows[ALONE].scores["r2"].low > 0.2
+    assert found.rows[WITHOUT].scores["r2"].value > found.rows[ALONE].scores["r2"].value - 0.02
+    gain = next(gain for gain in found.gains if gain.row == WITH)
+    assert abs(gain.score.value) < 0.05
+
+
+def test_scores_by_hand() -> None:
+    source, target = linked(1.0, number=12)
+    run = module.Runner(source, target, module.Plan([[(np.arange(6), np.arange(6, 12)),
+                                                       (np.arange(6, 12), np.arange(6))]]))
+    truth = np.random.default_rng(0).normal(size=(12, 1, 15))
+    everyone = np.arange(12)
+    perfect = {name: value(everyone) for name, value in run.scorers(truth, truth).items()}
+    assert perfect == {"r2": 1, "correlation": pytest.approx(1), "own_is_nearer": 1}
+    mean = {name: value(everyone) for name, value in run.scorers(0 * truth, truth).items()}
+    assert mean == {"r2": 0, "correlation": 0, "own_is_nearer": 0.5}
+
+
+def test_visits_with_both_modalities_make_pairs() -> None:
+    source, target = linked(1.0, number=30)
+    other = people(target, np.zeros(30)).take(np.r_[29, 5:28])
+    own, features, notes = paired(source.take(np.arange(0, 30)), other)
+    assert len(own.ids) == 24 and notes == ["6 with a scan of the source alone"]
+    row = own.ids.tolist().index("p029")
+    assert np.array_equal(features[row], target[29])
+    visits = replace(source, sessions=np.full(30, "1"))
+    with pytest.raises(NeurojepaError, match="0 people or visits have scans of both"):
+        paired(visits, replace(people(target, np.zeros(30)), sessions=np.full(30, "2")))
+
+
+def test_what_cannot_be_told_is_said() -> None:
+    source, target = linked(1.0, number=20)
+    with pytest.raises(NeurojepaError, match="the same for all people"):
+        transfer(source, np.ones((20, 3)), folds=2, repeats=1)
+    ages = source.columns["age"].copy()
+    ages[3] = ""
+    found = transfer(replace(source, columns={**source.columns, "age": ages}), target,
+                     adjust=("age",), folds=2, repeats=1)
+    assert found.notes == ["1 people without age"] and len(found.people.ids) == 19
+
+
+def test_the_command_writes_results_and_a_page(tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = linked(2.0, number=40)
+    wide = np.hstack([target, target[:, :1]])[:, :10]  # embeddings have one width
+    pq.write_table(pa.Table.from_pylist([
+        {"scan_id": f"{modality}{n}", "participant": pseudonym(KEY, "clinic", f"p{n}"),
+         "family": f"f{n}", "session": "1", "cohort": "clinic", "modality": modality, "site": "a",
+         "split": "test", "brain_ml": 1400.0 + n % 9, "seen": False,
+         "embedding": values[n].tolist()} for modality, values in (
+             ("T1w", source.values), ("PET", wide)) for n in range(40)]),
+        tmp_path / "embeddings.parquet")
+    lines = [f"p{n},{50 + n % 13}" for n in range(40)]
+    write(tmp_path, {"key": KEY, "my.csv": "participant_id,age\n" + "\n".join(lines)})
+    (tmp_path / "key").chmod(0o600)
+    words = ["transfer", str(tmp_path), "--labels", str(tmp_path / "my.csv"), "--from", "T1w",
+             "--adjust", "age", "--cv", "1x3", "--key", str(tmp_path / "key"),
+             "--out", str(tmp_path / "out"), "--to"]
+    with pytest.raises(NeurojepaError, match="name two modalities"):
+        downstream([*words, "T1w"])
+    with pytest.raises(NeurojepaError, match="--modality FLAIR: the embeddings are of PET, T1w"):
+        downstream([*words, "FLAIR"])
+    assert downstream([*words, "PET"]) == 0
+    assert "PET from T1w: embedding: r2 0." in capsys.readouterr().out
+    record = json.loads((tmp_path / "out/results.json").read_text())
+    assert record["schema"] == "neurojepa/transfer/1" and record["features"] == 10
+    assert record["scores"]["embedding"]["r2"]["low"] > 0.4
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("<figure>") == 2 and "PET told from T1w" in page
+    assert len((tmp_path / "out/predictions.csv").read_text().splitlines()) == 41
