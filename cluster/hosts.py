@@ -16,18 +16,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.checkup import Listener, measure
 from cluster.room import LEAST_ROOM, free_bytes
 
 ANSWER_S = 10.0  # ssh gives up on a dead host after 5 s
 GONE_S = 20.0  # after ssh has noticed, which takes 8 s
+RANK_MEMORY = 512 << 20  # bytes: Python with torch and a tiny model
 NO_CONNECTION = 255  # ssh's own status
 
 
-def problems(slots: dict[str, int], folder: str | None, ssh_options: str) -> dict[str, str]:
+def problems(slots: dict[str, int], folder: str | None, ssh_options: str,
+             odd: Callable[[dict[str, dict[str, Any]]], None] | None = None) -> dict[str, str]:
     """What keeps hosts from taking part, in words; the hosts without a problem are not in it.
 
     Parameters
@@ -36,10 +41,14 @@ def problems(slots: dict[str, int], folder: str | None, ssh_options: str) -> dic
         Ranks by host.
     folder
         A local run directory, where there must be room.
+    odd
+        Told what the hosts that can take part have measured (see checkup.py).
     """
     here = about_this_host(folder)
-    answers = {host: _read(answer) for host, answer in ask(
-        list(slots), "cluster.hosts", [folder or ""], ssh_options, ANSWER_S).items()}
+    with closing(Listener()) as listener:
+        answers = {host: _read(answer) for host, answer in ask(
+            list(slots), "cluster.hosts", [folder or "", str(listener.port)], ssh_options,
+            ANSWER_S, listener.key.hex()).items()}
     found = {}
     devices = max((answer["devices"] for answer in answers.values() if isinstance(answer, dict)),
                   default=0)
@@ -47,6 +56,9 @@ def problems(slots: dict[str, int], folder: str | None, ssh_options: str) -> dic
         problem = answer if isinstance(answer, str) else _judge(answer, here, slots[host], devices)
         if problem:
             found[host] = problem
+    if odd is not None:
+        odd({host: answer["measured"] for host, answer in answers.items()
+             if isinstance(answer, dict) and host not in found})
     return found
 
 
@@ -84,6 +96,9 @@ def _judge(answer: dict[str, Any], here: dict[str, Any], slots: int, devices: in
     if devices and answer["devices"] < slots:
         return (f"has {answer['devices']} GPU(s) for slots={slots}; correct the hostfile or look "
                 "at nvidia-smi there")
+    if (free := answer["measured"]["memory_free"]) < slots * RANK_MEMORY:
+        return (f"has {free >> 20} MiB of memory free for slots={slots}, a rank needs at least "
+                f"{RANK_MEMORY >> 20} MiB; end what else runs there")
     return ""
 
 
@@ -110,19 +125,26 @@ class Answer:
 
 
 def ask(hosts: list[str], module: str, words: list[str], ssh_options: str,
-        timeout_s: float) -> dict[str, Answer]:
-    """Run a module of ours on hosts, all at once, in the same folder as here."""
+        timeout_s: float, said: str = "") -> dict[str, Answer]:
+    """Run a module of ours on hosts, all at once, in the same folder as here; ``said`` is a line
+    for its standard input."""
     command = (f"cd {shlex.quote(os.getcwd())} && exec {shlex.quote(sys.executable)} -m {module} "
                + " ".join(map(shlex.quote, words)))
     calls = {host: subprocess.Popen(["ssh", *shlex.split(ssh_options), host, command],
-                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                     stderr=subprocess.PIPE, text=True) for host in hosts}
+    for call in calls.values():
+        assert call.stdin
+        with suppress(BrokenPipeError):  # it has ended: its answer tells why
+            call.stdin.write(f"{said}\n")
+            call.stdin.close()
+        call.stdin = None
     answers, end = {}, time.monotonic() + timeout_s
     for host, call in calls.items():
         try:
             out, errors = call.communicate(timeout=max(0.1, end - time.monotonic()))
-            said = [line.strip() for line in errors.splitlines() if line.strip()]
-            answers[host] = Answer(call.returncode, out.splitlines(), said[-1] if said else "")
+            told = [line.strip() for line in errors.splitlines() if line.strip()]
+            answers[host] = Answer(call.returncode, out.splitlines(), told[-1] if told else "")
         except subprocess.TimeoutExpired:
             call.kill()
             call.wait()
@@ -173,5 +195,13 @@ class HostWatch(threading.Thread):
         self._ended.set()
 
 
+def main(folder: str, port: int) -> None:
+    """Print what whoever asks by ssh wants to know; the link's key comes on standard input."""
+    key = bytes.fromhex(sys.stdin.readline().strip())
+    asker = os.environ.get("SSH_CONNECTION", "").partition(" ")[0] or None
+    print(json.dumps({**about_this_host(folder or None),
+                      "measured": measure(num_devices(), asker, port, key)}))
+
+
 if __name__ == "__main__":
-    print(json.dumps(about_this_host(sys.argv[1] if len(sys.argv) > 1 else None)))
+    main(sys.argv[1], int(sys.argv[2]))

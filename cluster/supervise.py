@@ -33,8 +33,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.attempt import DeepSpeedLaunch, Progress, ssh_options
+from cluster.checkup import Checkups, oom_kills
 from cluster.diagnosis import culprits, diagnose, report
 from cluster.hosts import NO_CONNECTION, problems
+from cluster.incident import incident_of
 from cluster.membership import Membership, TooFewHosts
 from cluster.outcome import (
     LOG_BYTES,
@@ -110,6 +112,7 @@ class Supervisor:
     _world: World | None = field(default=None, init=False)
     _left: World | None = field(default=None, init=False)  # of the last owner, not taken over
     _members: Membership | None = field(default=None, init=False)
+    _checkups: Checkups = field(default_factory=Checkups, init=False)
     _stragglers: Stragglers = field(default_factory=Stragglers, init=False)
     _current: Launch = field(init=False)  # the launch, without hosts that are left out
 
@@ -194,7 +197,8 @@ class Supervisor:
         if self._members is None:
             self._members = Membership(
                 self.launch.slots(), self.min_hosts, self.max_hosts,
-                lambda slots: problems(slots, self.run_dir.local_path, ssh_options()),
+                lambda slots: problems(slots, self.run_dir.local_path, ssh_options(),
+                                       self._tell_odd),
                 lambda event, host, why: self._event(event, None, host=host, why=why))
         end, said = time.monotonic() + wait_s, False
         while not self._stop_signals:
@@ -208,6 +212,10 @@ class Supervisor:
                     print(f"waiting for hosts: {error}", flush=True)
                 said = True
                 self._wait(ROOM_S)
+
+    def _tell_odd(self, measured: dict[str, dict[str, Any]]) -> None:
+        for host, why in self._checkups.new(measured):
+            self._event("host_odd", None, host=host, why=why)
 
     # ---- owning the run --------------------------------------------------------------------------
 
@@ -266,7 +274,7 @@ class Supervisor:
         else:
             before = []
         self._attempts += 1
-        progress = Progress(before, self.last_step)
+        progress, killed = Progress(before, self.last_step), oom_kills() or 0
         try:
             hung = self._watch(world, progress)
         except LeaseLost as error:  # a write has met it before the keeper looked
@@ -285,8 +293,19 @@ class Supervisor:
                           fatal_event(self._patience(self.run_dir.events)))
         self._world = None
         self._event("exit", outcome.step, attempt=world.number, status=outcome.status, hung=hung,
+                    **self._incident(outcome, world.number, (oom_kills() or 0) - killed),
                     ranks=[vars(beat) for beat in outcome.heartbeats], log=outcome.log_lines)
         return outcome
+
+    def _incident(self, outcome: Outcome, number: int, killed: int) -> dict[str, str]:
+        """Write the report of an attempt that failed; its name and the likely cause."""
+        if outcome.status in (0, REQUEUE) or self._stop_signals:
+            return {}
+        found = incident_of(self._patience(self.run_dir.events), outcome, number, killed)
+        name = f"logs/incident-{number}.md"
+        self._write(name, lambda: write_bytes(join(self.run_dir.uri, name),
+                                              found.report().encode()))
+        return {"cause": found.cause, "report": name}
 
     def _start(self, world: World, log: Path, scratch: Path) -> None:
         assert self._lease is not None

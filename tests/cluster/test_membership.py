@@ -64,12 +64,14 @@ def test_each_host_with_a_problem_is_named_and_the_good_one_is_not(
 
 @pytest.mark.parametrize(("answer", "slots", "devices", "says"), [
     ({}, 1, 0, ""), ({"free": None}, 1, 0, ""), ({"devices": 8}, 8, 8, ""),
+    ({"measured": {"memory_free": 100 << 20}}, 2, 0, "has 100 MiB of memory free for slots=2"),
     ({"code": "b"}, 1, 0, r"runs other code (b, here a)"),
     ({"free": 3 << 20}, 1, 0, "has 3 MiB free for the run directory, 16 MiB are needed"),
     ({"devices": 7}, 8, 8, "has 7 GPU(s) for slots=8"), ({}, 1, 8, "has 0 GPU(s) for slots=1")])
 def test_what_a_host_says_of_itself_is_judged(answer: dict[str, object], slots: int, devices: int,
                                               says: str) -> None:
-    row = {"code": "a", "free": 1 << 40, "devices": 0, **answer}
+    row = {"code": "a", "free": 1 << 40, "devices": 0, "measured": {"memory_free": 1 << 40},
+           **answer}
     judged = hosts._judge(row, {"code": "a"}, slots, devices)
     assert judged.startswith(says) and bool(judged) is bool(says)
 

@@ -84,7 +84,10 @@ def test_gives_up_and_names_the_step(toy) -> None:
     exits = [row for row in events if row["event"] == "exit"]
     assert exits[0]["status"] == 3 and any("ToyError" in line for line in exits[0]["log"])
     assert {rank["rank"] for rank in exits[0]["ranks"]} == {0, 1}
-    assert run_dir.names("logs") == ["attempt-1.log", "attempt-2.log"]
+    assert run_dir.names("logs") == ["attempt-1.log", "attempt-2.log", "incident-1.md",
+                                     "incident-2.md"]
+    assert exits[1]["cause"].startswith("ToyError: rank ")
+    assert exits[1]["cause"].encode() in (run_dir.read(exits[1]["report"]) or b"")
     assert read_status(run_dir)["state"] == "failed"
 
 
