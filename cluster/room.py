@@ -49,4 +49,6 @@ def _last_checkpoint_bytes(run_dir: RunDir) -> int:
     if step is None:
         return 0
     manifest = json.loads(run_dir.read(f"checkpoints/step-{step}/manifest.json") or b"{}")
+    if "bytes" in manifest:
+        return int(manifest["bytes"])
     return sum(int(entry.get("size", 0)) for entry in manifest.get("files", {}).values())

@@ -7,6 +7,7 @@ what its own line of checkpoints has left behind, never a newer owner's.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from neurojepa import storage
@@ -57,7 +58,7 @@ class Commits:
         if step not in self._line:
             self._line.append(step)
         self._prune(step)
-        _remove_strangers(uri, {"manifest.json", *manifest["files"]}, self.owner)
+        _remove_strangers(uri, manifest["files"], self.owner)
         if self._is_milestone(step):
             from neurojepa.weights import export
 
@@ -90,9 +91,17 @@ def _token_of(run_dir: str, step: int) -> int:
     return 0 if data is None else _token_of_manifest(data)
 
 
-def _remove_strangers(uri: str, known: set[str], owner: Ownership) -> None:
-    """Delete what an attempt that was killed left in a checkpoint's directory."""
+def _remove_strangers(uri: str, known: Mapping[str, Any], owner: Ownership) -> None:
+    """Delete what an attempt that was killed left in a checkpoint's directory.
+
+    Parameters
+    ----------
+    known
+        Files in the manifest, among them those of ranks (rank-R-A.json), which vouch for theirs.
+    """
+    ranks = {name.removesuffix(".json") for name in known if name.endswith(".json")}
     for name in storage.list_names(uri):
-        if name not in known:
+        of_rank = name.endswith(".safetensors") and name.split(".")[0] in ranks
+        if name != "manifest.json" and name not in known and not of_rank:
             with owner.writing():
                 storage.remove(join(uri, name))

@@ -14,7 +14,7 @@ All private attributes of DeepSpeed are touched in this file alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,8 +114,8 @@ class Engine:
         self.guard.add(loss)
         self._engine.backward(loss)
 
-    def step(self, lr: float) -> bool:
-        """End a micro-step; at the last one clip and update.
+    def step(self, lr: float, flags: Sequence[bool] = ()) -> bool:
+        """End a micro-step; at the last one clip and update, and agree on flags (``guard.agreed``).
 
         Returns
         -------
@@ -124,7 +124,7 @@ class Engine:
             rank forbids the step: then no rank has changed anything.
         """
         if self._engine.is_gradient_accumulation_boundary():
-            self.guard.end_step(self._micro_steps)
+            self.guard.end_step(self._micro_steps, flags)
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -253,6 +253,12 @@ class Engine:
                 if length > 0:
                     yield Fragment(name=self._names[id(param)], shape=tuple(param.ds_shape),
                                    start=start, length=length, flat=i, offset=offset)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all trained parameters, whoever holds them, in the same order on every rank."""
+        return {self._names[id(param)]: tuple(param.ds_shape if self._stage3 else param.shape)
+                for group in self._groups for param in group}
 
     def tensors(self, fragment: Fragment) -> dict[str, Tensor]:
         """Views of a fragment's state: master, exp_avg, exp_avg_sq and, for the encoder, ema."""

@@ -12,7 +12,7 @@ the order of samples.  A rollback shifts the order: see ``feed.order.first_posit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ MAD_TO_STD = 1.4826  # of a normal distribution
 MIN_EXCESS = (0.25, 1.0)  # of the median: no loss or norm nearer to it than this is a spike
 RECENT_STEPS = 20  # in which max_skips steps may be dropped
 ALWAYS_BORNE = 3  # damaged samples
+MAX_FLAGS = 4  # that travel with the loss of a step
 LOW_FLUSHES = 3  # in a row with collapsed targets before the run stops
 
 
@@ -51,6 +52,10 @@ class Guard:
         self._excess = torch.tensor(MIN_EXCESS, dtype=torch.float64, device=world.device)
         self._sum = self._window.new_zeros(())
         self._values = self._limits = self._window[:, 0]
+        pinned = world.device.type == "cuda"
+        self._flags = torch.zeros(MAX_FLAGS, dtype=torch.float64, pin_memory=pinned)
+        self._agreed = torch.zeros(MAX_FLAGS, dtype=torch.float64, pin_memory=pinned)
+        self._arrived = torch.cuda.Event() if pinned else None
 
     def tensors(self) -> dict[str, Tensor]:
         """The window, to be saved and, in place, restored."""
@@ -65,12 +70,28 @@ class Guard:
         """Add a micro-step's loss, scaled so that the mean over ranks and micro-steps counts."""
         self._sum = self._sum + loss.detach().double()
 
-    def end_step(self, micro_steps: int) -> None:
-        """Agree on the loss of the whole step.  Collective, one scalar."""
-        loss = self._world.sum_(self._sum) / (self._world.size * micro_steps)
+    def end_step(self, micro_steps: int, flags: Sequence[bool] = ()) -> None:
+        """Agree on the loss of the whole step, and on each flag.  Collective, one message.
+
+        Nothing here waits for the device.
+        """
+        self._flags.numpy()[:len(flags)] = flags  # by NumPy: torch would wait for the device
+        carried = torch.cat([self._sum[None],
+                             self._flags.to(self._sum.device, non_blocking=True)])
+        self._world.sum_(carried)
+        self._agreed.copy_(carried[1:], non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+        loss = carried[0] / (self._world.size * micro_steps)
         self._sum = torch.zeros_like(self._sum)
         self._values = torch.stack([loss, torch.full_like(loss, torch.inf)])
         self._limits = self._current_limits()
+
+    def agreed(self) -> list[bool]:
+        """For each flag of the last ``end_step``: true on every rank if true on one."""
+        if self._arrived is not None:
+            self._arrived.synchronize()  # long past: the engine has read the norm since
+        return [votes > 0 for votes in self._agreed.numpy().tolist()]
 
     def judge(self, norm: Tensor) -> Tensor:
         """The gradient norm as it is, or inf where the step must not count."""

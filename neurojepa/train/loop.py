@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -119,7 +120,7 @@ class Run:
         self.labels = self.patience(lambda: method.labels(self.feed, config))
         probes = [self.patience(lambda: OnlineProbe(config, self.feed, world))] \
             if config.train.probe_every else []
-        (found, changes), model = self.patience(self._latest), build_model(config, self.feed.grid)
+        (found, changes), model = self._latest(), build_model(config, self.feed.grid)
         if found:
             check_fits(found, model)
         self.build, compiled = compiling.prepare(config, model, world.device)
@@ -182,12 +183,9 @@ class Run:
         return 0
 
     def _agree(self, applied: bool) -> Decision:
-        """What to do after a step; one message among the ranks."""
+        """What to do after a step, from what ranks knew when they ended it."""
         train = self.config.train
-        stop, writing, reports, leave = self.world.any(
-            bool(self.stop.reason or self.owner.stop), self.saver.writing,
-            self.loader.has_reports or bool(self.patience.retries),
-            self.owner.lost is not None or self.owner.stop == "now")
+        stop, writing, reports, leave = self.engine.guard.agreed()
         last = self.step == train.steps
         leaving = stop or last
         return Decision(
@@ -196,6 +194,15 @@ class Run:
             checkpoint=leaving or (self.step % train.checkpoint_every == 0 and applied),
             wait=leaving, report=reports or leaving,
             flush=last or self.step % train.log_every == 0, stop=stop and not last, leave=leave)
+
+    def _flags(self) -> tuple[bool, bool, bool, bool]:
+        """What this rank knows; it travels with the loss of the step, so agreeing costs nothing.
+
+        What comes up later is agreed on a step later.
+        """
+        return (bool(self.stop.reason or self.owner.stop), self.saver.writing,
+                self.loader.has_reports or bool(self.patience.retries),
+                self.owner.lost is not None or self.owner.stop == "now")
 
     def _carry_out(self, decision: Decision) -> None:
         """Do what was agreed, in the order of its fields."""
@@ -230,7 +237,7 @@ class Run:
             self.pace.forwarded()
             self.engine.backward(loss * scale)
             self._batches.fetch()  # the device is busy; what comes next waits for it
-            applied = self.engine.step(rates.lr)
+            applied = self.engine.step(rates.lr, self._flags())
             self.metrics.add(loss, sums)
         gates = self.gates.look(self.engine.module, views, self.step + 1)
         balance = {}
@@ -255,7 +262,7 @@ class Run:
     def _go_back(self) -> None:
         """Take up the last checkpoint and step over the samples since; all ranks together."""
         self._committed(self.saver.finish())
-        (found, changes), config = self.patience(self._latest), self.config.train
+        (found, changes), config = self._latest(), self.config.train
         why = self.health.go_back(found.manifest["health"] if found else None)
         if why or not found:
             self.metrics.event("diverged", self.step, reason=why)
@@ -269,11 +276,20 @@ class Run:
         self._take_up(found, [*self.windows, (found.step, self.step - found.step)], changes)
 
     def _latest(self) -> tuple[checkpoint.Checkpoint | None, list[str]]:
-        """The checkpoint to continue from, and the changes of the recipe since."""
-        step = checkpoint.latest_step(self.config.run.dir)
-        if step is None:
+        """The checkpoint to continue from, and the changes of the recipe since.
+
+        Collective: rank 0 reads its root manifest for all.
+        """
+        run_dir = self.config.run.dir
+
+        def read(_: Any) -> tuple[int, dict[str, Any]] | None:
+            step = self.patience(lambda: checkpoint.latest_step(run_dir))
+            return None if step is None else (step, self.patience(
+                lambda: checkpoint.open_checkpoint(run_dir, step).manifest))
+
+        if (latest := self.world.settle(None, read)) is None:
             return None, []
-        found = checkpoint.open_checkpoint(self.config.run.dir, step)
+        found = checkpoint.Checkpoint(run_dir, *latest)
         return found, check_same_run(found, self.config, self.fingerprints)
 
     def _take_up(self, found: checkpoint.Checkpoint | None, windows: Sequence[Window],
@@ -293,10 +309,10 @@ class Run:
     def _report_data(self) -> None:
         """Log what all ranks met in feed and store; collective."""
         damaged, retries = self.loader.take_reports()
-        reports = self.world.gather((damaged, retries + self.patience.take()))
-        for report in self.damage.new(item for damaged, _ in reports for item in damaged):
+        damaged, retries = self.world.settle((damaged, retries + self.patience.take()), _joined)
+        for report in self.damage.new(damaged):
             self.metrics.event("damaged", self.step, **report)
-        if retries := [text for _, retried in reports for text in retried]:
+        if retries:
             self.metrics.event("store_retry", self.step, tries=len(retries), says=retries[-1])
         read = (self.step - self._started_at) * self.config.train.global_batch
         self.damage.check(read)
@@ -332,17 +348,19 @@ class Run:
         reason = self.stop.reason or ("operator" if self.owner.stop else "signal")
         self.metrics.event("stop", self.step, reason=reason)
         self.say(f"stopped at step {self.step} by a {reason}; run again to continue")
-        self.world.gather(None)  # leave together
+        self.world.leave()
         return REQUEUE
 
     def _left(self) -> int:
         """End without a checkpoint: the directory is another owner's, or there is no time."""
-        if lost := next(filter(None, self.world.gather(
-                self.owner.lost and str(self.owner.lost))), None):
-            raise LeaseLost(lost)
+        def first(losses: list[str | None]) -> None:
+            if lost := next(filter(None, losses), None):
+                raise LeaseLost(lost)
+
+        self.world.settle(self.owner.lost and str(self.owner.lost), first)
         self.metrics.event("stop", self.step, reason="operator, without a checkpoint")
         self.say(f"stopped at step {self.step} without a checkpoint; run again to continue")
-        self.world.gather(None)  # leave together
+        self.world.leave()
         return REQUEUE
 
     def _finish(self) -> None:
@@ -352,7 +370,7 @@ class Run:
             self.metrics.event("finish", self.step, state_sha256=state,
                                skipped=self.health.skipped)
             self.say(f"finished at step {self.step}; state {state[:16]}")
-        self.world.gather(None)  # leave together
+        self.world.leave()
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -369,3 +387,9 @@ class Run:
             hook.close()
         self.metrics.close()
         self.engine.close()
+
+
+def _joined(reports: list[tuple[list[Any], list[str]]]) -> tuple[list[Any], list[str]]:
+    """Damaged samples and retries of all ranks, as lists of each."""
+    return ([item for damaged, _ in reports for item in damaged],
+            [text for _, retries in reports for text in retries])

@@ -125,16 +125,13 @@ def owned(config: RootConfig, world: World) -> Iterator[Ownership]:
     LeaseLost
         The supervisor that started this world has lost it.
     """
-    problem: NeurojepaError | None = None
     ownership = Ownership(config.run.dir)
-    if world.rank == 0:
-        try:
-            ownership = _take(config)
-        except NeurojepaError as error:
-            problem = error
-    if (first := world.gather(problem and (type(problem), str(problem)))[0]) is not None:
-        kind, text = first
-        raise kind(text)
+
+    def take(_: Any) -> None:
+        nonlocal ownership
+        ownership = _take(config)
+
+    world.settle(None, take)
     try:
         yield ownership
     finally:

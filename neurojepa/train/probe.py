@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from neurojepa.config import RootConfig
@@ -121,8 +122,11 @@ class OnlineProbe(Hook):
                                 batch_size=batch)
         values = embed(model, self.config, self.feed, mine, places, batch_size=batch).values
         model.train(was_training)
-        shares = np.stack(self.world.gather(values), 1)  # [each, rank, D]
-        return shares.reshape(each * size, -1)[:len(self.rows)], places
+        shares = torch.zeros(each, size, values.shape[1], dtype=torch.float64,
+                             device=self.world.device)
+        shares[:, self.world.rank] = torch.from_numpy(values)
+        whole = self.world.sum_(shares).cpu().numpy().astype(values.dtype)
+        return whole.reshape(each * size, -1)[:len(self.rows)], places
 
 
 def _choose(feed: Feed, config: RootConfig, split: str) -> np.ndarray:

@@ -81,7 +81,7 @@ def check_fits(checkpoint: Checkpoint, model: nn.Module) -> None:
     ConfigError
         Names those that differ, with both shapes.
     """
-    stored = {name: tuple(shape) for name, shape, *_ in checkpoint.manifest["fragments"]}
+    stored = checkpoint.shapes
     stored |= {name: tuple(tensor.shape) for name, tensor in checkpoint.buffers().items()
                if not name.startswith("health.")}
     here = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()

@@ -2,9 +2,9 @@
 
     start     every rank copies its fragments into host memory (pinned, reused): training waits
               for this copy and no longer
-    thread    hashes and writes this rank's files, straight from that copy
-    advance   at a later step boundary, once every rank has written: rank 0's thread commits
-              (commit.py)
+    thread    hashes and writes this rank's files, straight from that copy, and a manifest of them
+    advance   at a later step boundary, once every rank has written: rank 0 hears the hash of each
+              rank's manifest, and its thread commits (commit.py)
 
 File names carry the attempt, so what a killed attempt left can never be taken for this one's.
 While the store fails, the threads try again and training goes on until the next checkpoint is due.
@@ -32,16 +32,19 @@ from neurojepa.storage import (
     Patience,
     join,
     local_path,
+    sha256,
     store_errors,
+    write_bytes,
     write_parts,
 )
 from neurojepa.train.checkpoint import FORMAT_VERSION, step_uri
 from neurojepa.train.commit import Commits
 from neurojepa.train.engine import Engine
+from neurojepa.train.layout import Layout, Part, layout_of
 from neurojepa.train.ownership import Ownership
 from neurojepa.train.world import World
 
-Rows = list[list[Any]]
+SHOWN = 4  # ranks whose problems an error tells
 _TYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.uint8: "U8"}
 
@@ -80,7 +83,8 @@ class Saver:
         self._patience = patience
         self._commits = Commits(owner.run_dir, owner, keep_last=keep_last,
                                 milestone_every=milestone_every)
-        self.attempt = world.gather(uuid.uuid4().hex[:8])[0]
+        self._layout: Layout = {}  # on rank 0, for the manifest
+        self.attempt: str = world.settle(self._parts(), self._begin)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host: dict[str, dict[str, Tensor]] = {}
         self._pending: _Pending | None = None
@@ -112,9 +116,9 @@ class Saver:
         contents = self._snapshot()
         uri = step_uri(self.run_dir, step)
         record = {"format": FORMAT_VERSION, "step": step, "adam_step": self.engine.adam_step,
-                  "world": self.world.size, **record}
-        self._pending = _Pending(step, record, self._pool.submit(_write_files, uri, contents,
-                                                                 self._patience))
+                  "world": self.world.size, "attempt": self.attempt, **record}
+        self._pending = _Pending(step, record, self._pool.submit(
+            _write_rank, uri, self._owner, contents, self._patience))
 
     def advance(self) -> int | None:
         """Take a pending checkpoint one stage further; waits for the threads of all ranks.
@@ -132,21 +136,44 @@ class Saver:
         pending = self._pending
         assert pending is not None
         try:
-            results = _together(self.world, pending.job.result)
+            _together(self.world, pending.job.result,
+                      _nothing if pending.committing else self._commit)
         except CheckpointError:
             self._pending = None
             raise
         if pending.committing:
             self._pending = None
             return pending.step
-        rows = self.world.gather(self._rows()) if self.world.size > 1 else [self._rows()]
-        manifest = {**pending.record, "fragments": [row for part in rows for row in part],
-                    "files": {name: entry for part in results for name, entry in part.items()}}
         pending.committing = True
-        pending.job = (self._pool.submit(
-            self._patience, lambda: self._commits.commit(pending.step, manifest))
-            if self.world.rank == 0 else _done())
+        if self.world.rank:
+            pending.job = _done()
         return None
+
+    def _commit(self, written: list[tuple[dict[str, Any], int]]) -> None:
+        """On rank 0, when all have written: commit in the thread."""
+        pending = self._pending
+        assert pending is not None
+        manifest = {**pending.record, "bytes": sum(size for _, size in written),
+                    "files": {name: entry for part, _ in written for name, entry in part.items()},
+                    "parameters": self._layout}
+        pending.job = self._pool.submit(
+            self._patience, lambda: self._commits.commit(pending.step, manifest))
+
+    def _begin(self, parts: list[list[int]]) -> str:
+        """On rank 0: keep which rank holds what; names the attempt."""
+        names = list(self.engine.shapes)
+        found: dict[str, list[Part]] = {}
+        for rank, flat in enumerate(parts):
+            for number, start, length in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+                found.setdefault(names[number], []).append((start, length, rank))
+        self._layout = layout_of(self.engine.shapes, found)
+        return uuid.uuid4().hex[:8]
+
+    def _parts(self) -> list[int]:
+        """Number of the parameter, start and length of each fragment, one after the other."""
+        numbers = {name: number for number, name in enumerate(self.engine.shapes)}
+        return [value for fragment in self.engine.fragments
+                for value in (numbers[fragment.name], fragment.start, fragment.length)]
 
     def finish(self) -> int | None:
         """Wait until nothing is pending; returns the step that was committed, if one was."""
@@ -186,9 +213,20 @@ class Saver:
     def _owner(self) -> str:
         return f"rank-{self.world.rank:05d}-{self.attempt}"
 
-    def _rows(self) -> Rows:
-        return [[f.name, list(f.shape), f.start, f.length, self._owner]
-                for f in self.engine.fragments]
+
+def _write_rank(uri: str, owner: str, contents: dict[str, dict[str, Tensor]],
+                patience: Patience) -> tuple[dict[str, Any], int]:
+    """Write a rank's tensors and their manifest; returns what the root says of it, and all bytes.
+
+    The buffers are no rank's, so the root has them.
+    """
+    files = _write_files(uri, contents, patience)
+    own = {name: entry for name, entry in files.items() if name.startswith(owner)}
+    data = json.dumps({"files": own}).encode()
+    patience(lambda: write_bytes(join(uri, f"{owner}.json"), data))
+    root = {name: entry for name, entry in files.items() if name not in own}
+    root[f"{owner}.json"] = {"size": len(data), "sha256": sha256(data)}
+    return root, sum(entry["size"] for entry in [*root.values(), *own.values()])
 
 
 def _write_files(uri: str, contents: dict[str, dict[str, Tensor]],
@@ -241,8 +279,12 @@ def _check_space(uri: str, num_bytes: int) -> None:
                                   "train.keep_last")
 
 
-def _together(world: World, action: Callable[[], Any]) -> list[Any]:
-    """Do something on each rank; if it fails on any, raise the same error on all."""
+def _together(world: World, action: Callable[[], Any],
+              verdict: Callable[[list[Any]], None]) -> None:
+    """Do something on each rank, then ``verdict`` of all results on rank 0.
+
+    If anything fails on any rank, the same error is raised on all.
+    """
     result: Any = None
     problem = None
     try:
@@ -251,12 +293,20 @@ def _together(world: World, action: Callable[[], Any]) -> list[Any]:
         problem = f"rank {world.rank}: {error}"
     except store_errors() as error:
         problem = f"rank {world.rank}: the store failed ({error})"
-    answers = world.gather((problem, result))
-    problems = [problem for problem, _ in answers if problem]
-    if problems:
-        raise CheckpointError(f"checkpoint not written: {'; '.join(problems)}; earlier "
-                              "checkpoints are untouched")
-    return [result for _, result in answers]
+
+    def judge(answers: list[Any]) -> None:
+        problems = [problem for problem, _ in answers if problem]
+        if problems:
+            more = f" and {len(problems) - SHOWN} more ranks" if len(problems) > SHOWN else ""
+            raise CheckpointError(f"checkpoint not written: {'; '.join(problems[:SHOWN])}{more}; "
+                                  "earlier checkpoints are untouched")
+        verdict([result for _, result in answers])
+
+    world.settle((problem, result), judge)
+
+
+def _nothing(_: list[Any]) -> None:
+    """All are through; no more is to be done."""
 
 
 def _done() -> Future[None]:

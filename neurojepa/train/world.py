@@ -2,30 +2,35 @@
 
 A launcher (deepspeed, torchrun, our own) puts RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
 MASTER_PORT into the environment; without them we are a world of one.  Tensors travel by NCCL on
-CUDA and by gloo on the CPU.  Decisions (stop now? did your file reach the disk?) travel over a
-gloo group of their own, so that agreeing never waits for the device.
+CUDA and by gloo on the CPU; what is agreed on the host goes by the store at which ranks meet
+(control.py), so that no rank has a connection to each other one.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from neurojepa.ports import free_port
+from neurojepa.train.control import Control, allow_connections
+
+T = TypeVar("T")
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a peer that is silent this long is lost
+_WORLDS = itertools.count()  # that this process was in; each has its own messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +40,21 @@ class World:
     rank: int
     size: int
     device: torch.device
-    control: Any  # gloo process group for host-side decisions
+    control: Control | None  # None in a world of one
 
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag: true on every rank if true on one.  Host only, one message."""
-        votes = torch.tensor([int(flag) for flag in flags])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
-        return [bool(vote) for vote in votes.tolist()]
+    def settle(self, item: Any, verdict: Callable[[list[Any]], T]) -> T:
+        """What rank 0 makes of everyone's item, on every rank; see ``Control.settle``."""
+        return verdict([item]) if self.control is None else self.control.settle(item, verdict)
 
     def gather(self, item: Any) -> list[Any]:
-        """Everyone's item, in rank order, on every rank.  Host only; small items."""
-        items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item, group=self.control)
-        return items
+        """Everyone's item, in rank order, on every rank.  Host only; small and rare."""
+        return self.settle(item, lambda items: items)
+
+    def leave(self) -> None:
+        """Be through together; nothing may be settled afterwards by a process that ends."""
+        if self.control is not None:
+            self.settle(None, lambda _: None)
+            self.control.leave()
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks in place, on the device."""
@@ -77,6 +84,8 @@ def start_world(deterministic: bool = False) -> World:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if os.environ["RANK"] == "0":
+        allow_connections(int(os.environ["WORLD_SIZE"]))
     import deepspeed
     import deepspeed.ops
 
@@ -88,9 +97,17 @@ def start_world(deterministic: bool = False) -> World:
     with bounded_groups():
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False,
                                    verbose=False, timeout=COLLECTIVE_TIMEOUT)
-        control = dist.new_group(backend="gloo")
-    dist.barrier(group=control)  # nobody ends by an error while another one still joins
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, control=control)
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=device,
+                  control=_control() if dist.get_world_size() > 1 else None)
+    world.settle(None, lambda _: None)  # nobody ends by an error while another one still joins
+    return world
+
+
+def _control() -> Control:
+    """A connection of our own: a wait in torch's would hold up NCCL's watchdog."""
+    store = dist.distributed_c10d._get_default_store().clone()
+    own = dist.PrefixStore(f"neurojepa/{next(_WORLDS)}", store)
+    return Control(own, dist.get_rank(), dist.get_world_size(), COLLECTIVE_TIMEOUT)
 
 
 def interface_to_use(environment: Mapping[str, str]) -> str | None:

@@ -98,8 +98,7 @@ def _steps(run: Any, steps: int, save: bool) -> tuple[float, float]:
         run._checkpoint()
     for _ in range(steps):
         run._train_step()
-        (writing,) = run.world.any(run.saver.writing)
-        if run.saver.pending and not writing:
+        if run._agree(applied=False).commit:
             run._committed(run.saver.advance())
     spent = time.perf_counter() - wall, time.process_time() - cpu
     run._committed(run.saver.finish())

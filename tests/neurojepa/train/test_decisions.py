@@ -21,12 +21,9 @@ def decide(tmp_path: Path, step: int, applied: bool = True, stop: str = "", pend
            leave: bool = False) -> Decision:
     """A decision of rank 0 where this is what any rank knows; of 8 steps, checkpoints every 4."""
     run: Any = SimpleNamespace(
-        config=tiny_config("feed", tmp_path), step=step, stop=SimpleNamespace(reason=""),
-        world=SimpleNamespace(any=lambda *mine: [any(pair) for pair in zip(
-            mine, (bool(stop), writing, reports, leave), strict=True)]),
-        owner=SimpleNamespace(stop="", lost=None),
-        saver=SimpleNamespace(pending=pending, writing=False),
-        loader=SimpleNamespace(has_reports=False), patience=SimpleNamespace(retries=[]))
+        config=tiny_config("feed", tmp_path), step=step, saver=SimpleNamespace(pending=pending),
+        engine=SimpleNamespace(guard=SimpleNamespace(
+            agreed=lambda: [bool(stop), writing, reports, leave])))
     return Run._agree(run, applied)
 
 
