@@ -16,7 +16,7 @@ from pathlib import Path
 import tools.bench
 from neurojepa.errors import ConfigError, run_command
 
-HELPERS = {"__main__", "common", "official", "ranks", "victim"}
+HELPERS = {"__main__", "common", "official", "victim"}
 NAMES = sorted(module.name for module in pkgutil.iter_modules(tools.bench.__path__)
                if module.name not in HELPERS and not module.name.startswith("_"))
 

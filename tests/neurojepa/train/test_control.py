@@ -15,7 +15,7 @@ import torch.distributed as dist
 from neurojepa.errors import CheckpointError, ClusterError, LeaseLost, NeurojepaError
 from neurojepa.train import control
 from neurojepa.train.control import Control, allow_connections
-from neurojepa.train.health import MAX_FLAGS, Guard
+from neurojepa.train.health import DIGIT, MAX_FLAGS, Guard
 from neurojepa.train.world import World
 from tests.helpers.ranks import fake_worlds, on_all
 
@@ -101,12 +101,12 @@ def test_too_few_open_files_are_said_before_anyone_connects(
 
 @pytest.mark.parametrize(("mine", "others", "expected"), [
     ((False, False), 0, [False, False]), ((True, False), 0, [True, False]),
-    ((False, True), 1, [True, True]), ((False, False), 1000, [True, False])])
+    ((False, True), 1, [True, True]), ((False, False), 1023, [True, False])])
 def test_flags_travel_with_the_loss(mine: tuple[bool, ...], others: int,
                                     expected: list[bool]) -> None:
     """``others``: ranks that set the first flag; each rank's loss is 3."""
     def summed(tensor: torch.Tensor) -> torch.Tensor:
-        tensor += torch.tensor([3.0, others, *[0] * (MAX_FLAGS - 1)])
+        tensor += torch.tensor([3.0, others], dtype=torch.float64)
         return tensor
 
     world: Any = SimpleNamespace(size=2, device=torch.device("cpu"), sum_=summed)
@@ -118,3 +118,18 @@ def test_flags_travel_with_the_loss(mine: tuple[bool, ...], others: int,
         limits.append(guard.agreed()[:2])
     assert limits[0] == limits[2] == expected
     assert guard.agreed()[2:] == [False] * (MAX_FLAGS - 2)
+
+
+def test_flags_of_8191_ranks_are_counted_exactly() -> None:
+    ranks = DIGIT - 1
+
+    def summed(tensor: torch.Tensor) -> torch.Tensor:
+        tensor *= ranks
+        return tensor
+
+    world: Any = SimpleNamespace(size=ranks, device=torch.device("cpu"), sum_=summed)
+    guard = Guard(5.0, world)
+    for number in range(2 ** MAX_FLAGS):
+        flags = [bool(number >> i & 1) for i in range(MAX_FLAGS)]
+        guard.end_step(1, flags)
+        assert guard.agreed() == flags
