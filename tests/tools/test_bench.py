@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
-from tools.bench import gpu
+from tools.bench import _many_ranks as many
+from tools.bench import gpu, ranks
 
 
 def bench(*arguments: str, limit_s: float = 200) -> subprocess.CompletedProcess[str]:
@@ -36,6 +37,24 @@ def test_a_folder_without_the_official_code_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"--official {tmp_path}" in done.stderr
     assert bench("nothing").returncode == 2
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+def test_fake_ranks_save_read_and_are_watched_by_the_real_code(tmp_path: Path) -> None:
+    sizes = many.manifests(32, 4)
+    assert sizes["rows"] == 4 * 32
+    assert sizes["new_mib"] < sizes["old_mib"] / 4
+    found = many.save_and_read(tmp_path, 6, 5, 3)
+    assert found["files"] == 6 * 5 + 2  # four of tensors and a manifest each; buffers and the root
+    assert (found["same_size_parts"], found["other_size_parts"]) == (1, 2)
+    assert many.watched(tmp_path, 3)["look_s"] > 0
+    assert many.order_and_metrics(tmp_path, 5)["positions"] == 10
+
+
+def test_the_line_through_measurements_is_read_where_it_is_asked() -> None:
+    real = [{"ranks": n, "ms": 2 + 3 * n} for n in (2, 8, 32)]
+    assert ranks._at(1024, real, "ms") == pytest.approx(2 + 3 * 1024)
 
 
 # ---- gpu -----------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def run(quick: bool, official: str | None) -> dict[str, Any]:
         ("root (now)", *(sizes[f"new_{key}"] for key in ("mib", "held_mib", "parse_s")))])
     with tempfile.TemporaryDirectory(prefix="bench-ranks-") as folder:
         saved = many.save_and_read(Path(folder), ranks, SAVED_PARAMETERS, ranks * 3 // 4)
-        planned = many.order_and_metrics(Path(folder), ranks)
+        planned = many.order_and_metrics(Path(folder), ranks) | many.watched(Path(folder), ranks)
     print_table((f"a checkpoint by {ranks} savers, {SAVED_PARAMETERS} parameters", ""), [
         ("begin: who holds what, s", saved["begin_s"]),
         ("copy to the host, the slowest rank, s", saved["start_s"]),
@@ -68,13 +68,18 @@ def run(quick: bool, official: str | None) -> dict[str, Any]:
         (f"manifests of ranks that a rank of {ranks} reads", saved["same_size_parts"]),
         (f"that a rank of {ranks * 3 // 4} reads", saved["other_size_parts"]),
         ("positions of a step, one rank, ms", planned["plan_ms"]),
-        ("20 rows of metrics, ms", planned["flush_20_rows_ms"])])
+        ("20 rows of metrics, ms", planned["flush_20_rows_ms"]),
+        ("a look at all heartbeats, local disk, s", planned["look_s"]),
+        ("peak memory of this process, MiB", peak := _peak_mib())])
     last = real[-1]
     added = max(0.0, last["loss_and_flags_ms"] - last["loss_ms"]) / 1000
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {"ranks": ranks, "gloo": real, "before": before, "store": store, "manifests": sizes,
             "checkpoint": saved, "order": planned, "added_s_at_32": added,
             "share_of_step": added / STEP_S, "peak_mib": peak}
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _at(ranks: int, real: list[dict[str, Any]], key: str) -> float:
