@@ -51,18 +51,21 @@ def write_environment(config: RootConfig, world: World,
     """
     device = (torch.cuda.get_device_name(world.device) if world.device.type == "cuda"
               else platform.machine())
-    ranks = world.gather((socket.gethostname(), device))
-    if world.rank:
-        return
-    facts = {
-        "time": time.time(), "python": platform.python_version(), "system": platform.platform(),
-        "software": {name: _version(name) for name in SOFTWARE}, "commit": _commit(),
-        "cuda": torch.version.cuda, "ranks": [{"host": host, "device": name}
-                                              for host, name in ranks],
-        "world": world.size, "zero": config.train.zero, "dtype": config.train.dtype,
-        **fingerprints,
-        "config_sha256": hashlib.sha256(dump_config(config).encode()).hexdigest()}
-    write_bytes(join(config.run.dir, "environment.json"), json.dumps(facts, indent=1).encode())
+
+    def write(ranks: list[tuple[str, str]]) -> None:
+        facts = {
+            "time": time.time(), "python": platform.python_version(),
+            "system": platform.platform(),
+            "software": {name: _version(name) for name in SOFTWARE}, "commit": _commit(),
+            "cuda": torch.version.cuda, "ranks": [{"host": host, "device": name}
+                                                  for host, name in ranks],
+            "world": world.size, "zero": config.train.zero, "dtype": config.train.dtype,
+            **fingerprints,
+            "config_sha256": hashlib.sha256(dump_config(config).encode()).hexdigest()}
+        write_bytes(join(config.run.dir, "environment.json"),
+                    json.dumps(facts, indent=1).encode())
+
+    world.settle((socket.gethostname(), device), write)
 
 
 def _version(name: str) -> str | None:
