@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from neurojepa.ports import free_port
 from neurojepa.train.control import Control, allow_connections
@@ -105,8 +106,8 @@ def start_world(deterministic: bool = False) -> World:
 
 def _control() -> Control:
     """A connection of our own: a wait in torch's would hold up NCCL's watchdog."""
-    store = dist.distributed_c10d._get_default_store().clone()
-    own = dist.PrefixStore(f"neurojepa/{next(_WORLDS)}", store)
+    torchs: Any = dist.distributed_c10d._get_default_store()
+    own = PrefixStore(f"neurojepa/{next(_WORLDS)}", torchs.clone())
     return Control(own, dist.get_rank(), dist.get_world_size(), COLLECTIVE_TIMEOUT)
 
 

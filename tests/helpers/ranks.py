@@ -13,8 +13,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from neurojepa.train.control import Control
 from neurojepa.train.engine import SOURCE, Fragment
@@ -27,7 +27,7 @@ def fake_worlds(size: int, store: Callable[[], Any] | None = None,
                 timeout_s: float = 60) -> list[World]:
     """Worlds of ``size`` ranks; ``store()`` gives each its connection, without it they share one.
     """
-    shared = dist.HashStore()
+    shared = HashStore()
     return [World(rank=rank, size=size, device=torch.device("cpu"),
                   control=None if size == 1 else Control(
                       store() if store else shared, rank, size, timedelta(seconds=timeout_s)))

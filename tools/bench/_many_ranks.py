@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from cluster.rundir import RunDir
 from neurojepa.feed.format import open_feed
@@ -25,7 +27,7 @@ from neurojepa.storage import Patience
 from neurojepa.train import checkpoint
 from neurojepa.train.control import Control, allow_connections
 from neurojepa.train.heartbeat import Heartbeat
-from neurojepa.train.layout import layout_of
+from neurojepa.train.layout import Part, layout_of
 from neurojepa.train.metrics import Metrics
 from neurojepa.train.ownership import Ownership
 from neurojepa.train.saver import Saver
@@ -73,8 +75,8 @@ def _rank(rank: int, size: int, port: int, answers: Any) -> None:
     group = dist.new_group(backend="gloo")
     dist.barrier(group=group)
     with_group = _sockets()
-    store = dist.distributed_c10d._get_default_store().clone()
-    control = Control(dist.PrefixStore("bench", store), rank, size, TIMEOUT)
+    store: Any = dist.distributed_c10d._get_default_store()
+    control = Control(PrefixStore("bench", store.clone()), rank, size, TIMEOUT)
     world = World(rank=rank, size=size, device=torch.device("cpu"), control=control)
     world.gather(None)
     sockets = {"sockets_group": with_group - before, "sockets_store": _sockets() - with_group}
@@ -111,10 +113,10 @@ def _sockets() -> int:
 def store_of(ranks: int) -> dict[str, float]:
     """Exchanges of so many ranks by a real TCPStore, each with its own connection; seconds."""
     allow_connections(ranks)
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
 
     def connected(_: int) -> Any:
-        return dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False,
+        return TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False,
                              timeout=TIMEOUT)
 
     with ThreadPoolExecutor(128) as pool:  # some wait for a name server
@@ -142,7 +144,8 @@ def shapes_of(parameters: int, ranks: int) -> dict[str, tuple[int, ...]]:
 def manifests(ranks: int, parameters: int) -> dict[str, float]:
     """Manifests of ZeRO 3: the one of format 3, all in one, and the root with a rank's part."""
     shapes = shapes_of(parameters, ranks)
-    rows, parts = [], {}
+    rows: list[Any] = []
+    parts: dict[str, list[Part]] = {}
     for world in (World(rank=rank, size=ranks, device=torch.device("cpu"), control=None)
                   for rank in range(ranks)):
         owner = f"rank-{world.rank:05d}-abcdefgh"
@@ -224,12 +227,15 @@ def order_and_metrics(folder: Path, ranks: int) -> dict[str, Any]:
     """Positions of a step of all ranks by the real loader, and rows by the real metrics."""
     config = tiny_config(write_feed(str(folder / "feed")), folder / "metrics",
                          global_batch=2 * ranks, micro_batch=1, log_every=20)
-    feed, seen, spent = open_feed(config.data.feed), [], []
+    feed = open_feed(config.data.feed)
+    seen: list[int] = []
+    spent = []
     for rank in range(ranks):
         loader = Loader(feed, config, rank=rank, world=ranks, first_step=3)
-        plan = loader._plan()
-        spent.append(timed(lambda plan=plan, loader=loader: seen.extend(
-            int(position) for _ in range(loader.micro_steps) for position in next(plan)[0])))
+        began = time.perf_counter()
+        for positions, _ in itertools.islice(loader._plan(), loader.micro_steps):
+            seen += positions.tolist()
+        spent.append(time.perf_counter() - began)
         loader.close()
     begin = 3 * config.train.global_batch
     if sorted(seen) != list(range(begin, begin + config.train.global_batch)):
