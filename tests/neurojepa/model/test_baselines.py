@@ -113,19 +113,12 @@ def test_the_probe_leaves_training_alone(root: Path) -> None:
     assert not Path(without, "probes.jsonl").exists()
 
 
-class Alone(World):
-    """A world of one rank, without a process group."""
-
-    def gather(self, item: Any) -> list[Any]:
-        return [item]
-
-
 def test_ranks_probe_together_what_one_would_alone(root: Path, tmp_path: Path) -> None:
     """The rows of two ranks under ZeRO-3 are those of the exported weights; old ones are kept."""
     export(str(root / "probe2"), str(tmp_path / "weights"))
     model = load(str(tmp_path / "weights")).model
     config = config_of(str(root / "feed"), tmp_path / "run", "jepa", probe_every=2)
-    world = Alone(rank=0, size=1, device=torch.device("cpu"), control=None)
+    world = World(rank=0, size=1, device=torch.device("cpu"), control=None)
     metrics = MagicMock(patience=Patience(0))
     probe = OnlineProbe(config, open_feed(config.data.feed), world)
     for step in (2, 6, 4):  # back from 6: its row is gone
