@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 Level = Literal["problem", "warning", ""]
 PROBLEMS = ("give_up", "diverged", "collapse", "hang", "host_lost", "disk_full")
-WARNINGS = ("skip", "rollback", "restart", "exit", "host_excluded", "straggler", "damaged",
-            "store_retry", "takeover", "stop", "stopped", "tracker", "accepted")
+WARNINGS = ("skip", "rollback", "restart", "exit", "host_excluded", "host_odd", "straggler",
+            "damaged", "store_retry", "takeover", "stop", "stopped", "tracker", "accepted")
 
 
 def level(row: Mapping[str, Any]) -> Level:

@@ -102,6 +102,7 @@ def _step(step: int | None) -> str:
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
+    seconds = max(0.0, seconds)  # of a clock that is ahead
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = int(seconds // 60)

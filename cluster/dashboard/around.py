@@ -14,6 +14,7 @@ from neurojepa.errors import NeurojepaError
 from neurojepa.feed.samples import Samples
 
 LOG_BYTES = 8 << 20  # from the end of a log
+REPORT_BYTES = 64 << 10
 BEFORE, AFTER = 40, 15  # lines
 MOST_SAMPLES = 512
 MOST_SKIPS = 50  # in which a sample is looked for
@@ -23,21 +24,29 @@ STEP = re.compile(r"\bstep (\d+)/")
 
 def around(run_dir: RunDir, rows: list[dict[str, Any]], number: int,
            config: dict[str, Any]) -> dict[str, Any]:
-    """An event's row, the log around it and its samples; ``rows`` are all events."""
-    row = rows[number]
-    return {"row": row, "log": log_around(run_dir, rows, number),
-            "samples": samples_of(run_dir, rows, row, config)}
+    """An event's row, the log around it, its samples and, of a failed attempt, the report on it;
+    ``rows`` are all events."""
+    row, attempt = rows[number], attempt_of(rows, number)
+    report = run_dir.read(f"logs/incident-{attempt}.md", REPORT_BYTES) \
+        if attempt is not None and row.get("event") in AT_THE_END else None
+    return {"row": row, "log": log_around(run_dir, row, attempt),
+            "samples": samples_of(run_dir, rows, row, config),
+            "report": report and report.decode(errors="replace")}
 
 
 # ---- log -----------------------------------------------------------------------------------------
 
-def log_around(run_dir: RunDir, rows: list[dict[str, Any]], number: int) -> dict[str, Any]:
-    """``name``, ``lines`` and ``at`` (which of them), or ``why`` there are none."""
-    row = rows[number]
-    attempt = row.get("attempt") or next(
+def attempt_of(rows: list[dict[str, Any]], number: int) -> int | None:
+    """The supervisor's attempt in which an event happened; None if there was none."""
+    found = rows[number].get("attempt") or next(
         (before.get("attempt") for before in reversed(rows[:number])
          if before.get("event") == "started"), None)
-    if not isinstance(attempt, int):
+    return found if isinstance(found, int) else None
+
+
+def log_around(run_dir: RunDir, row: dict[str, Any], attempt: int | None) -> dict[str, Any]:
+    """``name``, ``lines`` and ``at`` (which of them), or ``why`` there are none."""
+    if attempt is None:
         return {"why": "no supervisor has started this run, so nobody has kept what it printed"}
     names = [name for name in run_dir.names("logs")
              if re.fullmatch(rf"attempt-{attempt}(\.[\w.-]+)?\.log", name)]

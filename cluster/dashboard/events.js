@@ -113,13 +113,19 @@ async function choose(run, event) {
   try {
     const found = await get(`/api/around?run=${run}&event=${event.number}`);
     if (chosen.run === run && chosen.number === event.number)
-      box.replaceChildren(...detail(event, found));
+      show(box, detail(event, found));
   } catch (error) {
     box.replaceChildren(make('p', {class: 'problem'}, error.message));
   }
 }
 
-function detail(event, {row, log, samples}) {
+function show(box, parts) {
+  box.replaceChildren(...parts);
+  const line = box.querySelector('pre b');
+  if (line) line.parentNode.scrollTop = line.offsetTop - line.parentNode.clientHeight / 2;
+}
+
+function detail(event, {row, log, samples, report}) {
   const facts = Object.entries(row).filter(([key, value]) => value !== null &&
     !['time', 'event', 'step', 'ranks', 'log'].includes(key));
   return [
@@ -128,6 +134,7 @@ function detail(event, {row, log, samples}) {
       make('dt', {}, key), make('dd', {}, typeof value === 'object' ? JSON.stringify(value)
         : typeof value === 'number' ? number(value) : String(value))])),
     ...(samples ? sampleTable(samples) : []),
+    ...(report ? [make('h3', {}, 'Report on the attempt'), make('pre', {tabindex: 0}, report)] : []),
     make('h3', {}, log.name ? `Log around it (${log.name})` : 'Log'),
     log.why ? make('p', {class: 'soft'}, log.why)
       : make('pre', {tabindex: 0}, ...log.lines.map((line, at) =>

@@ -30,7 +30,7 @@ export function number(value) {
   return Number(value.toPrecision(4)).toLocaleString('en');
 }
 export const share = value =>
-  value === null || value === undefined ? '–' : `${(100 * value).toFixed(1)} %`;
+  value === null || value === undefined ? '–' : `${number(Number((100 * value).toPrecision(3)))} %`;
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return '–';
   if (seconds < 1) return `${Math.round(1000 * Math.max(0, seconds))} ms`;

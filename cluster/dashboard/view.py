@@ -27,7 +27,8 @@ TREND_ROWS = 400
 MOST_EVENTS = 1000  # that a page gets, checkpoints not counted
 SHOWN = ("state", "step", "steps", "loss", "volumes_per_s", "step_s", "eta_s", "last_checkpoint",
          "checkpoint_age_s", "disk_free", "restarts", "goodput", "seconds", "lost_steps", "slow")
-OF_RANKS = ("rank", "host", "pid", "step", "state", "own_s", "data_s", "age_s")
+OF_RANKS = ("rank", "host", "pid", "step", "state", "own_s", "data_s", "step_s",
+            "age_s")
 
 
 class RunView:
@@ -114,7 +115,7 @@ class RunView:
             "num_events": len(self._events.rows),
             "read_age_s": round(time.monotonic() - self._looked, 1) if self._looked else None,
             **{key: status.get(key) for key in SHOWN},
-            "ranks": [{key: rank[key] for key in OF_RANKS} for rank in status.get("ranks", [])]}
+            "ranks": [{key: rank.get(key) for key in OF_RANKS} for rank in status.get("ranks", [])]}
 
     def series(self, first: int, last: int, most: int) -> dict[str, list[list[float | None]]]:
         """Points [step, mean, least, greatest] by figure, of steps ``first`` to ``last``."""

@@ -95,7 +95,8 @@ def test_events_say_how_bad_they_are(server: Dashboard) -> None:
                       "restart": "warning", "resume": "", "skip": "warning"}
 
 
-def test_an_event_comes_with_its_log_and_samples(server: Dashboard) -> None:
+def test_an_event_comes_with_its_log_samples_and_report(server: Dashboard,
+                                                        folder: Path) -> None:
     events = found(server, "/api/events?run=0")["events"]
     first, second = [event for event in events if event["event"] == "skip"]
     around = found(server, f"/api/around?run=0&event={second['number']}")
@@ -113,6 +114,10 @@ def test_an_event_comes_with_its_log_and_samples(server: Dashboard) -> None:
     around = found(server, f"/api/around?run=0&event={lost['number']}")
     assert around["samples"] is None and around["log"]["name"] == "attempt-1.log"
     assert around["log"]["at"] == len(around["log"]["lines"]) - 1
+    assert around["report"] is None
+    (folder / "base/logs/incident-1.md").write_text("the likely cause")
+    assert found(server, f"/api/around?run=0&event={lost['number']}")[
+        "report"] == "the likely cause"
 
 
 def test_samples_are_those_that_the_loader_reads(folder: Path) -> None:
