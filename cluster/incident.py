@@ -109,7 +109,7 @@ def incident_of(events: list[dict[str, Any]], outcome: Outcome, number: int,
     starts = [index for index, row in enumerate(events) if row["event"] == "started"]
     own = events[starts[-1] if starts else 0:]
     hang: dict[str, Any] = next((row for row in own if row["event"] == "hang"), {})
-    lost = next((row["hosts"] for row in own if row["event"] == "host_lost"), [])
+    lost: list[str] = next((row["hosts"] for row in own if row["event"] == "host_lost"), [])
     return Incident(number, outcome.status, outcome.step, outcome.hung, hang.get("culprits", []),
                     hang.get("why", ""), lost, oom_kills, outcome.heartbeats, outcome.log_lines,
                     hang.get("stacks", ""))
