@@ -72,6 +72,13 @@ def _other(run: Field, draw: random.Random) -> int:
     return draw.choice([at for at in range(len(run.hosts.addresses)) if at != run.at])
 
 
+def _taking_part(run: Field, draw: random.Random) -> int:
+    """A host of the attempt, but not the supervisor's own."""
+    hosts = run.events("started")[-1]["hosts"]
+    return draw.choice([at for at, address in enumerate(run.hosts.addresses)
+                        if address in hosts and at != run.at])
+
+
 # ---- ranks ---------------------------------------------------------------------------------------
 
 def _rank_killed(run: Field, draw: random.Random) -> Times:
@@ -166,7 +173,7 @@ def _clock_off(run: Field, draw: random.Random) -> Times:
 
 def _host_gone(run: Field, draw: random.Random) -> Times:
     """Its link is cut: in ``elastic`` the rest go on, else all wait for it.  Then it is back."""
-    number = _other(run, draw)
+    number = _taking_part(run, draw)
 
     def up() -> None:
         link(run.hosts, number, "up")
@@ -179,7 +186,7 @@ def _host_gone(run: Field, draw: random.Random) -> Times:
 
 
 def _link_flap(run: Field, draw: random.Random) -> Times:
-    number = _other(run, draw)
+    number = _taking_part(run, draw)
 
     def flap() -> None:
         link(run.hosts, number, "down")
