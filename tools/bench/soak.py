@@ -143,9 +143,10 @@ def _end(field: Field, eye: Eye) -> list[str]:
             wrong.append(f"cluster stop: {done.stderr.strip()[-300:]}")
         for supervisor in field.supervisors:
             supervisor.wait(60)
-        field.until("no process is left", lambda: not field.processes(), 30)
+        field.until("no process is left", lambda: not field.processes(), 120)
     except (Failed, NeurojepaError, subprocess.TimeoutExpired) as error:
-        wrong.append(f"at the end: {error}")
+        left = [f"{process.pid} {process.name()}" for process in field.processes()]
+        wrong.append(f"at the end: {error} {left}")
     eye.look()
     steps = [row["step"] for row in field.run_dir.rows("metrics.jsonl")]
     if steps != list(range(1, len(steps) + 1)):
