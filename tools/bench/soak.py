@@ -93,7 +93,7 @@ def plan(faults: int, seed: int) -> list[tuple[int, Kind]]:
 def _round(folder: Path, mode: str, faults: list[tuple[int, Kind]], seed: int) \
         -> list[dict[str, Any]]:
     """Do some faults to a new run; one that fails ends the round, the rest wait for the next."""
-    number = len(list(folder.glob("round-*.json")))
+    number = 1 + max((int(path.stem[6:]) for path in folder.glob("round-*.json")), default=-1)
     place = folder / "round"
     clear(place)
     shutil.rmtree(place, ignore_errors=True)
@@ -227,7 +227,7 @@ def compare(found: dict[str, Any], plain: dict[str, Any], ranks: int = 3) -> dic
 # ---- report --------------------------------------------------------------------------------------
 
 def _report(folder: Path, faults: list[dict[str, Any]], planned: int) -> dict[str, Any]:
-    rounds = [json.loads(path.read_text()) for path in
+    rounds = [{"round": int(path.stem[6:]), **json.loads(path.read_text())} for path in
               sorted(folder.glob("round-*.json"), key=lambda path: int(path.stem[6:]))]
     longest = max((len(found["rows"]) for found in rounds), default=0)
     plain = _undisturbed(folder, longest) if rounds else {}
@@ -237,9 +237,9 @@ def _report(folder: Path, faults: list[dict[str, Any]], planned: int) -> dict[st
                                       if any(row.get("kind") == kind.name for row in faults)])
     print_table(("round", "hosts and disk", "steps", "weights equal", "checkpoints read",
                  "sample positions", "wrong"),
-                [(number, found["mode"], result["steps"], result["states"], found["read"],
+                [(found["round"], found["mode"], result["steps"], result["states"], found["read"],
                   result["samples"], "; ".join(found["wrong"] + result["wrong"]) or "nothing")
-                 for number, (found, result) in enumerate(zip(rounds, compared, strict=True))])
+                 for found, result in zip(rounds, compared, strict=True)])
     for row in faults:
         if "failed" in row:
             print(f"fault {row['number']}, {row.get('kind', '')}: {row['failed']} (round "
