@@ -73,7 +73,9 @@ def test_figures_of_nvidia_smi_and_of_the_kernel_are_read() -> None:
 
 
 def test_a_host_measures_its_way_to_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkup, "SIZE", 64)
+    monkeypatch.setattr(checkup, "RATE_S", 0.01)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # measuring sets them for its own process
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     with closing(Listener()) as listener:
         found = measure(0, "127.0.0.1", listener.port, listener.key)
         assert found["gflops"][0] > 0 and found["memory_free"] > 0
