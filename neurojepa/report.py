@@ -66,7 +66,8 @@ svg text.name { fill: #1b2430 }
 @media print {
   body { background: #fff; font-size: 10.5pt } main { max-width: none; padding: 0 }
   section { border: 0; border-top: 1px solid #999; border-radius: 0; padding: .6rem 0 }
-  tr, .tile { break-inside: avoid } h2 { break-after: avoid } .scroll { overflow: visible }
+  th { white-space: normal } .scroll { overflow: visible }
+  tr, .tile { break-inside: avoid } h2 { break-after: avoid }
   * { -webkit-print-color-adjust: exact; print-color-adjust: exact }
   .grid { grid-template-columns: repeat(2, 1fr) }
 }

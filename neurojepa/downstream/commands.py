@@ -110,14 +110,15 @@ def folds_of(cv: str) -> tuple[int, int]:
 
 
 def people_of(arguments: argparse.Namespace, table: pa.Table, modality: str | None,
-              session: str | None = None) -> People:
-    """Embeddings joined with the table; what did not meet is printed."""
+              session: str | None = None, *, volumes: bool = True) -> People:
+    """Embeddings joined with the table, and with region volumes; what did not meet is printed."""
     from neurojepa.downstream.labels import join as join_labels
     from neurojepa.downstream.volumes import read_volumes
 
     people = join_labels(table, arguments.labels, key=arguments.key, id_column=arguments.id,
                          session_column=session, modality=modality,
-                         missing=arguments.missing, volumes=read_volumes(arguments.embeddings))
+                         missing=arguments.missing,
+                         volumes=read_volumes(arguments.embeddings) if volumes else None)
     for note in people.notes:
         print(note)
     return people
@@ -237,8 +238,8 @@ def run_transfer(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--from {arguments.source} --to {arguments.to}: name two modalities")
     repeats, folds = folds_of(arguments.cv)
     table = read_embeddings(arguments.embeddings)
-    both = [people_of(arguments, table, modality, arguments.session)
-            for modality in (arguments.source, arguments.to)]
+    both = [people_of(arguments, table, arguments.source, arguments.session),
+            people_of(arguments, table, arguments.to, arguments.session, volumes=False)]
     people, target, notes = paired(*both)
     found = transfer(people, target, adjust=tuple(arguments.adjust), folds=folds, repeats=repeats,
                      allow_seen=arguments.allow_seen)

@@ -97,10 +97,10 @@ def _curves(time: np.ndarray, event: np.ndarray, risk: np.ndarray, name: str) ->
         axis.fill_between(curve.times, curve.low, curve.high, step="post", color=colour, alpha=0.15)
         for tick in ticks:
             axis.annotate(str(int((time[here] >= tick).sum())), (tick, 0),
-                          xycoords=("data", "axes fraction"), xytext=(0, -38 - 11 * number),
+                          xycoords=("data", "axes fraction"), xytext=(0, -48 - 11 * number),
                           textcoords="offset points", ha="center", color=colour, fontsize=8)
     axis.set(ylabel="share without the event", ylim=(0, 1.02), xlim=(0, time.max()))
-    axis.set_xlabel(name, labelpad=40)
+    axis.set_xlabel(name)
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axis.legend(frameon=False, loc="lower left")
     return plot

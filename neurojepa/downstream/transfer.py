@@ -18,7 +18,7 @@ nearer to the own truth than to another person's of the same fold (chance is a h
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from neurojepa.downstream.features import Features, beside, design_of, plain
 from neurojepa.downstream.labels import People
 from neurojepa.downstream.scoring import DRAWS, Gain, known
 from neurojepa.downstream.stats import Score, of_people
+from neurojepa.downstream.study_checks import SHUFFLES
 from neurojepa.downstream.targets import Target
 from neurojepa.downstream.tested import complete, may_test
 from neurojepa.errors import DataError
@@ -116,8 +117,7 @@ def transfer(people: People, target: np.ndarray, *, adjust: tuple[str, ...] = ()
     if people.volumes is not None:
         rows[VOLUMES] = run(plain(people.volumes))
     rows |= {WITHOUT: run(plain(design)), WITH: run(beside(people.values, design))}
-    dealt = np.random.default_rng(0).permutation(len(target))
-    rows[SHUFFLED] = Runner(people, target[dealt], Plan(plan.repeats[:1]))(plain(people.values))
+    rows[SHUFFLED] = _shuffled(people, target, Plan(plan.repeats[:1]))
     return Transfer(people, rows, run.gains(rows), target.shape[1], covariates, warnings, notes)
 
 
@@ -193,6 +193,20 @@ class Runner:
     def _score(self, value: Callable[[np.ndarray], float],
                whom: np.ndarray) -> tuple[Score, float]:
         return of_people(value, whom, self.people.participant, self.people.family, DRAWS)
+
+
+def _shuffled(people: People, target: np.ndarray, plan: Plan) -> Row:
+    """Targets dealt out anew, a few times over: mean, least and most of their scores."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(SHUFFLES):
+        dealt = target[rng.permutation(len(target))]
+        rows.append(Runner(people, dealt, plan)(plain(people.values)))
+    scores = {}
+    for name, first in rows[0].scores.items():
+        values = [row.scores[name].value for row in rows]
+        scores[name] = replace(first, value=float(np.mean(values)), low=min(values),
+                               high=max(values))
+    return Row(rows[0].predicted, rows[0].truth, scores)
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from neurojepa.downstream.output import Figures, new_plot
 from neurojepa.downstream.scoring import known
 from neurojepa.downstream.stats import holm
+from neurojepa.downstream.study_checks import SHUFFLES
 from neurojepa.downstream.study_page import gains_table
 from neurojepa.downstream.transfer import ALONE, SHUFFLED, VOLUMES, WITHOUT, Transfer
 from neurojepa.report import BLUE, GREY, grid, page, paragraph, section, table, tiles
@@ -31,7 +32,8 @@ def transfer_page(found: Transfer, record: dict[str, Any], figures: Figures) -> 
         f"{target} from {source}",
         *(paragraph(f"Look out: {each}.") for each in found.warnings),
         table(["from", *NAMES.values(), "tested"], rows),
-        paragraph("Mean over repeats [95 % interval over families and people]. R² is 0 where the "
+        paragraph("Mean over repeats [95 % interval over families and people]; of people shuffled "
+                  "the least and the most. R² is 0 where the "
                   "group's mean tells as much; the correlation is over features, after the mean "
                   "was removed, and 0 by chance; a person's prediction is nearer to the own truth "
                   "than to another person's in half of all cases by chance. Covariates: "
@@ -119,6 +121,6 @@ def methods(found: Transfer, record: dict[str, Any]) -> str:
         "x folds) nested cross-validation in which members of a family shared a fold. Within each "
         "fold the mean of those who taught was removed from the target and its features were "
         "scaled; the penalty was chosen on the other folds alone. Treated alike were covariates "
-        f"({', '.join(found.covariates)}){volumes}, and targets shuffled among people. Intervals "
-        "are 95 % percentile intervals of a bootstrap over families and people; paired differences "
-        "have two-sided bootstrap p values, adjusted by Holm's method.")
+        f"({', '.join(found.covariates)}){volumes}, and targets shuffled among people, {SHUFFLES} "
+        "times. Intervals are 95 % percentile intervals of a bootstrap over families and people; "
+        "paired differences have two-sided bootstrap p values, adjusted by Holm's method.")

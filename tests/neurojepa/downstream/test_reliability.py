@@ -15,8 +15,11 @@ from data_prep.identity import pseudonym
 from neurojepa.downstream import reliability as module
 from neurojepa.downstream import scoring
 from neurojepa.downstream.__main__ import main as downstream
+from neurojepa.downstream.output import Figures
 from neurojepa.downstream.reliability import reliability, scans_of
+from neurojepa.downstream.reliability_page import reliability_page
 from neurojepa.errors import ConfigError, NeurojepaError
+from tests.helpers.browser import look
 from tests.helpers.trees import write
 
 KEY = b"a public key for invented people"
@@ -52,6 +55,7 @@ def travelling(people: int = 40, *, between: float = 1.0, within: float = 0.5, s
 @pytest.mark.parametrize(("within", "expected"), [(0.2, 0.96), (1.0, 0.5), (3.0, 0.1)])
 def test_the_planted_correlation_is_found(within: float, expected: float) -> None:
     scans, unit, _ = scans_of(travelling(200, within=within), None, False)
+    scans.columns["site"][:] = "a"  # all alike
     found = reliability(scans, unit, {}).measures[0]
     assert found.icc.value == pytest.approx(expected, abs=0.06)
     assert np.median(found.features) == pytest.approx(expected, abs=0.06)
@@ -105,6 +109,20 @@ def test_one_family_tells_nothing() -> None:
     scans, unit, _ = scans_of(travelling(2), None, False)
     with pytest.raises(NeurojepaError, match="all rescans are of one family"):
         reliability(scans, unit, {})
+
+
+@pytest.mark.browser
+@pytest.mark.slow(4)
+def test_the_page_fits_a_phone(tmp_path: Path) -> None:
+    scans, unit, _ = scans_of(travelling(24, sites=2.0), None, False)
+    found = reliability(scans, unit, {})
+    record = {"embeddings": "e", "modality": "T1w", "rescans": "visits", "notes": [],
+              "methods": "", "version": "0"}
+    page = tmp_path / "report.html"
+    page.write_text(reliability_page(found, record, Figures()))
+    facts = look(page, tmp_path, width=400)
+    assert facts["overflow"] <= 0 and not facts["broken"] and not facts["requests"]
+    assert facts["images"] == 2
 
 
 def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
