@@ -1,7 +1,8 @@
 """``cluster export RUN...``: the status of runs for Prometheus, on loopback unless asked.
 
-Each scrape reads the run directories anew; nothing is kept between two.  The rules of
-``cluster/alerts.yaml`` are made for these metrics.
+Each scrape reads the run directories anew; only the last signs of life are kept, since clocks of
+hosts may differ.  The rules of ``cluster/alerts.yaml`` and the boards of ``cluster/grafana.json``
+are made for these metrics.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cluster.rundir import RunDir
+from cluster.signs import Signs
 from cluster.status import read_status
 from neurojepa.errors import NeurojepaError
 
@@ -42,7 +44,7 @@ class RunCollector(Collector):
     """Metrics of several runs, labelled by ``run``."""
 
     def __init__(self, runs: list[str]) -> None:
-        self._runs = [RunDir(run) for run in runs]
+        self._runs = [(found := RunDir(run), Signs(found)) for run in runs]
         self._problems: dict[str, str] = {}  # said already
 
     def collect(self) -> Iterable[Metric]:
@@ -53,9 +55,9 @@ class RunCollector(Collector):
         slow = _gauge("slow_ranks", "ranks that slow down the others")
         events = _gauge("events", "rows of events.jsonl by kind", "event")
         values = [(_gauge(name, text), key) for name, text, key in VALUES]
-        for run in self._runs:
+        for run, signs in self._runs:
             try:
-                status = read_status(run)
+                status = read_status(run, signs=signs)
             except NeurojepaError as error:
                 if self._problems.get(run.uri) != str(error):
                     self._problems[run.uri] = str(error)

@@ -14,13 +14,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from cluster.attempt import WAITING
 from cluster.goodput import goodput
 from cluster.room import free_bytes
 from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
+from cluster.signs import Signs
 from cluster.stragglers import stragglers
 from cluster.trend import trend
 from neurojepa.errors import ClusterError
@@ -34,7 +34,8 @@ ENDED = {"finish": "finished", "finished": "finished", "stop": "stopped", "stopp
 
 
 def read_status(run_dir: RunDir, now: float | None = None,
-                sleep: Callable[[float], None] | None = None) -> dict[str, Any]:
+                sleep: Callable[[float], None] | None = None,
+                signs: Signs | None = None) -> dict[str, Any]:
     """The state of a run as plain data (see the keys below); nothing is changed.
 
     Parameters
@@ -43,26 +44,23 @@ def read_status(run_dir: RunDir, now: float | None = None,
         By default, this machine's clock.
     sleep
         Waits for a second look where the run looks stalled; None looks once.
+    signs
+        Of whoever looks again and again: what it has seen before.
 
     Raises
     ------
     ClusterError
         There is no run there.
     """
-    began, beats = time.time(), run_dir.heartbeats()
+    began = time.time()
     now = began if now is None else now
-    status = _read(run_dir, beats, now)
+    signs = signs or Signs(run_dir)
+    status = _read(run_dir, signs.look(now), now)
     if sleep is None or status["state"] != "stalled":
         return status
     sleep(AGAIN_S)
     now += max(AGAIN_S, time.time() - began)
-    return _read(run_dir, [by_our_clock(beat, now) if beat not in beats else beat
-                           for beat in run_dir.heartbeats()], now)
-
-
-def by_our_clock(beat: Heartbeat, now: float) -> Heartbeat:
-    """A sign that was given just now; its host's clock may say something else."""
-    return replace(beat, time=now - beat.quiet_s, seen=now)
+    return _read(run_dir, signs.look(now), now)
 
 
 def _read(run_dir: RunDir, beats: list[Heartbeat], now: float) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from cluster.dashboard.around import around
 from cluster.dashboard.columns import Columns
 from cluster.follow import Follower, Rows
 from cluster.levels import level
-from cluster.rundir import Heartbeat, RunDir
-from cluster.status import by_our_clock, summarise
+from cluster.rundir import RunDir
+from cluster.signs import Signs
+from cluster.status import summarise
 from neurojepa.errors import NeurojepaError
 from neurojepa.storage import join
 
@@ -43,7 +44,7 @@ class RunView:
             for name, taker in (("events.jsonl", self._events), ("metrics.jsonl", self._columns))]
         self._config: dict[str, Any] = {}
         self._status: dict[str, Any] = {}
-        self._beats: dict[int, tuple[Heartbeat, Heartbeat]] = {}
+        self._signs = Signs(self.run_dir)
         self._problem = ""
         self._looked = self._asked = 0.0
         self._thread: threading.Thread | None = None
@@ -72,7 +73,7 @@ class RunView:
             if not self._config or self._is_new_start():
                 self._config = self.run_dir.config()
             now = time.time()
-            status = summarise(self.run_dir, self._told(), self._signs(now), self._last_rows(),
+            status = summarise(self.run_dir, self._told(), self._signs.look(now), self._last_rows(),
                                self._config, now)
             self._status, self._problem = status, ""
         except NeurojepaError as error:
@@ -87,15 +88,6 @@ class RunView:
         """Whole rows of events.jsonl."""
         return [row for row in self._events.rows
                 if isinstance(row.get("time"), int | float) and isinstance(row.get("event"), str)]
-
-    def _signs(self, now: float) -> list[Heartbeat]:
-        """Heartbeats by our clock: whoever gave a sign since the last look did so just now."""
-        found = {}
-        for beat in self.run_dir.heartbeats():
-            raw, ours = self._beats.get(beat.rank, (beat, beat))
-            found[beat.rank] = (beat, ours if raw == beat else by_our_clock(beat, now))
-        self._beats = found
-        return [ours for _, ours in found.values()]
 
     def _last_rows(self) -> list[dict[str, Any]]:
         with self._lock:

@@ -76,6 +76,24 @@ def test_a_run_that_cannot_be_read_is_named_once(tmp_path: Path,
     assert capsys.readouterr().out.count("no run here") == 1
 
 
+def test_a_clock_that_is_off_alerts_nobody(run: str) -> None:
+    collector = RunCollector([run])
+
+    def stalled() -> bool:
+        (state,) = [metric for metric in collector.collect() if metric.name == "neurojepa_state"]
+        return any(sample.value and sample.labels["state"] == "stalled"
+                   for sample in state.samples)
+
+    path = Path(run) / "heartbeat/rank-1.json"
+    told = []
+    for seconds in (0, 2):  # behind by 300 s, but alive
+        row = json.loads(path.read_text())
+        path.write_text(json.dumps({**row, "time": time.time() - 300 + seconds,
+                                    "seen": time.time() - 298 + seconds}))
+        told.append(stalled())
+    assert told == [True, False]  # the alert has more patience than for one look
+
+
 def test_rules_speak_of_metrics_that_there_are(run: str) -> None:
     text = scrape(run)
     known = set(re.findall(r"^# TYPE (\w+)", text, re.M))

@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,6 +224,18 @@ def test_on_loopback_none_is() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "node0", "localhost.evil")))
     assert Guard("127.0.0.1").token is None
     assert Guard("0.0.0.0").token != Guard("0.0.0.0").token
+
+
+def test_the_command_says_where_to_look(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threading.Thread(target=command.main, daemon=True, args=(
+        ["dashboard", str(folder / "other"), "--port", "0"],)).start()
+    end = time.monotonic() + 10
+    while not (said := re.search(r"http://127\.0\.0\.1:(\d+)/ ", capsys.readouterr().out)):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    connection = http.client.HTTPConnection("127.0.0.1", int(said[1]), timeout=10)
+    connection.request("GET", "/")
+    assert b"neurojepa runs" in connection.getresponse().read()
 
 
 def test_a_port_that_is_taken_is_named(server: Dashboard, folder: Path) -> None:
