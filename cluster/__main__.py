@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     supervise = commands.add_parser(
-        "supervise", help="start a training by deepspeed and restart it when it fails",
+        "supervise", help="start a training and restart it when it fails",
         usage="%(prog)s [options] -- --config C [a.b=value ...]",
         epilog="exit status: 0 finished, 75 stopped on request (queue it again), 2 gave up")
     supervise.add_argument("--hostfile", help="lines 'HOST slots=N'; default: this machine")
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
     from cluster import notify
-    from cluster.attempt import DeepSpeedLaunch, launcher_tools
+    from cluster.agents import AgentLauncher, require_ssh
     from cluster.rundir import run_of_arguments
     from cluster.supervise import Supervisor
 
@@ -103,17 +103,18 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
     if (options.min_hosts or options.max_hosts) and not options.hostfile:
         raise ConfigError("--min-hosts and --max-hosts are about the hosts of --hostfile; give one")
     run_dir, settings = run_of_arguments(arguments)
-    launch = DeepSpeedLaunch(arguments, options.ranks or int(settings.get("run.ranks") or 1),
+    launcher = AgentLauncher(arguments, options.ranks or int(settings.get("run.ranks") or 1),
                              options.hostfile, options.master_addr)
-    hosts = launch.hosts()  # a mistake in the hostfile shows before anything starts
+    hosts = launcher.slots()  # a mistake in the hostfile shows before anything starts
     least, most = options.min_hosts or 1, options.max_hosts or max(1, len(hosts))
     if not 1 <= least <= most or (hosts and least > len(hosts)):
         raise ConfigError(f"--min-hosts {least} --max-hosts {most}: {options.hostfile} has "
                           f"{len(hosts)} hosts; choose 1 <= min <= max, and min from these")
     targets = [notify.webhook(options.notify_url_file)] if options.notify_url_file else []
     targets += [notify.command(options.notify_command)] if options.notify_command else []
-    launcher_tools(hostfile=options.hostfile is not None)
-    supervisor = Supervisor(launch, run_dir, options.max_restarts, options.hang_seconds,
+    if hosts:
+        require_ssh()
+    supervisor = Supervisor(launcher, run_dir, options.max_restarts, options.hang_seconds,
                             options.start_seconds, last_step=settings.get("train.steps"),
                             retry_s=60 * options.retry_minutes, min_hosts=least, max_hosts=most)
     with notify.notifying(run_dir, targets):

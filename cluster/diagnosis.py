@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from cluster.attempt import ssh_options
 from cluster.hosts import ask
 from cluster.processes import ranks
 from cluster.rundir import Heartbeat
+from cluster.ssh import ssh_options
 from neurojepa.storage.owners import pid_space
 
 SPY_S = 10.0

@@ -1,9 +1,7 @@
-"""Hosts before a start and during a run: what is wrong with them, and which are gone.
+"""Hosts before a start: what is wrong with them.
 
 ``problems`` asks all hosts at once by ssh what ``python -m cluster.hosts`` says of each: one that
 is dead, runs another version of the code, has no room or too few GPUs is named within seconds.
-``HostWatch`` keeps a connection to a host of a running attempt; the host is gone when neither that
-one nor a new one has answered for ``GONE_S``.  A flap of the network is shorter.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import os
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -26,7 +23,6 @@ from cluster.checkup import Listener, measure
 from cluster.room import LEAST_ROOM, free_bytes
 
 ANSWER_S = 10.0  # ssh gives up on a dead host after 5 s
-GONE_S = 20.0  # after ssh has noticed, which takes 8 s
 RANK_MEMORY = 512 << 20  # bytes: Python with torch and a tiny model
 NO_CONNECTION = 255  # ssh's own status
 
@@ -153,46 +149,6 @@ def ask(hosts: list[str], module: str, words: list[str], ssh_options: str,
                 pipe.close()
             answers[host] = Answer(None, [], "")
     return answers
-
-
-class HostWatch(threading.Thread):
-    """Whether a host can be reached, while an attempt runs there."""
-
-    def __init__(self, host: str, ssh_options: str, gone_s: float = GONE_S) -> None:
-        super().__init__(name=f"watch-{host}", daemon=True)
-        self.host, self._options, self._gone_s = host, shlex.split(ssh_options), gone_s
-        self._ended = threading.Event()
-        self._lost_at: float | None = None
-        self.start()
-
-    @property
-    def gone(self) -> bool:
-        """Whether it has not been reached for so long that it will not come back by itself."""
-        lost_at = self._lost_at
-        return lost_at is not None and time.monotonic() - lost_at > self._gone_s
-
-    def run(self) -> None:
-        while not self._ended.is_set():
-            # cat lives as long as our end of the pipe: nothing is left there when we die
-            call = subprocess.Popen(["ssh", *self._options, self.host, "echo; exec cat"],
-                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                    stderr=subprocess.DEVNULL)
-            assert call.stdin and call.stdout
-            if call.stdout.readline():
-                self._lost_at = None
-            while call.poll() is None and not self._ended.wait(0.5):
-                pass
-            if self._lost_at is None:
-                self._lost_at = time.monotonic()
-            call.kill()
-            call.wait()
-            call.stdin.close()
-            call.stdout.close()
-            self._ended.wait(1.0)
-
-    def close(self) -> None:
-        """Let go of the connection."""
-        self._ended.set()
 
 
 def main(folder: str, port: int) -> None:

@@ -11,9 +11,9 @@ supervisor looks several times a second.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from cluster.diagnosis import RankState
 from cluster.rundir import Heartbeat
@@ -71,7 +71,13 @@ class World(Protocol):
     attempt: Attempt
 
     def look(self) -> Seen:
-        """What is known now.  The exit of a rank is known within 3 seconds."""
+        """What is known now, or was at the end.  A rank's exit is known within 3 seconds.
+
+        Raises
+        ------
+        LeaseLost
+            The ranks obey a later supervisor.
+        """
         ...
 
     def signal(self, signum: int) -> None:
@@ -114,13 +120,16 @@ class Launcher(Protocol):
         """
         ...
 
-    def problems(self, folder: str | None) -> dict[str, str]:
+    def problems(self, folder: str | None, odd: Callable[[dict[str, dict[str, Any]]], None]
+                 ) -> dict[str, str]:
         """What keeps hosts from taking part, in words, within 10 seconds.
 
         Parameters
         ----------
         folder
             A local run directory, where there must be room.
+        odd
+            Told what the hosts that can take part have measured of themselves (checkup.py).
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -31,7 +32,7 @@ class Membership:
     slots: dict[str, int]
     min_hosts: int
     max_hosts: int
-    look: Callable[[dict[str, int]], dict[str, str]]
+    look: Callable[[], dict[str, str]]
     event: Callable[[str, str, str], None]
     excluded: dict[str, str] = field(default_factory=dict)
 
@@ -43,7 +44,7 @@ class Membership:
         TooFewHosts
             Names each host that cannot take part, and why.
         """
-        found = self.look(self.slots)
+        found = self.look()
         for host in self.slots:
             if host in found and host not in self.excluded:
                 self.event("host_excluded", host, found[host])
@@ -56,3 +57,30 @@ class Membership:
             raise TooFewHosts(f"{len(good)} of {len(self.slots)} hosts can take part, "
                               f"{self.min_hosts} are needed: {listed}")
         return frozenset(self.slots) - frozenset(good[:self.max_hosts])
+
+    def wait(self, seconds: float, pause: Callable[[], bool]) -> list[str]:
+        """The hosts that take part in the next attempt; waits until there are enough.
+
+        Parameters
+        ----------
+        pause
+            Waits a moment; False where nobody needs hosts any more.
+
+        Raises
+        ------
+        TooFewHosts
+            After ``seconds`` there still are.
+        """
+        end, said = time.monotonic() + seconds, False
+        while True:
+            try:
+                without = self.choose()
+                return [host for host in self.slots if host not in without]
+            except TooFewHosts as error:
+                if time.monotonic() >= end:
+                    raise
+                if not said:
+                    print(f"waiting for hosts: {error}", flush=True)
+                said = True
+            if not pause():
+                return []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.launcher import Seen
 from cluster.rundir import TRAIN_EVENTS, Heartbeat
 
 LOG_LINES, LOG_BYTES = 20, 16_384
@@ -17,7 +18,8 @@ FATAL = ("diverged", "collapse")  # last events of trainings that cannot go on
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended: the launcher's status and the step its slowest rank had reached."""
+    """How an attempt ended: the status of the first rank that failed, and the slowest one's step.
+    """
 
     status: int
     step: int | None
@@ -72,6 +74,17 @@ class Budget:
         return min(LONGEST_PAUSE_S, 2.0 ** min(self.failures - 1, 10))
 
 
+def status_of(seen: Seen) -> tuple[int, int | None]:
+    """The status of an attempt that is over, and the rank that failed first, where one did.
+
+    Ranks that were not seen to end count as failed.
+    """
+    for rank, status in seen.statuses.items():
+        if status:
+            return status, rank
+    return int(len(seen.statuses) < max(1, seen.size)), None
+
+
 def told(events: list[dict[str, Any]]) -> str:
     """The last of the training's own events since the last attempt started; empty if none."""
     starts = [index for index, row in enumerate(events) if row["event"] == "started"]
@@ -92,10 +105,5 @@ def last_lines(log: Path) -> list[str]:
     """The end of a log, without empty lines."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_BYTES))
-        return lines_of(file.read())
-
-
-def lines_of(data: bytes) -> list[str]:
-    """The last lines of what was printed."""
-    text = data.decode(errors="replace")
+        text = file.read().decode(errors="replace")
     return [line for line in text.splitlines() if line.strip()][-LOG_LINES:]

@@ -1,7 +1,8 @@
 """The run directory as seen from outside: what training wrote, and the supervisor's own events.
 
     config.yaml  metrics.jsonl  events.jsonl  latest          written by rank 0 of the training
-    heartbeat/rank-R.json                                     written by every rank, all the time
+    heartbeat/ranks.json                                      of all ranks, by the supervisor
+    heartbeat/rank-R.json  heartbeat/host-R.json              by ranks without a supervisor
     logs/attempt-K.log  logs/attempt-K.stacks.txt             written by the supervisor
     lease/                                                    who owns the run
 
@@ -21,12 +22,13 @@ from neurojepa.errors import ClusterError, ConfigError
 from neurojepa.recipes import read_recipe
 from neurojepa.storage import join, list_names, local_path, read_if_there
 
+BOARD = "ranks.json"
 TRAIN_EVENTS = ("start", "resume", "checkpoint", "skip", "stop", "finish")
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The last sign of life of one rank.
+    """The last message of one rank.
 
     ``time`` (of its last step) and ``seen`` (of this sign) are its host's clock in seconds; only
     their difference means anything elsewhere.
@@ -38,10 +40,20 @@ class Heartbeat:
     step: int
     time: float
     seen: float = 0.0
-    state: str = "step"  # or "waiting for store"
+    state: str = "step"  # or starting, compiling, checkpoint, evaluation, "waiting for store"
     attempt: str = ""  # of which world it is
     own_s: float | None = None  # of a micro-step, until it waits for the other ranks
     data_s: float | None = None  # of that, waiting for data
+    step_s: float | None = None  # the last step
+    device: str = ""
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Heartbeat:
+        """From a row of JSON, which may be an older version's."""
+        return cls(int(row["rank"]), str(row["host"]), int(row["pid"]), int(row["step"]),
+                   float(row["time"]), float(row.get("seen", row["time"])),
+                   str(row.get("state", "step")), str(row.get("attempt", "")), row.get("own_s"),
+                   row.get("data_s"), row.get("step_s"), str(row.get("device", "")))
 
     @property
     def quiet_s(self) -> float:
@@ -84,26 +96,25 @@ class RunDir:
         return self.rows("events.jsonl")
 
     def heartbeats(self) -> list[Heartbeat]:
-        """The last heartbeat of every rank, by rank.
+        """The last message of every rank, by rank.
 
         Those of an earlier attempt with more ranks are left out; rank 0 is of every attempt.
         """
-        beats = []
+        beats, told = [], []
         for name in self.names("heartbeat"):
-            if not (name.startswith("rank-") and name.endswith(".json")):
+            if not name.endswith(".json"):
                 continue
             try:
                 row = json.loads(self.read(f"heartbeat/{name}") or b"")
-                beats.append(Heartbeat(int(row["rank"]), str(row["host"]), int(row["pid"]),
-                                       int(row["step"]), float(row["time"]),
-                                       float(row.get("seen", row["time"])),
-                                       str(row.get("state", "step")),
-                                       str(row.get("attempt", "")),
-                                       row.get("own_s"), row.get("data_s")))
             except ValueError:  # being rewritten just now; the next look finds it whole
                 continue
-        beats.sort(key=lambda beat: beat.rank)
-        return [beat for beat in beats if beat.attempt == beats[0].attempt]
+            if name == BOARD:
+                told = [Heartbeat.of(one) for one in row["ranks"]]
+            elif name.startswith(("rank-", "host-")):
+                beats += [Heartbeat.of(one) for one in row.get("ranks", [row])]
+        beats.sort(key=lambda beat: (beat.rank, -beat.seen))
+        beats = [beat for beat in beats if beat.attempt == beats[0].attempt]
+        return told if told and (not beats or told[0].seen >= beats[0].seen) else beats
 
     def committed_step(self) -> int | None:
         """The step of the last committed checkpoint, or None before the first."""

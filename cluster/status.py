@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from cluster.attempt import WAITING
 from cluster.goodput import goodput
+from cluster.progress import SLOW, WAITING
 from cluster.room import free_bytes
 from cluster.rundir import TRAIN_EVENTS, Heartbeat, RunDir
 from cluster.signs import Signs
@@ -140,7 +140,8 @@ def _state(events: list[dict[str, Any]], beats: list[Heartbeat], step_s: float |
     if any(beat.state == WAITING for beat in beats) and now - max(b.seen for b in beats) < SILENT_S:
         return "waiting"
     # the slowest rank counts: the others may be waiting for it
-    return "running" if now - min(signs) < max(SILENT_S, 10 * (step_s or 0.0)) else "stalled"
+    limit_s = START_S if any(beat.state in SLOW for beat in beats) else SILENT_S
+    return "running" if now - min(signs) < max(limit_s, 10 * (step_s or 0.0)) else "stalled"
 
 
 def _checkpoint_age_s(events: list[dict[str, Any]], now: float) -> float | None:

@@ -21,7 +21,7 @@ ARROWS = {
     "data_prep": ("neurojepa.storage", "neurojepa.errors", "neurojepa.feed.format",
                   "neurojepa.report"),
     "cluster": ("neurojepa.storage", "neurojepa.errors", "neurojepa.ports", "neurojepa.recipes",
-                "neurojepa.feed.samples"),
+                "neurojepa.feed.samples", "neurojepa.messages"),
 }
 # Raw scans become a feed, and ids pseudonyms, by the one way there is, called inside functions.
 EXCEPTIONS = {"neurojepa.downstream.scans": "data_prep",

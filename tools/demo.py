@@ -138,18 +138,17 @@ def kill_half_way(run: Path) -> None:
     What was done is written to ``killed.json`` in the run directory, so that a second demo, which
     finds the run finished, still knows it.
     """
+    from cluster.rundir import RunDir
     from neurojepa.config import load_config
 
     steps = load_config(ROOT / "configs/demo.yaml", ["data.feed=x", "run.dir=x"]).train.steps
     at, record = steps // 2 + 4, run / "killed.json"
     while not record.exists():
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            beat = json.loads((run / "heartbeat/rank-1.json").read_text())
-            if beat["step"] >= at and is_rank_of(run, beat["pid"]):
-                os.kill(beat["pid"], signal.SIGKILL)
-                record.write_text(json.dumps({"step": beat["step"], "pid": beat["pid"], "rank": 1}))
-                print(f"== killed rank 1 (process {beat['pid']}) at step {beat['step']}",
-                      flush=True)
+        for beat in RunDir(str(run)).heartbeats():
+            if beat.rank == 1 and beat.step >= at and is_rank_of(run, beat.pid):
+                os.kill(beat.pid, signal.SIGKILL)
+                record.write_text(json.dumps({"step": beat.step, "pid": beat.pid, "rank": 1}))
+                print(f"== killed rank 1 (process {beat.pid}) at step {beat.step}", flush=True)
         time.sleep(0.02)
 
 

@@ -111,6 +111,8 @@ class Run:
         self.owner = owner = owner or Ownership(config.run.dir)
         self.stop = StopRequest(config.run.time_limit_min)
         self.patience = Patience(config.data.retry_s)
+        self.heartbeat = Heartbeat(config.run.dir, world.rank, world=world.size,
+                                   device=str(world.device), patiences=[self.patience])
         self.feed = self.patience(lambda: open_feed(config.data.feed))
         regions = check_anatomy(config, self.feed.grid)
         self.loader = Loader(self.feed, config, rank=world.rank, world=world.size, first_step=0)
@@ -123,14 +125,17 @@ class Run:
         (found, changes), model = self._latest(), build_model(config, self.feed.grid)
         if found:
             check_fits(found, model)
+        self.heartbeat.patiences.append(self.loader.reader.patience)
         self.build, compiled = compiling.prepare(config, model, world.device)
+        if compiled.backend:
+            self.heartbeat.compiling()
         self.engine = Engine(model, config, world, self.loader.micro_steps)
         self.moe = moe_layers(self.engine.module)
         self.code = sparse_code(self.engine.module)
         self.gates = Gates(config, self.feed.grid, world)
         self.health = Health(config.train.health, found.manifest["health"] if found else None)
         self.damage = Damage(config.data.max_damaged_share)
-        self.step = self._started_at = found.step if found else 0
+        self.step = self._started_at = self.heartbeat.step = found.step if found else 0
         self.windows: list[Window] = []
         self.began = (time.perf_counter(), self.step)
         self._take_up(found, found.manifest["skipped_windows"] if found else (), changes)
@@ -138,11 +143,9 @@ class Run:
                            milestone_every=config.train.milestone_every, patience=self.patience)
         self._saving_since = self._stalled_s = 0.0
         self.metrics = Metrics(config, self.feed.grid, world, self.step, self.patience, owner)
-        self.pace = Pace(world.device)
-        self.hooks: list[Hook] = [
-            Heartbeat(config.run.dir, world.rank, attempt=self.saver.attempt, world=world.size,
-                      patiences=(self.patience, self.loader.reader.patience), pace=self.pace),
-            *probes, Progress()]
+        self.pace = self.heartbeat.pace = Pace(world.device)
+        self.heartbeat.attempt = self.saver.attempt
+        self.hooks: list[Hook] = [self.heartbeat, *probes, Progress()]
         if world.rank == 0:
             self.patience(self._write_config)
         write_environment(config, world, self.fingerprints)
@@ -211,7 +214,8 @@ class Run:
         if decision.checkpoint:
             self._checkpoint()
         if decision.wait:
-            self._committed(self.saver.finish())
+            with self.heartbeat.doing("checkpoint"):
+                self._committed(self.saver.finish())
         if decision.report:
             self._report_data()
         if decision.flush:
@@ -326,6 +330,10 @@ class Run:
             raise collapsed(self.step, figures)
 
     def _checkpoint(self) -> None:
+        with self.heartbeat.doing("checkpoint"):
+            self._start_checkpoint()
+
+    def _start_checkpoint(self) -> None:
         began = time.perf_counter()
         self._flush(durable=True)  # rows first: a committed step has its row
         record = {"config": self.config.model_dump(mode="json"), **self.fingerprints,

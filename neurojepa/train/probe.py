@@ -84,7 +84,8 @@ class OnlineProbe(Hook):
 
     def after_step(self, run: Run) -> None:
         if run.step % self.config.train.probe_every == 0:
-            self.run(run.engine.module, run.step, run.metrics)
+            with run.heartbeat.doing("evaluation"):
+                self.run(run.engine.module, run.step, run.metrics)
 
     def run(self, model: nn.Module, step: int, metrics: Metrics) -> None:
         """Probe after ``step``; collective."""

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from cluster import __main__ as command
-from cluster import hosts, supervise
-from cluster.attempt import DeepSpeedLaunch
-from cluster.hosts import HostWatch, about_this_host, problems
+from cluster import hosts
+from cluster.agents import AgentLauncher
+from cluster.hosts import about_this_host, problems
+from cluster.launcher import Attempt
 from cluster.membership import Membership, TooFewHosts
 from cluster.rundir import RunDir
 from cluster.supervise import Supervisor
-from cluster.world import World
 from neurojepa.errors import ConfigError
 from neurojepa.train import world
 
@@ -88,26 +88,9 @@ def test_the_version_of_the_code_is_that_of_its_files(
     assert hosts.code_version() != first
 
 
-def test_a_host_is_gone_when_it_stays_away_and_not_when_it_flaps(ssh: Path) -> None:
-    good, dead = HostWatch("good", "", gone_s=0.6), HostWatch("dead", "", gone_s=0.6)
-    end = time.monotonic() + 10
-    while not dead.gone:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    assert not good.gone
-    (ssh / "ssh").write_text(SSH.replace("dead*)", "none*)"))  # it is back
-    while dead.gone:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    for watch in (good, dead):
-        watch.close()
-        watch.join(5)
-        assert not watch.is_alive()
-
-
 def membership(told: list[tuple[str, str, str]], looks: list[dict[str, str]], least: int = 1,
                most: int = 99) -> Membership:
-    return Membership({"a": 2, "b": 2, "c": 2}, least, most, lambda slots: looks.pop(0),
+    return Membership({"a": 2, "b": 2, "c": 2}, least, most, lambda: looks.pop(0),
                       lambda *said: told.append(said))
 
 
@@ -136,49 +119,69 @@ def hostfile(folder: Path) -> str:
     return str(folder / "hosts")
 
 
-def test_the_launch_leaves_them_out(tmp_path: Path) -> None:
-    launch = DeepSpeedLaunch(["--config", "c"], 1, hostfile(tmp_path), "10.0.0.1")
-    assert "--exclude" not in launch.command()
-    without_b, without_a = (DeepSpeedLaunch(launch.arguments, 1, launch.hostfile, "10.0.0.1",
-                                            without=frozenset(names)) for names in ("bc", "a"))
-    command_b, command_a = without_b.command(), without_a.command()
-    assert command_b[command_b.index("--exclude") + 1] == "b@c" and without_b.hosts() == ["a"]
-    assert command_b[command_b.index("--master_addr") + 1] == "10.0.0.1"
+def test_each_host_is_told_its_own_ranks_and_the_same_world(tmp_path: Path) -> None:
+    launcher = AgentLauncher(["--config", "c"], 1, hostfile(tmp_path), "10.0.0.1")
+    orders = launcher.orders(Attempt("t", 1, 1, ["a", "b", "c"]))
+    assert list(orders) == ["a", "b", "c"]
+    ranks = [rank for order in orders.values() for rank in order["ranks"]]
+    assert [(one["RANK"], one["LOCAL_RANK"]) for one in ranks] == [
+        (str(rank), str(rank % 2)) for rank in range(6)]
+    assert {(one["WORLD_SIZE"], one["MASTER_ADDR"], one["LOCAL_WORLD_SIZE"]) for one in ranks} == {
+        ("6", "10.0.0.1", "2")}
+    assert len({one["MASTER_PORT"] for one in ranks}) == 1
+    assert all(order["command"] == [sys.executable, "-u", "-m", "neurojepa.pretrain", "--config",
+                                    "c"] for order in orders.values())
     # the address that was given is that of a host that is left out
-    assert command_a[command_a.index("--master_addr") + 1] == "b"
-    (tmp_path / "hosts").write_text("a slots=1\na slots=1\n")
-    with pytest.raises(ConfigError, match="hosts:2: a stands there twice"):
-        launch.hosts()
+    (one, *_) = launcher.orders(Attempt("t", 1, 1, ["b"]))["b"]["ranks"]
+    assert (one["WORLD_SIZE"], one["MASTER_ADDR"]) == ("2", "b")
+    (order,) = AgentLauncher([], 3).orders(Attempt("t", 1)).values()
+    assert len(order["ranks"]) == 3 and order["ranks"][0]["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("a slots=1\na slots=1\n", "hosts:2: a stands there twice"),
+    ("10.0.0.1\n", "hosts:1: '10.0.0.1' is not 'HOST slots=N'"),
+    ("-oProxyCommand=x slots=1\n", "hosts:1: '-oProxyCommand=x slots=1' is not"),
+    ("# none\n", "names no host")])
+def test_a_hostfile_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        AgentLauncher([], 1, str(tmp_path / "hosts")).slots()
+
+
+def test_what_ranks_on_hosts_are_given_of_this_environment(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials, too: they travel over ssh's input."""
+    sent = {"WANDB_PROJECT": "scans", "LD_LIBRARY_PATH": "/opt/lib:/a b", "SLURM_JOB_END_TIME": "9",
+            "WANDB_API_KEY": "hidden", "AWS_SECRET_ACCESS_KEY": "hidden", "GLOO_SOCKET_IFNAME": "e"}
+    for name, value in (sent | {"HOME_MADE": "1", "NEUROJEPA_ATTEMPT": "old"}).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "own").write_text("MY_TOKEN=hidden\nTORCH_HOME='/a b'\nPLAIN=1\n")
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "own"))
+    launcher = AgentLauncher([], 1, hostfile(tmp_path))
+    given = launcher.orders(Attempt("t0ken", 1, 1, ["a"]))["a"]["environment"]
+    assert given.items() >= (sent | {"MY_TOKEN": "hidden", "TORCH_HOME": "/a b", "PLAIN": "1",
+                                     "NEUROJEPA_ATTEMPT": "t0ken"}).items()
+    assert "HOME_MADE" not in given
+    (order,) = AgentLauncher([], 1).orders(Attempt("t0ken", 1)).values()
+    assert order["environment"] == {"NEUROJEPA_ATTEMPT": "t0ken"}  # here it is inherited
 
 
 def test_the_supervisor_waits_for_hosts_only_when_it_has_started_once(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = [dict.fromkeys("abc", "is dead")] * 3 + [{"b": "is dead"}]
-    monkeypatch.setattr(supervise, "problems", lambda *_: looks.pop(0))
-    supervisor = Supervisor(DeepSpeedLaunch([], 1, hostfile(tmp_path)), RunDir(str(tmp_path)),
+    monkeypatch.setattr(hosts, "problems", lambda *_: looks.pop(0))
+    supervisor = Supervisor(AgentLauncher([], 1, hostfile(tmp_path)), RunDir(str(tmp_path)),
                             min_hosts=2)
     waited: list[float] = []
-    monkeypatch.setattr(supervisor, "_wait", waited.append)
+    monkeypatch.setattr(supervisor, "_wait", lambda seconds: waited.append(seconds) or True)
     with pytest.raises(TooFewHosts, match="a is dead; b is dead; c is dead"):
         supervisor._choose_hosts(0)
     supervisor._choose_hosts(60)
-    assert supervisor._current.hosts() == ["a", "c"] and len(waited) == 2
+    assert supervisor._hosts == ["a", "c"] and len(waited) == 2
     rows = [(row["event"], row["host"]) for row in supervisor.run_dir.events()]
     assert rows == [("host_excluded", host) for host in "abc"] + [("host_back", "a"),
                                                                   ("host_back", "c")]
-
-
-def test_an_attempt_ends_when_a_host_is_gone(tmp_path: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    attempt = World("0", 1, ["a", "b"])
-    monkeypatch.setattr(attempt, "watch_hosts", lambda: None)
-    monkeypatch.setattr(attempt, "alive", lambda: True)
-    monkeypatch.setattr(attempt, "signal", lambda signum: None)
-    monkeypatch.setattr(attempt, "gone_hosts", lambda: ["b"])
-    supervisor = Supervisor(DeepSpeedLaunch([], 1), RunDir(str(tmp_path)))
-    assert supervisor._watch(attempt, supervise.Progress([])) is False
-    (row,) = supervisor.run_dir.events()
-    assert (row["event"], row["hosts"]) == ("host_lost", ["b"])
 
 
 @pytest.mark.parametrize("words", [

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster import supervise
-from cluster.outcome import Budget, Outcome
+from cluster import journal, supervise
+from cluster.launcher import Seen
+from cluster.outcome import Budget, Outcome, status_of
 from cluster.room import LEAST_ROOM, Room, room
 from cluster.rundir import RunDir
 from cluster.supervise import Supervisor
-from tests.helpers.toy_launch import ToyLaunch
+from neurojepa.errors import DataError
+from tests.helpers.toy_launch import toy_launcher
 
 
 class Clock:
@@ -90,7 +92,7 @@ def test_a_full_disk_is_said_once_and_waited_for(tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     looks = iter([Room("/run", 3 << 20, 9 << 20)] * 3 + [Room("/run", 9 << 20, 9 << 20)])
     monkeypatch.setattr(supervise, "room", lambda _: next(looks))
-    supervisor, run_dir = Supervisor(ToyLaunch([]), RunDir(str(tmp_path))), RunDir(str(tmp_path))
+    supervisor, run_dir = Supervisor(toy_launcher([]), RunDir(str(tmp_path))), RunDir(str(tmp_path))
     waited: list[float] = []
     monkeypatch.setattr(supervisor, "_wait", waited.append)
     supervisor._wait_for_room()
@@ -105,11 +107,19 @@ def test_an_event_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def append(uri: str, rows: list[object]) -> None:
         if full:
             full.pop()
-            raise supervise.DataError("full") from OSError(28, "No space left on device")
+            raise DataError("full") from OSError(28, "No space left on device")
         written.extend(rows)
 
     written: list[object] = []
-    monkeypatch.setattr(supervise, "append_rows", append)
-    monkeypatch.setattr(supervise, "ROOM_S", 0.0)
-    Supervisor(ToyLaunch([]), RunDir(str(tmp_path)))._event("exit", 3)
+    monkeypatch.setattr(journal, "append_rows", append)
+    monkeypatch.setattr(journal, "ROOM_S", 0.0)
+    Supervisor(toy_launcher([]), RunDir(str(tmp_path)))._journal.event("exit", 3)
     assert len(written) == 1 and not full
+
+
+@pytest.mark.parametrize(("size", "statuses", "expected"), [
+    (2, {0: 0, 1: 0}, (0, None)), (3, {1: 0, 2: 137, 0: 1}, (137, 2)), (2, {1: 0}, (1, None)),
+    (0, {}, (1, None))])
+def test_an_attempt_has_the_status_of_the_rank_that_failed_first(
+        size: int, statuses: dict[int, int], expected: tuple[int, int | None]) -> None:
+    assert status_of(Seen(size, [], statuses, [])) == expected

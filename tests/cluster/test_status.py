@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from cluster import __main__ as command
-from cluster.attempt import Progress
 from cluster.left import Left
+from cluster.progress import Progress
 from cluster.rundir import Heartbeat, RunDir
 from cluster.screen import render
 from cluster.status import read_status
@@ -92,7 +92,7 @@ def test_a_rank_that_waits_for_its_store_is_not_hung_until_it_says_so_no_more() 
         return [Heartbeat(0, "a", 1, 5, 100.0, seen, "step", "x"),
                 Heartbeat(1, "b", 2, 5, 100.0, seen, state, "x")]
 
-    progress = Progress(before=[])
+    progress = Progress()
     progress.update(signs(100.0, "step"))
     for state, silent in (("waiting for store", False), ("step", True)):
         progress.changed_at = time.monotonic() - 500
@@ -242,3 +242,16 @@ def test_goodput_and_lost_steps_are_on_the_screen(run: Path) -> None:
     status = read_status(RunDir(str(run)), now=NOW)
     assert (status["goodput"], status["lost_steps"]) == (pytest.approx(100 / 140), 40)
     assert "goodput: 71% (lost: 40 steps)" in render(status)
+
+
+@pytest.mark.parametrize(("state", "expected"), [
+    ("step", "stalled"), ("compiling", "running"), ("checkpoint", "running"),
+    ("evaluation", "running"), ("starting", "running")])
+def test_what_takes_longer_than_a_step_is_not_stalled(tmp_path: Path, state: str,
+                                                      expected: str) -> None:
+    (tmp_path / "events.jsonl").write_text('{"time": 1000, "event": "start", "step": 0}\n')
+    (tmp_path / "heartbeat").mkdir()
+    rows = [vars(Heartbeat(rank, "a", 7, 4, 1001.0, 1200.0, state if rank else "step", "t"))
+            for rank in range(2)]
+    (tmp_path / "heartbeat" / "ranks.json").write_text(json.dumps({"ranks": rows}))
+    assert read_status(RunDir(str(tmp_path)), now=1200)["state"] == expected

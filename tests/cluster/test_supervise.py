@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,10 +18,9 @@ import pytest
 import s3fs
 import yaml
 
-from cluster import processes
-from cluster.attempt import DeepSpeedLaunch, Progress
 from cluster.outcome import Outcome
 from cluster.processes import TOKEN, members, same_process
+from cluster.progress import Progress
 from cluster.rundir import Heartbeat, RunDir, run_of_arguments
 from cluster.screen import render
 from cluster.status import read_status
@@ -28,10 +28,9 @@ from cluster.stop import stop
 from cluster.supervise import Supervisor
 from neurojepa.errors import ClusterError, ConfigError, DataError, LeaseLost
 from neurojepa.storage import Patience, append_rows, lease, owners, read_rows, write_bytes
-from neurojepa.storage.owners import pid_space
 from tests.helpers import ROOT
 from tests.helpers.proxy import Proxy
-from tests.helpers.toy_launch import ToyLaunch
+from tests.helpers.toy_launch import toy_launcher
 
 
 @pytest.fixture
@@ -41,8 +40,8 @@ def toy(tmp_path: Path) -> Callable[..., tuple[Supervisor, RunDir]]:
         config.write_text(yaml.safe_dump({"run": {"dir": str(tmp_path / "run")},
                                           "train": {"steps": steps}}))
         run_dir = RunDir(str(tmp_path / "run"))
-        launch = ToyLaunch(["--config", str(config), *options])
-        return Supervisor(launch, run_dir, **settings), run_dir  # type: ignore[arg-type]
+        launcher = toy_launcher(["--config", str(config), *options])
+        return Supervisor(launcher, run_dir, **settings), run_dir  # type: ignore[arg-type]
 
     return make
 
@@ -86,7 +85,7 @@ def test_gives_up_and_names_the_step(toy) -> None:
     assert {rank["rank"] for rank in exits[0]["ranks"]} == {0, 1}
     assert run_dir.names("logs") == ["attempt-1.log", "attempt-2.log", "incident-1.md",
                                      "incident-2.md"]
-    assert exits[1]["cause"].startswith("ToyError: rank ")
+    assert "] ToyError: rank " in exits[1]["cause"]
     assert exits[1]["cause"].encode() in (run_dir.read(exits[1]["report"]) or b"")
     assert read_status(run_dir)["state"] == "failed"
 
@@ -109,14 +108,10 @@ def test_failures_count_from_the_last_new_checkpoint(toy) -> None:
     assert [row["failures"] for row in run_dir.events() if row["event"] == "restart"] == [1]
 
 
-def test_a_start_that_refuses_its_input_is_not_repeated(tmp_path: Path) -> None:
-    class Refusing(ToyLaunch):
-        def command(self) -> list[str]:
-            return [sys.executable, "-c", "import sys; print('error: no such feed'); sys.exit(2)"]
-
-    run_dir = RunDir(str(tmp_path / "run"))
+def test_a_start_that_refuses_its_input_is_not_repeated(toy) -> None:
+    supervisor, run_dir = toy("toy.refuse=1")
     with pytest.raises(ClusterError, match=r"gave up .* at its start .*no such feed"):
-        Supervisor(Refusing([]), run_dir).run()
+        supervisor.run()
     assert names(run_dir) == ["started", "exit", "give_up"]
 
 
@@ -140,17 +135,14 @@ def test_a_stopped_rank_is_found_ended_and_restarted(toy, rank: int) -> None:
     assert not same_process(frozen[0], time.time())
 
 
-def test_a_store_that_fails_is_no_silence_and_is_waited_for(
+def test_a_store_that_fails_is_waited_for(
         s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bytes(f"{s3.uri}/supervised/latest", b"step-7")
     proxy = Proxy(None)  # resets every connection
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     s3fs.S3FileSystem.clear_instance_cache()
     run_dir = RunDir(f"{s3.uri}/supervised")
-    supervisor = Supervisor(ToyLaunch([]), run_dir, store_s=60)
-    progress = Progress([], changed_at=time.monotonic() - 1000)
-    supervisor._look(progress)
-    assert progress.silent_s < 60
+    supervisor = Supervisor(toy_launcher([]), run_dir, store_s=60)
     answers: list[int | None] = []
     asking = in_background(lambda: answers.append(supervisor._patience(run_dir.committed_step)))
     asking.join(1)
@@ -160,7 +152,7 @@ def test_a_store_that_fails_is_no_silence_and_is_waited_for(
     assert answers == [7]
     proxy.target = None
     s3fs.S3FileSystem.clear_instance_cache()
-    lost = Supervisor(ToyLaunch([]), RunDir(f"{s3.uri}/supervised"), store_s=1)
+    lost = Supervisor(toy_launcher([]), RunDir(f"{s3.uri}/supervised"), store_s=1)
     with pytest.raises(DataError, match=r"supervised/latest: cannot be read"):
         lost._patience(lost.run_dir.committed_step)
     proxy.close()
@@ -187,7 +179,7 @@ def orphans(toy, tmp_path: Path) -> Callable[..., tuple[Supervisor, RunDir, str]
         supervisor, run_dir = toy("toy.step_s=0.1", steps=30)
         first = subprocess.Popen([sys.executable, "-m", "tests.helpers.toy_launch",
                                   str(tmp_path / "toy.yaml"), "toy.step_s=0.1"], cwd=ROOT)
-        soon(lambda: run_dir.committed_step())
+        soon(lambda: run_dir.committed_step() and len(run_dir.heartbeats()) == 2)
         first.kill()
         first.wait()
         (token,) = {dict(psutil.Process(beat.pid).environ())[TOKEN]
@@ -210,10 +202,10 @@ def test_a_new_supervisor_goes_on_with_the_ranks_of_one_that_was_killed(orphans)
 @pytest.mark.slow(6)
 def test_ranks_that_were_started_otherwise_are_ended_first(orphans) -> None:
     supervisor, run_dir, token = orphans()
-    supervisor.launch.arguments.append("toy.step_s=0.01")
+    supervisor.launcher.arguments.append("toy.step_s=0.01")
     seen: list[int] = []
-    attempt = supervisor._attempt
-    supervisor._attempt = lambda scratch: [  # type: ignore[method-assign,assignment]
+    attempt = supervisor._run_attempt
+    supervisor._run_attempt = lambda scratch: [  # type: ignore[method-assign,assignment]
         seen.append(len(members(token))), attempt(scratch)][1]
     assert supervisor.run() == 0
     assert seen == [0]
@@ -223,9 +215,9 @@ def test_ranks_that_were_started_otherwise_are_ended_first(orphans) -> None:
 
 
 def test_a_supervisor_that_lost_its_lease_writes_and_ends_nothing(
-        toy, monkeypatch: pytest.MonkeyPatch) -> None:
+        toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_S", 0.05)
-    supervisor, run_dir = toy("toy.step_s=0.1", steps=20)
+    supervisor, run_dir = toy("toy.step_s=0.1", steps=100)
 
     def overtake() -> None:
         soon(lambda: run_dir.committed_step())
@@ -237,8 +229,11 @@ def test_a_supervisor_that_lost_its_lease_writes_and_ends_nothing(
     with pytest.raises(LeaseLost, match="was taken over by the supervisor"):
         supervisor.run()
     assert names(run_dir) == ["started", "start"]
-    assert supervisor._world is not None and len(members(supervisor._world.token)) == 3
-    supervisor._world.end()
+    left = supervisor._attempt
+    assert left is not None and len(members(left.token)) == 2
+    # its agent has no supervisor now, and obeys the next owner
+    supervisor.launcher.adopt(replace(left, fence=2), (tmp_path / "log").open("ab", 0)).end()
+    assert members(left.token) == []
 
 
 @pytest.mark.parametrize("now", [False, True])
@@ -283,49 +278,50 @@ def test_a_stop_goes_with_its_owner_and_not_on_to_the_next_one(
     assert "has ended; the supervisor" in capsys.readouterr().out
 
 
-def test_after_a_flap_a_clean_stop_is_no_failure(toy) -> None:
-    """pdsh says 255 for its lost connection, whatever the ranks said."""
+@pytest.mark.parametrize(("said", "status", "ended"), [
+    ("stop", 75, 75), ("finish", 0, 0), ("finish", 137, 0), ("start", 137, None),
+    ("stop", 137, None), ("start", 75, 75)])
+def test_what_the_training_said_counts_beside_its_status(toy, said: str, status: int,
+                                                         ended: int | None) -> None:
     supervisor, run_dir = toy()
-    for told, status, ended in (("stop", 255, 75), ("finish", 255, 0), ("start", 255, None),
-                                ("stop", 247, None), ("start", 75, 75)):
-        supervisor._event("started", None)
-        append_rows(f"{run_dir.uri}/events.jsonl", [{"time": 1, "event": told, "step": 3}])
-        outcome = Outcome(status, 3, [], [], hung=False, fatal=None)
-        assert supervisor._ended(outcome) == ended, (told, status)
+    supervisor._journal.event("started", None)
+    append_rows(f"{run_dir.uri}/events.jsonl", [{"time": 1, "event": said, "step": 3}])
+    assert supervisor._ended(Outcome(status, 3, [], [], hung=False, fatal=None)) == ended
 
 
-@pytest.mark.slow(15)
-@pytest.mark.cluster
-def test_deepspeed_rank_killed_by_pid_is_restarted_and_nothing_survives(tmp_path: Path) -> None:
-    config = tmp_path / "toy.yaml"
-    run_dir = RunDir(str(tmp_path / "run"))
-    config.write_text(yaml.safe_dump({"run": {"dir": run_dir.uri}, "train": {"steps": 24}}))
-    launch = DeepSpeedLaunch(["--config", str(config), "toy.step_s=0.25"], ranks=2,
-                             module="tests.helpers.toy_rank")
+@pytest.mark.slow(4)
+def test_a_rank_killed_by_pid_is_restarted_and_nothing_survives(toy) -> None:
+    supervisor, run_dir = toy("toy.step_s=0.05", steps=24)
     bystander = subprocess.Popen(["sleep", "300"])
     tokens: list[str] = []
+    killed: list[float] = []
 
     def kill() -> None:
-        soon(lambda: [b for b in run_dir.heartbeats() if b.rank == 1 and b.step >= 4], 60)
+        soon(lambda: [b for b in run_dir.heartbeats() if b.rank == 1 and b.step >= 4])
         pid = run_dir.heartbeats()[1].pid
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            tokens.extend(item.decode().partition("=")[2] for item in file.read().split(b"\0")
-                          if item.startswith(TOKEN.encode()))
+        tokens.append(dict(psutil.Process(pid).environ())[TOKEN])
+        killed.append(time.time())
         os.kill(pid, signal.SIGKILL)
 
     thread = in_background(kill)
     try:
-        assert Supervisor(launch, run_dir, last_step=24).run() == 0
+        assert supervisor.run() == 0
         thread.join()
-        events = run_dir.events()
-        exits = [row for row in events if row["event"] == "exit"]
-        assert [row["status"] for row in exits] == [247, 0]  # 247: deepspeed's word for SIGKILL
-        assert {"restart", "resume", "finished"} <= {row["event"] for row in events}
-        assert len(tokens) == 1 and members(tokens[0]) == []
-        assert bystander.poll() is None
+        first, last = (row for row in run_dir.events() if row["event"] == "exit")
+        assert (first["status"], first["first"], last["status"], last["first"]) == (137, 1, 0, None)
+        assert first["time"] - killed[0] < 30
+        assert names(run_dir).count("restart") == 1 and names(run_dir)[-1] == "finished"
+        assert members(tokens[0]) == [] and bystander.poll() is None
     finally:
         bystander.kill()
         bystander.wait()
+
+
+@pytest.mark.slow(6)
+def test_a_rank_that_waits_for_a_store_is_not_hung(toy) -> None:
+    supervisor, run_dir = toy("toy.step_s=0.05", "toy.wait=4", "toy.wait_s=4", hang_s=1.5)
+    assert supervisor.run() == 0
+    assert "hang" not in names(run_dir)
 
 
 def test_a_second_supervisor_is_refused(toy, tmp_path: Path) -> None:
@@ -338,72 +334,37 @@ def test_a_second_supervisor_is_refused(toy, tmp_path: Path) -> None:
         supervisor.run()
 
 
-def test_signals_from_another_host_reach_the_ranks_of_that_attempt_only() -> None:
-    ours, other = (subprocess.Popen(["sleep", "300"], env={**os.environ, TOKEN: t, "RANK": "0"})
-                   for t in ("aa11", "bb22"))
-    try:
-        soon(lambda: members("aa11"))
-        assert processes.main(["aa11", "9", pid_space()]) == 0  # the caller did it itself
-        assert [item.pid for item in members("aa11")] == [ours.pid]
-        assert processes.main(["aa11", "9", "another-boot/1"]) == 0
-        assert ours.wait(10) == -signal.SIGKILL and other.poll() is None
-    finally:
-        for process in (ours, other):
-            process.kill()
-            process.wait()
-
-
 def test_a_reused_pid_is_another_process() -> None:
     assert same_process(os.getpid(), time.time())
     assert not same_process(os.getpid(), time.time() - 86_400)
 
 
 def test_hang_limit_follows_the_median_step() -> None:
-    stale = Heartbeat(0, "a", 1, 90, 5.0)
-    progress = Progress(before=[stale], last_step=20)
-    assert not progress.update([stale]) and progress.limit_s(60, 600) == 600
+    progress = Progress(last_step=20)
+    assert not progress.update([Heartbeat(0, "a", 2, 0, 90.0, state="starting")])
+    assert progress.limit_s(60, 600) == 600
     for step in range(1, 12):
         progress.update([Heartbeat(0, "a", 2, step, 100.0 + 9 * step)])
     assert progress.step == 11 and progress.limit_s(60, 600) == pytest.approx(90)
     assert not progress.update([Heartbeat(0, "a", 2, 11, 500.0)])
+    for state in ("checkpoint", "evaluation"):
+        progress.update([Heartbeat(0, "a", 2, 11, 500.0, state=state)])
+        assert progress.limit_s(60, 600) == 600
     progress.update([Heartbeat(0, "a", 2, 20, 600.0)])
     assert progress.limit_s(60, 600) == 600  # the last checkpoint may take its time
 
 
-def test_deepspeed_command_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                     capsys: pytest.CaptureFixture[str]) -> None:
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("# two\n10.0.0.1 slots=1\n10.0.0.2 slots=4\n")
-    launch = DeepSpeedLaunch(["--config", "c.yaml", "data.modalities=[T1w]"],
-                             hostfile=str(hostfile))
-    command = launch.command()
-    assert command[command.index("--master_addr") + 1] == "10.0.0.1"
-    assert command[-1] == "'data.modalities=[T1w]'"  # the remote shell would expand the brackets
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    environment = launch.environment("t0ken", tmp_path)
-    exported = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
-    assert {"NEUROJEPA_ATTEMPT=t0ken", "GLOO_SOCKET_IFNAME=eth0"} <= set(exported)
-    assert not any("hidden" in line for line in exported)
-    for name, value in (("WANDB_PROJECT", "scans"), ("LD_LIBRARY_PATH", "/opt/lib:/a b"),
-                        ("MLFLOW_TRACKING_URI", "http://tracker"), ("SLURM_JOB_END_TIME", "99"),
-                        ("WANDB_API_KEY", "hidden"), ("MLFLOW_TRACKING_PASSWORD", "hidden"),
-                        ("SLURM_JWT", "hidden"), ("WANDB_BASE_URL", "https://me:hidden@w")):
-        monkeypatch.setenv(name, value)
-    (tmp_path / "own").write_text("MY_TOKEN=hidden\nTORCH_HOME='/a b'\nPLAIN=1\n")
-    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "own"))
-    environment = launch.environment("t0ken", tmp_path)
-    lines = Path(environment["DS_ENV_FILE"]).read_text().splitlines()
-    assert {"WANDB_PROJECT=scans", "LD_LIBRARY_PATH='/opt/lib:/a b'", "SLURM_JOB_END_TIME=99",
-            "MLFLOW_TRACKING_URI=http://tracker", "TORCH_HOME='/a b'", "PLAIN=1"} <= set(lines)
-    assert not any("hidden" in line for line in lines)
-    # DeepSpeed itself would put it on the command line
-    assert "MLFLOW_TRACKING_PASSWORD" not in environment
-    said = capsys.readouterr().out
-    assert "MY_TOKEN" in said and "WANDB_API_KEY" in said and "hidden" not in said
-    hostfile.write_text("10.0.0.1\n")
-    with pytest.raises(ConfigError, match=r"hosts:1: '10.0.0.1' is not 'HOST slots=N'"):
-        launch.hosts()
+def test_waiting_for_a_store_counts_as_life_while_it_is_said_anew() -> None:
+    progress = Progress()
+    progress.update([Heartbeat(0, "a", 2, 7, 100.0)])
+    for seen in (101.0, 103.0):
+        progress.changed_at -= 1000
+        waiting = Heartbeat(0, "a", 2, 7, 100.0, seen, "waiting for store")
+        progress.update([waiting])
+        assert progress.silent_s < 60
+    progress.changed_at -= 1000
+    progress.update([waiting])  # nothing new: it is stopped
+    assert progress.silent_s > 900
 
 
 def test_run_dir_of_the_arguments(tmp_path: Path) -> None:
@@ -442,7 +403,7 @@ def test_status_states(tmp_path: Path) -> None:
     assert (status["state"], status["eta_s"], status["loss"]) == ("running", 120.0, 0.5)
     assert [rank["age_s"] for rank in status["ranks"]] == [50.0, -30.0]
     assert read_status(run_dir, now=1190)["state"] == "stalled"  # rank 0 is silent
-    Supervisor(ToyLaunch([]), run_dir)._event("give_up", 40)
+    Supervisor(toy_launcher([]), run_dir)._journal.event("give_up", 40)
     # of the cut line before it nothing is left: training, too, reads the file
     assert [row["event"] for row in read_rows(f"{tmp_path}/events.jsonl")] == ["start", "give_up"]
     assert read_status(run_dir, now=1190)["state"] == "failed"
@@ -455,9 +416,9 @@ def test_status_of_a_run_in_an_object_store(s3) -> None:
     run_dir = RunDir(f"{s3.uri}/run-{os.getpid()}")
     with pytest.raises(ClusterError, match="no run here"):
         read_status(run_dir)
-    supervisor = Supervisor(ToyLaunch([]), run_dir)
-    supervisor._event("started", None)
-    supervisor._event("exit", 3, status=1)
+    supervisor = Supervisor(toy_launcher([]), run_dir)
+    supervisor._journal.event("started", None)
+    supervisor._journal.event("exit", 3, status=1)
     write_bytes(f"{run_dir.uri}/latest", b"step-2")
     status = read_status(run_dir)
     assert (status["state"], status["last_checkpoint"]) == ("failed", 2)

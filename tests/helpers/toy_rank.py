@@ -1,8 +1,9 @@
-"""A stand-in for a rank of the training: keeps the run directory's contract, learns nothing.
+"""A stand-in for a rank of the training: keeps the contract with agent and run directory.
 
-Steps take ``step_s`` seconds and no rank is a step ahead of another; ``crash=N`` exits with status
-3 at step N of every attempt, ``diverge=N`` with 2 after that event; every second step is
-"committed".  Started like the training: ``--config C [toy.crash=N ...]``.
+Steps take ``step_s`` seconds and no rank is a step ahead of another; every second step is
+"committed".  ``crash=N`` exits with status 3 at step N of every attempt, ``diverge=N`` with 2 after
+that event, ``refuse=1`` with 2 at once; ``wait=N`` says at step N for ``wait_s`` seconds that it
+waits for a store.  Started like the training: ``--config C [toy.crash=N ...]``.
 """
 
 from __future__ import annotations
@@ -17,18 +18,28 @@ from pathlib import Path
 
 import yaml
 
+from neurojepa.messages import AGENT, Messages
+
 
 def main(argv: list[str]) -> int:
-    words = [item for item in argv if not item.startswith("--local_rank")]
-    config = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text())
-    options = dict(item.split("=", 1) for item in words if item.startswith("toy."))
+    config = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text())
+    options = dict(item.split("=", 1) for item in argv if item.startswith("toy."))
     run, rank = Path(config["run"]["dir"]), int(os.environ["RANK"])
     world = int(os.environ["WORLD_SIZE"])
-    crash, diverge = (int(options.get(f"toy.{name}", 0)) for name in ("crash", "diverge"))
+    if "toy.refuse" in options:
+        print("error: no such feed", file=sys.stderr)
+        return 2
+    crash, diverge, wait = (int(options.get(f"toy.{name}", 0))
+                            for name in ("crash", "diverge", "wait"))
     step_s = float(options.get("toy.step_s", 0.1))
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
-    (run / "heartbeat").mkdir(parents=True, exist_ok=True)
+    (run / "steps").mkdir(parents=True, exist_ok=True)
+    agent = Messages(os.environ[AGENT])
+
+    def tell(step: int, state: str) -> None:
+        agent.send({"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "step": step,
+                    "time": time.time(), "seen": time.time(), "state": state})
 
     def event(name: str, step: int) -> None:
         if rank == 0:
@@ -36,10 +47,11 @@ def main(argv: list[str]) -> int:
                 file.write(json.dumps({"time": time.time(), "event": name, "step": step}) + "\n")
 
     def all_at(step: int) -> bool:
-        beats = [json.loads(file.read_text()) for file in (run / "heartbeat").glob("*.json")]
-        return len(beats) == world and min(beat["step"] for beat in beats) >= step
+        paths = [run / "steps" / str(other) for other in range(world)]
+        return all(path.exists() and int(path.read_text()) >= step for path in paths)
 
     first = int((run / "latest").read_text()[5:]) if (run / "latest").exists() else 0
+    tell(first, "starting")
     event("resume" if first else "start", first)
     for step in range(first + 1, config["train"]["steps"] + 1):
         time.sleep(step_s)
@@ -53,10 +65,13 @@ def main(argv: list[str]) -> int:
             return 2
         if step % 2 == 0 and rank == 0:
             (run / "latest").write_text(f"step-{step}")
-        beat = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "step": step,
-                "time": time.time()}
-        path = run / "heartbeat" / f"rank-{rank}.json"
-        path.with_suffix(".new").write_text(json.dumps(beat))
+        end = time.monotonic() + float(options.get("toy.wait_s", 0))
+        while step == wait and time.monotonic() < end:
+            tell(step - 1, "waiting for store")
+            time.sleep(0.1)
+        tell(step, "step")
+        path = run / "steps" / str(rank)
+        path.with_suffix(".new").write_text(str(step))
         path.with_suffix(".new").rename(path)
         while not stopping and not all_at(step):
             time.sleep(0.01)

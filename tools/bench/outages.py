@@ -1,6 +1,6 @@
 """outages: what an operator may meet, done to real runs; when it is noticed, when training goes on.
 
-Three hosts are network namespaces with sshd on this machine (needs root, iproute2, pdsh and
+Three hosts are network namespaces with sshd on this machine (needs root, iproute2 and
 openssh), the store is a real S3 server, the full disk a tmpfs.  Training is the tests' tiny recipe.
 """
 
@@ -64,10 +64,10 @@ def _hosts(folder: Path) -> list[tuple[str, str, float]]:
         link(hosts, 2, "up")
         with supervised(run_dir, recipe, hosts, 0) as second:
             story.do("start with three hosts", lambda: None)
-            story.until("three ranks train", lambda: len(run_dir.heartbeats()) == 3)
+            story.until("three ranks train", lambda: _training(run_dir) == 3)
             story.do("one host's link is cut", lambda: link(hosts, 2, "down"))
             story.until("named as lost", lambda: events(run_dir, "host_lost"))
-            story.until("going on with two", lambda: len(run_dir.heartbeats()) == 2)
+            story.until("going on with two", lambda: _training(run_dir) == 2)
             pids = [beat.pid for beat in run_dir.heartbeats()]
             story.do("supervisor killed, started on another host", second.kill)
             with supervised(run_dir, recipe, hosts, 1) as third:
@@ -78,10 +78,16 @@ def _hosts(folder: Path) -> list[tuple[str, str, float]]:
                 link(hosts, 2, "up")
                 story.do("host back, a rank killed", lambda: os.kill(pids[1], signal.SIGKILL))
                 story.until("noticed", lambda: len(events(run_dir, "exit")) == 3)
-                story.until("three ranks train", lambda: len(run_dir.heartbeats()) == 3)
+                story.until("three ranks train", lambda: _training(run_dir) == 3)
                 story.do("cluster stop --now", lambda: stop(run_dir, "--now"))
                 story.until("ended", lambda: third.poll() == 75)
     return story.rows
+
+
+def _training(run_dir: RunDir) -> int:
+    """How many ranks the run has, if they all make steps; otherwise 0."""
+    beats = run_dir.heartbeats()
+    return len(beats) if all(beat.state == "step" for beat in beats) else 0
 
 
 def _one_rank(folder: Path) -> list[tuple[str, str, float]]:
@@ -130,7 +136,7 @@ def _store(folder: Path) -> list[tuple[str, str, float]]:
             story.until("training", run_dir.committed_step)
             story.do("the feed's store killed, data.retry_s=300", servers.close)
             story.until("the rank says that it waits", lambda: any(
-                beat.state != "step" for beat in run_dir.heartbeats()))
+                beat.state == "waiting for store" for beat in run_dir.heartbeats()))
             time.sleep(90)
             committed = run_dir.committed_step()
             story.do("store back after 90 s", lambda: serve(servers, folder, proxy))

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from cluster.rundir import RunDir
 from neurojepa.errors import DataError
-from neurojepa.storage import Patience, is_outage, no_space, read_bytes
+from neurojepa.messages import AGENT, ALONE, Messages
+from neurojepa.storage import Patience, is_outage, no_space, read_bytes, write_bytes
 from neurojepa.train import heartbeat
 from neurojepa.train.heartbeat import Heartbeat
 
@@ -39,7 +41,9 @@ def test_a_rank_tells_its_step_and_that_it_still_lives(tmp_path: Path, where: st
 
     def row() -> dict[str, Any]:
         try:
-            return json.loads(read_bytes(f"{run_dir}/heartbeat/rank-3.json"))
+            if where == "local":
+                return json.loads(read_bytes(f"{run_dir}/heartbeat/rank-3.json"))
+            return json.loads(read_bytes(f"{run_dir}/heartbeat/host-3.json"))["ranks"][0]
         except DataError:
             return {"seen": 0, "time": 0, "step": -1}
 
@@ -59,9 +63,60 @@ def test_before_its_first_step_it_says_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "heartbeat").exists()
 
 
+def test_one_rank_of_a_host_writes_to_an_object_store_for_all() -> None:
+    run_dir = RunDir(f"memory://{uuid.uuid4().hex}")
+    ranks = [Heartbeat(run_dir.uri, rank, attempt=run_dir.uri, world=3) for rank in range(3)]
+    for rank, beats in enumerate(ranks):
+        beats.beat(5)
+        soon(lambda first=rank == 0: not first or run_dir.heartbeats())
+    soon(lambda: [beat.step for beat in run_dir.heartbeats()] == [5, 5, 5])
+    assert run_dir.names("heartbeat") == ["host-0.json"]
+    write_bytes(f"{run_dir.uri}/heartbeat/rank-3.json", json.dumps(  # of an older version
+        {"rank": 3, "host": "a", "pid": 1, "step": 9, "time": 5.0, "attempt": "old"}).encode())
+    assert len(run_dir.heartbeats()) == 3
+    for beats in reversed(ranks):
+        beats.close()
+
+
+def test_under_an_agent_it_sends_each_step_and_what_it_does(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = Messages(str(tmp_path / "agent"))
+    monkeypatch.setenv(AGENT, agent.path)
+    patience = Patience(300)
+    beats = Heartbeat(str(tmp_path), 1, device="cuda:1", patiences=[patience])
+    assert agent.listen()
+    heard: list[dict[str, Any]] = []
+
+    def said(state: str) -> bool:
+        heard.extend(agent.heard())
+        return any(row["state"] == state for row in heard)
+
+    soon(lambda: said("starting"))
+    beats.compiling()
+    soon(lambda: said("compiling"))
+    beats.beat(7)
+    soon(lambda: said("step"))
+    for state in ("checkpoint", "evaluation"):
+        with beats.doing(state):
+            soon(lambda state=state: said(state))
+    assert not (tmp_path / "heartbeat").exists()
+    (tmp_path / f"agent{ALONE}").touch()  # its supervisor is gone
+    beats.beat(7)
+    assert json.loads((tmp_path / "heartbeat" / "rank-1.json").read_text())["step"] == 7
+    (tmp_path / f"agent{ALONE}").unlink()
+    shutil.rmtree(tmp_path / "heartbeat")
+    beats.beat(8)
+    beats.close()
+    heard.clear()
+    heard.extend(agent.heard())
+    last = heard[-1]
+    assert (last["step"], last["state"], last["device"], last["rank"]) == (8, "step", "cuda:1", 1)
+    assert last["step_s"] > 0 and not (tmp_path / "heartbeat").exists()
+
+
 def test_waiting_for_a_store_is_told_for_as_long_as_it_is_asked(tmp_path: Path) -> None:
     patience, back = Patience(300), threading.Event()
-    beats = Heartbeat(str(tmp_path), 0, patiences=(Patience(1), patience))
+    beats = Heartbeat(str(tmp_path), 0, patiences=[Patience(1), patience])
     beats.beat(1)
     path = tmp_path / "heartbeat" / "rank-0.json"
 

@@ -1,0 +1,270 @@
+"""The agent of a host: what it tells, whom it obeys, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import psutil
+import pytest
+
+from cluster.agents import AgentLauncher
+from cluster.board import Board
+from cluster.launcher import Attempt, Seen
+from cluster.link import Link, ask
+from cluster.outcome import status_of
+from cluster.processes import TOKEN, members
+from cluster.rundir import Heartbeat, RunDir
+from cluster.ssh import module_on
+from cluster.world import AgentWorld
+from neurojepa.errors import ClusterError, LeaseLost
+from neurojepa.messages import private_folder
+from tests.helpers import ROOT
+
+# prints, and tells its agent a step; then does what the word says
+RANK = """
+import os, signal, subprocess, sys, time
+from neurojepa.messages import AGENT, Messages
+rank, word = int(os.environ["RANK"]), sys.argv[1]
+print("rank", rank, "says", os.environ.get("MY_SECRET_KEY"), flush=True)
+Messages(os.environ[AGENT]).send({"rank": rank, "host": "h", "pid": os.getpid(), "step": 5,
+                                  "time": time.time(), "seen": time.time()})
+if word == "leave":  # a helper in a session of its own
+    subprocess.Popen(["sleep", "300"], start_new_session=True)
+if word == "asked":
+    signal.signal(signal.SIGTERM, lambda *_: (print("asked", flush=True), sys.exit(75)))
+while not (rank == 1 or word == "all") or word in ("stay", "asked"):
+    time.sleep(0.05)
+sys.exit(7 if word == "fail" else 0)
+"""
+
+
+def soon(happened: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def orders(attempt: Attempt, word: str, count: int = 2) -> dict[str, dict[str, object]]:
+    return {"": {"command": [sys.executable, "-c", RANK, word],
+                 "environment": {TOKEN: attempt.token, "MY_SECRET_KEY": "hidden"},
+                 "ranks": [{"RANK": str(rank), "WORLD_SIZE": str(count)}
+                           for rank in range(count)]}}
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[IO[bytes]]:
+    with (tmp_path / "log").open("ab", buffering=0) as file:
+        yield file
+
+
+@pytest.fixture
+def start(log: IO[bytes]) -> Iterator[Callable[[str], AgentWorld]]:
+    worlds: list[AgentWorld] = []
+
+    def make(word: str) -> AgentWorld:
+        attempt = Attempt(uuid.uuid4().hex, 1, 1)
+        worlds.append(AgentWorld(attempt, 2, orders(attempt, word), log))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.leave()
+        AgentWorld(Attempt(world.attempt.token, 1, 99), 0, None, log).end()
+        assert members(world.attempt.token) == []
+
+
+def seen_by(world: AgentWorld, condition: Callable[[Seen], object]) -> Seen:
+    soon(lambda: condition(world.look()))
+    return world.look()
+
+
+@pytest.mark.parametrize(("word", "status", "first"), [("fail", 7, 1), ("all", 0, None)])
+def test_exits_messages_and_output_are_told(start, tmp_path: Path, word: str, status: int,
+                                            first: int | None) -> None:
+    world = start(word)
+    seen = seen_by(world, lambda seen: len(seen.beats) == 2 and
+                   len(seen.statuses) == (1 if word == "fail" else 2))
+    assert status_of(seen) == (status, first)
+    assert [(beat.rank, beat.step) for beat in seen.beats] == [(0, 5), (1, 5)] and seen.size == 2
+    world.end()
+    printed = (tmp_path / "log").read_text().splitlines()
+    assert sorted(printed) == ["[rank 0] rank 0 says hidden", "[rank 1] rank 1 says hidden"]
+    if word == "fail":
+        assert world.look().statuses == {1: 7, 0: 137}
+
+
+def test_no_command_line_has_a_secret_and_nobody_else_reaches_the_socket(start) -> None:
+    world = start("stay")
+    seen_by(world, lambda seen: len(seen.beats) == 2)
+    ours = psutil.Process().children(recursive=True) + members(world.attempt.token)
+    lines = [" ".join(process.cmdline()) for process in ours]
+    assert len(lines) >= 3 and not any("hidden" in line or world.attempt.token in line
+                                       for line in lines)
+    assert private_folder().stat().st_mode & 0o077 == 0
+    agent = psutil.Process(members(world.attempt.token)[0].ppid())
+    assert agent.cmdline()[1:] == ["-m", "cluster.agent"]
+    assert not [one for one in agent.net_connections("inet") if one.status == "LISTEN"]
+
+
+def test_helpers_of_ranks_that_have_ended_are_ended_too(start) -> None:
+    world = start("leave")
+    seen_by(world, lambda seen: 1 in seen.statuses)
+    soon(lambda: len(members(world.attempt.token)) == 3)  # rank 0 and two helpers
+    world.end()
+    assert members(world.attempt.token) == []
+
+
+def test_the_next_owner_reaches_the_agent_and_the_last_one_no_more(
+        start, log: IO[bytes], tmp_path: Path) -> None:
+    world = start("stay")
+    pids = [beat.pid for beat in seen_by(world, lambda seen: len(seen.beats) == 2).beats]
+    assert ask([""], world.attempt) and not ask([""], Attempt("unknown", 1))
+    later = AgentWorld(Attempt(world.attempt.token, 1, 2), 0, None, log)
+    seen = seen_by(later, lambda seen: len(seen.beats) == 2)
+    assert [beat.pid for beat in seen.beats] == pids and seen.size == 2
+    with pytest.raises(LeaseLost, match="fencing token 2"):
+        seen_by(world, lambda _: False)
+    world.signal(signal.SIGKILL)  # has no effect
+    time.sleep(0.2)
+    assert not later.look().statuses
+    later.signal(signal.SIGKILL)
+    seen_by(later, lambda seen: len(seen.statuses) == 2)
+    world.leave()
+    later.end()
+
+
+def test_what_was_printed_while_nobody_listened_is_told_to_the_next(
+        start, log: IO[bytes], tmp_path: Path) -> None:
+    world = start("asked")
+    seen = seen_by(world, lambda seen: len(seen.beats) == 2)
+    world.leave()
+    for beat in seen.beats:
+        os.kill(beat.pid, signal.SIGTERM)
+    soon(lambda: not members(world.attempt.token))
+    later = AgentWorld(Attempt(world.attempt.token, 1, 2), 0, None, log)
+    assert status_of(seen_by(later, lambda seen: len(seen.statuses) == 2))[0] == 75
+    later.end()
+    assert (tmp_path / "log").read_text().count("asked") == 2
+
+
+def test_ranks_die_with_their_agent_and_that_is_told(start) -> None:
+    world = start("stay")
+    seen_by(world, lambda seen: len(seen.beats) == 2)
+    os.kill(members(world.attempt.token)[0].ppid(), signal.SIGKILL)
+    assert seen_by(world, lambda seen: len(seen.statuses) == 2).statuses == {0: 137, 1: 137}
+    soon(lambda: not members(world.attempt.token))
+    world.end()
+
+
+def test_an_agent_that_cannot_start_its_ranks_says_why(log: IO[bytes], tmp_path: Path) -> None:
+    attempt = Attempt(uuid.uuid4().hex, 1, 1)
+    order = orders(attempt, "stay")
+    order[""]["command"] = ["/no/such/python"]
+    world = AgentWorld(attempt, 2, order, log)
+    assert seen_by(world, lambda seen: len(seen.statuses) == 2).statuses == {0: 137, 1: 137}
+    assert "/no/such/python" in (tmp_path / "log").read_text()
+    world.end()
+
+
+@pytest.mark.parametrize("word", ["asked", "stay"])
+def test_without_a_supervisor_ranks_are_asked_to_stop_in_the_end(tmp_path: Path, word: str,
+                                                                ) -> None:
+    program = (
+        "import socket, sys; from cluster import serving; from cluster.ranks import Ranks\n"
+        "serving.GRACE_S = serving.ALONE_S = 0.5; listener = socket.socket(socket.AF_UNIX)\n"
+        "listener.bind(sys.argv[1] + '/control'); listener.listen()\n"
+        "ranks = Ranks([sys.executable, '-c', sys.argv[2], sys.argv[3]], {}, "
+        "[{'RANK': str(r), 'WORLD_SIZE': '2'} for r in range(2)], sys.argv[1] + '/messages')\n"
+        "serving.Agent(ranks, listener, 1, orphan_s=1.5).run()\n"
+        "import os; assert os.path.exists(ranks.messages.path + '.alone')\n"
+        "print(*[row['status'] for row in ranks.rows()])")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path), RANK, word], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == (["75", "75"] if word == "asked" else ["143", "143"])
+
+
+def test_a_host_is_gone_when_it_stays_away_and_not_when_it_flaps(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: IO[bytes]) -> None:
+    """An ssh that reaches this machine, or nothing while the file "down" is there."""
+    (tmp_path / "ssh").write_text(
+        f'#!/bin/bash\n[ -e {tmp_path}/down ] && exit 255\nexec /bin/sh -c "${{@: -1}}"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    attempt = Attempt(uuid.uuid4().hex, 1, 1, ["far"])
+    order = {"do": "start", "token": attempt.token, "fence": 1, "host": "far",
+             **orders(attempt, "stay")[""]}
+    link = Link("far", attempt, order, log, gone_s=3.0)
+    soon(lambda: len(link.ranks) == 2)
+    for away_s in (0.5, 60):
+        (tmp_path / "down").touch()
+        assert link._relay is not None
+        link._relay.kill()  # the connection breaks
+        end = time.monotonic() + away_s
+        while not link.gone and time.monotonic() < end:
+            time.sleep(0.02)
+        assert link.gone is (away_s > 3)
+        (tmp_path / "down").unlink()
+        soon(lambda: link._relay is not None and link._lost_at is None)
+        assert not link.gone
+    link.end()
+    soon(lambda: link.left == [])
+    link.close()
+    assert members(attempt.token) == []
+
+
+def test_what_runs_on_a_host_is_quoted_and_ssh_is_told_all_that_it_may(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-F mine")
+    command = module_on("node1", "cluster.agent", ["a b; rm -r x"])
+    assert command[:3] == ["ssh", "-F", "mine"] and command[-2] == "node1"
+    assert command[-1].endswith("-m cluster.agent 'a b; rm -r x'")
+    assert {"BatchMode=yes", "ForwardAgent=no", "ClearAllForwardings=yes", "ConnectTimeout=5",
+            "ServerAliveInterval=4"} <= set(command)
+    assert module_on("", "cluster.agent") == [sys.executable, "-m", "cluster.agent"]
+
+
+def test_a_folder_that_is_somebody_elses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = 10**6 + os.getpid()
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    try:
+        with pytest.raises(ClusterError, match=f"/tmp/neurojepa-{uid}: others can enter it"):
+            private_folder()
+    finally:
+        os.rmdir(f"/tmp/neurojepa-{uid}")
+
+
+def test_the_fingerprint_tells_launches_apart_and_shows_nothing() -> None:
+    one, other = AgentLauncher(["a.key=hidden"], 2), AgentLauncher(["a.key=hidden"], 3)
+    assert one.fingerprint() == AgentLauncher(["a.key=hidden"], 2).fingerprint()
+    assert one.fingerprint() != other.fingerprint() and "hidden" not in one.fingerprint()
+
+
+def test_outside_readers_find_one_file_dated_by_the_owners_clock(tmp_path: Path) -> None:
+    run_dir = RunDir(str(tmp_path))
+    board = Board(run_dir)
+    beats = [Heartbeat(rank, "a", 5, 7, 100.0 + 300 * rank, 104.0 + 300 * rank)
+             for rank in range(3)]  # clocks differ
+    board.show(beats, "t1")
+    time.sleep(0.05)
+    board.show([*beats[:2], Heartbeat(2, "a", 5, 8, 800.0, 800.5)], "t1")
+    board.close()
+    assert run_dir.names("heartbeat") == ["ranks.json"]
+    told = run_dir.heartbeats()
+    assert [(beat.rank, beat.step, beat.attempt) for beat in told] == [
+        (0, 7, "t1"), (1, 7, "t1"), (2, 8, "t1")]
+    assert [round(beat.quiet_s, 3) for beat in told] == [4.0, 4.0, 0.5]
+    assert told[0].seen == told[1].seen < told[2].seen <= time.time()
+    # what a later training without a supervisor writes counts more
+    row = {"rank": 0, "host": "a", "pid": 1, "step": 9, "time": time.time() + 1}
+    (tmp_path / "heartbeat" / "rank-0.json").write_text(json.dumps(row))
+    assert [beat.step for beat in run_dir.heartbeats()] == [9]
