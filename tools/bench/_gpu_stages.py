@@ -1,23 +1,24 @@
-"""The stages of ``tools.bench gpu``: python -m tools.bench._gpu_stages FUNCTION ARGUMENTS RESULT
-
-Each takes a dict and returns one, which is written to the file RESULT as JSON.
-"""
+"""The stages of ``tools.bench gpu``.  Each takes a dict and returns one, in a process of its own."""
 
 from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from neurojepa import pretrain
 from neurojepa.config import RootConfig, dump_config, validate
+from neurojepa.errors import run_command
 from neurojepa.feed.format import open_feed
 from neurojepa.feed.loader import Loader
 from neurojepa.model.build import build_model
@@ -29,11 +30,20 @@ from neurojepa.storage import read_rows
 from neurojepa.train import compiling
 from neurojepa.train.loop import Run
 from neurojepa.train.world import leave_world, start_world
-from tools.bench.gpu import TINY_SHAPE, TRAINING_SHAPE
+from tools.bench.gpu import TINY_SHAPE, TRAINING_SHAPE, start_method
 from tools.bench.step import gemm_rate, write_feed
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def answer(function: str, given: dict[str, Any], result: Path) -> None:
+    """Run a stage and write what it found to a file, as JSON."""
+    if given["tiny"] and not CUDA:
+        compiling.BACKENDS["cpu"] = "eager"  # rehearsed: traced, and run as it is
+    result.write_text(json.dumps(globals()[function](given)))
+    if torch.distributed.is_initialized():
+        leave_world()
 
 
 def versions(given: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +101,8 @@ def profile(given: dict[str, Any]) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
-    config = config_of({**given, "compile": "auto"}, "profile")
+    # one stage that compiles is rehearsal enough
+    config = config_of({**given, "compile": "off" if given["tiny"] else "auto"}, "profile")
     run = Run(config, start_world())
     for _ in range(3):
         run._train_step()
@@ -152,15 +163,14 @@ def killed(given: dict[str, Any]) -> dict[str, Any]:
     for kind in ("deterministic",) if given["tiny"] else ("deterministic", "free"):
         calm, hit = (_recipe(given, f"{kind}-{name}", kind == "deterministic")
                      for name in ("calm", "killed"))
-        subprocess.run(_pretrain(calm), check=True)
-        victim = subprocess.Popen(_pretrain(hit))
-        while victim.poll() is None and _last_step(hit) < 5:
+        _finish(_pretrain(calm))
+        victim = _pretrain(hit)
+        while victim.is_alive() and _last_step(hit) < 5:
             time.sleep(0.02)
         victim.kill()
-        if victim.wait() != -signal.SIGKILL:
-            raise RuntimeError(f"{hit}: it ended, status {victim.returncode}, before it was killed")
+        _finish(victim, status=-signal.SIGKILL)
         at, begin = _last_step(hit), time.monotonic()
-        subprocess.run(_pretrain(hit), check=True)
+        _finish(_pretrain(hit))
         rows, again = (read_rows(f"{recipe.parent}/run/metrics.jsonl") for recipe in (calm, hit))
         ends = [read_rows(f"{recipe.parent}/run/events.jsonl")[-1] for recipe in (calm, hit)]
         found |= {f"{kind}_equal": [row["loss"] for row in rows] == [row["loss"] for row in again]
@@ -219,8 +229,9 @@ def config_of(given: dict[str, Any], name: str) -> RootConfig:
 
 
 def _recipe(given: dict[str, Any], name: str, deterministic: bool) -> Path:
-    config = config_of({**given, "micro": 2 if given["tiny"] else 32, "checkpoint_every": 3,
-                        "steps": 12 if given["tiny"] else 24}, name)
+    tiny = given["tiny"]
+    config = config_of({**given, "micro": 2 if tiny else 32, "checkpoint_every": 3,
+                        "steps": 12 if tiny else 24, "compile": "off" if tiny else "auto"}, name)
     folder = Path(given["work"]) / name
     folder.mkdir()
     tree = config.model_dump(mode="json")
@@ -231,8 +242,18 @@ def _recipe(given: dict[str, Any], name: str, deterministic: bool) -> Path:
     return recipe
 
 
-def _pretrain(recipe: Path) -> list[str]:
-    return [sys.executable, "-m", "neurojepa.pretrain", "--config", str(recipe)]
+def _pretrain(recipe: Path) -> Any:
+    process = multiprocessing.get_context(start_method()).Process(
+        target=run_command, name=recipe.parent.name,
+        args=(partial(pretrain.main, ["--config", str(recipe)]), False))
+    process.start()
+    return process
+
+
+def _finish(process: Any, status: int = 0) -> None:
+    process.join()
+    if process.exitcode != status:
+        raise RuntimeError(f"{process.name}: ended with status {process.exitcode}, not {status}")
 
 
 def _last_step(recipe: Path) -> int:
@@ -257,12 +278,3 @@ def _now() -> float:
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-if __name__ == "__main__":
-    function, arguments = sys.argv[1], json.loads(sys.argv[2])
-    if arguments["tiny"] and not CUDA:
-        compiling.BACKENDS["cpu"] = "eager"  # rehearsed: traced, and run as it is
-    Path(sys.argv[3]).write_text(json.dumps(globals()[function](arguments)))
-    if torch.distributed.is_initialized():
-        leave_world()

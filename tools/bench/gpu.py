@@ -14,14 +14,17 @@ or takes too long leaves the others as they are.
     checkpoint  how long training waits for a checkpoint
 
 With --rehearse all of it runs at a tiny size, with or without a GPU, so that it works on the day.
+Without one, processes are forked from this one, which has imported everything: that is most of what
+a tiny stage takes.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +39,8 @@ from tools.bench.common import machine, print_table
 
 TOTAL_S = 480.0
 LOGS = Path("build/bench-gpu")
+# What stages import, if only at their first step.
+PRELOADED = ("deepspeed", "torch._dynamo", "torch.utils.tensorboard", "tools.bench._gpu_stages")
 TRAINING_SHAPE, TINY_SHAPE = (108, 132, 108), (24, 36, 24)
 
 
@@ -56,6 +61,9 @@ def run(quick: bool, official: str | None, rehearse: bool = False) -> dict[str, 
                           "a tiny size without one")
     print(machine() + ("; a rehearsal: its figures mean nothing" if rehearse else ""))
     LOGS.mkdir(parents=True, exist_ok=True)
+    if start_method() == "fork":
+        for name in PRELOADED:
+            importlib.import_module(name)
     began, found = time.monotonic(), {}
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as work:
         for stage in stages(quick, official, rehearse):
@@ -69,6 +77,11 @@ def run(quick: bool, official: str | None, rehearse: bool = False) -> dict[str, 
     return {"rehearsal": rehearse, "seconds": time.monotonic() - began,
             "failed": [name for name, result in found.items() if "failed" in result],
             "stages": found}
+
+
+def start_method() -> str:
+    """How processes begin: forked where no CUDA is that a copy could not use."""
+    return "spawn" if torch.cuda.is_available() else "fork"
 
 
 def stages(quick: bool, official: str | None, rehearse: bool) -> list[Stage]:
@@ -99,26 +112,42 @@ def answer(stage: Stage, arguments: dict[str, Any], limit_s: float) -> dict[str,
     log, began = LOGS / f"{stage.name.replace(' ', '-')}.log", time.monotonic()
     # not the log's last line: NCCL and others write there until the process is gone
     result = log.with_suffix(".json")
-    command = [sys.executable, "-m", "tools.bench._gpu_stages", stage.function,
-               json.dumps(arguments), str(result)]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
-        try:
-            code = process.wait(limit_s)
-            problem = f"status {code}" if code else ""
-        except subprocess.TimeoutExpired:
-            problem = f"stopped after its {limit_s:.0f} s"
-        finally:
-            if process.poll() is None:  # with all that it started, or that would slow the others
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    process = multiprocessing.get_context(start_method()).Process(
+        target=_enter, args=(stage.function, arguments, str(log), str(result)))
+    process.start()
+    try:
+        process.join(limit_s)
+        problem = (f"status {process.exitcode}" if process.exitcode else
+                   f"stopped after its {limit_s:.0f} s" if process.exitcode is None else "")
+    finally:
+        if process.is_alive():
+            _end(process)
     if problem:
         lines = log.read_text(errors="replace").splitlines()
         found = {"failed": f"{problem}: {lines[-1] if lines else 'it said nothing'}"[:300]}
     else:
         found = json.loads(result.read_text())
     return {**found, "seconds": time.monotonic() - began}
+
+
+def _enter(function: str, arguments: dict[str, Any], log: str, result: str) -> None:
+    """What a stage's process does."""
+    os.setsid()  # so that it can be ended with all that it starts
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
+    from tools.bench import _gpu_stages
+
+    _gpu_stages.answer(function, arguments, Path(result))
+
+
+def _end(process: Any) -> None:
+    """End a stage with all that it started, which would slow the others."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no session of its own yet
+        process.kill()
+    process.join()
 
 
 def _short(result: dict[str, Any]) -> str:
