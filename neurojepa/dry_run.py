@@ -1,9 +1,9 @@
 """What a run will cost, before a cluster is booked: ``python -m neurojepa.pretrain ... --dry-run``.
 
-The model is built without memory and its forward runs on tensors without contents, so that even
-``huge`` takes seconds; of the feed only the index is read.  Memory follows from how the engine
-keeps its state: 12 bytes of fp32 master and moments per trained weight and 4 of EMA per weight of
-the encoder, split over ranks, besides weights, gradients and the bytes that autograd saves.
+The model is built without memory and a step runs on tensors without contents, so that even ``huge``
+takes seconds; of the feed only the index is read.  Memory follows from how the engine keeps its
+state: 12 bytes of fp32 master and moments per trained weight and 4 of EMA per weight of the
+encoder, split over ranks, besides weights, gradients and the peak of a micro-step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from neurojepa.feed.order import Order
 from neurojepa.methods import METHODS
 from neurojepa.model.flops import DEVICES, Device, step_flops, tokens_per_volume
 from neurojepa.model.moe import MoE
+from neurojepa.planning.memory import step_bytes
 from neurojepa.planning.scaling import render_scaling
-from neurojepa.planning.step import Label, hollow_model, num_masks, saved_bytes
+from neurojepa.planning.step import Label, hollow_model, num_masks
 from neurojepa.train.engine import REDUCED_AT_ONCE, stage_run
 
 # Reading, hash and decoding of one volume of the 1.5 mm grid on one core, ms: tools/bench feed.
 LOADER_MS, LOADER_VOXELS = 3.0, 108 * 132 * 108
 GIB = 2**30
+# Of a device's memory that a step may fill, assumed: CUDA and the allocator's losses take the rest.
+FILLED = 0.92
+Recompute = int | str  # model.activation_checkpointing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ class Plan:
     micro_steps: int
     filled: float  # share of the micro-batches that are samples, not fill-up
     memory: dict[int, dict[str, float]]  # by ZeRO stage: weights, gradients, state, buckets
-    activations: dict[int, float]  # by model.activation_checkpointing
+    activations: dict[Recompute, float]  # peak of a micro-step, by model.activation_checkpointing
     host: dict[str, float]  # per rank: start, checkpoint, offloaded
     checkpoint: float
     volumes_per_s: float
@@ -93,7 +97,7 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
     filled = train.global_batch / (gpus * train.micro_batch * micro_steps)
     rate = gpus * peak * mfu * filled / flops
     state = state_bytes(weights)
-    modes = sorted({0, 1, config.model.activation_checkpointing})
+    modes = dict.fromkeys((0, config.model.activation_checkpointing, "selective"))
     memory = {stage: _memory(weights, stage, ranks=gpus, dtype=train.dtype) for stage in (1, 2, 3)}
     offloaded = {stage: _offload(parts, stage, train.offload) for stage, parts in memory.items()}
     return Plan(
@@ -116,22 +120,51 @@ def state_bytes(weights: Weights) -> float:
     return 12.0 * weights.trained + 4.0 * weights.parts["encoder"]
 
 
-def activation_bytes(config: RootConfig, feed: Feed, every: int) -> float:
-    """What autograd keeps of a micro-batch's forward, plus the block that is being recomputed.
+def activation_bytes(config: RootConfig, feed: Feed, every: Recompute,
+                     micro_batch: int | None = None) -> float:
+    """The most that a micro-step needs at a time, besides what is there between steps.
 
     Parameters
     ----------
-    every : int
-        As ``model.activation_checkpointing``: 0 none, k = every k-th block of the encoder.
+    every : as ``model.activation_checkpointing``.
+    micro_batch : in place of ``train.micro_batch``.
     """
-    label = _label(config, feed)
-    kept = saved_bytes(config, feed.grid, every, label)
-    if not every:
-        return kept
-    from neurojepa.model.sizes import SIZES
+    micro_batch = micro_batch or config.train.micro_batch
+    config = config.model_copy(update={
+        "model": config.model.model_copy(update={"activation_checkpointing": every}),
+        "train": config.train.model_copy(update={"micro_batch": micro_batch})})
+    return step_bytes(config, feed.grid, _label(config, feed))
 
-    recomputed = math.ceil(SIZES[config.model.size].depth / every)
-    return kept + (saved_bytes(config, feed.grid, 0, label) - kept) / recomputed
+
+def largest_micro_batch(config: RootConfig, feed: Feed, every: Recompute, room: float
+                        ) -> tuple[int, float]:
+    """The most scans of a micro-batch whose step needs no more than ``room`` bytes, and what it
+    needs; 0 scans where none fits.
+
+    What a step needs is a constant and a part for each scan.
+    """
+    two, four = (activation_bytes(config, feed, every, scans) for scans in (2, 4))
+    each = (four - two) / 2
+    scans = max(0, math.floor((room - two) / each) + 2)
+    return scans, two + (scans - 2) * each
+
+
+def render_fit(config: RootConfig, feed: Feed, gpus: int, device: str) -> list[str]:
+    """Lines on the largest micro-batch, by what is computed anew."""
+    memory, train = _device(device).memory_gib * GIB, config.train
+    parts = _memory(_weights(hollow_model(config, feed.grid)), train.zero, ranks=gpus,
+                    dtype=train.dtype)
+    _offload(parts, train.zero, train.offload)
+    state = sum(parts.values())
+    room = FILLED * memory - state
+    lines = [f"largest micro-batch on {gpus} x {device} ({memory / GIB:.0f} GiB, of which "
+             f"{FILLED:.0%} may be filled and {state / GIB:.1f} GiB hold the state)"]
+    for every in dict.fromkeys((0, config.model.activation_checkpointing, "selective")):
+        scans, needed = largest_micro_batch(config, feed, every, room)
+        found = (f"train.micro_batch={scans}, {(state + needed) / GIB:.1f} GiB" if scans else
+                 "none: use more ranks, or a train.zero or train.offload that keeps less here")
+        lines.append(f"  model.activation_checkpointing={every}: {found}")
+    return lines
 
 
 def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> str:
@@ -162,7 +195,7 @@ def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -
         f"  {'zero':6}{'weights':>9}{'gradients':>11}{'optimizer+EMA':>15}{'buckets':>9}"
         + "".join(f"{f'total ({every})':>12}" for every in found.activations)]
     for stage, parts in found.memory.items():
-        totals = "".join(f"{_total(parts, activations, memory):>12}"
+        totals = "".join(f"{_total(parts, activations, memory, found.micro_steps):>12}"
                          for activations in found.activations.values())
         mark = " <" if stage == train.zero else ""
         lines.append(f"  {stage:<6}{parts['weights'] / GIB:9.2f}{parts['gradients'] / GIB:11.2f}"
@@ -187,15 +220,17 @@ def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -
 
 
 def dry_run(config: RootConfig, gpus: int | None, device: str, mfu: float,
-            network: str | None = None) -> int:
+            network: str | None = None, fit: bool = False) -> int:
     """Print the plan; ``gpus`` is run.ranks where it is not given.
 
-    With a ``network``, how the step scales on it too.
+    With a ``network``, how the step scales on it too; with ``fit``, the largest micro-batch.
     """
     feed, ranks = open_feed(config.data.feed), gpus or config.run.ranks
     lines = [] if network is None else ["", *render_scaling(
         config, feed.grid, _device(device), network, label=_label(config, feed),
         micro_steps=math.ceil(config.train.global_batch / (ranks * config.train.micro_batch)))]
+    if fit:
+        lines += ["", *render_fit(config, feed, ranks, device)]
     print("\n".join([render(config, feed, ranks, device, mfu), *lines]))
     return 0
 
@@ -255,8 +290,18 @@ def _offload(parts: dict[str, float], stage: int, what: str) -> float:
     return size
 
 
-def _total(parts: dict[str, float], activations: float, memory: int) -> str:
-    total = (sum(parts.values()) + activations) / GIB
+def peak_bytes(parts: dict[str, float], activations: float, micro_steps: int) -> float:
+    """The most that a rank holds at a time, of what ``Plan.memory`` and ``activations`` list.
+
+    Gradients grow while activations go; only those of earlier micro-steps are there before.
+    """
+    passing = parts["gradients"] + parts["buckets"]
+    return parts["weights"] + parts["state"] + (
+        max(activations, passing) if micro_steps == 1 else activations + passing)
+
+
+def _total(parts: dict[str, float], activations: float, memory: int, micro_steps: int) -> str:
+    total = peak_bytes(parts, activations, micro_steps) / GIB
     return f"{total:.1f}{'!' if total > memory else ''}"
 
 

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="of the device's bf16 peak that is reached (default: %(default)s)")
     parser.add_argument("--network", metavar="NAME", help="nvlink, infiniband-400g or efa: how the "
                         "step scales on it to 1,024 GPUs, by count")
+    parser.add_argument("--fit", action="store_true", help="with --dry-run: the largest "
+                        "train.micro_batch that fits the device")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value",
                         help="values that differ from the recipe, for example train.steps=100")
     arguments = parser.parse_intermixed_args(argv)
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         from neurojepa.dry_run import dry_run
 
         return dry_run(config, arguments.gpus, arguments.device, arguments.mfu,
-                       arguments.network)
+                       arguments.network, arguments.fit)
     from neurojepa.train.slurm import slurm_ranks
 
     os.environ.update(slurm_ranks(os.environ, config.run.launcher))

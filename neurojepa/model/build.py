@@ -9,6 +9,7 @@ from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Grid
 from neurojepa.methods import METHODS
 from neurojepa.model.averaged import Averaged
+from neurojepa.model.layers import Block
 
 
 def build_model(config: RootConfig, grid: Grid) -> Averaged:
@@ -23,7 +24,11 @@ def build_model(config: RootConfig, grid: Grid) -> Averaged:
     build = METHODS[config.objective.method].load()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return build(config, grid)
+        model = build(config, grid)
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.selective = config.model.activation_checkpointing == "selective"
+    return model
 
 
 def check_shapes(config: RootConfig, grid: Grid) -> None:

@@ -26,7 +26,8 @@ class Encoder(nn.Module):
         super().__init__()
         size = SIZES[model.size]
         self.head_dim = size.dim // size.heads
-        self.checkpoint_every = model.activation_checkpointing
+        every = model.activation_checkpointing
+        self.checkpoint_every = 0 if every == "selective" else every
         self.patch = Linear(model.patch_voxels**3, size.dim)
         self.blocks = nn.ModuleList(
             Block(size.dim, size.heads, model.head_gate, size if model.moe and i % 2 else None)

@@ -6,9 +6,17 @@ Pre-norm attention (QK-norm, 3D RoPE, optional gate per head) and a dense or mix
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from neurojepa.model.linear import Linear
 from neurojepa.model.moe import MoE
@@ -16,6 +24,11 @@ from neurojepa.model.rope import rotate
 from neurojepa.model.sizes import Size
 
 INIT_STD = 0.02
+# What selective recomputation keeps: products, which take most of the time, and who goes to which
+# expert, which must not change.  Norms, rotations, attention and GELU are computed anew.
+_aten = torch.ops.aten
+KEPT = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten._grouped_mm.default,
+        torch.ops.mkldnn._linear_pointwise.default, _aten.topk.default, _aten.sort.stable}
 
 
 class Attention(nn.Module):
@@ -64,6 +77,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm block; ``experts`` makes its MLP a mixture of experts of that shape."""
 
+    selective = False  # whether the backward computes anew all but products
+
     def __init__(self, dim: int, heads: int, head_gate: bool = False,
                  experts: Size | None = None) -> None:
         super().__init__()
@@ -88,6 +103,16 @@ class Block(nn.Module):
         -------
         [B, N - first, D] and, of an MoE block, how many of them were routed to each expert
         """
+        if self.selective and torch.is_grad_enabled():
+            found: tuple[Tensor, Tensor | None] = checkpoint(
+                self._computed, x_BND, turn_BN1p2, valid_BN, readable_B11N, first,
+                use_reentrant=False, preserve_rng_state=False, context_fn=partial(
+                    create_selective_checkpoint_contexts, _policy))
+            return found
+        return self._computed(x_BND, turn_BN1p2, valid_BN, readable_B11N, first)
+
+    def _computed(self, x_BND: Tensor, turn_BN1p2: Tensor, valid_BN: Tensor,
+                  readable_B11N: Tensor | None, first: int) -> tuple[Tensor, Tensor | None]:
         y = self.attention(self.norm1(x_BND), turn_BN1p2, readable_B11N, first)
         x, load_E = x_BND[:, first:] + y, None
         y = self.norm2(x)
@@ -96,6 +121,11 @@ class Block(nn.Module):
         else:
             y = self.mlp(y)
         return x + y, load_E
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return (CheckpointPolicy.MUST_SAVE if operation in KEPT
+            else CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 def readable(valid_BN: Tensor) -> Tensor:

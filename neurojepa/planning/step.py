@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neurojepa.config import RootConfig
 from neurojepa.feed.format import Grid
@@ -68,34 +67,6 @@ def step_kernels(config: RootConfig, grid: Grid, label: Label | None = None) -> 
     return recorder.kernels + _update(model)
 
 
-def saved_bytes(config: RootConfig, grid: Grid, every: int, label: Label | None = None) -> float:
-    """Bytes of the distinct tensors that a micro-batch's forward saves for the backward.
-
-    Parameters
-    ----------
-    every : as ``model.activation_checkpointing``.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    config = config.model_copy(update={
-        "model": config.model.model_copy(update={"activation_checkpointing": every})})
-    model = hollow_model(config, grid).bfloat16()
-    saved: dict[int, Any] = {}  # kept alive, lest an address is used again
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to_empty(device="cpu")
-        parameters = {_address(parameter) for parameter in model.parameters()}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if _address(tensor) not in parameters:
-                saved[_address(tensor)] = tensor.untyped_storage()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(hollow_views(config, grid, label), 0.0)
-    width = 2 if config.train.dtype == "fp32" else 1
-    return float(width * sum(storage.nbytes() for storage in saved.values()))
-
-
 def hollow_views(config: RootConfig, grid: Grid, label: Label | None = None) -> Views:
     """A micro-batch of the right shapes; call it where tensors hold nothing."""
     B, N, M = config.train.micro_batch, tokens_per_volume(config, grid), num_masks(config)
@@ -140,7 +111,3 @@ def _update(model: nn.Module) -> list[Kernel]:
     return [replace(nothing, reads={(-1, 0): float(size * count)})
             for name, size, counts in rows
             for count in (counts if name in by_tensor else [sum(counts)])]
-
-
-def _address(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

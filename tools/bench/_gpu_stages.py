@@ -1,4 +1,4 @@
-"""The stages of ``tools.bench gpu``.  Each takes a dict and returns one, in a process of its own."""
+"""The stages of ``tools.bench gpu``: each takes a dict and returns one, in its own process."""
 
 from __future__ import annotations
 

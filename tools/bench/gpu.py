@@ -28,6 +28,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,19 @@ def answer(stage: Stage, arguments: dict[str, Any], limit_s: float) -> dict[str,
 def _enter(function: str, arguments: dict[str, Any], log: str, result: str) -> None:
     """What a stage's process does."""
     os.setsid()  # so that it can be ended with all that it starts
-    sys.stdout = sys.stderr = open(log, "w", buffering=1)
-    for descriptor in (1, 2):
-        os.dup2(sys.stdout.fileno(), descriptor)
     from tools.bench import _gpu_stages
 
-    _gpu_stages.answer(function, arguments, Path(result))
+    with open(log, "w", buffering=1) as output:
+        sys.stdout = sys.stderr = output
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
+        try:
+            _gpu_stages.answer(function, arguments, Path(result))
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def _end(process: Any) -> None:

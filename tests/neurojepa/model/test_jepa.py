@@ -154,6 +154,22 @@ def test_a_step_never_waits_for_the_device_nor_adds_with_atomics(checkpointing: 
         update_router_bias(layers, torch.stack([layer.load for layer in layers]), 1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selective_recomputation_changes_no_bit(dtype: torch.dtype):
+    found = []
+    for checkpointing in (0, "selective"):
+        config = make_config(96, model={"size": "tiny", "patch_voxels": 3, "token_budget": 96,
+                                        "activation_checkpointing": checkpointing})
+        model = build_model(config, GRID)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        loss, _ = model(make_views(make_batch(2), config, GRID, 0), 1e-3)
+        loss.backward()
+        found.append([loss, *(layer.load for layer in moe_layers(model)),
+                      *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_bf16(config: RootConfig, views: Views):
     model = build_model(config, GRID)
     reference = float(model(views, 1e-3)[0].detach())

@@ -52,9 +52,10 @@ def assert_same(before: Views, ours: Views) -> None:
 
 @pytest.mark.slow(12)
 @pytest.mark.parametrize(("method", "every", "graphs"), [
-    ("jepa", 0, 8), ("jepa", 2, 8), ("mae", 0, 6), ("mae", 2, 6), ("cnn", 0, 6)])
+    ("jepa", 0, 8), ("jepa", 2, 8), ("jepa", "selective", 8), ("mae", 0, 6),
+    ("mae", 2, 6), ("cnn", 0, 6)])
 def test_every_region_is_one_graph_and_computes_the_same(
-        method: str, every: int, graphs: int) -> None:
+        method: str, every: int | str, graphs: int) -> None:
     """JEPA: dense and MoE blocks with and without gradient, predictor's blocks and its last one,
     losses, views."""
     torch._dynamo.reset()
