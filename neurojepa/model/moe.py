@@ -126,17 +126,67 @@ def _inverse(order_S: Tensor) -> Tensor:
 
 
 def grouped_matmul(x_SD: Tensor, w_EDH: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows ends[e-1]..ends[e] times w[e]: one kernel where torch has it, else a batched product.
-
-    The fallback runs every expert over all rows and keeps the right ones: E times the work, but the
-    same shapes and no host sync.  It serves float64 and GPUs before Hopper.
-    """
+    """Rows ends[e-1]..ends[e] times w[e]: one kernel where torch has it, else ``_Blocked``."""
     if _has_grouped_kernel(x_SD, w_EDH):
         return F.grouped_mm(x_SD, w_EDH, offs=ends_E)
-    rows_S = torch.arange(len(x_SD), device=x_SD.device)
-    expert_S = torch.searchsorted(ends_E, rows_S.int(), right=True)
-    mine_ES1 = (expert_S == torch.arange(len(w_EDH), device=x_SD.device)[:, None])[..., None]
-    return (torch.bmm(x_SD * mine_ES1, w_EDH)).sum(0)
+    out_SH: Tensor = _Blocked.apply(x_SD, w_EDH, ends_E)  # type: ignore[no-untyped-call]
+    return out_SH
+
+
+def grouped_kernel(layer: MoE) -> str:
+    """What multiplies the rows of a layer's experts, in words."""
+    if _has_grouped_kernel(layer.w1, layer.w1):
+        return "torch's grouped product"
+    return "batched product of padded blocks: torch has no grouped one for this device and type"
+
+
+class _Blocked(torch.autograd.Function):
+    """The grouped product for float64 and for GPUs before Hopper: a batched one of padded blocks.
+
+    Each expert's rows are laid out from the start of a block on.  A block is about an eighth of an
+    expert's mean share, so that padding adds about as much to the work, whatever the loads are.
+    Shapes are static and nothing is read by the host.  An expert's blocks are summed by a product,
+    since atomics would make sums differ from run to run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_SD: Tensor, w_EDH: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_SD, w_EDH, ends_E)
+        place_S, expert_K, block = _blocks(ends_E, len(x_SD))
+        out_KbH = _padded(x_SD, place_S, len(expert_K), block) @ w_EDH[expert_K]
+        return out_KbH.flatten(0, 1)[place_S]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_SD, w_EDH, ends_E = ctx.saved_tensors
+        place_S, expert_K, block = _blocks(ends_E, len(x_SD))
+        grad_KbH = _padded(grads[0], place_S, len(expert_K), block)
+        to_x_KbD = grad_KbH @ w_EDH[expert_K].mT
+        to_w_KDH = _padded(x_SD, place_S, len(expert_K), block).mT @ grad_KbH
+        of_expert_EK = expert_K == torch.arange(len(w_EDH), device=x_SD.device)[:, None]
+        to_w_EDH = of_expert_EK.to(to_w_KDH.dtype) @ to_w_KDH.flatten(1)
+        return to_x_KbD.flatten(0, 1)[place_S], to_w_EDH.view_as(w_EDH), None
+
+
+def _blocks(ends_E: Tensor, num_rows: int) -> tuple[Tensor, Tensor, int]:
+    """Each row's place among the rows of K blocks, each block's expert, and a block's rows."""
+    num_experts, last_E = len(ends_E), ends_E.long()
+    block = 1 << max(3, (num_rows // (8 * num_experts)).bit_length() - 1)
+    rows_S = torch.arange(num_rows, device=ends_E.device)
+    expert_S = torch.searchsorted(last_E, rows_S, right=True)
+    first_E = F.pad(last_E[:-1], (1, 0))
+    blocks_E = (last_E - first_E + block - 1) // block
+    behind_E = blocks_E.cumsum(0)
+    place_S = (behind_E - blocks_E)[expert_S] * block + rows_S - first_E[expert_S]
+    number_K = torch.arange(num_rows // block + num_experts, device=ends_E.device)
+    expert_K = torch.searchsorted(behind_E, number_K, right=True).clamp(max=num_experts - 1)
+    return place_S, expert_K, block
+
+
+def _padded(x_SD: Tensor, place_S: Tensor, num_blocks: int, block: int) -> Tensor:
+    """[K, block, D]: the rows at their places, zeros elsewhere."""
+    empty = x_SD.new_zeros(num_blocks * block, x_SD.shape[1])
+    return empty.index_copy(0, place_S, x_SD).view(num_blocks, block, -1)
 
 
 def _has_grouped_kernel(x_SD: Tensor, w_EDH: Tensor) -> bool:

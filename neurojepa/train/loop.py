@@ -26,7 +26,7 @@ from neurojepa.feed.loader import Loader
 from neurojepa.feed.order import Window, first_position
 from neurojepa.methods import METHODS
 from neurojepa.model.build import build_model
-from neurojepa.model.moe import expert_balance, moe_layers, update_router_bias
+from neurojepa.model.moe import expert_balance, grouped_kernel, moe_layers, update_router_bias
 from neurojepa.model.sparse import sparse_code
 from neurojepa.objective.anatomy import check_anatomy
 from neurojepa.objective.views import make_views
@@ -149,11 +149,12 @@ class Run:
         if world.rank == 0:
             self.patience(self._write_config)
         write_environment(config, world, self.fingerprints)
+        experts = grouped_kernel(self.moe[0]) if self.moe else None
         self.metrics.event("resume" if found else "start", self.step, world=world.size,
                            zero=config.train.zero, dtype=config.train.dtype,
-                           compiled=compiled.why)
+                           compiled=compiled.why, experts=experts)
         if world.device.type == "cuda":
-            self.say(f"compiled: {compiled.why}")
+            self.say(f"compiled: {compiled.why}; experts: {experts or 'none'}")
         if changes:
             self.metrics.event("accepted", self.step, changes=changes)
 

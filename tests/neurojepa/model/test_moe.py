@@ -72,6 +72,29 @@ def test_grouped_kernel_and_fallback_agree(monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(grouped_matmul(x, w, ends), kernel)
 
 
+@pytest.mark.parametrize("loads", [
+    [6, 0, 9, 5], [0, 0, 0, 300], [300, 0, 0, 0], [16, 8, 24, 1], [0, 0, 0, 1], [1000, 3, 7, 2]])
+def test_blocks_equal_a_loop_over_experts(loads: list[int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(moe, "_has_grouped_kernel", lambda *_: False)
+    x = torch.randn(sum(loads), 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(len(loads), 6, 10, dtype=torch.float64, requires_grad=True)
+    probe, ends = torch.randn(len(x), 10, dtype=torch.float64), torch.tensor(loads).cumsum(0)
+    looped = torch.cat([part @ w[e] for e, part in enumerate(x.split(loads))])
+    ours = grouped_matmul(x, w, ends.int())
+    torch.testing.assert_close(ours, looped)
+    for found, expected in zip(*(torch.autograd.grad((y * probe).sum(), (x, w))
+                                 for y in (ours, looped)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("rows", "experts"), [(100_000, 16), (40_000, 32), (123_456, 64)])
+def test_blocks_add_little_work_to_that_of_the_rows(rows: int, experts: int):
+    for ends in (torch.arange(1, experts + 1) * rows // experts, torch.full((experts,), rows)):
+        place, expert, block = moe._blocks(ends.int(), rows)
+        assert len(expert) * block < 1.13 * rows
+        assert len(place.unique()) == rows and int(place.max()) < len(expert) * block
+
+
 def test_padding_is_not_routed_and_changes_nothing():
     layer = make_moe(torch.float32)
     x, valid = torch.randn(1, 10, 16), torch.ones(1, 10, dtype=torch.bool)
