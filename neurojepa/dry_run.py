@@ -15,7 +15,7 @@ from torch import nn
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
-from neurojepa.feed.format import Feed, open_feed
+from neurojepa.feed.format import Feed, Grid, open_feed
 from neurojepa.feed.order import Order
 from neurojepa.methods import METHODS
 from neurojepa.model.flops import DEVICES, Device, step_flops, tokens_per_volume
@@ -149,13 +149,19 @@ def largest_micro_batch(config: RootConfig, feed: Feed, every: Recompute, room: 
     return scans, two + (scans - 2) * each
 
 
-def render_fit(config: RootConfig, feed: Feed, gpus: int, device: str) -> list[str]:
-    """Lines on the largest micro-batch, by what is computed anew."""
-    memory, train = _device(device).memory_gib * GIB, config.train
-    parts = _memory(_weights(hollow_model(config, feed.grid)), train.zero, ranks=gpus,
+def resting_bytes(config: RootConfig, grid: Grid, ranks: int) -> dict[str, float]:
+    """What a rank's device holds whatever the batch: weights, gradients, state, buckets."""
+    train = config.train
+    parts = _memory(_weights(hollow_model(config, grid)), train.zero, ranks=ranks,
                     dtype=train.dtype)
     _offload(parts, train.zero, train.offload)
-    state = sum(parts.values())
+    return parts
+
+
+def render_fit(config: RootConfig, feed: Feed, gpus: int, device: str) -> list[str]:
+    """Lines on the largest micro-batch, by what is computed anew."""
+    memory = _device(device).memory_gib * GIB
+    state = sum(resting_bytes(config, feed.grid, gpus).values())
     room = FILLED * memory - state
     lines = [f"largest micro-batch on {gpus} x {device} ({memory / GIB:.0f} GiB, of which "
              f"{FILLED:.0%} may be filled and {state / GIB:.1f} GiB hold the state)"]

@@ -28,7 +28,7 @@ Label = Callable[[Views], Views]  # what attaches the labels of a supervised met
 # gradients into the bucket and out of it as fp32, their norm and clipping, AdamW, new weights.
 UPDATE_BYTES = {"to the bucket": 4, "to fp32": 6, "norm": 4, "clipping": 8, "AdamW": 28,
                 "new weights": 6}
-EMA_BYTES = {"average": 12, "publication": 10}  # of each weight of the encoder
+EMA_BYTES = {"average": 12, "publication": 6}  # of each weight of the encoder
 
 
 def hollow_model(config: RootConfig, grid: Grid) -> Averaged:
@@ -103,7 +103,7 @@ def _update(model: nn.Module) -> list[Kernel]:
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     averaged = [p.numel() for name, p in model.named_parameters()
                 if p.requires_grad and name.startswith("encoder.")]
-    by_tensor = {"to the bucket", "norm"}
+    by_tensor = {"to the bucket"}
     rows = [(name, size, trained) for name, size in UPDATE_BYTES.items()]
     rows += [(name, size, averaged) for name, size in EMA_BYTES.items()]
     nothing = Kernel(phase="update", kind="update", precise=True, fuses=False, flops=0.0,

@@ -32,6 +32,7 @@ from neurojepa.objective.anatomy import check_anatomy
 from neurojepa.objective.views import make_views
 from neurojepa.storage import Patience, join, write_bytes
 from neurojepa.train import checkpoint, compiling
+from neurojepa.train.device import check_device
 from neurojepa.train.engine import Engine
 from neurojepa.train.gates import Gates
 from neurojepa.train.health import Damage, Health, collapsed, diverged
@@ -94,7 +95,8 @@ class Run:
     Raises
     ------
     ConfigError
-        More ranks than samples per step, or run.dir holds a run of another recipe.
+        More ranks than samples per step, a GPU that cannot do it, or run.dir holds a run of
+        another recipe.
     DataError
         The feed is missing or damaged.
     CheckpointError
@@ -114,6 +116,7 @@ class Run:
         self.heartbeat = Heartbeat(config.run.dir, world.rank, world=world.size,
                                    device=str(world.device), patiences=[self.patience])
         self.feed = self.patience(lambda: open_feed(config.data.feed))
+        check_device(config, self.feed.grid, world.device, world.size)
         regions = check_anatomy(config, self.feed.grid)
         self.loader = Loader(self.feed, config, rank=world.rank, world=world.size, first_step=0)
         self.fingerprints = {"feed": self.feed.fingerprint, "regions": regions,
