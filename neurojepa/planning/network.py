@@ -46,6 +46,7 @@ class Message:
     width: int
     pieces: int
     hides: bool  # if it may overlap: behind the backward or the forward
+    behind_views: bool = False  # or while the next batch becomes views
 
     @property
     def bytes(self) -> float:
@@ -89,7 +90,7 @@ def messages(trained: int, averaged: int, stage: int, *, width: int, micro_steps
         return [*found, Message("weights", "all_gather", float(gathered), width,
                                 gathers * micro_steps, True)]
     return [*found, Message("weights", "all_gather", float(trained), width, 2, False),
-            Message("target", "all_gather", float(averaged), width, 2, False)]
+            Message("target", "all_gather", float(averaged), width, 2, False, behind_views=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,17 +107,21 @@ class Step:
 
 
 def step_on(ranks: int, network: Network, sent: list[Message], *, compute_s: float,
-            hiding_s: float = 0.0) -> Step:
+            hiding_s: float = 0.0, views_s: float = 0.0) -> Step:
     """A step of ``ranks``, each with the same work (weak scaling).
 
     Parameters
     ----------
     compute_s : of a rank alone.
     hiding_s : the part of it that communication runs beside; 0 without overlap.
+    views_s : the part in which the next batch becomes views.
     """
     seconds = {message: message.seconds(ranks, network) for message in sent}
     beside = sum(seconds[message] for message in sent if message.hides)
-    after = sum(seconds[message] for message in sent if not message.hides)
+    after = sum(seconds[message] for message in sent
+                if not (message.hides or message.behind_views))
+    early = sum(seconds[message] for message in sent if message.behind_views)
+    after += max(early - OVERLAP * views_s, 0.0)
     # a last piece has nothing left to hide behind
     last = max((seconds[message] / message.pieces for message in sent if message.hides),
                default=0.0)

@@ -55,9 +55,10 @@ def render_scaling(config: RootConfig, grid: Grid, device: Device, network: str,
     for ranks in RANKS:
         # state is split over ranks, and so is most of the update
         compute_s = micro_steps * micro_s + update_s / ranks
-        plain = step_on(ranks, links, sent, compute_s=compute_s)
-        beside = step_on(ranks, links, sent, compute_s=compute_s, hiding_s=(
-            phases["backward"].seconds * (micro_steps if stage > 1 else 1)))
+        plain, beside = (
+            step_on(ranks, links, sent, compute_s=compute_s, views_s=phases["views"].seconds,
+                    hiding_s=hiding_s)
+            for hiding_s in (0.0, phases["backward"].seconds * (micro_steps if stage > 1 else 1)))
         lines.append(f"  {ranks:>6}{1e3 * plain.compute_s:12.1f}{1e3 * plain.exposed_s:12.1f}"
                      f"{plain.efficiency:12.1%}{beside.efficiency:14.1%}")
     return lines

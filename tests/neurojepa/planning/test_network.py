@@ -59,6 +59,15 @@ def test_what_hides_costs_nothing_until_it_is_longer_than_the_backward() -> None
     assert step_on(1, PLAIN, sent, compute_s=1.0).efficiency == 1
 
 
+def test_the_target_comes_while_the_next_batch_becomes_views() -> None:
+    (target,) = (message for message in messages(10**8, 10**8, 2, width=2, micro_steps=1, gathers=0)
+                 if message.name == "target")
+    seconds = target.seconds(64, PLAIN)
+    exposed = [step_on(64, PLAIN, [target], compute_s=1.0, views_s=views_s).exposed_s
+               for views_s in (0.0, seconds / 2 / 0.9, seconds / 0.9, 1.0)]
+    assert exposed == pytest.approx([seconds, seconds / 2, 0, 0], abs=1e-9)
+
+
 def test_more_ranks_never_scale_better() -> None:
     sent = messages(10**8, 10**8, 1, width=2, micro_steps=1, gathers=12)
     for network in NETWORKS.values():
