@@ -15,8 +15,13 @@ import argparse
 import json
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 from neurojepa.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from cluster.launcher import Launcher
+    from cluster.rundir import RunDir
 
 ENDED = {"finished": 0, "stopped": 75, "failed": 1}  # states after which watch ends, and its status
 
@@ -43,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "supervise", help="start a training and restart it when it fails",
         usage="%(prog)s [options] -- --config C [a.b=value ...]",
         epilog="exit status: 0 finished, 75 stopped on request (queue it again), 2 gave up")
+    supervise.add_argument("--ray", action="store_true",
+                           help="start the ranks on the Ray cluster of RAY_ADDRESS")
     supervise.add_argument("--hostfile", help="lines 'HOST slots=N'; default: this machine")
     supervise.add_argument("--master-addr", help="address of the hostfile's first host as the "
                            "others see it (default: its name there)")
@@ -94,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
     from cluster import notify
-    from cluster.agents import AgentLauncher, require_ssh
+    from cluster.agents import require_ssh
     from cluster.rundir import run_of_arguments
     from cluster.supervise import Supervisor
 
@@ -103,8 +110,7 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
     if (options.min_hosts or options.max_hosts) and not options.hostfile:
         raise ConfigError("--min-hosts and --max-hosts are about the hosts of --hostfile; give one")
     run_dir, settings = run_of_arguments(arguments)
-    launcher = AgentLauncher(arguments, options.ranks or int(settings.get("run.ranks") or 1),
-                             options.hostfile, options.master_addr)
+    launcher = _launcher(options, arguments, run_dir, settings)
     hosts = launcher.slots()  # a mistake in the hostfile shows before anything starts
     least, most = options.min_hosts or 1, options.max_hosts or max(1, len(hosts))
     if not 1 <= least <= most or (hosts and least > len(hosts)):
@@ -119,6 +125,23 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
                             retry_s=60 * options.retry_minutes, min_hosts=least, max_hosts=most)
     with notify.notifying(run_dir, targets):
         return supervisor.run()
+
+
+def _launcher(options: argparse.Namespace, arguments: list[str], run_dir: RunDir,
+              settings: dict[str, Any]) -> Launcher:
+    ranks = options.ranks or int(settings.get("run.ranks") or 1)
+    if not options.ray:
+        from cluster.agents import AgentLauncher
+
+        return AgentLauncher(arguments, ranks, options.hostfile, options.master_addr)
+    if options.hostfile or options.master_addr:
+        raise ConfigError("--hostfile and --master-addr are not for --ray, which chooses nodes and "
+                          "addresses by itself")
+    from cluster.ray_launcher import RayLauncher, check_paths, connect
+
+    check_paths(settings)
+    connect()
+    return RayLauncher(arguments, ranks, run_dir.uri)
 
 
 def _status(options: argparse.Namespace) -> int:

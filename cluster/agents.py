@@ -84,6 +84,12 @@ class AgentLauncher:
                  ) -> dict[str, str]:
         return hosts.problems(self.slots(), folder, ssh_options(), odd)
 
+    def lacks(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        pass  # it has asked for nothing
+
     def start(self, attempt: Attempt, log: IO[bytes]) -> AgentWorld:
         orders = self.orders(attempt)
         size = sum(len(order["ranks"]) for order in orders.values())

@@ -133,6 +133,17 @@ class Launcher(Protocol):
         """
         ...
 
+    def lacks(self) -> str:
+        """What is missing for a start now, in words; empty where nothing is.
+
+        The supervisor asks again until nothing is, or its patience is over.
+        """
+        ...
+
+    def close(self) -> None:
+        """Nothing will be started any more: take back what was asked for."""
+        ...
+
     def start(self, attempt: Attempt, log: IO[bytes]) -> World:
         """Start the ranks.
 

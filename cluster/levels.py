@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 Level = Literal["problem", "warning", ""]
-PROBLEMS = ("give_up", "diverged", "collapse", "hang", "host_lost", "disk_full")
+PROBLEMS = ("give_up", "diverged", "collapse", "hang", "host_lost", "disk_full", "no_room")
 WARNINGS = ("skip", "rollback", "restart", "exit", "host_excluded", "host_odd", "straggler",
             "damaged", "store_retry", "takeover", "stop", "stopped", "tracker", "accepted")
 

@@ -40,7 +40,7 @@ TOLD = {
     "host_excluded": "goes on without a host", "host_lost": "has lost a host",
     "skip": "has dropped a step", "rollback": "went back to a checkpoint",
     "collapse": "has collapsed", "diverged": "has diverged",
-    "disk_full": "waits for room on a disk"}
+    "disk_full": "waits for room on a disk", "no_room": "waits for room on the cluster"}
 HIDDEN = ("ranks", "log", "event", "step", "time", "by")  # long, or told otherwise
 LOOK_S = 5.0
 QUIET_S = 600.0  # between two messages of a kind

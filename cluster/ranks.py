@@ -136,13 +136,13 @@ def _start(command: list[str], environment: dict[str, str]) -> Rank:
     try:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
                                    stdout=theirs, stderr=theirs, start_new_session=True,
-                                   preexec_fn=partial(_die_with, os.getpid()))
+                                   preexec_fn=partial(die_with, os.getpid()))
     finally:
         os.close(theirs)
     return Rank(int(environment["RANK"]), process, ours)
 
 
-def _die_with(agent: int) -> None:
+def die_with(agent: int) -> None:
     """In the child, before it becomes a rank: SIGKILL when the agent is gone."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

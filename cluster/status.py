@@ -27,6 +27,7 @@ from neurojepa.errors import ClusterError
 
 TAIL_BYTES = 262_144
 AGAIN_S = 6.0  # between two looks; signs of life come every 2 s, from object stores every 5 s
+WAITS = ("disk_full", "no_room")  # events after which the supervisor waits
 START_S = 600.0  # a start (imports, compilation, reading a checkpoint) may take this long
 SILENT_S = 60.0
 ENDED = {"finish": "finished", "finished": "finished", "stop": "stopped", "stopped": "stopped",
@@ -124,13 +125,13 @@ def _state(events: list[dict[str, Any]], beats: list[Heartbeat], step_s: float |
            now: float) -> str:
     """The last event that says what the run is doing, against the age of the last sign of life."""
     telling = [row for row in events if row.get("event") in
-               {*TRAIN_EVENTS, *ENDED, "started", "restart", "hang", "disk_full"}]
+               {*TRAIN_EVENTS, *ENDED, "started", "restart", "hang", *WAITS}]
     event = telling[-1]["event"] if telling else None
     if event == "hang":
         return "stalled"
     if event in ENDED:
         return ENDED[event]
-    if event == "disk_full":
+    if event in WAITS:
         return "waiting"
     signs = [beat.time for beat in beats]
     newest_start = max((row["time"] for row in telling

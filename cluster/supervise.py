@@ -126,6 +126,7 @@ class Supervisor:
                 return self._to_end(Path(scratch))
         finally:
             keeper.close()
+            self.launcher.close()
             if self._lost is None:
                 self._lease.release()
 
@@ -135,6 +136,7 @@ class Supervisor:
             self._wait_for_room()
             if self._attempt is None:
                 self._choose_hosts(self.retry_s if restarts else 0.0)
+                self._wait_for_launcher()
             committed = self._patience(self.run_dir.committed_step)
             if self._stop_signals:
                 self._journal.event("stopped", committed, status=REQUEUE)
@@ -188,6 +190,25 @@ class Supervisor:
     def _tell_odd(self, measured: dict[str, dict[str, Any]]) -> None:
         for host, why in self._checkups.new(measured):
             self._journal.event("host_odd", None, host=host, why=why)
+
+    def _wait_for_launcher(self) -> None:
+        """Where the launcher has no room for the ranks yet, say so and wait for it.
+
+        Raises
+        ------
+        ClusterError
+            There still is none after ``retry_s``.
+        """
+        end, said = time.monotonic() + self.retry_s, False
+        while not self._stop_signals and (lacks := self.launcher.lacks()):
+            if not said:
+                self._journal.event("no_room", None, lacks=lacks, patience_s=self.retry_s)
+            said = True
+            if time.monotonic() >= end:
+                self._journal.event("give_up", None, lacks=lacks)
+                raise ClusterError(f"{self.run_dir.uri}: gave up after {self.retry_s:.0f} s: "
+                                   f"{lacks}")
+            self._wait(ROOM_S)
 
     # ---- owning the run --------------------------------------------------------------------------
 

@@ -24,6 +24,14 @@ RAY = str(Path(sys.executable).parent / "ray")
 # Ray binds the machine's own address unless told that loopback is enough.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
+# On loopback Ray refuses to start a second node by command, though its nodes work there.
+START = """
+import sys, types
+from ray.scripts import scripts
+scripts.ray_constants = types.SimpleNamespace(**{**vars(scripts.ray_constants),
+                                                 "ENABLE_RAY_CLUSTER": True})
+sys.exit(scripts.main())
+"""
 # a node that refuses connections is taken for dead after a second, one that is only slow is not
 IMPATIENT = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_ms": "300",
              "RAY_health_check_timeout_ms": "10000", "RAY_health_check_failure_threshold": "3"}
@@ -40,16 +48,21 @@ class Cluster:
 
     def start(self, *arguments: str, num_cpus: int = 1) -> subprocess.Popen[bytes]:
         """Start a node; --block keeps its processes below the one that is returned."""
-        node = subprocess.Popen(
-            [RAY, "start", "--block", "--num-cpus", str(num_cpus),
-             "--object-store-memory", "100000000", *arguments], cwd=ROOT, env=self.environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with (Path(self.folder) / f"node-{len(self.nodes)}.log").open("wb") as log:
+            node = subprocess.Popen(
+                [sys.executable, "-c", START, "start", "--block", "--num-cpus", str(num_cpus),
+                 "--object-store-memory", "100000000", *arguments], cwd=ROOT,
+                env=self.environment, stdout=log, stderr=log)
         self.nodes.append(node)
         return node
 
     def add_node(self) -> subprocess.Popen[bytes]:
-        """A second node; it is ready some seconds later."""
-        return self.start("--address", self.address)
+        """Another node; one after the other, as two of one address get in each other's way."""
+        log = Path(self.folder) / f"node-{len(self.nodes)}.log"
+        node = self.start("--address", self.address, "--dashboard-agent-listen-port",
+                          str(free_port()))
+        wait_until(lambda: "Ray runtime started" in log.read_text(), 60)
+        return node
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """SIGKILL to everything of a node, the raylet first, as when a machine goes dark."""

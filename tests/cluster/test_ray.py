@@ -1,0 +1,111 @@
+"""What lives on a Ray cluster, without one: the actors are plain objects around processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import ray_job
+from cluster.ray_job import Keeper
+from cluster.ray_launcher import check_paths, connect
+from cluster.ray_rank import RankActor
+from neurojepa.errors import ClusterError, ConfigError
+from tests.helpers.ray_nodes import wait_until
+
+# prints its rank, then waits for SIGTERM and ends as a training does
+RANK = ("import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        "print('rank', os.environ['RANK'], flush=True); time.sleep(60)")
+
+
+@pytest.fixture
+def rank():
+    actor = RankActor()
+    actor.start(3, [sys.executable, "-c", RANK], {"RANK": "1", "WORLD_SIZE": "4"})
+    yield actor
+    actor.end(100)
+
+
+def printed(actor: RankActor, fence: int) -> list[str]:
+    lines: list[str] = []
+    wait_until(lambda: lines.extend(actor.look(fence)["printed"]) or lines, 20)
+    return lines
+
+
+def test_a_rank_says_what_it_prints_and_how_it_ends(rank: RankActor) -> None:
+    assert printed(rank, 3) == ["rank 1"]
+    row = rank.look(3)
+    assert (row["rank"], row["size"], row["status"], row["printed"]) == (1, 4, None, [])
+    assert rank.state()["pid"] == row["pid"]
+    rank.signal(3, signal.SIGTERM)
+    wait_until(lambda: rank.look(3)["status"] == 75, 20)
+    assert rank.state() is None
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGKILL, 137), (signal.SIGABRT, 134)])
+def test_the_death_of_a_rank_is_its_status(rank: RankActor, signum: int, status: int) -> None:
+    printed(rank, 3)
+    os.kill(rank.look(3)["pid"], signum)
+    wait_until(lambda: rank.look(3)["status"] == status, 3)
+
+
+def test_a_rank_obeys_no_earlier_supervisor(rank: RankActor) -> None:
+    printed(rank, 5)
+    assert "fencing token 5" in rank.look(4)["refused"]
+    rank.signal(4, signal.SIGKILL)
+    assert rank.end(4) == []
+    assert rank.look(5)["status"] is None
+    assert rank.end(6) == []
+    assert not psutil.pid_exists(rank.look(6)["pid"])
+
+
+# ---- the keeper of the supervisor ----------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_job, "_end_this_actor", lambda: None)
+
+
+def test_a_supervisor_that_is_killed_is_started_again(tmp_path: Path) -> None:
+    count = (f"import os, sys; path = {str(tmp_path / 'starts')!r}; open(path, 'a').write('x'); "
+             "print(open(path).read(), flush=True); "
+             "len(open(path).read()) < 2 and os.kill(os.getpid(), 9); sys.exit(75)")
+    keeper = Keeper([sys.executable, "-c", count], {})
+    wait_until(lambda: keeper.look(0)["status"] is not None, 20)
+    row = keeper.look(1)
+    assert row["status"] == 75 and row["printed"] == 3
+    assert row["lines"] == ["the supervisor was ended by signal 9; starting it again", "xx"]
+
+
+def test_one_that_is_killed_all_the_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_job, "MAX_DEATHS", 1)
+    monkeypatch.setattr(ray_job, "DEATHS_S", 0.0)
+    keeper = Keeper([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], {})
+    wait_until(lambda: keeper.look(0)["status"] == 137, 20)
+
+
+def test_a_signal_reaches_the_supervisor() -> None:
+    keeper = Keeper([sys.executable, "-c", RANK], {"RANK": "0"})
+    wait_until(lambda: keeper.look(0)["lines"] == ["rank 0"], 20)
+    keeper.signal(signal.SIGTERM)
+    wait_until(lambda: keeper.look(0)["status"] == 75, 20)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("key", ["run.dir", "data.feed"])
+def test_relative_paths_are_refused(key: str) -> None:
+    good = {"run.dir": "/a/run", "data.feed": "s3://bucket/feed"}
+    check_paths(good)
+    with pytest.raises(ConfigError, match=f"{key} = 'runs/a': .* absolute path or a URI"):
+        check_paths({**good, key: "runs/a"})
+
+
+def test_without_a_cluster_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match="RAY_ADDRESS is not set; submit this command"):
+        connect()
