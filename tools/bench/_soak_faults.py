@@ -5,7 +5,6 @@ operator or the world would make good, and waits until training goes on.
 from __future__ import annotations
 
 import random
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -229,24 +228,6 @@ def _supervisor_killed(run: Field, draw: random.Random) -> Times:
     return Times(noticed, time.monotonic() - began)
 
 
-def _supervisor_frozen(run: Field, draw: random.Random) -> Times:
-    """It stands still, another takes over; then it wakes up and has to leave."""
-    frozen, known = run.supervisor, len(run.events("takeover"))
-    frozen.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    try:
-        run.start(_other(run, draw))
-        noticed = run.until("takeover", lambda: len(run.events("takeover")) > known)
-    finally:
-        frozen.send_signal(signal.SIGCONT)
-    run.until("the old supervisor leaves", lambda: frozen.poll() is not None, 60)
-    if frozen.returncode == 0:
-        raise Failed("the supervisor that lost the run ended with status 0")
-    committed = run.committed()
-    run.until("the next checkpoint", lambda: run.committed() > committed)
-    return Times(noticed, time.monotonic() - began)
-
-
 def _second_owner(run: Field, draw: random.Random) -> Times:
     """The same command again on another host, and a plain training: both are turned away."""
     at, first, turned_away = run.at, run.supervisor, 0.0
@@ -346,10 +327,9 @@ KINDS = (
     Kind("a host's clock 300 s off, a rank killed", "fixed", 3, _clock_off, 30),
     Kind("a host gone, the others wait for it", "fixed", 2, _host_gone, 120),
     Kind("a link flaps for 2 to 4 s", "fixed", 4, _link_flap),
-    Kind("the supervisor killed, started elsewhere", "fixed", 4, _supervisor_killed),
-    Kind("the supervisor frozen, another takes over", "fixed", 2, _supervisor_frozen),
+    Kind("the supervisor killed, started elsewhere", "fixed", 5, _supervisor_killed),
     Kind("a second owner is turned away", "fixed", 3, _second_owner),
-    Kind("cluster stop, started again", "fixed", 4, _stop_and_start),
+    Kind("cluster stop, started again", "fixed", 5, _stop_and_start),
     Kind("the disk full", "fixed", 3, _disk_full),
     Kind("a host gone, the others go on", "elastic", 4, _host_gone, 120),
     Kind("the supervisor's machine dies, started elsewhere", "elastic", 2, _machine_dies, 120),
