@@ -151,11 +151,6 @@ class Launcher(Protocol):
         ----------
         log
             What they print is written to it, unbuffered; may be handed to a process as its output.
-
-        Raises
-        ------
-        TooFewHosts
-            There is no room for them now; the supervisor waits and tries again.
         """
         ...
 

@@ -18,7 +18,6 @@ from typing import IO, Any
 from cluster.agents import EXPORTED
 from cluster.diagnosis import RankState
 from cluster.launcher import Attempt, Seen
-from cluster.membership import TooFewHosts
 from cluster.processes import TOKEN
 from cluster.ray_rank import RankActor
 from cluster.rundir import Heartbeat
@@ -28,7 +27,7 @@ NAMESPACE = "neurojepa"
 ROOM_S = 1.0  # of a look for room; the group stays in the queue, where the autoscaler sees it
 LOOK_S = 0.3
 GONE_S = 20.0  # a flap of the network is shorter
-END_S = 40.0
+END_S = 30.0
 KILLED = 137  # what a rank dies of when its actor does
 
 
@@ -64,9 +63,8 @@ class RayLauncher:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        if lacks := self.lacks():
-            raise TooFewHosts(lacks)
         need, group = needs(), self._group
+        assert group is not None  # ``lacks`` has made it
         try:
             kind: Any = ray.remote(num_cpus=need["CPU"],
                                    num_gpus=need.get("GPU", 0))(RankActor)
@@ -82,10 +80,10 @@ class RayLauncher:
             command = [sys.executable, "-u", "-m", self.module, *self.arguments]
             ray.get([actor.start.remote(attempt.fence, command, {**environment, "RANK": str(rank)})
                      for rank, actor in enumerate(actors)], timeout=END_S)
-        except (ray.exceptions.RayError, TimeoutError) as error:
+        except ray.exceptions.RayError as error:  # a node was lost meanwhile: it has failed
+            log.write(f"the ranks could not be started: {_first_line(error)}\n".encode())
             self.close()
-            raise TooFewHosts(f"a node was lost while ranks were started: "
-                              f"{_first_line(error)}") from error
+            return RayWorld(attempt, {}, [], self.ranks, log)
         self._group = None  # the world's from now on
         return RayWorld(attempt, dict(enumerate(actors)), places, self.ranks, log)
 
@@ -142,7 +140,7 @@ class RayWorld:
                  size: int, log: IO[bytes]) -> None:
         self.attempt, self.size = attempt, size
         self._actors, self._log = actors, log
-        self._groups = {place["group"] for place in places}
+        self._groups: set[str] = {place["group"] for place in places}
         self._hosts = {rank: place for rank, place in zip(actors, places, strict=False)}
         self._rows: dict[int, dict[str, Any]] = {}
         self._statuses = {rank: KILLED for rank in range(size) if rank not in actors}
@@ -190,7 +188,7 @@ class RayWorld:
         self.leave()
         for actor in self._actors.values():
             ray.kill(actor)
-        for group in self._groups - {None}:
+        for group in self._groups:
             ray.util.remove_placement_group(PlacementGroup(
                 ray.PlacementGroupID.from_hex(group)))
         if left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -11,8 +12,10 @@ import psutil
 import pytest
 
 from cluster import ray_job
+from cluster.launcher import Attempt
+from cluster.outcome import status_of
 from cluster.ray_job import Keeper
-from cluster.ray_launcher import check_paths, connect
+from cluster.ray_launcher import RayWorld, check_paths, connect
 from cluster.ray_rank import RankActor
 from neurojepa.errors import ClusterError, ConfigError
 from tests.helpers.ray_nodes import wait_until
@@ -61,6 +64,14 @@ def test_a_rank_obeys_no_earlier_supervisor(rank: RankActor) -> None:
     assert rank.look(5)["status"] is None
     assert rank.end(6) == []
     assert not psutil.pid_exists(rank.look(6)["pid"])
+
+
+def test_ranks_that_could_not_be_started_are_an_attempt_that_failed() -> None:
+    log = io.BytesIO()
+    world = RayWorld(Attempt("token", 2), {}, [], 3, log)
+    assert status_of(world.look()) == (137, 0)
+    world.end()
+    assert status_of(world.look()) == (137, 0)
 
 
 # ---- the keeper of the supervisor ----------------------------------------------------------------
