@@ -27,7 +27,8 @@ from neurojepa.feed.format import Feed, open_feed
 from neurojepa.feed.labels import as_numbers
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.jepa import SparseJEPA
-from tools.bench import _recipes
+from neurojepa.weights import load
+from tools.bench import _recipes, _session
 from tools.bench._quality_readout import Read, read_out
 from tools.bench._quality_run import Arrays, finish, segmented, stored, trained
 from tools.bench._quality_table import PLAIN
@@ -44,20 +45,32 @@ TIMINGS, TIMED_STEPS = 5, 5
 def main(folder: Path, cost: bool) -> None:
     config = load_config(folder / "recipe.yaml")
     feed = open_feed(config.data.feed)
-    _recipes.apply(json.loads((folder / "run.json").read_text()), feed.grid,
-                   config.model.patch_voxels)
+    changes = json.loads((folder / "run.json").read_text())
+    _recipes.apply(changes, feed.grid, config.model.patch_voxels)
     if cost:
         print(json.dumps(cost_of_step(config)))
         return
-    model = trained(config, folder)
+    model, code_s = trained(config, folder), 0.0
+    if changes.get("unread"):  # the first stage of others
+        finish(folder, {"train_cpu_s": np.array(spent_on(folder))})
+        return
+    if changes.get("code"):
+        began = time.process_time()
+        model = load(changes["teacher"]).model
+        _session.read_through(model, _session.fit(model, config, feed, changes["code"]))
+        code_s = time.process_time() - began
     scores = read(model, config, feed)
     if isinstance(model, SparseJEPA) and model.visible:
         scores |= {ATOMS + name: value for name, value in read(
             model, config, feed, partial(tokens_in, atoms=True)).items()}
     scores |= segmented(model, config, feed, DICE_SCANS)
+    finish(folder, scores | {"train_cpu_s": np.array(spent_on(folder) + code_s)})
+
+
+def spent_on(folder: Path) -> float:
+    """CPU seconds of training."""
     spent = folder / "train_cpu_s"
-    finish(folder, scores | {
-        "train_cpu_s": np.array(float(spent.read_text()) if spent.exists() else 0.0)})
+    return float(spent.read_text()) if spent.exists() else 0.0
 
 
 def cost_of_step(config: RootConfig) -> float:

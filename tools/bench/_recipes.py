@@ -3,6 +3,7 @@
     teacher   targets come from exported weights, which stay as they are (a frozen teacher)
     centred   targets are what tokens differ by from their place and modality, by its deviation
     head      the tissue head and the spread alone, without prediction
+    code      weights stay as they are, and a code of their tokens is learnt (_session.py)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def apply(changes: dict[str, Any], grid: Grid, patch: int) -> None:
     if changes.get("head_alone"):
         SparseJEPA.forward = head_alone  # type: ignore[method-assign, assignment]
     targets = SparseJEPA.targets
-    if changes.get("teacher"):
+    if changes.get("teacher") and not changes.get("code"):
         targets = from_teacher(load(changes["teacher"]).model)  # type: ignore[assignment]
     if changes.get("centred"):
         targets = centred(targets, grid, patch)  # type: ignore[assignment]

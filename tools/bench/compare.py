@@ -51,6 +51,7 @@ RATE = 2e-3
 SINGLE = {"objective.masks": {"scales": [[500, 0.0, 0.001]]}}  # one mask, of single tokens
 MAE = {"objective.method": "mae", "objective.tissue_weight": 1.0}
 TEACHER_SHARE = 0.25  # of the budget
+FIRST_SHARE = 0.75  # of the budget, for the weights that a code of the session is learnt on
 RUN = "tools.bench._compare_run"
 
 
@@ -63,6 +64,7 @@ class Arm:
     changes: dict[str, Any] = field(default_factory=dict)
     teacher: bool = False
     trained: bool = True
+    code: str | None = None  # a second stage of _session.py, after MAE with the head
 
 
 ARMS = {
@@ -74,6 +76,10 @@ ARMS = {
     "frozen teacher": Arm(SINGLE | {"objective.spread": 0.0}, teacher=True),
     "place-centred": Arm(SINGLE, changes={"centred": True}),
     "shared code": Arm(SINGLE | {"objective.sparse.visible": 1.0}, rate=1e-3),
+    # added after the first results
+    "session code": Arm(MAE, trained=False, code="sparse"),
+    "session code, dense": Arm(MAE, trained=False, code="dense"),
+    "code of own tokens": Arm(MAE, trained=False, code="own"),
 }
 
 
@@ -101,6 +107,7 @@ class Job:
     seed: int
     seconds: float
     teacher: Path | None = None
+    first: bool = False  # others need it
 
 
 def run(quick: bool, official: str | None, work: str | None = None, feed: str | None = None,
@@ -129,9 +136,9 @@ def measure(plan: Plan, work: Path, feed: str | None = None) -> None:
     _compare_table.ridges(open_feed(feed), work / "runs")
     jobs = [job for seed in plan.seeds for arm in plan.arms
             for job in jobs_of(plan, work, arm, seed)]
-    teachers = [job for job in jobs if job.folder.name.startswith("teacher")]
+    first = {job.folder: job for job in jobs if job.first}
     runner = Runner(feed, work)
-    for stage in (teachers, [job for job in jobs if job not in teachers]):
+    for stage in (list(first.values()), [job for job in jobs if not job.first]):
         runner.make(stage)
 
 
@@ -150,10 +157,16 @@ def folder_of(arm: str, seed: int) -> str:
 def jobs_of(plan: Plan, work: Path, name: str, seed: int) -> list[Job]:
     """The runs that an arm needs, its teacher first."""
     arm, runs = ARMS[name], work / "runs"
+    if arm.code:
+        first = runs / f"first-stage-{seed}"
+        return [Job(first, Arm(MAE, changes={"unread": True}), seed, FIRST_SHARE * plan.seconds,
+                    first=True),
+                Job(runs / folder_of(name, seed), arm, seed, 0, first / "weights")]
     if not arm.teacher:
         return [Job(runs / folder_of(name, seed), arm, seed, plan.seconds)]
     teacher = runs / f"teacher-{seed}"
-    return [Job(teacher, Arm(MAE), seed, TEACHER_SHARE * plan.seconds),
+    return [Job(teacher, Arm(MAE, changes={"unread": True}), seed,
+                TEACHER_SHARE * plan.seconds, first=True),
             Job(runs / folder_of(name, seed), arm, seed, (1 - TEACHER_SHARE) * plan.seconds,
                 teacher / "weights")]
 
@@ -174,7 +187,8 @@ class Runner:
     def _make(self, job: Job) -> str:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "run.json").write_text(json.dumps(
-            job.arm.changes | ({"teacher": str(job.teacher)} if job.teacher else {})))
+            job.arm.changes | ({"teacher": str(job.teacher)} if job.teacher else {})
+            | ({"code": job.arm.code} if job.arm.code else {})))
         if not job.arm.trained:
             (job.folder / "untrained").touch()
         steps = self._steps(job) if job.arm.trained else 1
