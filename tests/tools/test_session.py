@@ -84,6 +84,7 @@ def test_atoms_that_few_tokens_use_are_left_out(monkeypatch):
     some = learnt(z_QD, z_QD, True, seed=0)
     assert 0 < (use_A >= 0.4).sum() < len(use_A)
     torch.testing.assert_close(some(z_QD), h[:, use_A >= 0.4])
+    assert some.active == pytest.approx(float((some(z_QD) > 0).float().mean()), abs=1e-5)
     assert some.told(some(z_QD)).shape == z_QD.shape
 
 

@@ -50,16 +50,18 @@ def main(folder: Path, cost: bool) -> None:
     if cost:
         print(json.dumps(cost_of_step(config)))
         return
-    model, code_s = trained(config, folder), 0.0
+    model, code_s, active = trained(config, folder), 0.0, {}
     if changes.get("unread"):  # the first stage of others
         finish(folder, {"train_cpu_s": np.array(spent_on(folder))})
         return
     if changes.get("code"):
         began = time.process_time()
         model = load(changes["teacher"]).model
-        _session.read_through(model, _session.fit(model, config, feed, changes["code"]))
+        code = _session.fit(model, config, feed, changes["code"])
         code_s = time.process_time() - began
-    scores = read(model, config, feed)
+        _session.read_through(model, code)
+        active = {"active": np.array(code.active)} if code.sparse else {}
+    scores = read(model, config, feed) | active
     if isinstance(model, SparseJEPA) and model.visible:
         scores |= {ATOMS + name: value for name, value in read(
             model, config, feed, partial(tokens_in, atoms=True)).items()}

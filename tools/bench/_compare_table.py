@@ -48,7 +48,7 @@ COLUMNS = PRIMARY | {
     "texture R2": ("texture", r_squared), "Dice, place told": ("placed", _mean_of_second)}
 FIGURES = {"place": "place", "place, modality": "place and modality", "scan": "scan",
            "rank of people": "participation", "rank of tokens": "participation of tokens",
-           "r with head size": "size (test)"}
+           "r with head size": "size (test)", "active atoms": "active"}
 
 
 def tables(runs: dict[str, list[Path]], folder: Path) -> dict[str, Any]:

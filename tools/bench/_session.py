@@ -45,7 +45,7 @@ class Code(nn.Module):
 
     def __init__(self, dim: int, sparse: bool) -> None:
         super().__init__()
-        self.sparse = sparse
+        self.sparse, self.active = sparse, 1.0  # share of the atoms that are active in a token
         self.encode = nn.Sequential(nn.Linear(dim, HIDDEN), nn.GELU(),
                                     nn.Linear(HIDDEN, ATOMS if sparse else dim))
         self.decoder = Decoder(ATOMS, dim)
@@ -90,7 +90,9 @@ def learnt(z_QD: Tensor, target_QD: Tensor, sparse: bool, seed: int) -> Code:
 def without_rare(code: Code, z_QD: Tensor) -> Code:
     """The code without atoms that few tokens use: people's means of them are noise with long tails,
     which a probe of few people takes for signal."""
-    used_A = (code(z_QD) > 0).float().mean(0) >= LEAST_USE
+    use_A = (code(z_QD) > 0).float().mean(0)
+    used_A = use_A >= LEAST_USE
+    code.active = float(use_A[used_A].mean())
     last = code.encode[-1]
     for layer, name in ((last, "weight"), (last, "bias"), (code.decoder, "weight")):
         setattr(layer, name, nn.Parameter(getattr(layer, name)[used_A], requires_grad=False))
