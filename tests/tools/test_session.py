@@ -8,7 +8,7 @@ import torch
 
 from neurojepa.downstream.pooling import Tokens
 from tools.bench import _session, compare
-from tools.bench._session import learnt, means_of_sessions, read_through
+from tools.bench._session import learnt, means_of_sessions, read_through, without_rare
 
 
 def tokens(num_scans: int = 4, num_tokens: int = 6) -> Tokens:
@@ -31,10 +31,12 @@ def test_a_token_is_paired_with_the_mean_at_its_patch_in_its_session(session_B):
             there = [given.z_BND[c, m] for c in range(4) for m in range(6)
                      if session_B[c] == session_B[b] and given.patch_BN[c, m] == patch]
             if len(there) > 1 and given.share_BN[b, n] >= _session.LEAST_SHARE:
-                expected.append((given.z_BND[b, n], torch.stack(there).mean(0)))
+                expected.append((given.z_BND[b, n], torch.stack(there).mean(0),
+                                 given.share_BN[b, n]))
     assert 0 < len(found) == len(expected)
-    for (z, mean), (z_expected, mean_expected) in zip(found, expected, strict=True):
-        assert torch.equal(z, z_expected)
+    for (z, mean, share), (z_expected, mean_expected, share_expected) in zip(
+            found, expected, strict=True):
+        assert torch.equal(z, z_expected) and share == share_expected
         torch.testing.assert_close(mean, mean_expected)
 
 
@@ -73,17 +75,16 @@ def test_a_higher_penalty_leaves_fewer_atoms(monkeypatch):
     assert active[1] < active[0] / 2
 
 
-def test_atoms_that_few_tokens_use_are_left_out(monkeypatch):
-    monkeypatch.setattr(_session, "STEPS", 2)
+@pytest.mark.parametrize("least", [0.2, 0.4])
+def test_atoms_that_few_tokens_use_are_left_out(monkeypatch, least):
+    monkeypatch.setattr(_session, "LEAST_USE", least)
     z_QD = two_contrasts(1000)[0]
-    monkeypatch.setattr(_session, "LEAST_USE", 0.0)
-    whole = learnt(z_QD, z_QD, True, seed=0)
-    h = whole(z_QD)
-    use_A = (h > 0).float().mean(0)
-    monkeypatch.setattr(_session, "LEAST_USE", 0.4)
-    some = learnt(z_QD, z_QD, True, seed=0)
-    assert 0 < (use_A >= 0.4).sum() < len(use_A)
-    torch.testing.assert_close(some(z_QD), h[:, use_A >= 0.4])
+    code = _session.Code(5, sparse=True).requires_grad_(False)
+    h = code(z_QD)
+    kept_A = (h > 0).float().mean(0) >= least
+    some = without_rare(code, z_QD)
+    assert 0 < kept_A.sum() < len(kept_A)
+    torch.testing.assert_close(some(z_QD), h[:, kept_A])
     assert some.active == pytest.approx(float((some(z_QD) > 0).float().mean()), abs=1e-5)
     assert some.told(some(z_QD)).shape == z_QD.shape
 

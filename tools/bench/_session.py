@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from neurojepa.config import RootConfig
 from neurojepa.downstream.embed import select_rows, tokens_in, views_of
+from neurojepa.downstream.pooling import LEAST_SHARE as POOLED
 from neurojepa.downstream.pooling import Tokens
 from neurojepa.feed.format import Feed
 from neurojepa.model.averaged import Averaged
@@ -63,8 +64,9 @@ class Code(nn.Module):
 
 def fit(model: Averaged, config: RootConfig, feed: Feed, kind: str) -> Code:
     """A code of the model's tokens, learnt from sessions of split train with several scans."""
-    z_QD, mean_QD = session_tokens(model, config, feed)
-    return learnt(z_QD, z_QD if kind == "own" else mean_QD, kind != "dense", config.train.seed)
+    z_QD, mean_QD, share_Q = session_tokens(model, config, feed)
+    code = learnt(z_QD, z_QD if kind == "own" else mean_QD, kind != "dense", config.train.seed)
+    return without_rare(code, z_QD[share_Q >= POOLED]) if code.sparse else code
 
 
 def learnt(z_QD: Tensor, target_QD: Tensor, sparse: bool, seed: int) -> Code:
@@ -83,13 +85,14 @@ def learnt(z_QD: Tensor, target_QD: Tensor, sparse: bool, seed: int) -> Code:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    code.requires_grad_(False)
-    return without_rare(code, z_QD) if sparse else code
+    return code.requires_grad_(False)
 
 
 def without_rare(code: Code, z_QD: Tensor) -> Code:
-    """The code without atoms that few tokens use: people's means of them are noise with long tails,
-    which a probe of few people takes for signal."""
+    """The code without atoms that few of the tokens use, which are those that embeddings pool.
+
+    People's means of such atoms are noise with long tails, which a probe takes for signal.
+    """
     use_A = (code(z_QD) > 0).float().mean(0)
     used_A = use_A >= LEAST_USE
     code.active = float(use_A[used_A].mean())
@@ -99,7 +102,8 @@ def without_rare(code: Code, z_QD: Tensor) -> Code:
     return code
 
 
-def session_tokens(model: Averaged, config: RootConfig, feed: Feed) -> tuple[Tensor, Tensor]:
+def session_tokens(model: Averaged, config: RootConfig, feed: Feed
+                   ) -> tuple[Tensor, Tensor, Tensor]:
     """``means_of_sessions`` of the first ``PEOPLE`` of split train by name."""
     rows = select_rows(feed, None, None, "train")
     person, session = (np.array(feed.index[name].to_pylist()) for name in ("participant",
@@ -113,16 +117,17 @@ def session_tokens(model: Averaged, config: RootConfig, feed: Feed) -> tuple[Ten
     return means_of_sessions(whole, np.unique(of_session, return_inverse=True)[1])
 
 
-def means_of_sessions(tokens: Tokens, session_B: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Tokens of brain [Q, D], and the means [Q, D] over all scans of their session at their patch,
-    of the patches that two scans or more have."""
+def means_of_sessions(tokens: Tokens, session_B: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of brain [Q, D], the means [Q, D] over all scans of their session at their patch, and
+    their share of brain [Q]; of the patches that two scans or more have."""
     patches = int(tokens.patch_BN.max()) + 1
     cell_Q = (torch.from_numpy(session_B)[:, None] * patches + tokens.patch_BN).flatten()
     z_QD = tokens.z_BND.flatten(0, 1)
     sum_CD = z_QD.new_zeros(int(cell_Q.max()) + 1, z_QD.shape[1]).index_add_(0, cell_Q, z_QD)
     count_C = torch.bincount(cell_Q, minlength=len(sum_CD))
     used_Q = (count_C[cell_Q] > 1) & (tokens.share_BN.flatten() >= LEAST_SHARE)
-    return z_QD[used_Q], (sum_CD / count_C.clamp(min=1)[:, None])[cell_Q[used_Q]]
+    mean_QD = (sum_CD / count_C.clamp(min=1)[:, None])[cell_Q[used_Q]]
+    return z_QD[used_Q], mean_QD, tokens.share_BN.flatten()[used_Q]
 
 
 def read_through(model: Averaged, code: Code) -> None:
