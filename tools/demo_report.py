@@ -146,18 +146,36 @@ def _training(out: Path, summary: dict[str, Any]) -> str:
 
 
 def _probe(probe: dict[str, Any]) -> str:
-    rows = [[target, metric, model, f"{s['value']:.3f} [{s['low']:.3f}, {s['high']:.3f}]",
-             s["num_people"], scores["num_train_people"]]
-            for model, targets in probe["results"].items() for target, scores in targets.items()
-            for metric, s in scores.items() if metric != "num_train_people"]
-    rows.sort(key=lambda row: (row[0], row[1]))
+    """What these few people can tell of each target: figures only where intervals do not meet."""
+    rows = [[target, metric, scores["num_people"], _verdict(of_models)]
+            for (target, metric), of_models in sorted(_by_metric(probe["results"]).items())
+            for scores in [next(iter(of_models.values()))]]
     return section(
         "Linear probes on frozen embeddings of T1w scans",
-        table(["target", "metric", "model", "value [95 % interval]", "test people", "train people"],
-              rows),
+        table(["target", "metric", "people tested", "what they tell"], rows),
         paragraph("People tested come from anatomies that were not trained on; intervals resample "
-                  "people. A cohort and a training this small show that the way works, not that "
-                  "one model is better."))
+                  "people. The demo shows that the way works. Which training says most of people "
+                  "takes hundreds of them: see docs/results/compare.md. All figures stand in "
+                  "probe/results.json."))
+
+
+def _by_metric(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, targets in results.items():
+        for target, scores in targets.items():
+            for metric, score in scores.items():
+                if metric != "num_train_people":
+                    found.setdefault((target, metric), {})[model] = score
+    return found
+
+
+def _verdict(of_models: dict[str, Any]) -> str:
+    """Every model's value and interval if two intervals do not meet, else that they do."""
+    if (max(score["low"] for score in of_models.values())
+            <= min(score["high"] for score in of_models.values())):
+        return "no difference between " + " and ".join(of_models)
+    return "; ".join(f"{name} {score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+                     for name, score in of_models.items())
 
 
 # ---- pictures ------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ Frozen before the first result:
   interval   95 %, 1000 draws of source person, then person in it, and seed; paired differences to
              MAE with the tissue head
 
+Added after the first results, and so exploratory: codes of a session (_session.py), on the weights
+of MAE with the head at three quarters of the budget.  Settings by the people of val, seed 0.
+
 Departures, such as the rate of a shared code, are told in docs/results/compare.md.
 
 What is on trial and not in the package stands in _recipes.py.  Beside them: ridge on volumes that
