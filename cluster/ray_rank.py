@@ -8,6 +8,7 @@ no order with a lower fencing token than it has heard, and goes on for a while w
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -102,6 +103,7 @@ class RankActor:
             left = self._ranks.end()
         self._read_out()
         self._over.set()
+        shutil.rmtree(Path(self._ranks.messages.path).parent, ignore_errors=True)
         return left
 
     def _refused(self, fence: int) -> str:

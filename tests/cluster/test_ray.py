@@ -64,6 +64,7 @@ def test_a_rank_obeys_no_earlier_supervisor(rank: RankActor) -> None:
     assert rank.look(5)["status"] is None
     assert rank.end(6) == []
     assert not psutil.pid_exists(rank.look(6)["pid"])
+    assert rank.end(7) == []  # nothing is left to end
 
 
 def test_ranks_that_could_not_be_started_are_an_attempt_that_failed() -> None:
