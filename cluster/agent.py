@@ -65,6 +65,8 @@ def main() -> int:
     order = json.loads(line)
     places = Places.of(order["token"], order["host"])
     if order["do"] == "start":
+        for token in order.get("before", []):
+            _end_earlier(token, order["host"], order["fence"])
         _fork_agent(order, places)
         line = json.dumps({"do": "attach", "fence": order["fence"]}).encode() + b"\n"
     try:
@@ -104,6 +106,19 @@ def _fork_agent(order: dict[str, Any], places: Places) -> None:
         raise
     finally:
         os._exit(status)  # not back into the relay's code
+
+
+def _end_earlier(token: str, host: str, fence: int) -> None:
+    """End what an earlier attempt has left here while the host could not be reached."""
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.settimeout(END_S + 5)
+        try:
+            agent.connect(str(Places.of(token, host).control))
+            agent.sendall(json.dumps({"do": "end", "fence": fence}).encode() + b"\n")
+            while agent.recv(CHUNK):
+                pass
+        except (FileNotFoundError, ConnectionRefusedError):
+            send(members(token), signal.SIGKILL)
 
 
 def _answer_for_none(order: dict[str, Any], places: Places) -> None:

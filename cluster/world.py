@@ -23,10 +23,12 @@ class AgentWorld:
     ----------
     orders
         By host, what its agent is to start; None to attach to agents that are there.
+    unended
+        Takes the token when a host cannot be reached to end what runs there.
     """
 
     def __init__(self, attempt: Attempt, size: int, orders: dict[str, dict[str, Any]] | None,
-                 log: IO[bytes]) -> None:
+                 log: IO[bytes], unended: list[str] | None = None) -> None:
         self.attempt, self.size = attempt, size
         common = {"token": attempt.token, "fence": attempt.fence}
         self._links = [
@@ -34,6 +36,7 @@ class AgentWorld:
                  else {"do": "attach", **common, "host": host}, log)
             for host in (orders or attempt.hosts or [""])]
         self._statuses: dict[int, int] = {}
+        self._unended = unended if unended is not None else []
 
     def look(self) -> Seen:
         known = [pair for link in self._links for pair in list(link.ranks.values())]
@@ -71,6 +74,7 @@ class AgentWorld:
         left = [pid for link in self._links for pid in link.left or []]
         self.leave()
         if silent:
+            self._unended.append(self.attempt.token)
             print(f"cannot reach by ssh: {', '.join(silent)}", flush=True)
         if left:
             raise ClusterError(f"processes {left} of the attempt do not end on SIGKILL; check the "

@@ -143,6 +143,19 @@ def test_the_next_owner_reaches_the_agent_and_the_last_one_no_more(
     later.end()
 
 
+def test_what_is_left_of_an_attempt_is_ended_when_its_host_is_back(
+        start, log: IO[bytes]) -> None:
+    world = start("stay")
+    seen_by(world, lambda seen: len(seen.beats) == 2)
+    world.leave()  # its host is away
+    attempt = Attempt(uuid.uuid4().hex, 2, 2)
+    order = {"": orders(attempt, "stay")[""] | {"before": [world.attempt.token, "unknown"]}}
+    later = AgentWorld(attempt, 2, order, log)
+    seen_by(later, lambda seen: len(seen.beats) == 2)
+    assert members(world.attempt.token) == [] and len(members(attempt.token)) == 2
+    later.end()
+
+
 def test_what_was_printed_while_nobody_listened_is_told_to_the_next(
         start, log: IO[bytes], tmp_path: Path) -> None:
     world = start("asked")
