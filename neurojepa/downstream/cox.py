@@ -184,9 +184,9 @@ def periods(time: np.ndarray, event: np.ndarray,
 
 def _hazards(taught: np.ndarray, fell: np.ndarray, tested: np.ndarray,
              penalties: np.ndarray) -> np.ndarray:
-    """[penalties, m]; none where nobody of those who teach had the event."""
-    if not fell.any():
-        return np.zeros((len(penalties), len(tested)))
+    """[penalties, m]; none or all where nobody or everybody of those who teach had the event."""
+    if fell.all() or not fell.any():
+        return np.full((len(penalties), len(tested)), float(fell.any()))
     return logistic(taught, fell.astype(float), tested, penalties, 2)[..., 1]
 
 

@@ -33,20 +33,28 @@ class Curve:
 
 def kaplan_meier(time: np.ndarray, event: np.ndarray) -> Curve:
     """Kaplan & Meier 1958."""
-    times = np.unique(time[event])
-    at_risk = (time[:, None] >= times).sum(0)
-    died = (event[:, None] & (time[:, None] == times)).sum(0)
+    times, died = np.unique(time[event], return_counts=True)
+    return _curve(times, died, len(time) - np.searchsorted(np.sort(time), times))
+
+
+def uncensored(time: np.ndarray, event: np.ndarray) -> Curve:
+    """The share not censored, which weights are the inverse of.
+
+    Of one time, events come before censorings: who had the event was no more at risk of those.
+    """
+    times, left = np.unique(time[~event], return_counts=True)
+    gone = (np.searchsorted(np.sort(time[event]), times, side="right")
+            + np.searchsorted(np.sort(time[~event]), times))
+    return _curve(times, left, len(time) - gone)
+
+
+def _curve(times: np.ndarray, died: np.ndarray, at_risk: np.ndarray) -> Curve:
     share = np.cumprod(1 - died / at_risk)
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = np.cumsum(died / (at_risk * (at_risk - died)))
         half = 1.96 * np.sqrt(variance) / np.abs(np.log(share))
         low, high = share ** np.exp(half), share ** np.exp(-half)
     return Curve(times, share, np.nan_to_num(low), np.nan_to_num(high))
-
-
-def uncensored(time: np.ndarray, event: np.ndarray) -> Curve:
-    """The share not censored, which weights are the inverse of."""
-    return kaplan_meier(time, ~event)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def _calibration(time: np.ndarray, event: np.ndarray, share: np.ndarray, horizon
     plot, axis = new_plot()
     axis.plot([0, 1], [0, 1], color=GREY, zorder=0)
     for part in np.array_split(np.argsort(share, kind="stable"), BINS):
-        if not event[part].any():
+        if not len(part):
             continue
         curve = kaplan_meier(time[part], event[part])
         seen, place = curve.at(np.array([horizon]))[0], np.searchsorted(

@@ -140,6 +140,28 @@ def test_kaplan_meier_is_that_of_statsmodels() -> None:
     assert np.allclose(curve.at(expected.surv_times), expected.surv_prob)
 
 
+def test_of_one_time_events_come_before_censorings() -> None:
+    """In whole years many are tied: by no event and no censoring is what is seen of both."""
+    assert uncensored(np.array([1.0, 1]), np.array([True, False])).share.tolist() == [0]
+    rng = np.random.default_rng(0)
+    wait, end = (np.ceil(rng.exponential(6, 3000)) for _ in range(2))
+    time, event = np.minimum(wait, end), wait <= end
+    for horizon in (2.0, 5.0, 8.0):
+        both = [curve(time, event).at(np.array([horizon]))[0]
+                for curve in (kaplan_meier, uncensored)]
+        assert both[0] * both[1] == pytest.approx((time > horizon).mean())
+        parts = brier_parts(time, event, np.full((3000, 1), both[0]), horizon)
+        assert parts.mean() == pytest.approx(both[0] * (1 - both[0]))
+
+
+def test_an_interval_that_nobody_outlived_is_told() -> None:
+    values = np.random.default_rng(0).normal(size=(6, 2))
+    time, event = np.r_[np.full(5, 5.0), 4], np.array([1, 1, 1, 1, 1, 0], bool)
+    family = np.arange(6).astype(str)
+    found = discrete(values, values[:2], time, event, family, np.array([5.0]))
+    assert found[:, 1].tolist() == [0, 0]
+
+
 def test_concordance_by_hand() -> None:
     """Of pairs (1,2) (1,3) (2,3) where 1 and 2 had events; the censored one outlives its tie."""
     time, event = np.array([1.0, 2.0, 2.0]), np.array([True, True, False])
