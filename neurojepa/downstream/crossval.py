@@ -71,8 +71,18 @@ def plan_sites(site: np.ndarray, family: np.ndarray) -> Plan:
 
 def whole_families(kind: Kind, truth: np.ndarray, family: np.ndarray, folds: int, seed: int
            ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of who teaches and who is tested, members of a family on one side.
+
+    Raises
+    ------
+    DataError
+        All are of one family.
+    """
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
+    if len(set(family.tolist())) < 2:
+        raise DataError(f"{len(truth)} who teach in one fold are all of one family or person, so "
+                        "no penalty can be chosen among them; bring more people")
     number = np.unique(truth, return_counts=True)[1].min()  # of the rarest class
     kind_of_folds = GroupKFold if kind == "regression" or number < folds else StratifiedGroupKFold
     yield from kind_of_folds(folds, shuffle=True, random_state=seed).split(
@@ -163,8 +173,8 @@ Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int], np.ndarray
 def _best_penalty(target: Target, fit: Fit, taught: np.ndarray, truth: np.ndarray,
                   family: np.ndarray) -> float:
     """The penalty of least loss over inner folds; the grid grows while it lies at an edge."""
-    folds = min(INNER, len(set(family.tolist())), *(
-        max(2, len(set(family[truth == k].tolist()))) for k in range(len(target.classes))))
+    folds = max(2, min(INNER, len(set(family.tolist())), *(
+        len(set(family[truth == k].tolist())) for k in range(len(target.classes)))))
     splits = list(whole_families(target.kind, truth, family, folds, seed=0))
 
     def losses(penalties: np.ndarray) -> np.ndarray:

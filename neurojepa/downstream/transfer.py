@@ -87,7 +87,9 @@ def paired(source: People, target: People) -> tuple[People, np.ndarray, list[str
         (len(source.ids) - len(there), "source"), (len(target.ids) - len(there), "target"))
         if count]
     own, other = (np.array(part) for part in zip(*there, strict=True))
-    return source.take(own), target.values[other].astype(float), notes
+    people = source.take(own)
+    seen = None if people.seen is None or target.seen is None else people.seen | target.seen[other]
+    return replace(people, seen=seen), target.values[other].astype(float), notes
 
 
 def transfer(people: People, target: np.ndarray, *, adjust: tuple[str, ...] = (), folds: int = 5,
@@ -164,12 +166,13 @@ class Runner:
         for r in range(found.shape[1]):
             for fold in np.unique(self.fold[self.fold[:, r] >= 0, r]):
                 here = np.flatnonzero((self.fold[:, r] == fold) & known(predicted))
-                if len(here) < 2:
-                    continue
                 like = _correlation(predicted[here, None, r], truth[None, here, r])
                 mine = np.diag(like)[:, None]
-                better = (mine > like) + 0.5 * (mine == like) - 0.5 * np.eye(len(here))
-                found[here, r] = better.sum(1) / (len(here) - 1)
+                person = self.people.participant[here]
+                others = person[:, None] != person  # not other visits of the same person
+                better = ((mine > like) + 0.5 * (mine == like)) * others
+                with np.errstate(invalid="ignore"):
+                    found[here, r] = better.sum(1) / others.sum(1)
         seen = np.isfinite(found)
         return np.where(seen.any(1), np.where(seen, found, 0).sum(1) / np.maximum(seen.sum(1), 1),
                         np.nan)
@@ -221,7 +224,7 @@ def ridge(taught: np.ndarray, tested: np.ndarray, truth: np.ndarray,
     """[m, T] of ``tested`` [m, D]; one penalty for all features of truth [n, T], chosen by folds of
     families."""
     taught, tested = in_span(taught, tested)
-    folds = min(INNER, len(set(family.tolist())))
+    folds = max(2, min(INNER, len(set(family.tolist()))))
     splits = list(whole_families("regression", truth[:, 0], family, folds, seed=0))
 
     def losses(penalties: np.ndarray) -> np.ndarray:

@@ -90,6 +90,29 @@ def test_scores_by_hand() -> None:
     assert mean == {"r2": 0, "correlation": 0, "own_is_nearer": 0.5}
 
 
+def test_another_visit_of_the_own_person_is_nobody_else() -> None:
+    source, target = linked(1.0, number=12)
+    visits = replace(source, participant=np.repeat(source.participant[:6], 2))
+    run = module.Runner(visits, target, module.Plan([[(np.arange(6), np.arange(6, 12)),
+                                                       (np.arange(6, 12), np.arange(6))]]))
+    truth = np.repeat(np.random.default_rng(0).normal(size=(6, 1, 15)), 2, 0)  # of both alike
+    assert run.scorers(truth, truth)["own_is_nearer"](np.arange(12)) == 1
+
+
+def test_a_target_that_was_seen_in_pretraining_counts() -> None:
+    source, target = linked(1.0, number=30)
+    other = replace(people(target, np.zeros(30)), seen=np.arange(30) == 4)
+    assert paired(source, other)[0].seen.tolist() == (np.arange(30) == 4).tolist()
+    assert paired(source, replace(other, seen=None))[0].seen is None
+
+
+def test_one_family_who_teaches_is_told() -> None:
+    source, target = linked(1.0, number=20)
+    two = replace(source, family=np.repeat(["a", "b"], 10))
+    with pytest.raises(NeurojepaError, match="10 who teach in one fold are all of one family"):
+        transfer(two, target, folds=2, repeats=1)
+
+
 def test_visits_with_both_modalities_make_pairs() -> None:
     source, target = linked(1.0, number=30)
     other = people(target, np.zeros(30)).take(np.r_[29, 5:28])
