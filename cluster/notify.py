@@ -11,6 +11,7 @@ log or message.  The command gets its message on standard input and is started w
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import queue
@@ -67,7 +68,8 @@ def webhook(file: str) -> Target:
     try:
         url = Path(file).read_text().strip()
         parts = urllib.parse.urlsplit(url)
-        is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) \
+            and parts.port != 0 and url.isascii()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--notify-url-file {file}: cannot be read ({error}); write the "
                           "webhook's URL into it") from error
@@ -86,7 +88,8 @@ def webhook(file: str) -> Target:
                 return ""
         except urllib.error.HTTPError as error:
             return f"the webhook answers {error.code}"
-        except OSError as error:  # of the reason alone: other texts may have the URL in them
+        # what is no HTTP is no OSError; of the reason alone: other texts may have the URL in them
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             return f"the webhook cannot be reached ({type(reason).__name__})"
 

@@ -149,6 +149,17 @@ def test_one_that_is_dead_is_named_without_its_url(run: RunDir, tmp_path: Path,
                     "(ConnectionRefusedError)\n")
 
 
+def test_one_that_answers_no_http_is_asked_again(run: RunDir, hook: Hook, url_file: str,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    speaks = _Handler.do_POST
+    answers = iter([lambda self: self.wfile.write(b"no HTTP\r\n\r\n"), speaks])
+    monkeypatch.setattr(_Handler, "do_POST", lambda self: next(answers)(self))
+    with notifying(run, [notify.webhook(url_file)]):
+        event(run, "hang", 9)
+        wait(lambda: hook.got)
+    assert len(hook.got) == 1
+
+
 def test_a_slow_webhook_holds_up_neither_the_run_nor_the_command(
         run: RunDir, hook: Hook, url_file: str, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +258,8 @@ def test_a_run_that_commits_nothing_is_told_of_once_in_two_hours() -> None:
 # ---- what is refused -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text", ["", "ftp://host/x", "file:///etc/passwd", "not a url", "http://",
-                                  "http://host/a b", "http://[::1", "http://a\nhttp://b"])
+                                  "http://host/a b", "http://[::1", "http://a\nhttp://b", "http://host:x/y",
+                                  "http://host/\u00e4"])
 def test_what_is_no_url_is_refused_without_showing_it(tmp_path: Path, text: str) -> None:
     (tmp_path / "url").write_text(text)
     with pytest.raises(ConfigError, match="holds no http:// or https:// URL") as error:
