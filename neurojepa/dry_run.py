@@ -141,12 +141,18 @@ def largest_micro_batch(config: RootConfig, feed: Feed, every: Recompute, room: 
     """The most scans of a micro-batch whose step needs no more than ``room`` bytes, and what it
     needs; 0 scans where none fits.
 
-    What a step needs is a constant and a part for each scan.
+    A step needs the most of several sums of a constant and a part for each scan, at one moment or
+    another.  So a line through two counts never ends below the answer, and from above it is found.
     """
-    two, four = (activation_bytes(config, feed, every, scans) for scans in (2, 4))
-    each = (four - two) / 2
-    scans = max(0, math.floor((room - two) / each) + 2)
-    return scans, two + (scans - 2) * each
+    def needed(scans: int) -> float:
+        return activation_bytes(config, feed, every, scans)
+
+    two, four = needed(2), needed(4)
+    scans = max(0, math.floor((room - two) / (four - two) * 2) + 2)
+    while scans and (most := needed(scans)) > room:
+        each = most - (needed(scans - 1) if scans > 1 else 0.0)
+        scans = max(0, scans - math.ceil((most - room) / each))
+    return scans, needed(scans) if scans else 0.0
 
 
 def resting_bytes(config: RootConfig, grid: Grid, ranks: int) -> dict[str, float]:

@@ -44,7 +44,8 @@ def test_a_recipe_must_be_a_mapping(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "shown"), [
-    (["--help"], "embed,probe,atoms,weights"), (["probe", "--help"], "--labels"),
+    (["--help"], "embed,probe,reliability,survive,change,transfer,atoms,weights"),
+    (["probe", "--help"], "--labels"),
     (["weights", "export", "--help"], "--step")])
 def test_one_command_leads_to_all_tasks(run_cli, words: list[str], shown: str) -> None:
     done = run_cli("-m", "neurojepa", *words)

@@ -62,7 +62,8 @@ def commit(run: Path, step: int, content: bytes = b"\2\0\0\0\0\0\0\0{}") -> None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "buffers-a.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
     (folder / "manifest.json").write_text(json.dumps({
-        "format": FORMAT_VERSION, "step": step, "adam_step": step, "fragments": [],
+        "format": FORMAT_VERSION, "step": step, "adam_step": step, "attempt": "a",
+        "parameters": {},
         "files": {"buffers-a.safetensors": {"size": 10, "sha256": sha256(content)}}}))
     (run / "latest").write_text(f"step-{step}")
 

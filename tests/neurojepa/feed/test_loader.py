@@ -51,7 +51,7 @@ def test_fetching_ahead_loses_nothing(tmp_path: Path, fetches: int) -> None:
     expected = read_batches(feed_config(feed))
     loader = loader_of(feed)
     for first_step in (0, 5, 2):  # as when a run goes back, with a batch on the device
-        loader.seek(first_step)
+        loader.seek(first_step, ())
         ahead, rest = Ahead(loader, CPU), expected[first_step * loader.micro_steps:]
         taken = []
         for _ in rest[:-1] if first_step else rest:
