@@ -170,10 +170,10 @@ def _by_metric(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]
 
 
 def _verdict(of_models: dict[str, Any]) -> str:
-    """Every model's value and interval if two intervals do not meet, else that they do."""
+    """Every model's value and interval if two intervals do not meet, else that none is shown."""
     if (max(score["low"] for score in of_models.values())
             <= min(score["high"] for score in of_models.values())):
-        return "no difference between " + " and ".join(of_models)
+        return "no difference shown between " + " and ".join(of_models)
     return "; ".join(f"{name} {score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
                      for name, score in of_models.items())
 
