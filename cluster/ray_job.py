@@ -32,6 +32,7 @@ KEPT_LINES = 10_000
 MAX_DEATHS, DEATHS_S = 5, 600.0  # of the supervisor; see outcome.Budget
 ENDED_S = 60.0  # so long a keeper waits for a job that asks how it ended
 LOOK_S, ANSWER_S = 0.5, 5.0
+CANNOT_START = 126  # as a shell ends then
 AWAY_S = 180.0  # Ray brings a keeper back on another node within a minute
 
 
@@ -67,7 +68,11 @@ class Keeper:
     def _work(self) -> None:
         budget = Budget(MAX_DEATHS, DEATHS_S)
         while self._status is None:
-            code = self._run()
+            try:
+                code = self._run()
+            except OSError as error:
+                self._say(f"the supervisor cannot be started: {error}")
+                code = CANNOT_START
             if code < 0 and not self._asked:
                 budget.failed(progressed=False)
                 self._say(f"the supervisor was ended by signal {-code}; starting it again")
@@ -100,8 +105,14 @@ def _end_this_actor() -> None:
     ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
-def watch(keeper: Any) -> int:
-    """Print what the supervisor prints and return its status; SIGTERM and SIGINT are handed on.
+def hear(asked: list[int]) -> None:
+    """From now on put SIGTERM and SIGINT, as they come, where ``watch`` hands them on."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _signum, _frame: asked.append(signal.SIGTERM))
+
+
+def watch(keeper: Any, asked: list[int]) -> int:
+    """Print what the supervisor prints and return its status; signals in ``asked`` are handed on.
 
     Raises
     ------
@@ -110,9 +121,6 @@ def watch(keeper: Any) -> int:
     """
     import ray
 
-    asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _signum, _frame: asked.append(signal.SIGTERM))
     of, seen, heard_at = "", 0, time.monotonic()
     while True:
         while asked:
@@ -194,9 +202,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     run_dir, settings = run_of_arguments(arguments)
     check_paths(settings)
+    asked: list[int] = []
+    hear(asked)  # a job that is stopped while it starts stops the run all the same
     connect()
-    keeper = find_or_start(run_dir.uri, arguments)
-    status = watch(keeper)
+    hear(asked)  # Ray has taken SIGTERM for itself
+    try:
+        keeper = find_or_start(run_dir.uri, arguments)
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+        raise ClusterError(f"{run_dir.uri}: its supervisor on the cluster does not answer "
+                           f"({type(error).__name__}); submit the same job again") from error
+    status = watch(keeper, asked)
     ray.kill(keeper, no_restart=True)
     return status
 

@@ -72,7 +72,8 @@ class RayLauncher:
                 name=f"{attempt.token}-{rank}", lifetime="detached", max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank)).remote()
                 for rank in range(self.ranks)]
-            places = ray.get([actor.where.remote() for actor in actors], timeout=END_S)
+            places = dict(enumerate(ray.get([actor.where.remote() for actor in actors],
+                                            timeout=END_S)))
             environment = exported() | {
                 TOKEN: attempt.token, "WORLD_SIZE": str(self.ranks), "LOCAL_RANK": "0",
                 "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": places[0]["address"],
@@ -83,7 +84,7 @@ class RayLauncher:
         except ray.exceptions.RayError as error:  # a node was lost meanwhile: it has failed
             log.write(f"the ranks could not be started: {_first_line(error)}\n".encode())
             self.close()
-            return RayWorld(attempt, {}, [], self.ranks, log)
+            return RayWorld(attempt, {}, {}, self.ranks, log)
         self._group = None  # the world's from now on
         return RayWorld(attempt, dict(enumerate(actors)), places, self.ranks, log)
 
@@ -118,10 +119,10 @@ class RayLauncher:
         import ray
 
         actors = _actors(attempt)
-        places = []
-        for actor in actors.values():
-            with suppress(ray.exceptions.RayError):
-                places.append(ray.get(actor.where.remote(), timeout=ROOM_S))
+        places = {}
+        for rank, actor in actors.items():
+            with suppress(ray.exceptions.RayError):  # it is lost, or will be looked at again
+                places[rank] = ray.get(actor.where.remote(), timeout=ROOM_S)
         return RayWorld(attempt, actors, places, self.ranks, log)
 
 
@@ -133,15 +134,15 @@ class RayWorld:
     actors
         By rank; of an adopted world, those that are left.
     places
-        What they say of where they are.
+        What they say of where they are, by rank.
     """
 
-    def __init__(self, attempt: Attempt, actors: dict[int, Any], places: list[dict[str, Any]],
-                 size: int, log: IO[bytes]) -> None:
+    def __init__(self, attempt: Attempt, actors: dict[int, Any],
+                 places: dict[int, dict[str, Any]], size: int, log: IO[bytes]) -> None:
         self.attempt, self.size = attempt, size
         self._actors, self._log = actors, log
-        self._groups: set[str] = {place["group"] for place in places}
-        self._hosts = {rank: place for rank, place in zip(actors, places, strict=False)}
+        self._groups: set[str] = {place["group"] for place in places.values()}
+        self._hosts = places
         self._rows: dict[int, dict[str, Any]] = {}
         self._statuses = {rank: KILLED for rank in range(size) if rank not in actors}
         self._silent_since: dict[int, float] = {}

@@ -69,7 +69,7 @@ def test_a_rank_obeys_no_earlier_supervisor(rank: RankActor) -> None:
 
 def test_ranks_that_could_not_be_started_are_an_attempt_that_failed() -> None:
     log = io.BytesIO()
-    world = RayWorld(Attempt("token", 2), {}, [], 3, log)
+    world = RayWorld(Attempt("token", 2), {}, {}, 3, log)
     assert status_of(world.look()) == (137, 0)
     world.end()
     assert status_of(world.look()) == (137, 0)
@@ -98,6 +98,12 @@ def test_one_that_is_killed_all_the_time_is_given_up(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ray_job, "DEATHS_S", 0.0)
     keeper = Keeper([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], {})
     wait_until(lambda: keeper.look(0)["status"] == 137, 20)
+
+
+def test_one_that_cannot_be_started_is_told_and_not_watched_for_ever() -> None:
+    keeper = Keeper(["/no/such/python"], {})
+    wait_until(lambda: keeper.look(0)["status"] == 126, 20)
+    assert "cannot be started: [Errno 2]" in keeper.look(0)["lines"][0]
 
 
 def test_a_signal_reaches_the_supervisor() -> None:

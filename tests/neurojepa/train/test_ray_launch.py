@@ -91,7 +91,8 @@ def test_a_run_survives_its_nodes_and_its_job(ray_cluster: Cluster, recipe: Path
     committed = run.committed_step()
     wait_until(lambda: run.committed_step() != committed)  # nobody needs the job
     start("second")
-    time.sleep(5)
+    said = Path(ray_cluster.folder) / "session_latest/logs/job-driver-second.log"
+    wait_until(lambda: said.exists() and "watching the supervisor" in said.read_text())
     subprocess.run([RAY, "job", "stop", "second", "--no-wait"], env=environment, check=True,
                    capture_output=True)
     wait_until(lambda: told("stopped"))
