@@ -108,6 +108,8 @@ class Link(threading.Thread):
         assert relay.stdin and relay.stdout
         with self._turn:
             self._relay = relay
+            if self._closed:  # a moment ago, when there was none to kill
+                relay.kill()
         self._send(order)
         # what was asked for while there was no connection, or is perhaps lost
         if self._ending:
@@ -116,8 +118,11 @@ class Link(threading.Thread):
             self._send(self._order("signal", signum=self._signum))
         with relay.stdout:
             for line in relay.stdout:
-                self._lost_at = None
-                self._take(json.loads(line))
+                if (row := _row(line)) is not None:
+                    self._lost_at = None
+                    self._take(row)
+                else:
+                    self._print(line)
         with self._turn:
             self._relay = None
             with suppress(BrokenPipeError):
@@ -166,6 +171,18 @@ class Link(threading.Thread):
             self._full = True
 
 
+def _row(line: bytes) -> dict[str, Any] | None:
+    """What an agent says; None for what a shell there prints, or a line that a lost connection cut.
+    """
+    if not line.startswith(b"{") or not line.endswith(b"\n"):
+        return None
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return row
+
+
 def ask(hosts: list[str], attempt: Attempt) -> bool:
     """Whether an agent of an attempt is on any of the hosts; those that do not answer count not."""
     calls = [(host, subprocess.Popen(module_on(host, "cluster.agent"), stdin=subprocess.PIPE,
@@ -177,7 +194,7 @@ def ask(hosts: list[str], attempt: Attempt) -> bool:
         try:
             out, _ = call.communicate(json.dumps(order).encode() + b"\n",
                                       timeout=max(0.1, end - time.monotonic()))
-            found |= any("ranks" in json.loads(line) for line in out.splitlines())
+            found |= any("ranks" in (_row(line) or {}) for line in out.splitlines(keepends=True))
         except subprocess.TimeoutExpired:
             call.kill()
             call.communicate()

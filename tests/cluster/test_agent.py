@@ -235,6 +235,29 @@ def test_a_host_is_gone_when_it_stays_away_and_not_when_it_flaps(
     assert members(attempt.token) == []
 
 
+def test_a_line_that_is_cut_or_not_the_agents_does_not_end_the_connection(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: IO[bytes]) -> None:
+    (tmp_path / "ssh").write_text(
+        f'#!/bin/bash\necho "welcome to far"; echo "{{quota 90%}}"\n'
+        f'[ -e {tmp_path}/cut ] && rm {tmp_path}/cut && printf \'{{"size": 2, "ra\' && exit 255\n'
+        'exec /bin/sh -c "${@: -1}"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    attempt = Attempt(uuid.uuid4().hex, 1, 1, ["far"])
+    link = Link("far", attempt, {"do": "start", "token": attempt.token, "fence": 1, "host": "far",
+                                 **orders(attempt, "stay")[""]}, log)
+    soon(lambda: len(link.ranks) == 2)
+    assert ask(["far"], attempt)
+    (tmp_path / "cut").touch()
+    assert link._relay is not None
+    link._relay.kill()
+    soon(lambda: not (tmp_path / "cut").exists())
+    link.end()
+    soon(lambda: link.left == [])
+    link.close()
+    assert "welcome to far" in (tmp_path / "log").read_text()
+
+
 def test_what_runs_on_a_host_is_quoted_and_ssh_is_told_all_that_it_may(
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-F mine")
