@@ -12,8 +12,10 @@ import os
 import selectors
 import signal
 import socket
+import sys
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ GRACE_S = 120.0  # then they get so long for a checkpoint
 FAILED_S = 5.0  # peers of a rank that failed end so much later, where no supervisor decides it
 ALONE_S = 10.0  # without a supervisor, until ranks are told
 TURN_S, TELL_S = 0.05, 0.5
+LAST_WORDS_S = 5.0  # for a supervisor to take what is left to tell
 KEPT_BYTES = 1 << 20  # of what ranks print while nobody listens
 CHUNK = 65_536
 
@@ -98,7 +101,7 @@ class Agent:
         """Until an order ends it, or it has been alone for too long."""
         while not self._over:
             self._turn(TURN_S)
-        end = time.monotonic() + 1.0
+        end = time.monotonic() + LAST_WORDS_S
         while any(peer.unsent for peer in self._peers) and time.monotonic() < end:
             self._send()
             time.sleep(0.01)
@@ -142,11 +145,11 @@ class Agent:
             self._dropped += 1
         return bool(lines)
 
-    def _report(self, owner: Peer) -> None:
+    def _report(self, owner: Peer, room: int = CHUNK) -> None:
         if self._dropped:
             owner.tell(printed=[-1, f"({self._dropped} lines were dropped here)"])
             self._dropped = 0
-        while self._printed and len(owner.unsent) < CHUNK:
+        while self._printed and len(owner.unsent) < room:
             rank, line = self._printed.popleft()
             self._printed_bytes -= len(line)
             owner.tell(printed=[rank, line])
@@ -189,11 +192,7 @@ class Agent:
         elif order["do"] == "end":
             left = self.ranks.end()
             self._read_out()
-            self._report(peer)
-            while self._printed:  # whoever ends it still listens
-                self._report(peer)
-                if not peer.flush():
-                    break
+            self._report(peer, room=sys.maxsize)  # all of it; ``run`` sends it before it ends
             peer.tell(size=self.ranks.size, ranks=self.ranks.rows())
             peer.tell(ended=left)
             self._over = True
@@ -224,7 +223,8 @@ class Agent:
         if self.ranks.failed_at is not None and now - self.ranks.failed_at > FAILED_S:
             self.ranks.signal(signal.SIGKILL)
         if now - self._alone_since > ALONE_S:
-            self._alone.touch()  # ranks write into the run directory themselves
+            with suppress(OSError):  # a full or cleared /tmp: ranks train on, only unseen
+                self._alone.touch()  # ranks write into the run directory themselves
         if now - self._alone_since < self.orphan_s:
             return
         if not self._asked_at:
