@@ -24,7 +24,10 @@ class Ahead(Iterator[Batch]):
         self._next: Batch | None = None
 
     def fetch(self) -> None:
-        """Let the next batch cross, if it has been read; never waits."""
+        """Let the next batch cross, if it has been read; never waits.
+
+        What went wrong with it is raised where it is needed: the step before is none of its.
+        """
         if self._next is None and self._loader.has_next_ready:
             self._next = self._cross()
 

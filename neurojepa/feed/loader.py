@@ -172,8 +172,9 @@ class Loader:
 
     @property
     def has_next_ready(self) -> bool:
-        """Whether the iteration begun last has a next batch and would not wait for it."""
-        return bool(self._ahead) and all(read.done() for read in self._ahead[0][1])
+        """Whether the iteration begun last has a next batch, and it has been read without error."""
+        return bool(self._ahead) and all(read.done() and read.exception() is None
+                                         for read in self._ahead[0][1])
 
     @property
     def has_reports(self) -> bool:

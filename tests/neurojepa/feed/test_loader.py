@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import wait
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from neurojepa.errors import DataError
 from neurojepa.feed.ahead import Ahead
 from neurojepa.feed.format import FeedCode, open_feed
 from neurojepa.feed.loader import Loader
@@ -82,4 +84,26 @@ def test_fetching_ahead_never_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     allowed.set()
     second = next(ahead)
     assert [*first.position.tolist(), *second.position.tolist()] == [0, 1, 2, 3]
+    loader.close()
+
+
+def test_what_is_wrong_with_the_next_batch_is_raised_where_it_is_needed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop may end the run first, with its checkpoint."""
+    loader = loader_of(write_feed(str(tmp_path / "feed"), num_samples=8))
+    read = loader._read
+
+    def failing(position: int, *rest: Any) -> Any:
+        if position >= 2:  # behind the first batch
+            raise DataError("damaged")
+        return read(position, *rest)
+
+    monkeypatch.setattr(loader, "_read", failing)
+    ahead = Ahead(loader, CPU)
+    next(ahead)
+    for _, reads in loader._ahead:
+        wait(reads)
+    ahead.fetch()
+    with pytest.raises(DataError, match="damaged"):
+        next(ahead)
     loader.close()
