@@ -290,12 +290,13 @@ class Run:
         """
         run_dir = self.config.run.dir
 
-        def read(_: Any) -> tuple[int, dict[str, Any]] | None:
-            step = self.patience(lambda: checkpoint.latest_step(run_dir))
-            return None if step is None else (step, self.patience(
-                lambda: checkpoint.open_checkpoint(run_dir, step).manifest))
+        def read() -> tuple[int, dict[str, Any]] | None:
+            step = checkpoint.latest_step(run_dir)
+            return None if step is None else (
+                step, checkpoint.open_checkpoint(run_dir, step).manifest)
 
-        if (latest := self.world.settle(None, read)) is None:
+        # one patience for both: the others wait for rank 0 no longer than for any rank
+        if (latest := self.world.settle(None, lambda _: self.patience(read))) is None:
             return None, []
         found = checkpoint.Checkpoint(run_dir, *latest)
         return found, check_same_run(found, self.config, self.fingerprints)
