@@ -37,10 +37,10 @@ def change_page(found: Change, record: dict[str, Any], figures: Figures) -> str:
                   f"the least and the most. Covariates: {', '.join(found.covariates)}."),
         *gains_table(record["gains"], "R²"), heading("Mixed models"),
         table(["prediction from", f"change of {label} for one sd more [95 %]", "p"], models),
-        paragraph(f"{label} at all visits by {time} since the first, with an intercept of each "
-                  "person at random: by how much it changes faster, in a unit of time, for a "
-                  "person whose predicted change is one sd larger. Predictions are of people who "
-                  "taught nothing.")),
+        paragraph(f"{label} at all visits by {time} since the first, with an intercept and, "
+                  "where people have three visits, a slope of each person at random: by how much "
+                  "it changes faster, in a unit of time, for a person whose predicted change is "
+                  "one sd larger. Predictions are of people who taught nothing.")),
         section("Figures", grid([
             figures.show(name, _scatter(found, row, label),
                          f"Predicted against true change of {label}, from {of}: a point is one of "
@@ -105,5 +105,6 @@ def methods(found: Change, record: dict[str, Any]) -> str:
         f"({', '.join(found.covariates)}){volumes} and shuffled changes. Intervals are 95 % "
         "percentile intervals of a bootstrap over families and people; paired differences have "
         "two-sided bootstrap p values, adjusted by Holm's method. Linear mixed models (restricted "
-        "maximum likelihood, random intercepts of people; statsmodels) related all visits to time, "
+        "maximum likelihood, random intercepts and, where people had three visits, slopes of "
+        "people; statsmodels) related all visits to time, "
         "the standardised cross-validated prediction, and their product.")

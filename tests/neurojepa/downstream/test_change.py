@@ -22,9 +22,11 @@ from neurojepa.downstream.change import (
     VOLUMES,
     WITHOUT,
     change,
+    slope,
     visits_of,
 )
 from neurojepa.downstream.labels import People
+from neurojepa.downstream.scoring import Row
 from neurojepa.errors import NeurojepaError
 from tests.helpers.trees import write
 
@@ -78,6 +80,15 @@ def test_what_scans_do_not_show_is_not_told() -> None:
     for name in (DIFFERENCE, FIRST):
         assert found.rows[name].scores["r2"].value < 0.08
     assert all(abs(each.value) < 0.2 for each in found.slopes if each.row != WITHOUT)
+
+
+@pytest.mark.slow(20)
+def test_people_who_differ_in_pace_do_not_make_chance_look_certain() -> None:
+    """Random predictions: without slopes of people at random 17 of 100 p would lie below .05."""
+    visits, _ = visits_of(followed(80, shown=False), "mmse", "age")
+    rng = np.random.default_rng(0)
+    p = [slope(visits, Row(rng.normal(size=(80, 1)), {}), "chance").p for _ in range(60)]
+    assert np.mean(np.array(p) < 0.05) < 0.12
 
 
 def test_the_first_and_last_visit_make_a_pair_whatever_their_order() -> None:
