@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from neurojepa.downstream.pooling import Tokens
+from neurojepa.errors import DataError
 from tools.bench import _session, compare
 from tools.bench._session import learnt, means_of_sessions, read_through, without_rare
 
@@ -38,6 +39,18 @@ def test_a_token_is_paired_with_the_mean_at_its_patch_in_its_session(session_B):
             found, expected, strict=True):
         assert torch.equal(z, z_expected) and share == share_expected
         torch.testing.assert_close(mean, mean_expected)
+
+
+def test_a_feed_of_lone_scans_is_refused_by_name(tmp_path, monkeypatch):
+    from neurojepa.feed.format import open_feed
+    from neurojepa.model.build import build_model
+    from tests.helpers.feeds import tiny_config, write_feed
+
+    feed = open_feed(write_feed(str(tmp_path / "feed")))
+    config = tiny_config(feed.uri, tmp_path)
+    monkeypatch.setattr(_session, "means_of_sessions", lambda *_: (torch.empty(0, 5),) * 3)
+    with pytest.raises(DataError, match="feed: no two scans of a session have a patch in common"):
+        _session.session_tokens(build_model(config, feed.grid), config, feed)
 
 
 def two_contrasts(num: int = 4000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 REFERENCE = "MAE with tissue head"
 CONTROLS = ("random init", "tissue head alone", REFERENCE)  # that others are compared with
 DRAWS = 1000
-DIVERGED = "diverged.txt"  # in the folder of such a run, with its last line
+DIVERGED = "diverged.txt"  # in the folder of a run that came to nothing, with its last line
 ZONES = {"ventricles": codes.VENTRICLES, "hippocampi": codes.HIPPOCAMPI, "cortex": codes.CORTEX,
          "white matter": codes.WHITE}
 ZONE_SHARE = 0.1  # of the label maps of train that have a structure at a voxel of its zone

@@ -26,6 +26,7 @@ from neurojepa.config import RootConfig
 from neurojepa.downstream.embed import select_rows, tokens_in, views_of
 from neurojepa.downstream.pooling import LEAST_SHARE as POOLED
 from neurojepa.downstream.pooling import Tokens
+from neurojepa.errors import DataError
 from neurojepa.feed.format import Feed
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.sparse import Decoder
@@ -39,6 +40,7 @@ L1, STEPS = 2e-3, 600  # as val people chose at seed 0, see docs/results/compare
 RATE, BATCH = 2e-3, 1024
 L1_WARMUP, COOLDOWN = 200, 180  # steps
 SCANS_AT_ONCE = 8
+NO_SESSION = "no two scans of a session have a patch in common"
 
 
 class Code(nn.Module):
@@ -104,7 +106,13 @@ def without_rare(code: Code, z_QD: Tensor) -> Code:
 
 def session_tokens(model: Averaged, config: RootConfig, feed: Feed
                    ) -> tuple[Tensor, Tensor, Tensor]:
-    """``means_of_sessions`` of the first ``PEOPLE`` of split train by name."""
+    """``means_of_sessions`` of the first ``PEOPLE`` of split train by name.
+
+    Raises
+    ------
+    DataError
+        No two scans of a session have a patch in common.
+    """
     rows = select_rows(feed, None, None, "train")
     person, session = (np.array(feed.index[name].to_pylist()) for name in ("participant",
                                                                            "session"))
@@ -114,7 +122,11 @@ def session_tokens(model: Averaged, config: RootConfig, feed: Feed
               views_of(model, config, feed, rows, batch_size=SCANS_AT_ONCE)]
     whole = Tokens(*(torch.cat([getattr(each, name) for each in tokens])
                      for name in ("z_BND", "patch_BN", "share_BN", "modality_B")))
-    return means_of_sessions(whole, np.unique(of_session, return_inverse=True)[1])
+    found = means_of_sessions(whole, np.unique(of_session, return_inverse=True)[1])
+    if not len(found[0]):
+        raise DataError(f"{feed.uri}: {NO_SESSION} in split train, so no code tells what they have "
+                        "in common; such a way needs a second modality")
+    return found
 
 
 def means_of_sessions(tokens: Tokens, session_B: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,6 +48,7 @@ from tools.bench import _compare_table
 from tools.bench._compare_table import DIVERGED
 from tools.bench._people import Cohort, described, make_people
 from tools.bench._runs import ROOT, claim, command, make_all, write_recipe
+from tools.bench._session import NO_SESSION
 from tools.bench.common import machine
 
 RATE = 2e-3
@@ -200,7 +201,7 @@ class Runner:
             command(job.folder / "log.txt", RUN, str(job.folder))
         except NeurojepaError:
             last = (job.folder / "log.txt").read_text().strip().rpartition("\n")[2]
-            if "training diverged" not in last:
+            if not any(said in last for said in ("training diverged", NO_SESSION)):
                 raise
             (job.folder / DIVERGED).write_text(last)  # a result too, which the table names
         return job.folder.name
