@@ -37,6 +37,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
                          "that time (1, yes, true), or follow-up did (0, no, false)")
     command.add_argument("--positive", help="the value of --event that says that it happened, "
                          "where it is another one")
+    command.add_argument("--session", help="its column of visits, of which each person has one "
+                         "row: the visit from which time counts (default: the first visit)")
     command.add_argument("--reference", help="column of risks that are known, for a row of its "
                          "own: such as a clinical score, or the true hazard of made-up people")
     cv_arguments(command)
@@ -172,22 +174,27 @@ def run_reliability(arguments: argparse.Namespace) -> int:
 
 def run_survive(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream import survive_page as pages
+    from neurojepa.downstream.labels import first_visits, one_modality
     from neurojepa.downstream.output import Figures, headed, write_task
     from neurojepa.downstream.survive import survive
     from neurojepa.downstream.table import read_embeddings
 
     repeats, folds = folds_of(arguments.cv)
-    table = read_embeddings(arguments.embeddings)
-    people = people_of(arguments, table, arguments.modality)
+    table = one_modality(read_embeddings(arguments.embeddings), arguments.modality)
+    notes: list[str] = []
+    if not arguments.session:  # later scans exist only of those who lived to have them
+        table, notes = first_visits(table)
+    people = people_of(arguments, table, arguments.modality, arguments.session)
+    notes += people.notes
     found = survive(people, arguments.time, arguments.event, positive=arguments.positive,
                     adjust=tuple(arguments.adjust), reference=arguments.reference, folds=folds,
                     repeats=repeats, allow_seen=arguments.allow_seen)
     print_rows(arguments.event, found.rows, (*found.notes, *found.warnings))
     record = headed("survive/1", {
         "embeddings": arguments.embeddings, "labels": arguments.labels, "cv": arguments.cv,
-        "modality": arguments.modality or table["modality"][0].as_py(), "time": arguments.time,
-        "event": arguments.event, "reference": arguments.reference,
-        "allow_seen": arguments.allow_seen, "notes": people.notes, **pages.record_of(found)})
+        "modality": table["modality"][0].as_py(), "time": arguments.time,
+        "event": arguments.event, "reference": arguments.reference, "session": arguments.session,
+        "allow_seen": arguments.allow_seen, "notes": notes, **pages.record_of(found)})
     record["methods"] = pages.methods(found, record)
     figures = Figures()
     write_task(arguments.out, record, pages.survive_page(found, record, figures),

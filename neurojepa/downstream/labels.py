@@ -7,9 +7,12 @@ without labels, missing values, rows that stand twice.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -211,6 +214,30 @@ def _by_key(rows: list[dict[str, str]], uri: str, id_column: str, session_column
     _count(notes, nameless, "rows without an id")
     _count(notes, twice, "rows that stand twice, alike: counted once")
     return told
+
+
+def first_visits(embeddings: pa.Table) -> tuple[pa.Table, list[str]]:
+    """Scans of each person's first visit, and what is to be said of it.
+
+    Visits go by age where it is known and differs, else by name, in which numbers count as numbers.
+    """
+    scans = embeddings.drop_columns(["embedding"]).to_pylist()
+    visits: dict[str, dict[str, Any]] = {}  # of a person: age by visit
+    for row in scans:
+        visits.setdefault(row["participant"], {})[row["session"]] = row.get("age")
+    first = {person: min(ages, key=partial(_order, ages)) for person, ages in visits.items()}
+    kept = [row["session"] == first[row["participant"]] for row in scans]
+    several = sum(len(ages) > 1 for ages in visits.values())
+    return embeddings.filter(pa.array(kept)), [
+        f"{several} people have several visits; their first one is taken, by age or name (name the "
+        "table's column of visits with --session to choose another)"] if several else []
+
+
+def _order(ages: dict[str, Any], name: str) -> tuple[float, list[tuple[int, str]]]:
+    known = all(age is not None and age == age for age in ages.values())
+    return (float(ages[name]) if known else 0.0,
+            [(int(part), "") if part.isdigit() else (0, part)
+             for part in re.findall(r"[0-9]+|[^0-9]+", name)])
 
 
 def _groups(embeddings: pa.Table, by_session: bool) -> dict[tuple[str, str], list[int]]:

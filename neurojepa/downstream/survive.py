@@ -84,8 +84,14 @@ def followed(people: People, time: str, event: str, positive: str | None) -> tup
     ConfigError
         The event's values do not say which one means that it happened.
     DataError
-        A time without an event or the reverse, a time that is negative or no number, or no event.
+        A person has several visits, a time without an event or the reverse, a time that is
+        negative or no number, or nobody has the event.
     """
+    names, visits = np.unique(people.participant, return_counts=True)
+    if visits.max() > 1:
+        twice = people.ids[people.participant == names[visits.argmax()]][0]
+        raise DataError(f"id {str(twice)!r} has {visits.max()} visits in the table; time counts "
+                        "from one of them, so write one row for each person")
     when, what = people.column(time), people.column(event)
     for number in np.flatnonzero((when == "") != (what == "")):
         lacks, has = (event, time) if what[number] == "" else (time, event)

@@ -19,7 +19,7 @@ from data_prep.synth.events import draw_event
 from neurojepa.downstream import survive as module
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.cox import Efron, baseline, cox, discrete, fit_cox, periods
-from neurojepa.downstream.labels import People
+from neurojepa.downstream.labels import People, first_visits
 from neurojepa.downstream.stats import auroc
 from neurojepa.downstream.survival import (
     brier_parts,
@@ -28,7 +28,15 @@ from neurojepa.downstream.survival import (
     kaplan_meier,
     uncensored,
 )
-from neurojepa.downstream.survive import ALONE, DISCRETE, NOBODY, SHUFFLED, WITHOUT, survive
+from neurojepa.downstream.survive import (
+    ALONE,
+    DISCRETE,
+    NOBODY,
+    SHUFFLED,
+    WITHOUT,
+    followed,
+    survive,
+)
 from neurojepa.errors import NeurojepaError
 from tests.helpers.trees import write
 
@@ -253,6 +261,26 @@ def test_event_times_follow_the_hazard_that_the_table_tells() -> None:
     assert 0.3 < event.mean() < 0.8 and len(set(time.tolist())) < 200  # some are tied
     assert concordance(time, event, risk[:, None]).share(np.ones(600)) > 0.7
     assert draw_event(3, draw_person(3, 5)) == events[5] != draw_event(4, draw_person(3, 5))
+
+
+def test_later_scans_do_not_tell_who_lived_to_have_them() -> None:
+    def scan(person: str, session: str, age: float | None) -> dict[str, object]:
+        return {"participant": person, "session": session, "age": age, "embedding": [0.0]}
+
+    table, said = first_visits(pa.Table.from_pylist([
+        scan("a", "post", 61.0), scan("a", "pre", 60.0), scan("b", "m12", None),
+        scan("b", "m6", 50.0), scan("b", "m6", 50.0), scan("c", "10", 40.0)]))
+    assert [(row["participant"], row["session"]) for row in table.to_pylist()] == [
+        ("a", "pre"), ("b", "m6"), ("b", "m6"), ("c", "10")]
+    assert said[0].startswith("2 people have several visits; their first one is taken")
+    assert first_visits(table) == (table, [])
+
+
+def test_a_person_of_two_rows_is_named() -> None:
+    twice = people(np.zeros((4, 2)), years=np.arange(4), died=np.ones(4, int))
+    twice = replace(twice, participant=np.array(["x", "x", "y", "z"]))
+    with pytest.raises(NeurojepaError, match=r"id 'p000' has 2 visits in the table; .* one row"):
+        followed(twice, "years", "died", None)
 
 
 # ---- the command ---------------------------------------------------------------------------------
