@@ -185,6 +185,7 @@ class Supervisor:
                 slots, self.min_hosts, self.max_hosts,
                 lambda: self.launcher.problems(self.run_dir.local_path, self._tell_odd),
                 lambda event, host, why: self._journal.event(event, None, host=host, why=why))
+        self._members.slots = slots  # the file may be another one by now
         self._hosts = self._members.wait(wait_s, lambda: self._wait(ROOM_S))
 
     def _tell_odd(self, measured: dict[str, dict[str, Any]]) -> None:

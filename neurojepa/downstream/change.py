@@ -25,7 +25,7 @@ import numpy as np
 
 from neurojepa.downstream.crossval import plan_folds
 from neurojepa.downstream.features import beside, design_of, plain
-from neurojepa.downstream.labels import People
+from neurojepa.downstream.labels import People, suspected_codes
 from neurojepa.downstream.scoring import Gain, Row, Runner, known
 from neurojepa.downstream.study_checks import shuffled
 from neurojepa.downstream.targets import Target
@@ -109,6 +109,7 @@ def visits_of(people: People, label: str, time: str) -> tuple[Visits, list[str]]
             raise DataError(f"column {name!r}: {word!r} is no number; change is told of numbers "
                             f"(add --missing {word} if it stands for nothing)")
         numbers[name] = found
+        notes += suspected_codes(name, people.column(name))
     first, last, single = [], [], 0
     rows: dict[str, list[int]] = {}
     for number, person in enumerate(people.participant.tolist()):

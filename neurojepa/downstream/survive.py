@@ -24,7 +24,7 @@ import numpy as np
 from neurojepa.downstream.cox import cox, discrete, population
 from neurojepa.downstream.crossval import Plan, held_out, plan_folds
 from neurojepa.downstream.features import Features, beside, design_of, plain
-from neurojepa.downstream.labels import People
+from neurojepa.downstream.labels import People, suspected_codes
 from neurojepa.downstream.scoring import DRAWS, Gain, known
 from neurojepa.downstream.stats import Score, of_people
 from neurojepa.downstream.survival import Pairs, brier_parts, concordance, dynamic
@@ -112,7 +112,8 @@ def followed(people: People, time: str, event: str, positive: str | None) -> tup
         who = str(people.ids[earliest])
         raise DataError(f"id {who!r}: {time} is {times[earliest]:g}; times begin "
                         "at the scan and cannot be negative; leave out people whose event came "
-                        "before")
+                        f"before, or add --missing={times[earliest]:g} if it stands for nothing")
+    notes += suspected_codes(time, people.column(time))
     happened = _happened(event, people.column(event), positive)
     if not happened.any():
         raise DataError(f"column {event!r}: all {len(happened)} people are censored, so nothing "

@@ -229,3 +229,14 @@ def test_the_interface_is_that_of_the_way_to_the_master(
     monkeypatch.setattr(world.psutil, "net_if_addrs", lambda: {
         "lo": [Address("127.0.0.1")], "eth7": [Address("fe80::1"), Address("10.0.0.2")]})
     assert world.interface_to_use(environment) == expected
+
+
+def test_a_hostfile_that_changes_counts_from_the_next_attempt_on(ssh: Path, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("one slots=1\ntwo slots=1\n")
+    supervisor = Supervisor(AgentLauncher([], hostfile=str(hostfile)), RunDir(str(tmp_path)))
+    supervisor._choose_hosts(0.0)
+    assert supervisor._hosts == ["one", "two"]
+    hostfile.write_text("two slots=1\nthree slots=2\n")
+    supervisor._choose_hosts(0.0)
+    assert supervisor._hosts == ["two", "three"]

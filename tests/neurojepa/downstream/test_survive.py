@@ -276,6 +276,13 @@ def test_later_scans_do_not_tell_who_lived_to_have_them() -> None:
     assert first_visits(table) == (table, [])
 
 
+def test_times_that_look_like_codes_are_told() -> None:
+    times = np.where(np.arange(40) < 3, 999, np.arange(40) % 9 + 1)
+    _, notes = followed(people(np.zeros((40, 2)), years=times, died=np.ones(40, int)), "years",
+                        "died", None)
+    assert notes == ["years: 3 values 999 look like a code for missing; add --missing 999 if so"]
+
+
 def test_a_person_of_two_rows_is_named() -> None:
     twice = people(np.zeros((4, 2)), years=np.arange(4), died=np.ones(4, int))
     twice = replace(twice, participant=np.array(["x", "x", "y", "z"]))
