@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with most slow seconds come first, so that none keeps one core busy at the end."""
     seconds: Counter[Path] = Counter()
     for item in items:
+        if "shared_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("scans")
         if mark := item.get_closest_marker("slow"):
             seconds[item.path] += mark.args[0] if mark.args else 5
     items.sort(key=lambda item: -seconds[item.path])

@@ -28,5 +28,4 @@ fi
 
 .venv/bin/ruff check .
 .venv/bin/mypy
-# Many tests wait for processes they have started: three at a time fill two cores.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
