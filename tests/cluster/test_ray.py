@@ -6,6 +6,8 @@ import io
 import os
 import signal
 import sys
+from multiprocessing import get_context
+from multiprocessing.managers import BaseManager
 from pathlib import Path
 
 import psutil
@@ -25,12 +27,22 @@ RANK = ("import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: 
         "print('rank', os.environ['RANK'], flush=True); time.sleep(60)")
 
 
+class Actors(BaseManager):
+    """A process that an actor lives in."""
+
+
+Actors.register("RankActor", RankActor)
+
+
 @pytest.fixture
 def rank():
-    actor = RankActor()
+    manager = Actors(ctx=get_context("spawn"))  # it ends all that its process has started
+    manager.start()
+    actor = manager.RankActor()
     actor.start(3, [sys.executable, "-c", RANK], {"RANK": "1", "WORLD_SIZE": "4"})
     yield actor
     actor.end(100)
+    manager.shutdown()
 
 
 def printed(actor: RankActor, fence: int) -> list[str]:
