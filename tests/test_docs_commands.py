@@ -85,13 +85,22 @@ def test_commands_run_elsewhere_name_tests_that_exist() -> None:
     assert not [block.test for block in named if not (ROOT / str(block.test)).is_file()]
 
 
+def test_every_block_says_what_it_is() -> None:
+    """One that does not would not be run."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        fences = re.findall(r"^```.*", page.read_text(), re.M)
+        assert "```" not in fences[::2], page
+
+
 def test_options_of_commands_run_elsewhere_exist() -> None:
     from tools.docs_hooks import help_of
 
     for block in blocks():
         for command in block.commands() if block.kind == "bash" and block.test else ():
-            if found := re.search(r"python -m (data_prep|cluster) (\w+)(.*?)(?: -- |$)", command):
-                known = help_of(f"{found[1]}.__main__", found[2])
+            if found := re.search(r"python -m (data_prep|cluster|neurojepa) (\w+)(.*?)(?: -- |$)",
+                                  command):
+                package = found[1].replace("neurojepa", "neurojepa.downstream")
+                known = help_of(f"{package}.__main__", found[2])
                 options = re.findall(r"--[a-z-]+", found[3])
                 assert all(option in known for option in options), command
 

@@ -27,8 +27,8 @@ from data_prep.volumes.placing.align import place
 from data_prep.volumes.preset import PRESETS
 from data_prep.volumes.reading.volume import Volume
 from neurojepa.storage import write_bytes
+from tools.bench.common import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STRIDE = 2  # nodes of warp.COARSE_MM between those that a registration works on
 ITERATIONS, UPDATE_SD, FIELD_SD = 60, 1.0, 1.0  # widths in such nodes
 STEP = 0.5  # of a node: the longest update

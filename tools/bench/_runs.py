@@ -17,8 +17,8 @@ from neurojepa.config import dump_config, validate
 from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import Feed
 from neurojepa.feed.labels import scan_labels
+from tools.bench.common import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TRUE_VOLUMES = ("brain_ml", "ventricle_ml", "hippocampus_ml", "cortex_gm_ml", "csf_ml",
                 "lesion_ml")
 J = TypeVar("J")

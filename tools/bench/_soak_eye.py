@@ -37,9 +37,9 @@ class Eye:
         while not self._ended.wait(LOOK_S):
             try:
                 self.look()
-            except NeurojepaError as error:
-                if not is_outage(error):
-                    self.wrong.append(str(error))
+            except Exception as error:  # an eye that has closed would see nothing go wrong
+                if not is_outage(error) and repr(error) not in self.wrong:
+                    self.wrong.append(repr(error))
 
     def look(self) -> None:
         """Take in ``latest``; read the checkpoint that it names, if it is a new one."""
@@ -53,8 +53,8 @@ class Eye:
             return
         if now[0] < self._latest[0] or now[1] < self._latest[1]:
             self.wrong.append(f"latest goes back: from step, token {self._latest} to {now}")
-        self._latest = now
         self._read(now[0])
+        self._latest = now
 
     def _read(self, step: int) -> None:
         from neurojepa.train.checkpoint import open_checkpoint
@@ -63,6 +63,8 @@ class Eye:
             checkpoint = open_checkpoint(self.run_dir.uri, step)
             problems, state = checkpoint.problems(), checkpoint.state_sha256()
         except (NeurojepaError, OSError, json.JSONDecodeError) as error:
+            if is_outage(error):
+                raise  # and looked at again
             # newer ones may have replaced it while it was being read
             if self.run_dir.committed_step() == step:
                 self.wrong.append(f"the committed step {step} cannot be read: {error}")

@@ -27,7 +27,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Kind:
-    """``weight``: how often of 60; ``limit_s``: a time to be back that the project has promised."""
+    """``weight``: how often of some 60; ``limit_s``: a promised time to be back."""
 
     name: str
     mode: str
@@ -109,22 +109,34 @@ def _rank_slow(run: Field, draw: random.Random) -> Times:
     return Times(noticed, _survived(run, lambda: None).back)
 
 
-def _helper_killed(run: Field, draw: random.Random) -> Times:
-    """A process between the supervisor and the ranks: a launcher, an agent, their ssh."""
-    below = psutil.Process(run.supervisor.pid).children(recursive=True)
-    ranks = {rank.pid for rank in run.ranks().values()}
-    between = [item for item in below if item.pid not in ranks and item.is_running()
-               and "sshd" not in item.name()]
-    if not between:
-        raise Failed("the supervisor has no children")
-    victim = draw.choice(between)
-    begin, committed = run.notes.sizes(), run.committed()
-    victim.kill()
-    began = time.monotonic()
-    # whether that ends the attempt is the launcher's affair
-    run.until("training goes on", lambda: run.trained_since(begin)
-              or run.committed() > committed + 20)
-    return Times(None, time.monotonic() - began)
+def _agent_killed(run: Field, draw: random.Random) -> Times:
+    """The parent of a rank; its ranks die with it."""
+    return _restarted(run, psutil.Process(_any_rank(run, draw).ppid()).kill, "exit")
+
+
+def _connection_killed(run: Field, draw: random.Random) -> Times:
+    """Between the supervisor and an agent, at either end: ssh, or the relay on the host."""
+    relays = _relays(run)
+    ends = [*relays.values(), *(child for child in psutil.Process(run.supervisor.pid).children()
+                                if child.name() == "ssh")]
+    starts = len(run.events("started"))
+    draw.choice(ends).kill()
+    connected = run.until("a new connection", lambda: _relays(run).keys() - relays.keys()
+                          and len(_relays(run)) == len(relays))
+    back = _survived(run, lambda: None).back
+    if len(run.events("started")) != starts:
+        raise Failed("the attempt was started again")
+    return Times(connected, back)
+
+
+def _relays(run: Field) -> dict[int, psutil.Process]:
+    """By pid, what carries lines between the supervisor's ssh and the agent of a host."""
+    agents, found = {rank.ppid() for rank in run.ranks().values()}, {}
+    for process in run.processes():
+        with suppress(psutil.NoSuchProcess):
+            if process.pid not in agents and "cluster.agent" in process.cmdline():
+                found[process.pid] = process
+    return found
 
 
 def _killed_in_commit(run: Field, draw: random.Random) -> Times:
@@ -323,7 +335,8 @@ KINDS = (
     Kind("killed while a checkpoint is written", "fixed", 6, _killed_in_commit, 30),
     Kind(f"a rank stopped (SIGSTOP), hang after {HANG_S} s", "fixed", 4, _rank_stopped),
     Kind("a slow rank", "fixed", 3, _rank_slow),
-    Kind("a launcher, agent or ssh killed", "fixed", 3, _helper_killed, 30),
+    Kind("an agent killed", "fixed", 2, _agent_killed, 30),
+    Kind("the connection to an agent killed", "fixed", 2, _connection_killed),
     Kind("a host's clock 300 s off, a rank killed", "fixed", 3, _clock_off, 30),
     Kind("a host gone, the others wait for it", "fixed", 2, _host_gone, 120),
     Kind("a link flaps for 2 to 4 s", "fixed", 4, _link_flap),

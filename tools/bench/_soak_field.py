@@ -25,12 +25,14 @@ import psutil
 from cluster.processes import TOKEN
 from cluster.rundir import RunDir
 from neurojepa.errors import DataError
+from neurojepa.storage import is_outage
 from tests.helpers import ROOT
 from tests.helpers.hosts import Hosts, two_hosts
 from tests.helpers.hosts import run as command
 from tests.helpers.proxy import Proxy
 from tools.bench._harm import screen_of, serve, start_supervisor
 from tools.bench._soak_eye import Eye
+from tools.bench.victim import noted
 
 MARK = "NEUROJEPA_SOAK"  # a folder, in the environment of all that the soak starts
 HANG_S = 20
@@ -130,8 +132,9 @@ class Field:
             try:
                 if happened():
                     return time.monotonic() - began
-            except DataError:  # the store is away
-                pass
+            except DataError as error:
+                if not is_outage(error):
+                    raise
             if time.monotonic() - began > limit_s:
                 raise Failed(f"{what}: not within {limit_s:.0f} s")
             time.sleep(0.1)
@@ -168,11 +171,7 @@ class Notes:
         """Scans by position."""
         found: dict[int, set[str]] = {}
         for path in self.folder.glob("notes-*.jsonl"):
-            for line in path.read_text(errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # cut by a kill
-                    continue
+            for row in noted(path):
                 for position, scan in zip(row.get("positions", []), row.get("scans", []),
                                           strict=True):
                     found.setdefault(position, set()).add(scan)

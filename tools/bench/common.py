@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -51,6 +54,16 @@ def machine() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (f"{name}, {os.cpu_count()} cores{gpu}, Python {platform.python_version()}, torch "
             f"{torch.__version__}")
+
+
+def code_hash(*patterns: str) -> str:
+    """Of the sources that match ``patterns`` below the checkout: results of other code do not
+    count."""
+    digest = hashlib.sha256()
+    for pattern in patterns:
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -47,9 +47,9 @@ from neurojepa.feed.format import open_feed
 from tools.bench import _compare_table
 from tools.bench._compare_table import DIVERGED
 from tools.bench._people import Cohort, described, make_people
-from tools.bench._runs import ROOT, claim, command, make_all, write_recipe
+from tools.bench._runs import claim, command, make_all, write_recipe
 from tools.bench._session import NO_SESSION
-from tools.bench.common import machine
+from tools.bench.common import ROOT, machine
 
 RATE = 2e-3
 SINGLE = {"objective.masks": {"scales": [[500, 0.0, 0.001]]}}  # one mask, of single tokens

@@ -22,22 +22,8 @@ from tests.helpers.hosts import run as command
 from tests.helpers.hosts import two_hosts
 from tests.helpers.launches import write_recipe
 from tests.helpers.proxy import Proxy
-from tools.bench._harm import (
-    Story,
-    events,
-    fill,
-    link,
-    screen_of,
-    serve,
-    stop,
-    supervised,
-)
+from tools.bench._harm import Story, events, fill, link, screen_of, serve, stop, supervised
 from tools.bench.common import machine, print_table
-
-LONGEST_S = 200.0
-# so calm that the tiny model never diverges
-ENDLESS = ("train.steps=1000000", "train.log_every=5", "train.global_batch=6", "optim.lr=1.0e-5",
-           "train.health.spike_deviations=0")
 
 
 def run(quick: bool, official: str | None) -> dict[str, Any]:

@@ -56,7 +56,6 @@ from tools.bench._quality_table import (
     show,
 )
 from tools.bench._runs import (
-    ROOT,
     claim,
     command,
     features_of,
@@ -65,7 +64,7 @@ from tools.bench._runs import (
     true_volumes,
     write_recipe,
 )
-from tools.bench.common import machine, print_table
+from tools.bench.common import ROOT, machine, print_table
 
 COHORT_SEED = 1
 KEY = "anatomies of the quality table 2683"

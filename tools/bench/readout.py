@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench import quality
+from tools.bench.common import ROOT
 
 RATES = {"sparse JEPA": 5e-4, "tissue head alone": 5e-4, "MAE": 2e-3,
          "MAE with tissue head": 2e-3}  # chosen on val for the table of 2026-11-26
@@ -23,7 +24,7 @@ QUICK = replace(quality.QUICK, rates=(), methods=("sparse JEPA", "MAE"), ablatio
 def run(quick: bool, official: str | None, work: str | None = None) -> dict[str, Any]:
     """Make what is missing and print the tables; returns them."""
     plan = QUICK if quick else FULL
-    folder = Path(work or quality.ROOT / "build" / "bench-readout") / ("quick" if quick else "full")
+    folder = Path(work or ROOT / "build" / "bench-readout") / ("quick" if quick else "full")
     feed = quality.prepared(plan, folder)
     rates = {method: RATES[method] for method in plan.methods}
     quality.Runs(plan, feed.uri).make(list(quality.remaining(plan, folder, rates)))

@@ -14,7 +14,6 @@ to continue.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -31,10 +30,9 @@ from typing import Any
 
 import psutil
 
-from tools.bench.common import machine, print_table
-from tools.bench.victim import EVENTS
+from tools.bench.common import ROOT, code_hash, machine, print_table
+from tools.bench.victim import EVENTS, noted
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, ELASTIC_STEPS, TIMEOUT_S = 40, 60, 240.0
 POISON = list(range(17, 25))  # steps; the run goes back after six of them
 SETUPS = ((1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (1, "bf16"), (2, "fp32"))
@@ -74,7 +72,8 @@ class Attempt:
 def run(quick: bool, official: str | None) -> dict[str, Any]:
     """The matrix, or four kills of it; returns equal_runs and kill_to_step_s."""
     print(machine(), flush=True)
-    bench = Bench(Path("runs") / f"bench-recovery-{_code()}{'-quick' if quick else ''}")
+    code = code_hash("neurojepa/**/*.py")
+    bench = Bench(Path("runs") / f"bench-recovery-{code}{'-quick' if quick else ''}")
     chains = list(_chains(quick))
     elastic = ELASTIC[:1] if quick else ELASTIC
     bench.left = sum(len(kills) + 1 for _, kills in chains) + sum(
@@ -321,12 +320,8 @@ def _kill(who: str, launcher: subprocess.Popen[bytes], ranks: list[psutil.Proces
 
 def _read_notes(notes: Path, ranks: int, attempt: Attempt) -> None:
     for rank in range(ranks):
-        path, marks = notes / f"notes-{rank}.jsonl", {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut by the kill
-                continue
+        marks = {}
+        for row in noted(notes / f"notes-{rank}.jsonl"):
             if "mark" in row:
                 marks[row["mark"]] = row["time"]
             else:
@@ -371,11 +366,3 @@ def _report(chains: list[dict[str, Any]], elastic: list[dict[str, Any]]) -> dict
             "kill_to_step_max_s": max(totals), "kills": kills, "parts_s": medians,
             "elastic": {f"{row['case']} {row['dtype']} {'gated' if row['gated'] else 'smooth'}":
                         row["apart"] for row in elastic}}
-
-
-def _code() -> str:
-    """A hash of the package's sources: results of other code do not count."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "neurojepa").rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]

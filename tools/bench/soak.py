@@ -11,8 +11,9 @@ At the end of a round:
     loss, gradient norm and weights are bit-equal to that run's while all hosts take part, and
     losses stay within 2e-3 where some have been missing
 
-Rounds are kept below --work: run it again with the same seed to continue.  The undisturbed run and
-the tables are made when all faults are done.
+Rounds are kept below --work/CODE, where CODE is a hash of the code: run it again with the same seed
+to continue; changed code begins anew.  The undisturbed run and the tables are made when all faults
+are done.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from tests.helpers.feeds import tiny_config, write_feed
 from tools.bench._soak_eye import Eye
 from tools.bench._soak_faults import KINDS, Kind
 from tools.bench._soak_field import Failed, Field, clear, playing_field
-from tools.bench.common import machine, print_table
+from tools.bench.common import code_hash, machine, print_table
 
 FAULTS_A_ROUND = 4
 CLOSE = 2e-3  # of losses at another world size: gates can flip (see recovery.py)
@@ -50,12 +51,17 @@ def run(quick: bool, official: str | None, faults: int = 0, seed: int = 1,
     """The plan, or what is left of it; ``minutes`` after the start no new round begins."""
     if os.geteuid() != 0:
         raise ConfigError("soak: makes network namespaces and mounts a tmpfs; run it as root")
+    if faults < 0:
+        raise ConfigError(f"--faults {faults}: give how many, 1 or more")
     faults, began = faults or (4 if quick else 60), time.monotonic()
-    folder = Path(work).resolve()
+    folder = Path(work).resolve() / code_hash("neurojepa/**/*.py", "cluster/**/*.py",
+                                              "tools/bench/*.py")
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob("*/round"):  # by a soak that was killed, of whatever code
+        clear(left)
     if not (folder / "feed/feed.json").exists():
         write_feed(str(folder / "feed"))
-    kept = folder / f"faults-{seed}.jsonl"
+    kept = folder / f"faults-{seed}-{faults}.jsonl"  # another number is another plan
     print(machine(), flush=True)
     todo = plan(faults, seed)
     done = {row["number"] for row in read_rows(str(kept))} if kept.exists() else set()
@@ -94,9 +100,7 @@ def _round(folder: Path, mode: str, faults: list[tuple[int, Kind]], seed: int) \
         -> list[dict[str, Any]]:
     """Do some faults to a new run; one that fails ends the round, the rest wait for the next."""
     number = 1 + max((int(path.stem[6:]) for path in folder.glob("round-*.json")), default=-1)
-    place = folder / "round"
-    clear(place)
-    shutil.rmtree(place, ignore_errors=True)
+    place = _cleared(folder)
     rows: list[dict[str, Any]] = []
     with playing_field(place, mode, _recipe) as (field, eye):
         field.start(0)
@@ -118,6 +122,14 @@ def _round(folder: Path, mode: str, faults: list[tuple[int, Kind]], seed: int) \
     print(f"round {number} ({mode}): {len(rows)} faults, "
           + ("; ".join(wrong) if wrong else "nothing left over, nothing lost"), flush=True)
     return rows
+
+
+def _cleared(folder: Path) -> Path:
+    """Where rounds take place, empty."""
+    place = folder / "round"
+    clear(place)
+    shutil.rmtree(place, ignore_errors=True)
+    return place
 
 
 def _fault(field: Field, kind: Kind, draw: random.Random) -> dict[str, Any]:
@@ -147,6 +159,7 @@ def _end(field: Field, eye: Eye) -> list[str]:
     except (Failed, NeurojepaError, subprocess.TimeoutExpired) as error:
         left = [f"{process.pid} {process.name()}" for process in field.processes()]
         wrong.append(f"at the end: {error} {left}")
+    eye.close()
     eye.look()
     steps = [row["step"] for row in field.run_dir.rows("metrics.jsonl")]
     if steps != list(range(1, len(steps) + 1)):
@@ -182,9 +195,7 @@ def _undisturbed(folder: Path, steps: int) -> dict[str, Any]:
     """What a round without faults comes to, on the same hosts; made again if it is too short."""
     kept = folder / "plain.json"
     if not kept.exists() or len(json.loads(kept.read_text())["rows"]) < steps:
-        place = folder / "round"
-        clear(place)
-        shutil.rmtree(place, ignore_errors=True)
+        place = _cleared(folder)
         with playing_field(place, "fixed", _recipe) as (field, eye):
             (place / "hurry").touch()
             field.start(0)

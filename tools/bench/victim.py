@@ -28,7 +28,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,16 @@ class Notes:
     def die(self) -> None:
         self.write(mark="killed", time=time.time())
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def noted(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a rank's notes, but for those that a kill has cut; none if there is no file."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        yield row
 
 
 def watch(notes: Notes, poison: list[int]) -> None:
