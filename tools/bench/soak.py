@@ -1,7 +1,7 @@
 """soak: random faults, drawn by a seed, done to supervised runs on three hosts; nobody helps.
 
-Hosts are network namespaces with sshd on this machine (needs root, iproute2, pdsh and openssh), the
-store is a real S3 server, the full disk a tmpfs.  Training is the tests' tiny recipe, and what
+Hosts are network namespaces with sshd on this machine (needs root, iproute2 and openssh), the store
+is a real S3 server, the full disk a tmpfs.  Training is the tests' tiny recipe, and what
 harms it is listed in _soak_faults.py.  A round is a few faults, done to a run of its own.
 At the end of a round:
 
