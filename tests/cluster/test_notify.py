@@ -286,11 +286,13 @@ def test_a_file_that_is_not_there_is_refused_before_anything_starts(tmp_path: Pa
 def test_a_supervisor_tells_that_it_gave_up(tmp_path: Path, hook: Hook, url_file: str) -> None:
     """The command itself: a recipe whose feed is not there."""
     done = subprocess.run(
-        [sys.executable, "-m", "cluster", "supervise", "--notify-url-file", url_file, "--",
-         "--config", "configs/demo.yaml", f"data.feed={tmp_path / 'none'}", "run.ranks=1",
+        [sys.executable, "-m", "cluster", "supervise", "--notify-url-file", url_file,
+         "--notify-command", f"tee -a {tmp_path / 'told'}", "--", "--config",
+         "configs/demo.yaml", f"data.feed={tmp_path / 'none'}", "run.ranks=1",
          f"run.dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 2 and [message["kind"] for message in hook.got] == ["give_up"]
+    assert json.loads((tmp_path / "told").read_text()) == hook.got[0]
     kept = [done.stdout, done.stderr, *(path.read_text(errors="replace") for path in
                                         (tmp_path / "run").rglob("*") if path.is_file())]
     assert not [text for text in kept if "T0KEN" in text]

@@ -148,13 +148,14 @@ def test_the_command_writes_results_and_a_page(tmp_path: Path,
          "cohort": "clinic", "modality": "T1w", "site": "a", "split": "test", "brain_ml": 1400.0,
          "seen": False, "embedding": people.values[n].tolist()}
         for n in range(120)]), tmp_path / "embeddings.parquet")
-    lines = [",".join([people.ids[n], f"ses-{people.sessions[n]}", people.columns["age"][n],
-                       people.columns["mmse"][n]]) for n in range(120)]
-    write(tmp_path, {"key": KEY, "my.csv": "participant_id,visit,age,mmse\n" + "\n".join(lines)})
+    lines = [",".join([people.ids[n], f"ses-{people.sessions[n]}", *(
+        people.columns[name][n] for name in ("age", "mmse", "sex"))]) for n in range(120)]
+    write(tmp_path, {"key": KEY,
+                     "my.csv": "participant_id,visit,age,mmse,sex\n" + "\n".join(lines)})
     (tmp_path / "key").chmod(0o600)
     assert downstream(["change", str(tmp_path), "--labels", str(tmp_path / "my.csv"), "--session",
-                       "visit", "--time", "age", "--label", "mmse", "--cv", "1x3", "--key",
-                       str(tmp_path / "key"), "--out", str(tmp_path / "out")]) == 0
+                       "visit", "--time", "age", "--label", "mmse", "--adjust", "sex", "--cv",
+                       "1x3", "--key", str(tmp_path / "key"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "mmse: difference of scans: r2 0." in said and "mixed model, first scan: +0." in said
     record = json.loads((tmp_path / "out/results.json").read_text())
