@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets everything up on a Debian machine, then checks style, types and behaviour.
 # bash tools/test.sh tests/neurojepa/model/test_moe.py -k float64   passes its arguments to pytest.
-# bash tools/test.sh -m "not slow"   answers in three minutes; other marks: cluster, browser, gpu.
+# bash tools/test.sh -m "not slow"   answers in three minutes; other marks: cluster, browser, scans, gpu.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh
