@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from cluster.rundir import RunDir
 from neurojepa.storage import sha256
 from neurojepa.train.checkpoint import FORMAT_VERSION
+from tests.helpers.ray_nodes import wait_until
+from tools.bench import _soak_eye
 from tools.bench._soak_eye import Eye
 from tools.bench._soak_faults import KINDS
 from tools.bench.soak import compare, plan
@@ -82,6 +85,17 @@ def test_an_eye_reads_what_is_committed(eye: Eye, tmp_path: Path) -> None:
         eye.look()
     eye.look()
     assert eye.wrong == [] and eye.read == 2 and set(eye.states) == {10, 20}
+
+
+def test_an_eye_stays_open_whatever_it_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                            ) -> None:
+    monkeypatch.setattr(_soak_eye, "LOOK_S", 0.01)
+    (tmp_path / "latest").write_text("step-ten")
+    with closing(Eye(RunDir(str(tmp_path)), same_world=True)) as eye:
+        wait_until(lambda: eye.wrong)
+        commit(tmp_path, 10)
+        wait_until(lambda: eye.read == 1)
+    assert len(eye.wrong) == 1 and "ValueError" in eye.wrong[0]
 
 
 def test_an_eye_sees_what_goes_back_is_lost_or_damaged(eye: Eye, tmp_path: Path) -> None:
