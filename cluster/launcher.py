@@ -54,7 +54,7 @@ class Seen:
         The last message of each rank that has sent one, by rank.
     statuses
         Exit statuses of the ranks that have ended, as a shell shows them (128 + N after signal N),
-        in the order in which they were learnt.
+        in the order in which they ended, as far as that is known.
     lost
         Hosts that are gone, with whatever ran there.
     """
@@ -63,6 +63,22 @@ class Seen:
     beats: list[Heartbeat]
     statuses: Mapping[int, int]
     lost: list[str]
+
+
+class Printed:
+    """Takes what ranks print; a full disk costs lines, not the run."""
+
+    def __init__(self, log: IO[bytes]) -> None:
+        self._log, self._full = log, False
+
+    def write(self, line: bytes) -> None:
+        try:
+            self._log.write(line)
+        except OSError as error:
+            if not self._full:
+                print(f"the log of the ranks cannot be written: {error}; lines are lost",
+                      flush=True)
+            self._full = True
 
 
 class World(Protocol):

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import IO, Any
 
-from cluster.launcher import Attempt
+from cluster.launcher import Attempt, Printed
 from cluster.ssh import module_on
 
 GONE_S = 20.0  # after ssh has noticed, which takes 8 s; a flap of the network is shorter
@@ -53,11 +53,12 @@ class Link(threading.Thread):
         self.left: list[int] | None = None
         self.size = 0
         self._first, self._log, self._gone_s = first, log, gone_s
+        self._print = Printed(log).write
         self._turn = threading.Lock()  # of the relay's standard input
         self._relay: subprocess.Popen[bytes] | None = None
         self._lost_at: float | None = None
         self._signum = 0  # asked for last
-        self._ending, self._full = False, False
+        self._ending = False
         self._closed = False
         self._wake = threading.Event()
         self.start()
@@ -160,15 +161,6 @@ class Link(threading.Thread):
             self.refused = row["refused"]
         elif "ended" in row:
             self.left = row["ended"]
-
-    def _print(self, line: bytes) -> None:
-        try:
-            self._log.write(line)
-        except OSError as error:  # a full disk; the run goes on
-            if not self._full:
-                print(f"the log of the ranks cannot be written: {error}; lines are lost",
-                      flush=True)
-            self._full = True
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -35,6 +35,7 @@ class Rank:
     process: subprocess.Popen[bytes]
     output: int
     status: int | None = None  # as a shell shows it
+    ended_at: float = 0.0  # by time.monotonic
     message: dict[str, Any] | None = None
     cut: bytes = b""  # the begin of a line that is not whole yet
 
@@ -97,8 +98,9 @@ class Ranks:
                 code = os.waitstatus_to_exitcode(status)
                 item.process.returncode = code
                 item.status, ended = 128 - code if code < 0 else code, True
+                item.ended_at = time.monotonic()
                 if item.status and self.failed_at is None:
-                    self.failed_at = time.monotonic()
+                    self.failed_at = item.ended_at
 
     def hear(self) -> bool:
         """Take in the messages that have come; whether there were any."""

@@ -8,27 +8,21 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from cluster.agents import EXPORTED
-from cluster.diagnosis import RankState
-from cluster.launcher import Attempt, Seen
+from cluster.launcher import Attempt
 from cluster.processes import TOKEN
 from cluster.ray_rank import RankActor
-from cluster.rundir import Heartbeat
-from neurojepa.errors import ClusterError, ConfigError, LeaseLost
+from cluster.ray_world import RayWorld, first_line
+from neurojepa.errors import ClusterError, ConfigError
 
 NAMESPACE = "neurojepa"
 ROOM_S = 1.0  # of a look for room; the group stays in the queue, where the autoscaler sees it
-LOOK_S = 0.3
-GONE_S = 20.0  # a flap of the network is shorter
-END_S = 30.0
-KILLED = 137  # what a rank dies of when its actor does
+START_S = 30.0
 
 
 @dataclass
@@ -73,16 +67,17 @@ class RayLauncher:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank)).remote()
                 for rank in range(self.ranks)]
             places = dict(enumerate(ray.get([actor.where.remote() for actor in actors],
-                                            timeout=END_S)))
+                                            timeout=START_S)))
             environment = exported() | {
                 TOKEN: attempt.token, "WORLD_SIZE": str(self.ranks), "LOCAL_RANK": "0",
                 "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": places[0]["address"],
                 "MASTER_PORT": str(places[0]["port"])}
             command = [sys.executable, "-u", "-m", self.module, *self.arguments]
             ray.get([actor.start.remote(attempt.fence, command, {**environment, "RANK": str(rank)})
-                     for rank, actor in enumerate(actors)], timeout=END_S)
+                     for rank, actor in enumerate(actors)], timeout=START_S)
         except ray.exceptions.RayError as error:  # a node was lost meanwhile: it has failed
-            log.write(f"the ranks could not be started: {_first_line(error)}\n".encode())
+            cause = getattr(error, "cause", error)  # of what failed in an actor
+            log.write(f"the ranks could not be started: {first_line(cause)}\n".encode())
             self.close()
             return RayWorld(attempt, {}, {}, self.ranks, log)
         self._group = None  # the world's from now on
@@ -124,138 +119,6 @@ class RayLauncher:
             with suppress(ray.exceptions.RayError):  # it is lost, or will be looked at again
                 places[rank] = ray.get(actor.where.remote(), timeout=ROOM_S)
         return RayWorld(attempt, actors, places, self.ranks, log)
-
-
-class RayWorld:
-    """See launcher.World.
-
-    Parameters
-    ----------
-    actors
-        By rank; of an adopted world, those that are left.
-    places
-        What they say of where they are, by rank.
-    """
-
-    def __init__(self, attempt: Attempt, actors: dict[int, Any],
-                 places: dict[int, dict[str, Any]], size: int, log: IO[bytes]) -> None:
-        self.attempt, self.size = attempt, size
-        self._actors, self._log = actors, log
-        self._groups: set[str] = {place["group"] for place in places.values()}
-        self._hosts = places
-        self._rows: dict[int, dict[str, Any]] = {}
-        self._statuses = {rank: KILLED for rank in range(size) if rank not in actors}
-        self._silent_since: dict[int, float] = {}
-        self._lost: list[str] = []
-        self._refused = ""
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="ray-ranks", daemon=True)
-        self._thread.start()
-
-    def look(self) -> Seen:
-        if self._refused:
-            raise LeaseLost(f"{self.attempt.number}: {self._refused}")
-        beats = [Heartbeat.of(row["message"]) for row in list(self._rows.values())
-                 if row.get("message")]
-        return Seen(self.size, sorted(beats, key=lambda beat: beat.rank), dict(self._statuses),
-                    list(self._lost))
-
-    def signal(self, signum: int) -> None:
-        for actor in self._actors.values():
-            actor.signal.remote(self.attempt.fence, signum)
-
-    def states(self) -> list[RankState]:
-        import ray
-
-        asked = [actor.state.remote() for actor in self._actors.values()]
-        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=END_S)
-        found = []
-        for answer in ready:
-            with suppress(ray.exceptions.RayError):  # that rank is gone, which is said elsewhere
-                if (row := ray.get(answer)) is not None:
-                    found.append(RankState(**row))
-        return found
-
-    def end(self) -> None:
-        import ray
-        from ray.util.placement_group import PlacementGroup
-
-        asked = [actor.end.remote(self.attempt.fence) for actor in self._actors.values()]
-        left: list[int] = []
-        for answer in asked:
-            with suppress(ray.exceptions.RayError):  # it ended with its actor
-                left += ray.get(answer, timeout=END_S)
-        self._collect(wait_s=1.0)  # what they printed last
-        self.leave()
-        for actor in self._actors.values():
-            ray.kill(actor)
-        for group in self._groups:
-            ray.util.remove_placement_group(PlacementGroup(
-                ray.PlacementGroupID.from_hex(group)))
-        if left:
-            raise ClusterError(f"processes {left} of the attempt do not end on SIGKILL; check the "
-                               "machine's devices and storage")
-
-    def leave(self) -> None:
-        self._ended.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(END_S)
-
-    # ---- in a thread -----------------------------------------------------------------------------
-
-    def _work(self) -> None:
-        while not self._ended.wait(LOOK_S):
-            self._collect(wait_s=2.0)
-
-    def _collect(self, wait_s: float) -> None:
-        """Ask all actors and take in what comes within a moment."""
-        import ray
-
-        asked = {actor.look.remote(self.attempt.fence): rank
-                 for rank, actor in self._actors.items() if self._open(rank)}
-        if not asked:
-            return
-        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=wait_s)
-        for answer in ready:
-            try:
-                self._take(asked[answer], ray.get(answer))
-            except ray.exceptions.ActorDiedError as error:
-                self._died(asked[answer], error)
-            except ray.exceptions.RayError:  # not reached just now
-                late.append(answer)
-        for answer in late:
-            rank = asked[answer]
-            since = self._silent_since.setdefault(rank, time.monotonic())
-            if time.monotonic() - since > GONE_S:
-                self._died(rank, "its node does not answer")
-
-    def _open(self, rank: int) -> bool:
-        return self._statuses.get(rank) is None
-
-    def _take(self, rank: int, row: dict[str, Any]) -> None:
-        self._silent_since.pop(rank, None)
-        if "refused" in row:
-            self._refused = row["refused"]
-            return
-        for line in row.get("printed", ()):
-            self._log.write(f"[rank {rank}] {line}\n".encode())
-        if "rank" in row:
-            self._rows[rank] = row
-            self.size = row["size"]
-            if row["status"] is not None:
-                self._statuses.setdefault(rank, row["status"])
-
-    def _died(self, rank: int, why: object) -> None:
-        import ray
-
-        self._statuses.setdefault(rank, KILLED)
-        place = self._hosts.get(rank, {})
-        self._log.write(f"[rank {rank}] its actor on {place.get('host')} ({place.get('address')}) "
-                        f"is gone: {_first_line(why)}\n".encode())
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        host = f"{place.get('host')} ({place.get('address')})"
-        if place and place["node"] not in alive and host not in self._lost:
-            self._lost.append(host)
 
 
 def connect() -> None:
@@ -330,7 +193,3 @@ def exported() -> dict[str, str]:
 def _words(resources: dict[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU")
                      if name == "CPU" or resources.get(name))
-
-
-def _first_line(error: object) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -8,13 +8,12 @@ no order with a lower fencing token than it has heard, and goes on for a while w
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +21,11 @@ from typing import Any
 
 from cluster.diagnosis import RankState, stack_of
 from cluster.ranks import Rank, Ranks
-from neurojepa.messages import ALONE
+from neurojepa.messages import ALONE, private_folder
 from neurojepa.ports import free_port
 
 TURN_S = 0.05
+NEW_S = 60.0  # a socket that is being made refuses for a moment, too
 KEPT_LINES = 2000  # of what the rank prints while nobody listens
 ENDED_S = 60.0  # so long a rank that has ended waits for somebody to see how
 ALONE_S = 10.0  # without a supervisor, until the rank is told
@@ -44,6 +44,7 @@ class RankActor:
         self._looked_at = time.monotonic()
         self._turn = threading.Lock()
         self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="rank", daemon=True)
         self._reading = True  # until the end of what it prints
         self._asked_at = 0.0  # when it was asked to stop, as nobody is there
 
@@ -58,23 +59,25 @@ class RankActor:
 
     def start(self, fence: int, command: list[str], environment: dict[str, str]) -> None:
         """Start the rank; here, as it dies with the thread that started it."""
-        folder = Path(tempfile.mkdtemp(prefix="rank-"))  # mode 700: nobody else sends messages
+        folder = private_folder()
+        _clear(folder)
         self._fence = fence
-        self._ranks = Ranks(command, {}, [environment], str(folder / "messages"))
+        self._ranks = Ranks(command, {}, [environment], str(folder / f"{uuid.uuid4().hex}.ray"))
         self._rank = next(iter(self._ranks.ranks.values()))
-        threading.Thread(target=self._work, name="rank", daemon=True).start()
+        self._thread.start()
 
     def look(self, fence: int) -> dict[str, Any]:
         """What is known of the rank, and what it has printed since the last look."""
         if refused := self._refused(fence):
             return {"refused": refused}
         self._looked_at = time.monotonic()
-        if self._ranks is None:
+        if self._ranks is None or self._rank is None:
             return {}
         with self._turn:
             row = self._ranks.rows()[0]
             printed = [self._lines.popleft() for _ in range(len(self._lines))]
-        return {**row, "size": self._ranks.size, "printed": printed}
+        return {**row, "size": self._ranks.size, "printed": printed,
+                "ended_s": time.monotonic() - self._rank.ended_at}
 
     def signal(self, fence: int, signum: int) -> None:
         """Signal the rank if it has not ended."""
@@ -103,7 +106,8 @@ class RankActor:
             left = self._ranks.end()
         self._read_out()
         self._over.set()
-        shutil.rmtree(Path(self._ranks.messages.path).parent, ignore_errors=True)
+        self._thread.join()
+        _remove(Path(self._ranks.messages.path))
         return left
 
     def _refused(self, fence: int) -> str:
@@ -156,6 +160,25 @@ class RankActor:
             self._asked_at = now
         if ended or now - self._asked_at > GRACE_S:
             _leave_cluster()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what actors that were killed have left: sockets where nobody listens."""
+    for path in folder.glob("*.ray"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            try:
+                is_new = path.stat().st_mtime > time.time() - NEW_S
+                probe.connect(str(path))
+            except FileNotFoundError:  # removed by another actor, just now
+                continue
+            except ConnectionRefusedError:
+                if not is_new:
+                    _remove(path)
+
+
+def _remove(messages: Path) -> None:
+    for path in (messages, Path(f"{messages}{ALONE}")):
+        path.unlink(missing_ok=True)
 
 
 def _leave_cluster() -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import time
 from multiprocessing import get_context
 from multiprocessing.managers import BaseManager
 from pathlib import Path
@@ -17,9 +18,12 @@ from cluster import ray_job
 from cluster.launcher import Attempt
 from cluster.outcome import status_of
 from cluster.ray_job import Keeper
-from cluster.ray_launcher import RayWorld, check_paths, connect
-from cluster.ray_rank import RankActor
+from cluster.ray_launcher import check_paths, connect
+from cluster.ray_rank import RankActor, _clear
+from cluster.ray_world import RayWorld
 from neurojepa.errors import ClusterError, ConfigError
+from neurojepa.messages import AGENT, ALONE, Messages, private_folder
+from tests.helpers import ROOT
 from tests.helpers.ray_nodes import wait_until
 
 # prints its rank, then waits for SIGTERM and ends as a training does
@@ -66,6 +70,8 @@ def test_the_death_of_a_rank_is_its_status(rank: RankActor, signum: int, status:
     printed(rank, 3)
     os.kill(rank.look(3)["pid"], signum)
     wait_until(lambda: rank.look(3)["status"] == status, 3)
+    time.sleep(0.2)
+    assert 0.2 <= rank.look(3)["ended_s"] < 5
 
 
 def test_a_rank_obeys_no_earlier_supervisor(rank: RankActor) -> None:
@@ -74,9 +80,24 @@ def test_a_rank_obeys_no_earlier_supervisor(rank: RankActor) -> None:
     rank.signal(4, signal.SIGKILL)
     assert rank.end(4) == []
     assert rank.look(5)["status"] is None
+    socket = Path(psutil.Process(rank.look(5)["pid"]).environ()[AGENT])
+    assert socket.parent == private_folder() and socket.exists()
     assert rank.end(6) == []
+    assert not socket.exists()
     assert not psutil.pid_exists(rank.look(6)["pid"])
     assert rank.end(7) == []  # nothing is left to end
+
+
+def test_what_killed_actors_have_left_is_removed(tmp_path: Path) -> None:
+    heard = Messages(str(tmp_path / "heard.ray"))
+    heard.listen()
+    for name in ("left", "new"):
+        Messages(str(tmp_path / f"{name}.ray")).listen()
+        (tmp_path / f"{name}.ray{ALONE}").touch()
+    for name in ("heard", "left"):
+        os.utime(tmp_path / f"{name}.ray", (time.time() - 100,) * 2)
+    _clear(tmp_path)  # a new one may be in the making
+    assert {path.name for path in tmp_path.iterdir()} == {"heard.ray", "new.ray", f"new.ray{ALONE}"}
 
 
 def test_ranks_that_could_not_be_started_are_an_attempt_that_failed() -> None:
