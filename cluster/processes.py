@@ -78,6 +78,7 @@ def refuse_running(run: str, beats: list[Heartbeat]) -> None:
 def signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """SIGTERM and SIGINT, here and for a while."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, before)  # one that has waited since the start
     try:
         yield
     finally:

@@ -44,6 +44,7 @@ class Keeper:
         self._id = uuid.uuid4().hex
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._printed = 0
+        self._turn = threading.Lock()
         self._asked = 0
         self._status: int | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -55,15 +56,18 @@ class Keeper:
 
     def look(self, seen: int) -> dict[str, Any]:
         """The lines printed since the first ``seen`` ones, and the status once it has ended."""
-        new = min(len(self._lines), max(0, self._printed - seen))
-        return {"id": self._id, "printed": self._printed, "status": self._status,
-                "lines": list(self._lines)[len(self._lines) - new:]}
+        status = self._status  # before the lines: behind it comes none
+        with self._turn:
+            new = min(len(self._lines), max(0, self._printed - seen))
+            return {"id": self._id, "printed": self._printed, "status": status,
+                    "lines": list(self._lines)[len(self._lines) - new:]}
 
     def signal(self, signum: int) -> None:
         """Hand a signal on; from then on its death is its end."""
-        self._asked = signum
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signum)
+        with self._turn:
+            self._asked = signum
+            if self._process is not None and self._process.poll() is None:
+                self._process.send_signal(signum)
 
     def _work(self) -> None:
         budget = Budget(MAX_DEATHS, DEATHS_S)
@@ -75,28 +79,38 @@ class Keeper:
                 code = CANNOT_START
             if code < 0 and not self._asked:
                 budget.failed(progressed=False)
-                self._say(f"the supervisor was ended by signal {-code}; starting it again")
-                time.sleep(budget.pause_s)
-            if code >= 0 or self._asked or budget.spent:
-                self._status = code if code >= 0 else 128 - code
+                if not budget.spent:
+                    self._say(f"the supervisor was ended by signal {-code}; starting it again")
+                    time.sleep(budget.pause_s)
+                    continue
+            self._status = code if code >= 0 else 128 - code
         time.sleep(ENDED_S)
         _end_this_actor()
 
     def _run(self) -> int:
-        process = self._process = subprocess.Popen(
-            self._command, env={**os.environ, **self._environment}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            start_new_session=True, preexec_fn=partial(die_with, os.getpid()))
+        with self._turn:
+            process = self._process = subprocess.Popen(
+                self._command, env={**os.environ, **self._environment}, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                start_new_session=True, preexec_fn=partial(_begin, os.getpid(), self._asked))
+            if self._asked:  # while it was down
+                process.send_signal(self._asked)
         assert process.stdout
-        if self._asked:  # while it was down
-            process.send_signal(self._asked)
         for line in process.stdout:
             self._say(line.rstrip("\n"))
         return process.wait()
 
     def _say(self, line: str) -> None:
-        self._lines.append(line)
-        self._printed += 1
+        with self._turn:
+            self._lines.append(line)
+            self._printed += 1
+
+
+def _begin(keeper: int, asked: int) -> None:
+    """In the child: a signal that is due waits until there is a handler (processes.signals_to)."""
+    die_with(keeper)
+    if asked:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [asked])
 
 
 def _end_this_actor() -> None:

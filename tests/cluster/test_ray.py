@@ -146,6 +146,21 @@ def test_a_signal_reaches_the_supervisor() -> None:
     wait_until(lambda: keeper.look(0)["status"] == 75, 20)
 
 
+def test_a_signal_while_it_is_down_stops_the_next_one_when_it_can_hear(tmp_path: Path) -> None:
+    """Sent at its start, the signal would end it, and its ranks would go on without it."""
+    supervise = (f"import os, time; path = {str(tmp_path / 'killed')!r}\n"
+                 "if not os.path.exists(path): open(path, 'x'); os.kill(os.getpid(), 9)\n"
+                 "time.sleep(0.5); heard = []\n"
+                 "from cluster.processes import signals_to\n"
+                 "with signals_to(lambda *_: heard.append(1)): time.sleep(0.1)\n"
+                 "print(heard, flush=True); raise SystemExit(75)")
+    keeper = Keeper([sys.executable, "-c", supervise], {"PYTHONPATH": str(ROOT)})
+    wait_until(lambda: any("starting it again" in line for line in keeper.look(0)["lines"]), 20)
+    keeper.signal(signal.SIGTERM)
+    wait_until(lambda: keeper.look(0)["status"] is not None, 20)
+    assert (keeper.look(0)["status"], keeper.look(0)["lines"][-1]) == (75, "[1]")
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("key", ["run.dir", "data.feed"])
