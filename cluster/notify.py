@@ -207,7 +207,7 @@ class Notifier:
         self._digest = Digest(run_dir.uri)
         self._rows, self._problem = Rows(), ""
         self._follower = Follower(join(run_dir.uri, "events.jsonl"), self._rows, threading.Lock())
-        self._told: int | None = None  # rows; of those that are there at first, none is
+        self._known: list[dict[str, Any]] | None = None  # of those there at first, none is told
         self._read()
         self._ended = threading.Event()
         self._queues = [queue.SimpleQueue[Message | None]() for _ in targets]
@@ -228,9 +228,7 @@ class Notifier:
         while True:
             ended = self._ended.wait(LOOK_S)
             if self._read() or ended:
-                new = [] if self._told is None else self._rows.rows[self._told:]
-                self._told = None if self._told is None else self._told + len(new)
-                for message in self._digest.messages(new, last=ended):
+                for message in self._digest.messages(self._new_rows(), last=ended):
                     for waiting in self._queues:
                         waiting.put(message)
             if ended:
@@ -245,9 +243,18 @@ class Notifier:
         except NeurojepaError as error:
             self._say(str(error))
             return False
-        if self._told is None:
-            self._told = len(self._rows.rows)
+        if self._known is None:
+            self._known = list(self._rows.rows)
         return True
+
+    def _new_rows(self) -> list[dict[str, Any]]:
+        """What has come since; a file that was cut or written anew may begin as it did before."""
+        rows, known = self._rows.rows, self._known or []
+        same = next((at for at, (row, before) in enumerate(zip(rows, known, strict=False))
+                     if row is not before and row != before), min(len(rows), len(known)))
+        if len(rows) > same:  # else it may be away for a moment
+            self._known = list(rows)
+        return rows[same:]
 
     def _send(self, target: Target, waiting: queue.SimpleQueue[Message | None]) -> None:
         while (message := waiting.get()) is not None:

@@ -20,7 +20,7 @@ from cluster import notify
 from cluster.notify import OLD_CHECKPOINT_S, QUIET_S, TOLD, Digest, Notifier, notifying
 from cluster.rundir import RunDir
 from neurojepa.errors import ClusterError, ConfigError
-from neurojepa.storage import append_rows
+from neurojepa.storage import append_rows, drop_rows
 from tests.helpers import ROOT
 
 SECRET = "/hooks/T0KEN-that-nobody-may-see"
@@ -197,6 +197,23 @@ def test_events_that_cannot_be_read_are_told_of_once(
     notifier.close()
     assert "".join(capfd.readouterr()).count("notification:") == 1
     assert [message["kind"] for message in hook.got] == ["hang"]
+
+
+def test_rows_that_are_cut_off_are_not_missed_and_others_not_told_twice(
+        run: RunDir, hook: Hook, url_file: str) -> None:
+    path = Path(run.uri) / "events.jsonl"
+    with notifying(run, [notify.webhook(url_file)]):
+        event(run, "hang", 9)
+        wait(lambda: len(hook.got) == 1)
+        path.rename(path.with_suffix(".away"))  # for a moment
+        time.sleep(0.1)
+        path.with_suffix(".away").rename(path)
+        time.sleep(0.1)
+        drop_rows(str(path), lambda row: row["event"] == "start")  # by hand
+        time.sleep(0.1)
+        event(run, "host_lost", 10)
+        wait(lambda: len(hook.got) == 2)
+    assert [message["kind"] for message in hook.got] == ["hang", "host_lost"]
 
 
 # ---- a command -----------------------------------------------------------------------------------
