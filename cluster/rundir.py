@@ -137,8 +137,21 @@ class RunDir:
         return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration the training stored; empty before its first start."""
-        return yaml.safe_load(self.read("config.yaml") or b"") or {}
+        """The resolved configuration the training stored; empty before its first start.
+
+        Raises
+        ------
+        ClusterError
+            Somebody has changed it into something else.
+        """
+        try:
+            tree = yaml.safe_load(self.read("config.yaml") or b"") or {}
+        except yaml.YAMLError as error:
+            tree = " ".join(str(error).split())
+        if not isinstance(tree, dict):
+            raise ClusterError(f"{self.uri}/config.yaml: no YAML mapping ({str(tree)[:200]}); put "
+                               "back what the training wrote, or start it again with its recipe")
+        return tree
 
 
 def run_of_arguments(arguments: list[str]) -> tuple[RunDir, dict[str, Any]]:
@@ -167,7 +180,10 @@ def run_of_arguments(arguments: list[str]) -> tuple[RunDir, dict[str, Any]]:
             if isinstance(branch, dict) for key, value in branch.items()}
     for item in overrides:
         key, _, text = item.partition("=")
-        flat[key] = yaml.safe_load(text)
+        try:
+            flat[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {item!r}: the value is not valid YAML") from error
     if not flat.get("run.dir"):
         raise ConfigError(f"{path}: run.dir is required; set it in the file or as run.dir=PATH")
     return RunDir(str(flat["run.dir"])), flat

@@ -29,11 +29,12 @@ def render(status: dict[str, Any], colour: bool = False) -> str:
         return f"{code}{text}{PLAIN}" if colour and code else text
 
     total = f"/{status['steps']}" if status["steps"] else ""
+    of_step = "" if status["loss_step"] is None else f" ({_step(status['loss_step'])})"
     state = paint(f"{status['state'].upper():9}", BOLD + STATES[status["state"]])
     lines = [
         paint(status["run"], BOLD),
         f"  {state} step {status['step']}{total}"
-        f"   loss {_number(status['loss'])} (step {status['loss_step']})"
+        f"   loss {_number(status['loss'])}{of_step}"
         f"   {_number(status['volumes_per_s'])} volumes/s"
         f"   ETA {_duration(status['eta_s'])}",
         f"  last checkpoint: {_step(status['last_checkpoint']) or 'none yet'}"
@@ -43,7 +44,10 @@ def render(status: dict[str, Any], colour: bool = False) -> str:
         "",
     ]
     ranks = status["ranks"]
-    lines += _by_rank(ranks) if len(ranks) <= MOST_ROWS else _by_host(ranks)
+    if not ranks:
+        lines.append("  no rank has given a sign of life yet")
+    else:
+        lines += _by_rank(ranks) if len(ranks) <= MOST_ROWS else _by_host(ranks)
     lines += [paint(f"  slow: rank {slow['rank']} on {slow['host']} needs {slow['own_s']:.2g} s, "
                     f"the others {slow['others_s']:.2g} s", YELLOW) for slow in status["slow"]]
     lines += ["", "  last events"]

@@ -20,6 +20,7 @@ from cluster.rundir import Heartbeat, RunDir
 from cluster.screen import render
 from cluster.status import read_status
 from cluster.trend import trend
+from neurojepa.errors import ClusterError, ConfigError
 from neurojepa.storage.owners import pid_space
 from tests.helpers import ROOT
 
@@ -234,6 +235,30 @@ def test_many_ranks_are_folded_by_host(run: Path) -> None:
     assert "slow: rank 5 on node0 needs 1.3 s, the others 0.3 s" in screen
     assert screen.count("node") == 4
     assert len(json.loads(json.dumps(status))["ranks"]) == 24
+
+
+@pytest.mark.parametrize("text", ["train: [1", "- a list", "just words"])
+def test_a_config_that_somebody_has_spoilt_is_named(run: Path, text: str) -> None:
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(ClusterError, match=r"/config\.yaml: no YAML mapping .* put back what"):
+        command.main(["status", str(run)])
+
+
+@pytest.mark.parametrize(("override", "why"), [
+    ("run.ranks=[1", "override 'run.ranks=\\[1': the value is not valid YAML"),
+    ("run.ranks=many", "run.ranks = 'many': expected a whole number"),
+    ("run.ranks=-1", "run.ranks = -1: expected")])
+def test_an_override_that_says_nothing_starts_nothing(tmp_path: Path, override: str,
+                                                      why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        command.main(["supervise", "--", "--config", "demo", "data.feed=x",
+                      f"run.dir={tmp_path / 'run'}", override])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_step_shows_no_empty_table(run: Path) -> None:
+    screen = render(read_status(RunDir(str(run)), now=NOW))
+    assert "None" not in screen and "no rank has given a sign of life yet" in screen
 
 
 def test_goodput_and_lost_steps_are_on_the_screen(run: Path) -> None:
