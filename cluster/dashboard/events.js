@@ -115,7 +115,8 @@ async function choose(run, event) {
     if (chosen.run === run && chosen.number === event.number)
       show(box, detail(event, found));
   } catch (error) {
-    box.replaceChildren(make('p', {class: 'problem'}, error.message));
+    if (chosen.run === run && chosen.number === event.number)
+      show(box, [make('p', {class: 'problem'}, error.message)]);
   }
 }
 

@@ -52,10 +52,10 @@ function paint() {
   if (!run.ranks.length)
     box.append(make('p', {class: 'soft'}, 'No rank has given a sign of life yet.'));
   document.getElementById('legend').replaceChildren(...(known.length ? [
-    show(low), make('i', {'aria-hidden': 'true'}), show(high),
-    ...(slow.size ? [`· framed, with !: slower than the others (${slow.size})`] : []),
+    show(low), make('i', {'aria-hidden': 'true'}), show(high) + ' ',
+    ...(slow.size ? [`· framed, with !: slower than the others (${slow.size}) `] : []),
     ...NAMES.filter(name => STATES[name] && run.ranks.some(rank => rank.state === name))
-      .map(name => `· ${STATES[name]}: ${name}`)] : ['nothing is known of it']));
+      .map(name => `· ${STATES[name]}: ${name} `)] : ['nothing is known of it']));
   if (focused) box.querySelector(`[data-rank="${focused}"]`)?.focus({preventScroll: true});
 }
 

@@ -113,9 +113,9 @@ class RunView:
         """Points [step, mean, least, greatest] by figure, of steps ``first`` to ``last``."""
         saved = Columns(("seconds",))
         with self._lock:
-            for row in self._events.rows:
-                if row.get("event") == "checkpoint":
-                    saved.add(row)
+            rows = [row for row in self._events.rows if row.get("event") == "checkpoint"]
+            for row in sorted(rows, key=lambda row: row.get("step") or 0):  # some come again
+                saved.add(row)
             found = self._columns.points(first, last, most)
         return {**found, "checkpoint_s": saved.points(first, last, most)["seconds"]}
 

@@ -55,6 +55,18 @@ def test_steps_that_a_resume_has_dropped_are_drawn_no_more(tmp_path: Path) -> No
     assert view.overview()["rows"] == 41 and view.series(0, 99, 99)["loss"][-1][:2] == [41, 5.0]
 
 
+def test_checkpoints_that_come_again_after_a_rollback_are_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=400)
+    append_rows(str(run / "events.jsonl"), [
+        {"time": time.time(), "event": "checkpoint", "step": step, "seconds": 9.0}
+        for step in (100, 120, 140)])
+    view = RunView(str(run))
+    view.look()
+    drawn = view.series(300, 400, 99)["checkpoint_s"]
+    assert [point[0] for point in drawn] == [300, 320, 340, 360, 380]
+    assert [point[1] for point in view.series(100, 110, 99)["checkpoint_s"]][-1] == 9.0
+
+
 def test_it_reads_while_somebody_looks_and_rests_otherwise(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(viewing, "LOCAL_S", 0.01)
