@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +21,7 @@ from cluster.rundir import RunDir
 from neurojepa.errors import ClusterError, ConfigError
 from neurojepa.storage import append_rows, drop_rows
 from tests.helpers import ROOT
+from tests.helpers.servers import serving
 
 SECRET = "/hooks/T0KEN-that-nobody-may-see"
 
@@ -61,13 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hook() -> Iterator[Hook]:
-    server = Hook()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hook()) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from neurojepa.storage import append_rows
 from tests.helpers.chrome import Chrome, chrome
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.runs import metrics_row, write_run
+from tests.helpers.servers import serving
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow(6)]
 # the ratio by which luminances of text and of what is behind it differ (WCAG 2)
@@ -46,13 +46,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
     tree = tiny_config(write_feed(str(folder / "feed")), folder / "base").model_dump(mode="json")
     write_run(folder / "base", hosts=4, slots=8, tree=tree)
     write_run(folder / "<b>small</b>", steps=300)
-    server = Dashboard([str(folder / "base"), str(folder / "<b>small</b>")], "127.0.0.1", 0)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Dashboard([str(folder / "base"), str(folder / "<b>small</b>")], "127.0.0.1",
+                           0)) as server:
+        yield server
 
 
 def shown(browser: Chrome, server: Dashboard, width: int = 1280, dark: bool = False) -> None:
@@ -146,12 +142,7 @@ def test_an_event_is_opened_and_stays_focused(browser: Chrome, server: Dashboard
 
 def test_a_server_that_is_gone_is_told(browser: Chrome, tmp_path: Path) -> None:
     write_run(tmp_path / "base")
-    server = Dashboard([str(tmp_path / "base")], "127.0.0.1", 0)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    browser.open(server.url)
-    browser.wait("!!document.querySelector('#runs .run')")
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Dashboard([str(tmp_path / "base")], "127.0.0.1", 0)) as server:
+        browser.open(server.url)
+        browser.wait("!!document.querySelector('#runs .run')")
     browser.wait("document.getElementById('pulse').textContent.startsWith('What is shown is old')")

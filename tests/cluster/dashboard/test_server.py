@@ -20,6 +20,7 @@ from cluster.dashboard.server import Dashboard
 from neurojepa.errors import ConfigError
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.runs import write_run
+from tests.helpers.servers import serving
 
 SECRETS = ("../outside.txt", "/etc/passwd", "logs/../../outside.txt", "%2e%2e%2foutside.txt",
            "....//outside.txt", "..%5coutside.txt", "attempt-1.log%00")
@@ -42,14 +43,10 @@ def server(folder: Path) -> Iterator[Dashboard]:
 
 
 def served(server: Dashboard) -> Iterator[Dashboard]:
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    for view in server.views:
-        view.look()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        for view in server.views:
+            view.look()
+        yield server
 
 
 def ask(server: Dashboard, path: str, method: str = "GET",
