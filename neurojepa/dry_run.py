@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 
@@ -144,6 +145,7 @@ def largest_micro_batch(config: RootConfig, feed: Feed, every: Recompute, room: 
     A step needs the most of several sums of a constant and a part for each scan, at one moment or
     another.  So a line through two counts never ends below the answer, and from above it is found.
     """
+    @cache  # a count takes a second
     def needed(scans: int) -> float:
         return activation_bytes(config, feed, every, scans)
 
@@ -231,7 +233,7 @@ def render(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -
     return "\n".join(lines)
 
 
-def dry_run(config: RootConfig, gpus: int | None, device: str, mfu: float,
+def dry_run(config: RootConfig, gpus: int | None = None, device: str = "h100", mfu: float = 0.4,
             network: str | None = None, fit: bool = False) -> int:
     """Print the plan; ``gpus`` is run.ranks where it is not given.
 

@@ -19,7 +19,9 @@ import os
 import sys
 
 from neurojepa.config import RootConfig, load_config
-from neurojepa.errors import run_command
+from neurojepa.errors import ConfigError, run_command
+
+PLANNED = ("gpus", "device", "mfu", "network", "fit")  # what --dry-run can be asked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,24 +34,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", help="given by the deepspeed launcher; not used")
     parser.add_argument("--dry-run", action="store_true",
                         help="print model size, compute, memory, time and exit; reads no voxels")
-    parser.add_argument("--gpus", type=int, metavar="N",
-                        help="ranks to plan for (default: run.ranks)")
-    parser.add_argument("--device", default="h100", help="to plan for (default: %(default)s)")
-    parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE",
-                        help="of the device's bf16 peak that is reached (default: %(default)s)")
-    parser.add_argument("--network", metavar="NAME", help="nvlink, infiniband-400g or efa: how the "
-                        "step scales on it to 1,024 GPUs, by count")
-    parser.add_argument("--fit", action="store_true", help="with --dry-run: the largest "
-                        "train.micro_batch that fits the device")
+    plan = parser.add_argument_group("only with --dry-run", argument_default=argparse.SUPPRESS)
+    plan.add_argument("--gpus", type=int, metavar="N",
+                      help="ranks to plan for (default: run.ranks)")
+    plan.add_argument("--device", help="to plan for (default: h100)")
+    plan.add_argument("--mfu", type=float, metavar="SHARE",
+                      help="of the device's bf16 peak that is reached (default: 0.4)")
+    plan.add_argument("--network", metavar="NAME", help="nvlink, infiniband-400g or efa: how the "
+                      "step scales on it to 1,024 GPUs, by count")
+    plan.add_argument("--fit", action="store_true",
+                      help="the largest train.micro_batch that fits the device")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value",
                         help="values that differ from the recipe, for example train.steps=100")
     arguments = parser.parse_intermixed_args(argv)
+    planned = {name: getattr(arguments, name) for name in PLANNED if name in arguments}
+    if planned and not arguments.dry_run:
+        given = ", ".join(f"--{name}" for name in planned)
+        raise ConfigError(f"{given}: only for --dry-run; add that to plan, or leave out {given} to "
+                          "train")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from neurojepa.dry_run import dry_run
 
-        return dry_run(config, arguments.gpus, arguments.device, arguments.mfu,
-                       arguments.network, arguments.fit)
+        return dry_run(config, **planned)
     from neurojepa.train.slurm import slurm_ranks
 
     os.environ.update(slurm_ranks(os.environ, config.run.launcher))

@@ -226,6 +226,15 @@ def test_what_cannot_be_planned(feed: str, tmp_path: Path, gpus: int, device: st
         plan(tiny_config(feed, tmp_path), open_feed(feed), gpus, device, mfu)
 
 
+@pytest.mark.parametrize("given", [
+    ["--fit"], ["--gpus", "8"], ["--device", "h100"], ["--mfu", "0.4"],
+    ["--network", "efa", "--gpus", "8"]])
+def test_a_question_about_the_plan_starts_no_training(given: list[str]) -> None:
+    names = ", ".join(sorted(each for each in given if each[0] == "-"))
+    with pytest.raises(ConfigError, match=f"^{names}: only for --dry-run; add that to plan"):
+        main(["--config", "demo", *given, "data.feed=none", "run.dir=none"])
+
+
 def test_every_method_is_planned(feed: str, tmp_path: Path) -> None:
     plans = {method: plan_of(of_method(tiny_config(feed, tmp_path), method)) for method in METHODS}
     for method, found in plans.items():
