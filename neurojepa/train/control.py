@@ -56,7 +56,8 @@ class Control:
         Raises
         ------
         NeurojepaError
-            What ``verdict`` raised, on every rank.
+            What ``verdict`` raised, on every rank; of a class that is not in neurojepa.errors,
+            the nearest one there.
         ClusterError
             Ranks were silent for too long.
         """
@@ -88,7 +89,10 @@ class Control:
         try:
             result = verdict(items)
         except NeurojepaError as error:
-            says = {"error": type(error).__name__, "says": str(error)}
+            # by the nearest class that every rank knows
+            name = next(kind.__name__ for kind in type(error).__mro__
+                        if kind.__module__ == neurojepa.errors.__name__)
+            says = {"error": name, "says": str(error)}
             self._store.set(self._key("all"), json.dumps(says).encode())
             self.leave()
             raise

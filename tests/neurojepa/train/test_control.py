@@ -12,7 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from neurojepa.errors import CheckpointError, ClusterError, LeaseLost, NeurojepaError
+from neurojepa.errors import (
+    CheckpointError,
+    ClusterError,
+    DataError,
+    LeaseLost,
+    NeurojepaError,
+)
+from neurojepa.feed.loader import DamagedSample
 from neurojepa.train import control
 from neurojepa.train.control import Control, allow_connections
 from neurojepa.train.health import DIGIT, MAX_FLAGS, Guard
@@ -39,8 +46,10 @@ def test_the_verdict_is_rank_0s_alone() -> None:
     assert len(called) == 1
 
 
-@pytest.mark.parametrize("error", [CheckpointError("disk of rank 3"), LeaseLost("token 9 has it")])
-def test_an_error_of_the_verdict_is_raised_alike_on_all(error: NeurojepaError) -> None:
+@pytest.mark.parametrize(("error", "shown"), [
+    (CheckpointError("disk of rank 3"), CheckpointError), (LeaseLost("token 9 has it"), LeaseLost),
+    (DamagedSample("position 7"), DataError)])  # of a module that another rank may not have loaded
+def test_an_error_of_the_verdict_is_raised_on_all(error: NeurojepaError, shown: type) -> None:
     def fail(_: Any) -> None:
         raise error
 
@@ -50,7 +59,8 @@ def test_an_error_of_the_verdict_is_raised_alike_on_all(error: NeurojepaError) -
         assert world.gather(1) == [1] * 6  # and they can go on together
         return type(caught.value), str(caught.value)
 
-    assert on_all(fake_worlds(6), talk) == [(type(error), str(error))] * 6
+    first, *others = on_all(fake_worlds(6), talk)
+    assert first == (type(error), str(error)) and others == [(shown, str(error))] * 5
 
 
 def test_the_store_does_not_fill_up() -> None:
