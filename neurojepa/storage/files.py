@@ -140,21 +140,11 @@ def read_if_there(uri: str, tail_bytes: int | None = None) -> bytes | None:
     DataError
         The store cannot be read.
     """
-    fs, path = open_store(uri)
-    with _naming(uri, "read"):
-        try:
-            size = fs.size(path) if tail_bytes is not None else None
-            start = size - tail_bytes if size and tail_bytes and size > tail_bytes else None
-            data: bytes = fs.cat_file(path, start=start)
-            return data
-        except FileNotFoundError:
-            return None
+    return read_range(uri, -tail_bytes if tail_bytes else 0)
 
 
-# ---- folders -------------------------------------------------------------------------------------
-
-def read_range(uri: str, start: int, end: int) -> bytes | None:
-    """Bytes ``start`` to ``end`` (or up to the object's end) of an object; None if there is none.
+def read_range(uri: str, start: int, end: int | None = None) -> bytes | None:
+    """The bytes that a slice ``[start:end]`` of the object has; None if there is no object.
 
     Raises
     ------
@@ -164,12 +154,17 @@ def read_range(uri: str, start: int, end: int) -> bytes | None:
     fs, path = open_store(uri)
     with _naming(uri, "read"):
         try:
-            end = min(end, fs.size(path))
-            data: bytes = fs.cat_file(path, start=start, end=end) if start < end else b""
+            if start or end is not None:
+                start, end, _ = slice(start, end).indices(fs.size(path))
+                if start >= end:
+                    return b""
+            data: bytes = fs.cat_file(path, start=start or None, end=end)
             return data
         except FileNotFoundError:
             return None
 
+
+# ---- folders -------------------------------------------------------------------------------------
 
 def exists(uri: str) -> bool:
     """Whether there is an object or a folder."""

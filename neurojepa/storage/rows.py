@@ -83,7 +83,7 @@ def _append_object(uri: str, rows: list[dict[str, Any]]) -> None:
         if appends:
             with fs.open(path, "ab") as file:
                 file.write(lines)
-    except (NotImplementedError, ValueError):  # a store that has no such thing
+    except (NotImplementedError, ValueError):  # this kind of store cannot append
         appends = False
     except store_errors() as error:
         raise DataError(f"{uri}: cannot append ({error}); check the store") from error
