@@ -28,7 +28,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +112,7 @@ def answer(stage: Stage, arguments: dict[str, Any], limit_s: float) -> dict[str,
     log, began = LOGS / f"{stage.name.replace(' ', '-')}.log", time.monotonic()
     # not the log's last line: NCCL and others write there until the process is gone
     result = log.with_suffix(".json")
+    result.unlink(missing_ok=True)
     process = multiprocessing.get_context(start_method()).Process(
         target=_enter, args=(stage.function, arguments, str(log), str(result)))
     process.start()
@@ -142,9 +142,6 @@ def _enter(function: str, arguments: dict[str, Any], log: str, result: str) -> N
             os.dup2(output.fileno(), descriptor)
         try:
             _gpu_stages.answer(function, arguments, Path(result))
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
         finally:
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
