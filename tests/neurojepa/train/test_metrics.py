@@ -191,8 +191,7 @@ def test_a_tracker_that_is_not_installed_is_refused(
         Metrics(config, GRID, ALONE, 0, Patience(0))
 
 
-def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(World, "gather", lambda self, item: [item])
+def test_environment(tmp_path: Path) -> None:
     write_environment(tiny_config("feed", tmp_path), ALONE,
                       {"feed": "feed-print", "order": "order-print"})
     text = (tmp_path / "environment.json").read_text()
