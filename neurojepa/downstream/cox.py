@@ -100,10 +100,10 @@ def fit_cox(values: np.ndarray, time: np.ndarray, event: np.ndarray, penalty: fl
 def baseline(line: np.ndarray, time: np.ndarray, event: np.ndarray,
              horizons: np.ndarray) -> np.ndarray:
     """Cumulative hazard [H] of a person of predictor 0 by each horizon (Breslow 1974)."""
-    times = np.unique(time[event])
-    died = (event[:, None] & (time[:, None] == times)).sum(0)
-    risk = np.exp(line)
-    below = ((time[:, None] >= times) * risk[:, None]).sum(0)
+    times, died = np.unique(time[event], return_counts=True)
+    order = np.argsort(time)
+    followed = np.exp(line[order])[::-1].cumsum()[::-1]  # summed over those of a later time, too
+    below = followed[np.searchsorted(time[order], times)]
     total = np.concatenate([[0.0], np.cumsum(died / below)])
     return total[np.searchsorted(times, horizons, side="right")]
 
