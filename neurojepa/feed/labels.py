@@ -43,8 +43,9 @@ def scan_labels(table: pa.Table, name: str, *, people: Sequence[str],
 
 
 def as_numbers(values: np.ndarray) -> np.ndarray | None:
-    """Labels [n] as float64 [n], or None where one is not a number."""
+    """Labels [n] as float64 [n], or None where one is not a finite number."""
     try:
-        return values.astype(float)
+        numbers = values.astype(float)
     except ValueError:
         return None
+    return numbers if np.isfinite(numbers).all() else None
