@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from os import PathLike, fspath
 
@@ -163,9 +164,7 @@ class Model:
         found = embed(self.weights.model, config, feed, rows,
                       None if atoms else self.weights.places, regions=where if regions else None,
                       progress=lambda done: progress(done, len(rows)), atoms=atoms)
-        taught = self.weights.seen
-        seen = [None if taught is None else not taught.isdisjoint(map(hashed, each))
-                for each in zip(found.participant.tolist(), found.scan_id.tolist(), strict=True)]
+        seen = _seen(self.weights.seen, found.participant.tolist(), found.scan_id.tolist())
         measured = volumes.tissue_volumes(feed, rows, where, config.model.patch_voxels)
         return Embedded(tables.embedding_table(found, feed, rows, seen, scans),
                         tables.region_table(found, where) if regions else None,
@@ -191,6 +190,17 @@ def load_model(weights: Path, device: str | None = None) -> Model:
         There is no such device.
     """
     return Model(load(fspath(weights)), fspath(weights), device)
+
+
+def _seen(taught: AbstractSet[str] | None, people: Sequence[str],
+          scans: Sequence[str]) -> list[bool | None]:
+    """Whether each scan's person was in the pretraining, itself or by any of its scans; None where
+    it is not known who was."""
+    if taught is None:
+        return [None] * len(people)
+    known = {person for person, scan in zip(people, scans, strict=True)
+             if not taught.isdisjoint((hashed(person), hashed(scan)))}
+    return [person in known for person in people]
 
 
 def _device(name: str | None) -> torch.device:

@@ -39,8 +39,8 @@ def embedding_table(found: Embeddings, feed: Feed, rows: np.ndarray,
                     seen: Sequence[bool | None], scans: Scans | None = None) -> pa.Table:
     """One row a scan, in the order of ``rows``; what only the archive knows is null without it.
 
-    ``seen`` [n] says whether the scan or its person was in the pretraining of the weights; None
-    where it is not known.
+    ``seen`` [n] says whether the scan's person was in the pretraining of the weights; None where
+    it is not known.
     """
     columns = {name: feed.index[name].take(rows).combine_chunks() for name in _OF_FEED}
     columns["brain_ml"] = pa.array(feed.index["num_foreground"].to_numpy()[rows]
