@@ -35,6 +35,7 @@ from neurojepa.downstream.commands import (
     add_commands,
     class_arguments,
     folds_of,
+    print_rows,
 )
 from neurojepa.errors import ConfigError, run_command
 
@@ -191,6 +192,12 @@ def _study(arguments: argparse.Namespace) -> int:
     design = Design(folds, repeats, tuple(arguments.adjust), arguments.site,
                     tuple(arguments.positive), tuple(arguments.order), arguments.allow_seen)
     embeddings = read_embeddings(arguments.embeddings)
+    if arguments.cohort:
+        cohorts = embeddings["cohort"].to_pylist()
+        if arguments.cohort not in cohorts:
+            raise ConfigError(f"--cohort {arguments.cohort}: the embeddings are of "
+                              f"{', '.join(sorted(set(cohorts)))}")
+        embeddings = embeddings.filter([name == arguments.cohort for name in cohorts])
     people = join_labels(embeddings, arguments.labels[0], key=arguments.key,
                          id_column=arguments.id, session_column=arguments.session,
                          modality=arguments.modality, missing=arguments.missing,
@@ -200,17 +207,11 @@ def _study(arguments: argparse.Namespace) -> int:
     studies = []
     for label in arguments.label:
         studies.append(study(people, label, design))
-        for line in (*studies[-1].notes, *studies[-1].warnings):
-            print(f"{label}: {line}", flush=True)
-        for name, row in studies[-1].rows.items():
-            print(f"{label}: {name}: " + ", ".join(
-                f"{metric} {value}" for metric, value in row.scores.items()), flush=True)
-    out = arguments.out or arguments.embeddings
-    write_studies(out, studies, {
+        print_rows(label, studies[-1].rows, (*studies[-1].notes, *studies[-1].warnings))
+    write_studies(arguments.out or arguments.embeddings, studies, {
         "embeddings": arguments.embeddings, "labels": arguments.labels[0], "cv": arguments.cv,
         "modality": arguments.modality or embeddings["modality"][0].as_py(),
         "allow_seen": arguments.allow_seen, "notes": people.notes})
-    print(f"read {out}/report.html")
     return 0
 
 

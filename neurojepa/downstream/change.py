@@ -25,13 +25,12 @@ import numpy as np
 
 from neurojepa.downstream.crossval import plan_folds
 from neurojepa.downstream.features import beside, design_of, plain
-from neurojepa.downstream.labels import People, suspected_codes
+from neurojepa.downstream.labels import People, numbers_of, suspected_codes
 from neurojepa.downstream.scoring import Gain, Row, Runner, known
 from neurojepa.downstream.study_checks import shuffled
 from neurojepa.downstream.targets import Target
 from neurojepa.downstream.tested import complete, may_test
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.labels import as_numbers
 
 DIFFERENCE, FIRST, VOLUMES = ("difference of scans", "first scan",
                               "difference of region volumes")
@@ -86,8 +85,10 @@ class Change:
     notes: list[str]
 
 
-def visits_of(people: People, label: str, time: str) -> tuple[Visits, list[str]]:
-    """Pairs of visits; those without a value or a time are left out and counted.
+def visits_of(people: People, label: str, time: str,
+              adjust: tuple[str, ...] = ()) -> tuple[Visits, list[str]]:
+    """Pairs of visits; those without a value or a time are left out and counted, and so are people
+    whose first visit lacks a covariate.
 
     Raises
     ------
@@ -102,24 +103,23 @@ def visits_of(people: People, label: str, time: str) -> tuple[Visits, list[str]]
     people, notes = complete(people, [label, time])
     numbers = {}
     for name in (label, time):
-        found = as_numbers(people.column(name))
-        if found is None:
-            word = next(value for value in people.column(name).tolist()
-                        if as_numbers(np.array([value])) is None)
-            raise DataError(f"column {name!r}: {word!r} is no number; change is told of numbers "
-                            f"(add --missing {word} if it stands for nothing)")
-        numbers[name] = found
+        numbers[name] = numbers_of(people, name, "change is told of numbers")
         notes += suspected_codes(name, people.column(name))
+    covariates = {name: people.column(name) for name in adjust}
+    lacking = dict.fromkeys(adjust, 0)
     first, last, single = [], [], 0
     rows: dict[str, list[int]] = {}
     for number, person in enumerate(people.participant.tolist()):
         rows.setdefault(person, []).append(number)
-    for numbers_of in rows.values():
-        if len(numbers_of) == 1:
+    for visits in rows.values():
+        if len(visits) == 1:
             single += 1
             continue
-        own = np.array(numbers_of)
+        own = np.array(visits)
         own = own[np.argsort(numbers[time][own], kind="stable")]
+        if unknown := [name for name in adjust if covariates[name][own[0]] == ""]:
+            lacking[unknown[0]] += 1
+            continue
         if len(set(numbers[time][own].tolist())) < len(own):
             raise DataError(f"id {str(people.ids[own[0]])!r}: two visits have the same {time}; the "
                             "column of times must tell when each visit was, such as the age")
@@ -129,6 +129,8 @@ def visits_of(people: People, label: str, time: str) -> tuple[Visits, list[str]]
         raise DataError(f"label {label!r}: {len(first)} people have two visits with {label} and "
                         f"{time}, {LEAST_PAIRS} are needed; is --session the column of visits?")
     notes += [f"{single} people with one visit"] if single else []
+    notes += [f"{count} people without {name} at their first visit"
+              for name, count in lacking.items() if count]
     return Visits(people, numbers[label], numbers[time], np.array(first), np.array(last)), notes
 
 
@@ -147,8 +149,7 @@ def change(people: People, label: str, time: str, *, adjust: tuple[str, ...] = (
     ConfigError, DataError
         As ``visits_of``; or too few people to test, or a change that is the same for all.
     """
-    people, lacking = complete(people, adjust)
-    visits, notes = visits_of(people, label, time)
+    visits, notes = visits_of(people, label, time, adjust)
     start = visits.people.take(visits.first)
     if not np.ptp(visits.change):
         raise DataError(f"label {label!r}: changes alike in all {len(visits.change)} people; there "
@@ -168,7 +169,7 @@ def change(people: People, label: str, time: str, *, adjust: tuple[str, ...] = (
     slopes = [slope(visits, rows[name], name) for name in MODELLED]
     rows[SHUFFLED] = shuffled(target, start.replaced(moved), folds, tested)
     return Change(visits, target, rows, run.gains(rows, PAIRS), slopes,
-                  (f"first {label}", f"first {time}", *adjust), told, lacking + notes)
+                  (f"first {label}", f"first {time}", *adjust), told, notes)
 
 
 def _moved(visits: Visits, values: np.ndarray) -> np.ndarray:
@@ -198,8 +199,11 @@ def slope(visits: Visits, row: Row, name: str) -> Slope:
     at_random = design[:, :2] if slopes else design[:, :1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it says of convergence is told beside the figures
-        found = MixedLM(visits.value[rows], design, groups=person, exog_re=at_random).fit(
-            reml=True, method=["bfgs", "powell"])  # the latter where people hardly differ in slope
+        try:  # powell where people hardly differ in slope
+            found = MixedLM(visits.value[rows], design, groups=person, exog_re=at_random).fit(
+                reml=True, method=["bfgs", "powell"])
+        except np.linalg.LinAlgError:  # a prediction that is the same for all
+            return Slope(name, np.nan, np.nan, np.nan, np.nan, False)
     value, error = float(found.fe_params[3]), float(found.bse_fe[3])
     return Slope(name, value, value - 1.96 * error, value + 1.96 * error, float(found.pvalues[3]),
                  bool(found.converged))

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from neurojepa.downstream.change import DIFFERENCE, FIRST, VOLUMES, WITHOUT, Change
-from neurojepa.downstream.output import Figures, new_plot
-from neurojepa.downstream.scoring import Row, known
-from neurojepa.downstream.stats import holm
-from neurojepa.downstream.study_page import NAMES, gains_table
-from neurojepa.report import BLUE, GREY, grid, heading, page, paragraph, section, table, tiles
+from neurojepa.downstream.change import DIFFERENCE, FIRST, VOLUMES, WITHOUT, Change, Slope
+from neurojepa.downstream.output import Figures, bootstrap, gains_table, how_done, scatter
+from neurojepa.downstream.scoring import Row, gains_record, known, scores_record
+from neurojepa.downstream.study_page import NAMES
+from neurojepa.report import grid, heading, page, paragraph, section, table, tiles
 
 
 def change_page(found: Change, record: dict[str, Any], figures: Figures) -> str:
@@ -27,9 +26,7 @@ def change_page(found: Change, record: dict[str, Any], figures: Figures) -> str:
     header = ["from", *(NAMES[name] for name in found.rows[DIFFERENCE].scores), "tested"]
     rows = [[name, *map(str, row.scores.values()), row.scores["r2"].num_people]
             for name, row in found.rows.items()]
-    models = [[each.row, f"{each.value:+.3g} [{each.low:+.3g}, {each.high:+.3g}]",
-               f"{each.p:.2g}" + ("" if each.converged else " (did not converge)")]
-              for each in found.slopes]
+    models = [[each.row, *_told(each)] for each in found.slopes]
     parts = [tiles(facts), section(  # type: ignore[arg-type]
         f"Change of {label} in a unit of {time}",
         *(paragraph(f"Look out: {each}.") for each in found.warnings), table(header, rows),
@@ -42,38 +39,33 @@ def change_page(found: Change, record: dict[str, Any], figures: Figures) -> str:
                   "it changes faster, in a unit of time, for a person whose predicted change is "
                   "one sd larger. Predictions are of people who taught nothing.")),
         section("Figures", grid([
-            figures.show(name, _scatter(found, row, label),
+            figures.show(name, _scatter(found, row),
                          f"Predicted against true change of {label}, from {of}: a point is one of "
                          f"{row.scores['r2'].num_people} people.")
             for name, of, row in (("difference", "both scans", found.rows[DIFFERENCE]),
                                   ("first", "the first scan", found.rows[FIRST]))]))]
-    notes = [*record["notes"], *found.notes]
-    parts.append(section("How it was done", paragraph(record["methods"]), *(
-        [paragraph("Left out: " + "; ".join(notes) + ".")] if notes else [])))
+    parts.append(how_done(record, found.notes))
     return page(f"Change of {label} between visits", lead, parts)
 
 
-def _scatter(found: Change, row: Row, label: str) -> Any:
+def _told(slope: Slope) -> list[str]:
+    if np.isnan(slope.value):
+        return ["cannot be fitted", ""]
+    return [f"{slope.value:+.3g} [{slope.low:+.3g}, {slope.high:+.3g}]",
+            f"{slope.p:.2g}" + ("" if slope.converged else " (did not converge)")]
+
+
+def _scatter(found: Change, row: Row) -> Any:
     whom = known(row.predicted)
-    truth, mean = found.target.truth[whom], row.predicted[whom].mean(1)
-    plot, axis = new_plot()
-    low, high = truth.min(), truth.max()
-    axis.plot([low, high], [low, high], color=GREY, zorder=0)
-    axis.scatter(truth, mean, s=16, color=BLUE, alpha=0.75)
-    axis.set(xlabel=f"true change of {label}", ylabel=f"predicted change of {label}")
-    return plot
+    return scatter(found.target.name, found.target.truth[whom], row.predicted[whom].mean(1))
 
 
 def record_of(found: Change) -> dict[str, Any]:
     """What results.json says of it."""
-    gains = [gain.as_dict() for gain in found.gains]
-    for gain, p in zip(gains, holm([gain.p for gain in found.gains]), strict=True):
-        gain["p_holm"] = p
     return {"people": len(found.target.truth), "visits": len(found.visits.value),
             "mean_change": float(found.target.truth.mean()), "covariates": list(found.covariates),
-            "scores": {name: {score: value.as_dict() for score, value in row.scores.items()}
-                       for name, row in found.rows.items()},
-            "gains": gains, "mixed_models": [vars(each) for each in found.slopes],
+            "scores": scores_record(found.rows), "gains": gains_record(found.gains),
+            "mixed_models": [vars(each) for each in found.slopes],
             "warnings": found.warnings, "left_out": found.notes}
 
 
@@ -101,10 +93,10 @@ def methods(found: Change, record: dict[str, Any]) -> str:
         f"embeddings of {record['modality']} scans (neurojepa {record['version']}) in that time, "
         f"and from the first embedding alone, in {record['cv']} (repeats x folds) nested "
         "cross-validation in which members of a family shared a fold and the penalty was chosen on "
-        f"the other folds alone. Treated alike were covariates alone "
-        f"({', '.join(found.covariates)}){volumes} and shuffled changes. Intervals are 95 % "
-        "percentile intervals of a bootstrap over families and people; paired differences have "
-        "two-sided bootstrap p values, adjusted by Holm's method. Linear mixed models (restricted "
-        "maximum likelihood, random intercepts and, where people had three visits, slopes of "
-        "people; statsmodels) related all visits to time, "
-        "the standardised cross-validated prediction, and their product.")
+        "the other folds alone. Before the folds of a repeat were scored together, the predictions "
+        "of each were moved from the mean of those who taught it to that of all people. Treated "
+        f"alike were covariates alone "
+        f"({', '.join(found.covariates)}){volumes} and shuffled changes. {bootstrap()} "
+        "Linear mixed models (restricted maximum likelihood, random intercepts and, where people "
+        "had three visits, slopes of people; statsmodels) related all visits to time, the "
+        "standardised cross-validated prediction, and their product.")

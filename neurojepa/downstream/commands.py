@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from neurojepa.errors import ConfigError
@@ -126,12 +127,11 @@ def people_of(arguments: argparse.Namespace, table: pa.Table, modality: str | No
     return people
 
 
-# ---- reliability ---------------------------------------------------------------------------------
+# ---- what they run -------------------------------------------------------------------------------
 
 def run_reliability(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream import reliability_page as pages
     from neurojepa.downstream.labels import one_modality
-    from neurojepa.downstream.output import Figures, headed, write_task
     from neurojepa.downstream.reliability import reliability, scans_of, with_labels
     from neurojepa.downstream.table import read_embeddings
     from neurojepa.downstream.volumes import read_volumes
@@ -144,71 +144,50 @@ def run_reliability(arguments: argparse.Namespace) -> int:
                                   arguments.across_visits)
     labels = {}
     if arguments.label:
-        people = people_of(arguments, table, arguments.modality)
+        people = people_of(arguments, table, arguments.modality, volumes=False)
         notes += people.notes
         labels = with_labels(scans, people, arguments.label)
     found = reliability(scans, unit, labels, tuple(arguments.positive), tuple(arguments.order))
+    for line in found.warnings:
+        print(line)
     for each in found.measures:
         print(f"{each.name}{', after ComBat' if each.alike else ''}: ICC {each.icc}"
               + (f", nearest is a rescan {each.same}" if each.same else "")
               + (f", site told {each.site}" if each.site else ""), flush=True)
-    record = headed("reliability/1", {
-        "embeddings": arguments.embeddings, "modality": table["modality"][0].as_py(),
-        "rescans": "people" if arguments.across_visits else "visits", "notes": notes,
-        **pages.record_of(found)})
-    record["methods"] = pages.methods(found, record)
-    figures = Figures()
-    lines = [["scan_id", "participant", "session", "label", "readout"]]
-    lines += [[scan, who, visit, label, f"{value:.6g}"]
-              for label, values in found.readouts.items()
-              for scan, who, visit, value in zip(scans.ids, scans.participant, scans.sessions
-                                                 if scans.sessions is not None else [], values,
-                                                 strict=True) if value == value]
-    write_task(arguments.out, record, pages.reliability_page(found, record, figures), lines,
-               figures)
-    print(f"read {arguments.out}/report.html")
+    _write(arguments, pages, found, pages.reliability_page, notes, pages.predictions_of(
+        found, scans), modality=table["modality"][0].as_py(),
+        rescans="people" if arguments.across_visits else "visits")
     return 0
 
-
-# ---- survive -------------------------------------------------------------------------------------
 
 def run_survive(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream import survive_page as pages
     from neurojepa.downstream.labels import first_visits, one_modality
-    from neurojepa.downstream.output import Figures, headed, write_task
     from neurojepa.downstream.survive import survive
     from neurojepa.downstream.table import read_embeddings
 
     repeats, folds = folds_of(arguments.cv)
-    table = one_modality(read_embeddings(arguments.embeddings), arguments.modality)
+    everything = read_embeddings(arguments.embeddings)
+    table = one_modality(everything, arguments.modality)
     notes: list[str] = []
     if not arguments.session:  # later scans exist only of those who lived to have them
-        table, notes = first_visits(table)
+        table, notes = first_visits(table, everything)
     people = people_of(arguments, table, arguments.modality, arguments.session)
-    notes += people.notes
     found = survive(people, arguments.time, arguments.event, positive=arguments.positive,
                     adjust=tuple(arguments.adjust), reference=arguments.reference, folds=folds,
                     repeats=repeats, allow_seen=arguments.allow_seen)
-    print_rows(arguments.event, found.rows, (*found.notes, *found.warnings))
-    record = headed("survive/1", {
-        "embeddings": arguments.embeddings, "labels": arguments.labels, "cv": arguments.cv,
-        "modality": table["modality"][0].as_py(), "time": arguments.time,
-        "event": arguments.event, "reference": arguments.reference, "session": arguments.session,
-        "allow_seen": arguments.allow_seen, "notes": notes, **pages.record_of(found)})
-    record["methods"] = pages.methods(found, record)
-    figures = Figures()
-    write_task(arguments.out, record, pages.survive_page(found, record, figures),
-               pages.predictions_of(found, arguments.time, arguments.event), figures)
-    print(f"read {arguments.out}/report.html")
+    print_rows(arguments.event, found.rows, (*notes, *found.notes, *found.warnings))
+    _write(arguments, pages, found, pages.survive_page, [*notes, *people.notes],
+           pages.predictions_of(found, arguments.time, arguments.event),
+           labels=arguments.labels, cv=arguments.cv, modality=table["modality"][0].as_py(),
+           time=arguments.time, event=arguments.event, reference=arguments.reference,
+           session=arguments.session, allow_seen=arguments.allow_seen)
     return 0
 
-
-# ---- change --------------------------------------------------------------------------------------
 
 def run_change(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream import change_page as pages
     from neurojepa.downstream.change import change
-    from neurojepa.downstream.output import Figures, headed, write_task
     from neurojepa.downstream.table import read_embeddings
 
     repeats, folds = folds_of(arguments.cv)
@@ -220,24 +199,15 @@ def run_change(arguments: argparse.Namespace) -> int:
     for each in found.slopes:
         print(f"{arguments.label}: mixed model, {each.row}: {each.value:+.4g} [{each.low:+.4g}, "
               f"{each.high:+.4g}] for one sd, p {each.p:.2g}", flush=True)
-    record = headed("change/1", {
-        "embeddings": arguments.embeddings, "labels": arguments.labels, "cv": arguments.cv,
-        "modality": arguments.modality or table["modality"][0].as_py(), "time": arguments.time,
-        "label": arguments.label, "allow_seen": arguments.allow_seen, "notes": people.notes,
-        **pages.record_of(found)})
-    record["methods"] = pages.methods(found, record)
-    figures = Figures()
-    write_task(arguments.out, record, pages.change_page(found, record, figures),
-               pages.predictions_of(found), figures)
-    print(f"read {arguments.out}/report.html")
+    _write(arguments, pages, found, pages.change_page, people.notes, pages.predictions_of(found),
+           labels=arguments.labels, cv=arguments.cv,
+           modality=arguments.modality or table["modality"][0].as_py(), time=arguments.time,
+           label=arguments.label, allow_seen=arguments.allow_seen)
     return 0
 
 
-# ---- transfer ------------------------------------------------------------------------------------
-
 def run_transfer(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream import transfer_page as pages
-    from neurojepa.downstream.output import Figures, headed, write_task
     from neurojepa.downstream.table import read_embeddings
     from neurojepa.downstream.transfer import paired, transfer
 
@@ -252,16 +222,26 @@ def run_transfer(arguments: argparse.Namespace) -> int:
                      allow_seen=arguments.allow_seen)
     name = f"{arguments.to} from {arguments.source}"
     print_rows(name, found.rows, (*notes, *found.notes, *found.warnings))
-    record = headed("transfer/1", {
-        "embeddings": arguments.embeddings, "labels": arguments.labels, "cv": arguments.cv,
-        "from": arguments.source, "to": arguments.to, "allow_seen": arguments.allow_seen,
-        "notes": [*both[0].notes, *notes], **pages.record_of(found)})
-    record["methods"] = pages.methods(found, record)
-    figures = Figures()
-    write_task(arguments.out, record, pages.transfer_page(found, record, figures),
-               pages.predictions_of(found), figures)
-    print(f"read {arguments.out}/report.html")
+    _write(arguments, pages, found, pages.transfer_page, [*both[0].notes, *notes],
+           pages.predictions_of(found), labels=arguments.labels, cv=arguments.cv,
+           **{"from": arguments.source}, to=arguments.to, allow_seen=arguments.allow_seen)
     return 0
+
+
+def _write(arguments: argparse.Namespace, pages: Any, found: Any, page: Callable[..., str],
+           notes: list[str], predictions: Sequence[Sequence[str]], **said: Any) -> None:
+    """Write what was found.
+
+    Parameters
+    ----------
+    pages : the task's module of ``record_of`` and ``methods``
+    said : of the command line, for the record
+    """
+    from neurojepa.downstream.output import write_task
+
+    write_task(arguments.out, f"{arguments.task}/1", {
+        "embeddings": arguments.embeddings, **said, "notes": notes, **pages.record_of(found)},
+        methods=partial(pages.methods, found), page=partial(page, found), predictions=predictions)
 
 
 def print_rows(name: str, rows: Mapping[str, Any], notes: Sequence[str]) -> None:

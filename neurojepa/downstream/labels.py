@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from neurojepa.downstream.table import vectors
 from neurojepa.errors import ConfigError, DataError
+from neurojepa.feed.labels import as_numbers
 from neurojepa.storage import read_bytes
 
 CODES = {"-9", "-99", "-999", "-9999", "-7", "-8", "-77", "-88", "99", "999", "9999", "-4", "-1"}
@@ -122,9 +122,14 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
     told = _by_key(rows, uri, id_column, session_column, notes)
     groups = _groups(embeddings, session_column is not None)
     names = _pseudonyms({person for person, _ in told}, set(embeddings["cohort"].to_pylist()), key)
-    met = {(person, session): groups[pseudonym, session]
-           for person, session in told for pseudonym in names[person]
-           if (pseudonym, session) in groups}
+    met = {}
+    for person, session in told:
+        there = [each for each in names[person] if (each, session) in groups]
+        if len(there) > 1:
+            raise DataError(f"{uri}: id {person!r} is a person in each of {len(there)} cohorts of "
+                            "the embeddings; embed a feed's cohorts one by one (--cohort)")
+        if there:
+            met[person, session] = groups[there[0], session]
     if not met:
         raise DataError(f"{uri}: none of its {len(told)} ids (first: {next(iter(told))[0]!r}) is a "
                         f"person of the embeddings; is {id_column!r} the column of the ids that "
@@ -216,26 +221,49 @@ def _by_key(rows: list[dict[str, str]], uri: str, id_column: str, session_column
     return told
 
 
-def first_visits(embeddings: pa.Table) -> tuple[pa.Table, list[str]]:
+def first_visits(embeddings: pa.Table, everything: pa.Table) -> tuple[pa.Table, list[str]]:
     """Scans of each person's first visit, and what is to be said of it.
 
     Visits go by age where it is known and differs, else by name, in which numbers count as numbers.
+
+    Parameters
+    ----------
+    everything : scans of other modalities, too, which tell whether a visit came before
     """
-    scans = embeddings.drop_columns(["embedding"]).to_pylist()
-    visits: dict[str, dict[str, Any]] = {}  # of a person: age by visit
-    for row in scans:
-        visits.setdefault(row["participant"], {})[row["session"]] = row.get("age")
+    visits, others = _visits(embeddings), _visits(everything)
     first = {person: min(ages, key=partial(_order, ages)) for person, ages in visits.items()}
-    kept = [row["session"] == first[row["participant"]] for row in scans]
-    several = sum(len(ages) > 1 for ages in visits.values())
-    return embeddings.filter(pa.array(kept)), [
-        f"{several} people have several visits; their first one is taken, by age or name (name the "
-        "table's column of visits with --session to choose another)"] if several else []
+    kept = [first[person] == session for person, session in zip(
+        embeddings["participant"].to_pylist(), embeddings["session"].to_pylist(), strict=True)]
+    several = [ages for ages in visits.values() if len(ages) > 1]
+    by_name = sum(len(set(ages.values())) < len(ages) or None in ages.values() for ages in several)
+    late = sum(min(others[person], key=partial(_order, others[person])) != name
+               for person, name in first.items())
+    notes = [f"{len(several)} people have several visits; their first one is taken, by age"
+             + (f", or by name for {by_name} whose ages are not known or equal" if by_name else "")
+             + " (name the table's column of visits with --session to choose another)"
+             ] if several else []
+    _count(notes, late, "people have no such scan at their first visit: their first one that has "
+           "one is taken, from which time must count")
+    return embeddings.filter(pa.array(kept)), notes
 
 
-def _order(ages: dict[str, Any], name: str) -> tuple[float, list[tuple[int, str]]]:
-    known = all(age is not None and age == age for age in ages.values())
-    return (float(ages[name]) if known else 0.0,
+def _visits(embeddings: pa.Table) -> dict[str, dict[str, float | None]]:
+    """Of each person, the age at each visit; None where no scan tells it."""
+    ages = (embeddings["age"].to_pylist() if "age" in embeddings.column_names
+            else [None] * embeddings.num_rows)
+    visits: dict[str, dict[str, float | None]] = {}
+    for person, session, age in zip(embeddings["participant"].to_pylist(),
+                                    embeddings["session"].to_pylist(), ages, strict=True):
+        of_person = visits.setdefault(person, {})
+        known = [each for each in (age, of_person.get(session))
+                 if each is not None and each == each]
+        of_person[session] = min(known, default=None)
+    return visits
+
+
+def _order(ages: dict[str, float | None], name: str) -> tuple[float, list[tuple[int, str]]]:
+    age = ages[name]
+    return (age if age is not None and None not in ages.values() else 0.0,
             [(int(part), "") if part.isdigit() else (0, part)
              for part in re.findall(r"[0-9]+|[^0-9]+", name)])
 
@@ -260,6 +288,22 @@ def _pseudonyms(people: set[str], cohorts: set[str], key: str | None) -> dict[st
 def _count(notes: list[str], number: int, what: str) -> None:
     if number:
         notes.append(f"{number} {what}")
+
+
+def numbers_of(people: People, name: str, why: str) -> np.ndarray:
+    """float64 [n] of a column without missing values.
+
+    Raises
+    ------
+    DataError
+        One is no number; the message says ``why`` that matters.
+    """
+    values = people.column(name)
+    if (found := as_numbers(values)) is not None:
+        return found
+    word = next(value for value in values.tolist() if as_numbers(np.array([value])) is None)
+    raise DataError(f"column {name!r}: {word!r} is no number; {why} (add --missing {word} if it "
+                    "stands for nothing)")
 
 
 def suspected_codes(name: str, values: np.ndarray) -> list[str]:

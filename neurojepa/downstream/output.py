@@ -1,4 +1,4 @@
-"""What a task leaves in a folder, alike for all of them.
+"""What a task leaves in a folder, and what its page has in common with those of other tasks.
 
     results.json       every figure of the page, with a schema, and the methods paragraph
     report.html        the page, which needs no network
@@ -11,13 +11,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from neurojepa import __version__
-from neurojepa.report import figure
+from neurojepa.downstream import stats
+from neurojepa.report import BLUE, GREY, figure, heading, paragraph, section, table
 from neurojepa.storage import join, write_bytes
 
 
@@ -50,14 +54,59 @@ def new_plot(width: float = 4.6, height: float = 4.2) -> tuple[Any, Any]:
     return plot, axis
 
 
-def headed(schema: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A record with its schema, such as probe/1, and the version that made it."""
-    return {"schema": f"neurojepa/{schema}", "version": __version__, **record}
+def scatter(name: str, truth: np.ndarray, predicted: np.ndarray) -> Any:
+    """Predicted [n] against true numbers [n] of this name."""
+    plot, axis = new_plot()
+    low, high = truth.min(), truth.max()
+    axis.plot([low, high], [low, high], color=GREY, zorder=0)
+    axis.scatter(truth, predicted, s=16, color=BLUE, alpha=0.75)
+    axis.set(xlabel=f"true {name}", ylabel=f"predicted {name}")
+    return plot
 
 
-def write_task(out: str, record: dict[str, Any], page: str,
-               predictions: Sequence[Sequence[Any]], figures: Figures) -> None:
-    """Write all of it; ``predictions`` begin with their header."""
+def gains_table(gains: Sequence[dict[str, Any]], metric: str) -> list[str]:
+    """Paired differences under their heading, where there are some."""
+    if not gains:
+        return []
+    rows = [[f"{gain['row']} less {gain['over']}",
+             f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]", f"{gain['p']:.3f}",
+             f"{gain['p_holm']:.3f}"] for gain in gains]
+    return [heading("Paired differences"),
+            table(["difference", metric, "p", "p, all on this page (Holm)"], rows),
+            paragraph(f"p values come from {stats.P_DRAWS:,} draws of families and people: none "
+                      f"can be below {2 / (stats.P_DRAWS + 1):.3f} before Holm's adjustment.")]
+
+
+def bootstrap() -> str:
+    """How intervals and p values came about, for the methods section."""
+    return (f"Intervals are 95 % percentile intervals of {stats.DRAWS:,} bootstrap draws of "
+            f"families and people. Paired differences have {stats.P_DRAWS:,} draws and two-sided p "
+            "values, adjusted for all comparisons of the report by Holm's method.")
+
+
+def how_done(record: dict[str, Any], more: Sequence[str] = ()) -> str:
+    """The section of the methods, and of notes: the record's and ``more``."""
+    notes = [*record["notes"], *more]
+    return section("How it was done", paragraph(record["methods"]), *(
+        [paragraph("From the table and the embeddings: " + "; ".join(notes) + ".")]
+        if notes else []))
+
+
+def write_task(out: str, schema: str, record: dict[str, Any], *,
+               methods: Callable[[dict[str, Any]], str],
+               page: Callable[[dict[str, Any], Figures], str],
+               predictions: Sequence[Sequence[Any]]) -> None:
+    """Write all of it, and say where.
+
+    Parameters
+    ----------
+    schema : of the record, such as probe/1
+    methods, page : the paragraph and the page of the whole record
+    predictions : rows of a table, from its header on
+    """
+    record = {"schema": f"neurojepa/{schema}", "version": __version__, **record}
+    record["methods"], figures = methods(record), Figures()
+    html = page(record, figures)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(predictions)
     uri = join(out, "predictions.csv")
@@ -66,14 +115,16 @@ def write_task(out: str, record: dict[str, Any], page: str,
         os.chmod(uri, 0o600)  # it holds the user's own ids
     for name, data in figures.files.items():
         write_bytes(join(out, "figures", name), data)
-    write_bytes(join(out, "report.html"), page.encode())
-    write_bytes(join(out, "results.json"), json.dumps(finite(record), indent=1).encode())
+    write_bytes(join(out, "report.html"), html.encode())
+    write_bytes(join(out, "results.json"), json.dumps(
+        finite(record), indent=1, allow_nan=False).encode())
+    print(f"read {join(out, 'report.html')}")
 
 
 def finite(value: Any) -> Any:
-    """The same with null for what is not a number, which JSON cannot say."""
+    """The same with null for what is no finite number, which JSON cannot say."""
     if isinstance(value, dict):
         return {name: finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [finite(each) for each in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,11 +22,12 @@ from neurojepa.downstream.crossval import Plan, predict
 from neurojepa.downstream.features import Features, harmonised, plain
 from neurojepa.downstream.harmonise import Combat
 from neurojepa.downstream.labels import People
-from neurojepa.downstream.scoring import DRAWS, known
+from neurojepa.downstream.scoring import known
 from neurojepa.downstream.stats import Score, of_people
 from neurojepa.downstream.study_checks import large_sites, site_told
 from neurojepa.downstream.table import vectors
 from neurojepa.downstream.targets import Target, target_of
+from neurojepa.downstream.tested import of_seen
 from neurojepa.errors import DataError
 
 FOLDS = 5
@@ -53,7 +54,7 @@ class Reliability:
     sites: list[str]
     told_apart: int  # sites of enough families to be told
     readouts: dict[str, np.ndarray]  # [n, R] or [n, R, K] predictions of each label
-    rescans: People  # one row a scan
+    warnings: list[str]
 
 
 def scans_of(table: pa.Table, volumes: Mapping[str, np.ndarray] | None,
@@ -79,6 +80,9 @@ def scans_of(table: pa.Table, volumes: Mapping[str, np.ndarray] | None,
     scans = rows["scan_id"].to_pylist()
     measured = volumes is not None and set(scans) <= set(volumes)
     notes = [f"{len(unit) - len(chosen)} scans without a rescan"] if len(chosen) < len(unit) else []
+    if volumes is not None and not measured:
+        notes.append(f"region volumes are not compared with: {len(set(scans) - set(volumes))} of "
+                     f"{len(scans)} scans have none in volumes.csv")
     seen = rows["seen"].to_pylist() if "seen" in rows.column_names else [None]
     return People(
         values=vectors(rows), ids=np.array(scans), participant=person[chosen],
@@ -139,7 +143,8 @@ def reliability(scans: People, unit: np.ndarray, labels: Mapping[str, np.ndarray
                 readouts[label][whom] = told
     return Reliability(measures, len(unit), len(set(unit.tolist())),
                        len(set(scans.participant.tolist())), sorted(set(site.tolist())),
-                       len(large_sites(scans, site, FOLDS)) if several else 0, readouts, scans)
+                       len(large_sites(scans, site, FOLDS)) if several else 0, readouts,
+                       of_seen(scans))
 
 
 def with_labels(scans: People, people: People, names: list[str]) -> dict[str, np.ndarray]:
@@ -205,7 +210,7 @@ def _icc(values: np.ndarray, unit: np.ndarray, scans: People) -> tuple[Score, np
         return float(_ratio(between.sum(), rest.sum(), scans_each))
 
     who, families = scans.participant[first], scans.family[first]
-    score = of_people(together, np.arange(len(names)), who, families, DRAWS)[0]
+    score = of_people(together, np.arange(len(names)), who, families)
     return replace(score, num_scans=len(unit)), _ratio(*squares(np.arange(len(names))))
 
 
@@ -222,4 +227,4 @@ def _same(values: np.ndarray, unit: np.ndarray, scans: People) -> Score:
     np.fill_diagonal(distance, np.inf)
     right = (unit[distance.argmin(1)] == unit).astype(float)
     return of_people(lambda drawn: float(right[drawn].mean()), np.arange(len(unit)),
-                     scans.participant, scans.family, DRAWS)[0]
+                     scans.participant, scans.family)

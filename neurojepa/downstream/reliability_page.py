@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from neurojepa.downstream.output import Figures, new_plot
+from neurojepa.downstream import stats
+from neurojepa.downstream.labels import People
+from neurojepa.downstream.output import Figures, how_done, new_plot
 from neurojepa.downstream.reliability import Measure, Reliability
 from neurojepa.downstream.stats import Score
 from neurojepa.report import BLUE, ORANGE, grid, page, paragraph, section, table, tiles
@@ -25,7 +27,8 @@ def reliability_page(found: Reliability, record: dict[str, Any], figures: Figure
             facts.append((f"{each.site.value:.2f}", "balanced accuracy of telling the site"
                           + (", after ComBat" if each.alike else ""), ""))
     parts = [tiles(facts)]  # type: ignore[arg-type]
-    parts.append(section("Rescans", table(
+    parts.append(section("Rescans", *(
+        paragraph(f"Look out: {each}.") for each in found.warnings), table(
         ["of", "sites", "ICC", "features, median (5 to 95 %)", "nearest is a rescan",
          "site is told"], [_row(each) for each in found.measures]), paragraph(_legend(found))))
     parts.append(section("Figures", grid([
@@ -34,8 +37,7 @@ def reliability_page(found: Reliability, record: dict[str, Any], figures: Figure
         figures.show("features", _features(found), "Share of the embedding's features that have "
                      "at most such an ICC" + (", before and after ComBat." if any(
                          each.alike for each in found.measures) else "."))])))
-    notes = [paragraph("Left out: " + "; ".join(record["notes"]) + ".")] if record["notes"] else []
-    parts.append(section("How it was done", paragraph(record["methods"]), *notes))
+    parts.append(how_done(record))
     return page("How alike rescans are", lead, parts)
 
 
@@ -52,8 +54,9 @@ def _told(score: Score | None) -> str:
 
 def _legend(found: Reliability) -> str:
     chance = (f" Chance of telling the site is {1 / found.told_apart:.2f}." if found.told_apart > 1
-              else " Sites were not told apart: fewer than two have enough people."
-              if len(found.sites) > 1 else " All scans are of one site.")
+              else " All scans are of one site." if len(found.sites) < 2
+              else " Sites are not compared: some scans do not say theirs." if "" in found.sites
+              else " Sites were not told apart: fewer than two have enough people.")
     return ("ICC: share of variance that lies between people, with a 95 % interval over families "
             "and people; of the embedding and of volumes over all features at once." + chance)
 
@@ -84,19 +87,31 @@ def _features(found: Reliability) -> Any:
     return plot
 
 
+def predictions_of(found: Reliability, scans: People) -> list[list[str]]:
+    """Rows of predictions.csv, with a header: what is read out of each scan."""
+    lines = [["scan_id", "participant", "session", "label", "readout"]]
+    assert scans.sessions is not None
+    for label, values in found.readouts.items():
+        lines += [[scan, who, visit, label, f"{value:.6g}"] for scan, who, visit, value in zip(
+            scans.ids, scans.participant, scans.sessions, values, strict=True)
+            if not np.isnan(value)]
+    return lines
+
+
 def methods(found: Reliability, record: dict[str, Any]) -> str:
     """A paragraph for the methods section."""
     sites = (f" Scans came from {len(found.sites)} sites. Harmonisation was ComBat (Johnson et al. "
              "2007, Fortin et al. 2018), fitted in each of five folds on the scans of other "
              "families; sites were told apart by multinomial logistic regression in nested "
-             "cross-validation." if len(found.sites) > 1 else "")
+             "cross-validation." if any(each.alike for each in found.measures) else "")
     read = (" Readouts were predicted in nested cross-validation by people who taught nothing, "
             "members of a family in one fold." if found.readouts else "")
     return (f"Frozen embeddings of {record['modality']} scans (neurojepa {record['version']}) of "
             f"{found.units} {record['rescans']} with {found.scans} scans were compared between "
             "rescans by ICC(1,1) of a one-way analysis of variance (Shrout & Fleiss 1979); over "
             "all features at once sums of squares were added up first (I2C2, Shou et al. 2013). "
-            "Intervals are 95 % percentile intervals of a bootstrap over families and people."
+            f"Intervals are 95 % percentile intervals of {stats.DRAWS:,} bootstrap draws of "
+            "families and people."
             + read + sites)
 
 
@@ -111,4 +126,5 @@ def record_of(found: Reliability) -> dict[str, Any]:
                 "of": each.name, "after_combat": each.alike, "icc": score(each.icc),
                 "median_of_features": float(np.nanmedian(each.features)),
                 "nearest_is_rescan": score(each.same), "site_told": score(each.site)}
-                for each in found.measures]}
+                for each in found.measures],
+            "warnings": found.warnings}

@@ -5,19 +5,18 @@ Every score is a mean over repeats, with an interval that resamples families, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from neurojepa.downstream.crossval import Plan, Read, moved, predict
 from neurojepa.downstream.features import Features
 from neurojepa.downstream.labels import People
-from neurojepa.downstream.stats import Score, of_people
+from neurojepa.downstream.stats import Score, difference, holm, of_people
 from neurojepa.downstream.targets import Target, scorers
-
-DRAWS = 300
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,18 @@ class Gain:
         return {"row": self.row, "over": self.over, **self.score.as_dict(), "p": self.p}
 
 
+def scores_record(rows: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """What results.json says of rows, of any task."""
+    return {name: {score: value.as_dict() for score, value in row.scores.items()}
+            for name, row in rows.items()}
+
+
+def gains_record(gains: Sequence[Gain]) -> list[dict[str, object]]:
+    """What results.json says of paired differences that stand on one page."""
+    return [{**gain.as_dict(), "p_holm": p}
+            for gain, p in zip(gains, holm([gain.p for gain in gains]), strict=True)]
+
+
 class Runner:
     """Predicts and scores; with ``site``, scores are means over sites of those within each."""
 
@@ -51,7 +62,7 @@ class Runner:
     def __call__(self, features: Features, model: Read | None = None) -> Row:
         predicted = predict(self.target, features, self.plan, self.people.family, model)
         whom = np.flatnonzero(known(predicted))
-        return Row(predicted, {name: self.score(partial(self.value, name, predicted), whom)[0]
+        return Row(predicted, {name: self.score(partial(self.value, name, predicted), whom)
                                for name in scorers(self.target.kind)})
 
     def gains(self, rows: dict[str, Row], pairs: Sequence[tuple[str, str]]) -> list[Gain]:
@@ -65,14 +76,14 @@ class Runner:
                            other: np.ndarray = other) -> float:
                     return self.value(metric, one, drawn) - self.value(metric, other, drawn)
 
-                found.append(Gain(row, over, *self.score(
-                    better, np.flatnonzero(known(one) & known(other)))))
+                found.append(Gain(row, over, *difference(
+                    better, np.flatnonzero(known(one) & known(other)), self.people.participant,
+                    self.people.family)))
         return found
 
-    def score(self, value: Callable[[np.ndarray], float],
-              whom: np.ndarray) -> tuple[Score, float]:
-        """``value(indices)`` of the people ``whom``, with its interval and p of being 0."""
-        return of_people(value, whom, self.people.participant, self.people.family, DRAWS)
+    def score(self, value: Callable[[np.ndarray], float], whom: np.ndarray) -> Score:
+        """``value(indices)`` of the people ``whom``, with its interval."""
+        return of_people(value, whom, self.people.participant, self.people.family)
 
     def value(self, metric: str, predicted: np.ndarray, drawn: np.ndarray) -> float:
         """A score of the people drawn (indices)."""

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+DRAWS = 300  # of people, for the interval of a score
+P_DRAWS = 2000  # and for a p value: none is below 2 / 2001, so that it can hold among many
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
@@ -53,32 +55,47 @@ def resamples(people: np.ndarray, groups: np.ndarray | None, draws: int, seed: i
               ) -> Iterator[np.ndarray]:
     """Indices of scans, ``draws`` times: groups drawn with replacement, then people within each."""
     rng = np.random.default_rng(seed)
-    groups = people if groups is None else groups
-    members = [[np.flatnonzero(people == person) for person in np.unique(people[groups == group])]
-               for group in np.unique(groups)]
+    person = np.unique(people, return_inverse=True)[1]
+    group = person if groups is None else np.unique(groups, return_inverse=True)[1]
+    order = np.lexsort((person, group))
+    members: list[list[np.ndarray]] = [[] for _ in range(group.max() + 1)]
+    for scans in np.split(order, np.flatnonzero(np.diff(person[order])) + 1):
+        members[group[scans[0]]].append(scans)
     for _ in range(draws):
         yield np.concatenate([scans for k in rng.integers(len(members), size=len(members))
                               for scans in _resampled(members[k], rng)])
 
 
 def of_people(value: Callable[[np.ndarray], float], chosen: np.ndarray, people: np.ndarray,
-              groups: np.ndarray, draws: int) -> tuple[Score, float]:
-    """``value(indices)`` of the chosen [m] indices with its interval, and the two-sided p of its
-    being 0 (from the bootstrap, Davison & Hinkley 1997, section 4.4).
+              groups: np.ndarray) -> Score:
+    """``value(indices)`` of the chosen [m] indices with its interval.
 
     Parameters
     ----------
     people, groups : [n], who each index is and of which group
     """
+    return _of_people(value, chosen, people, groups, DRAWS)[0]
+
+
+def difference(value: Callable[[np.ndarray], float], chosen: np.ndarray, people: np.ndarray,
+               groups: np.ndarray) -> tuple[Score, float]:
+    """As ``of_people``, and the two-sided p of the value being 0 (from the bootstrap, Davison &
+    Hinkley 1997, section 4.4)."""
+    found, drawn = _of_people(value, chosen, people, groups, P_DRAWS)
+    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return found, min(1.0, 2 * float(tail + 1) / (len(drawn) + 1)) if len(drawn) else float("nan")
+
+
+def _of_people(value: Callable[[np.ndarray], float], chosen: np.ndarray, people: np.ndarray,
+               groups: np.ndarray, draws: int) -> tuple[Score, np.ndarray]:
+    """The score, and the values of draws on which it is defined."""
     if not len(chosen):
-        return Score(np.nan, np.nan, np.nan, 0, 0), float("nan")
+        return Score(np.nan, np.nan, np.nan, 0, 0), np.zeros(0)
     who = people[chosen]
     drawn = np.array([value(chosen[each])
                       for each in resamples(who, groups[chosen], draws)])
     drawn = drawn[np.isfinite(drawn)]
-    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    p = min(1.0, 2 * float(tail + 1) / (len(drawn) + 1)) if len(drawn) else float("nan")
-    return Score(value(chosen), *interval(drawn), len(chosen), len(set(who.tolist()))), p
+    return Score(value(chosen), *interval(drawn), len(chosen), len(set(who.tolist()))), drawn
 
 
 def holm(p: Sequence[float]) -> list[float]:

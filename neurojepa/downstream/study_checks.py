@@ -92,7 +92,7 @@ def groups_of(run: Runner, predicted: np.ndarray, columns: list[str]) -> list[Gr
         told.add(same)
         for name in sorted(set(names.tolist()) - {""}):
             whom = np.flatnonzero((names == name) & known(predicted))
-            score = run.score(partial(run.value, metric, predicted), whom)[0] if _enough(
+            score = run.score(partial(run.value, metric, predicted), whom) if _enough(
                 run.target, whom) else None
             found.append(Group(column, name, len(set(run.people.participant[whom])), score))
     return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from neurojepa.downstream.output import Figures, headed, write_task
+from neurojepa.downstream.output import write_task
 from neurojepa.downstream.scoring import known
 from neurojepa.downstream.stats import holm
 from neurojepa.downstream.study import ALONE, Study
@@ -22,14 +23,13 @@ def write_studies(out: str, studies: Sequence[Study], record: dict[str, Any]) ->
     ----------
     record : of the command: embeddings, labels, cv, modality, allow_seen, notes
     """
-    record = headed("probe/1", record)
     results = {each.target.name: record_of(each) for each in studies}
     gains = [gain for each in results.values() for gain in each["gains"]]
     for gain, p in zip(gains, holm([gain["p"] for gain in gains]), strict=True):
         gain["p_holm"] = p
-    record |= {"results": results, "methods": methods(studies, record)}
-    figures = Figures()
-    write_task(out, record, study_page(studies, record, figures), predictions_of(studies), figures)
+    write_task(out, "probe/1", record | {"results": results},
+               methods=partial(methods, studies), page=partial(study_page, studies),
+               predictions=predictions_of(studies))
 
 
 def record_of(found: Study) -> dict[str, Any]:

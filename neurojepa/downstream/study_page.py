@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from neurojepa.downstream.output import Figures, new_plot
+from neurojepa.downstream.output import (
+    Figures,
+    bootstrap,
+    gains_table,
+    how_done,
+    new_plot,
+    scatter,
+)
 from neurojepa.downstream.scoring import known
 from neurojepa.downstream.stats import auroc
 from neurojepa.downstream.study import ALIKE, ALONE, VOLUMES, WITHOUT, Study
@@ -26,9 +33,7 @@ def study_page(studies: Sequence[Study], record: dict[str, Any], figures: Figure
     lead = (f"{record['embeddings']}, {record['modality']}; labels of {record['labels']}; "
             f"{record['cv']} nested cross-validation by person and family")
     parts = [_label(found, record["results"][found.target.name], figures) for found in studies]
-    parts.append(section("How it was done", paragraph(methods(studies, record)), *(
-        [paragraph("From the table and the embeddings: " + "; ".join(record["notes"]) + ".")]
-        if record["notes"] else [])))
+    parts.append(how_done(record))
     return page("What embeddings tell of " + ", ".join(each.target.name for each in studies), lead,
                 parts)
 
@@ -66,17 +71,6 @@ def _label(found: Study, record: dict[str, Any], figures: Figures) -> str:
     return section(f"{target.name}: {kind}", *lines)
 
 
-def gains_table(gains: Sequence[dict[str, Any]], metric: str) -> list[str]:
-    """Paired differences under their heading, where there are some."""
-    if not gains:
-        return []
-    rows = [[f"{gain['row']} less {gain['over']}",
-             f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]", f"{gain['p']:.3f}",
-             f"{gain['p_holm']:.3f}"] for gain in gains]
-    return [heading("Paired differences"),
-            table(["difference", metric, "p", "p, all on this page (Holm)"], rows)]
-
-
 def _groups(found: Study) -> list[str]:
     if not found.groups:
         return []
@@ -99,7 +93,7 @@ def _figures(found: Study, record: dict[str, Any], figures: Figures) -> list[str
     if target.kind == "regression":
         upright = corrected(truth, mean, found.people.family[whom])
         return [figures.show(
-            f"{target.name} predicted", _scatter(target.name, truth, mean),
+            f"{target.name} predicted", scatter(target.name, truth, mean),
             f"Predicted against true {target.name}: a point is one of {people} people."),
             figures.show(
                 f"{target.name} gap", _gap(target.name, truth, mean, upright),
@@ -116,15 +110,6 @@ def _figures(found: Study, record: dict[str, Any], figures: Figures) -> list[str
             f"calibration of {people} people in {len(record['calibration'])} bins of equal "
             "number. On the line, probabilities can be taken at their word.")))
     return parts
-
-
-def _scatter(name: str, truth: np.ndarray, mean: np.ndarray) -> Any:
-    plot, axis = new_plot()
-    low, high = truth.min(), truth.max()
-    axis.plot([low, high], [low, high], color=GREY, zorder=0)
-    axis.scatter(truth, mean, s=16, color=BLUE, alpha=0.75)
-    axis.set(xlabel=f"true {name}", ylabel=f"predicted {name}")
-    return plot
 
 
 def _gap(name: str, truth: np.ndarray, mean: np.ndarray, upright: np.ndarray) -> Any:
@@ -183,12 +168,10 @@ def methods(studies: Sequence[Study], record: dict[str, Any]) -> str:
         "by inner cross-validation on "
         "the other folds alone. Before the folds of a repeat were scored together, the predictions "
         "of each were moved from the class shares (or mean) of those who taught it to those of all "
-        "people. Intervals are 95 % percentile intervals of a bootstrap over "
-        f"families and people. Covariates alone ({', '.join(studies[0].covariates)}) were treated "
+        f"people. Covariates alone ({', '.join(studies[0].covariates)}) were treated "
         + ("alike, and so were automatic volumes of fluid, grey and white matter by region, "
            if VOLUMES in rows else "alike, ")
         + f"and so were labels shuffled among people, {SHUFFLES} times."
         + (" Sites were harmonised by ComBat (Johnson et al. 2007, Fortin et al. 2018), fitted "
            "within each fold on those who taught." if ALIKE in rows else "")
-        + " Paired differences have two-sided bootstrap p values, adjusted for all comparisons of "
-        "the report by Holm's method." + several)
+        + f" {bootstrap()}" + several)

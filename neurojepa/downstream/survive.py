@@ -24,14 +24,13 @@ import numpy as np
 from neurojepa.downstream.cox import cox, discrete, population
 from neurojepa.downstream.crossval import Plan, held_out, plan_folds
 from neurojepa.downstream.features import Features, beside, design_of, plain
-from neurojepa.downstream.labels import People, suspected_codes
-from neurojepa.downstream.scoring import DRAWS, Gain, known
-from neurojepa.downstream.stats import Score, of_people
+from neurojepa.downstream.labels import People, numbers_of, suspected_codes
+from neurojepa.downstream.scoring import Gain, known
+from neurojepa.downstream.stats import Score, difference, of_people
 from neurojepa.downstream.survival import Pairs, brier_parts, concordance, dynamic
 from neurojepa.downstream.targets import Target
 from neurojepa.downstream.tested import complete, may_test
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.labels import as_numbers
 
 ALONE, DISCRETE, VOLUMES = "embedding", "embedding, discrete time", "region volumes"
 WITHOUT, WITH = "covariates alone", "covariates and embedding"
@@ -102,11 +101,7 @@ def followed(people: People, time: str, event: str, positive: str | None) -> tup
     there = when != ""
     notes = [f"{int((~there).sum())} people without {time} and {event}"] if not there.all() else []
     people = people.take(there)
-    times = as_numbers(people.column(time))
-    if times is None:
-        word = next(value for value in people.column(time).tolist()
-                    if as_numbers(np.array([value])) is None)
-        raise DataError(f"column {time!r}: {word!r} is no number; times are numbers, in one unit")
+    times = numbers_of(people, time, "times are numbers, in one unit")
     if (times < 0).any():
         earliest = int(np.argmin(times))
         who = str(people.ids[earliest])
@@ -207,7 +202,8 @@ class Runner:
     def __call__(self, features: Features, model: Model) -> Row:
         predicted = self.predict(features, model)
         whom = scored(predicted)
-        return Row(predicted, {name: self._score(value, whom)[0]
+        people = self.followed.people
+        return Row(predicted, {name: of_people(value, whom, people.participant, people.family)
                                for name, value in self.scorers(predicted, whom).items()})
 
     def scorers(self, predicted: np.ndarray,
@@ -232,7 +228,7 @@ class Runner:
 
     def gains(self, rows: dict[str, Row]) -> list[Gain]:
         """Paired differences of the C-index."""
-        found = []
+        found, people = [], self.followed.people
         for row, over in PAIRS:
             if row in rows and over in rows:
                 both = [rows[name].predicted for name in (row, over)]
@@ -243,13 +239,9 @@ class Runner:
                            other: Callable[[np.ndarray], float] = other) -> float:
                     return one(drawn) - other(drawn)
 
-                found.append(Gain(row, over, *self._score(better, whom)))
+                found.append(Gain(row, over, *difference(better, whom, people.participant,
+                                                         people.family)))
         return found
-
-    def _score(self, value: Callable[[np.ndarray], float],
-               whom: np.ndarray) -> tuple[Score, float]:
-        people = self.followed.people
-        return of_people(value, whom, people.participant, people.family, DRAWS)
 
 
 def scored(predicted: np.ndarray) -> np.ndarray:

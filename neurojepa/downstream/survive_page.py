@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from neurojepa.downstream.output import Figures, new_plot
-from neurojepa.downstream.scoring import known
-from neurojepa.downstream.stats import holm
-from neurojepa.downstream.study_page import gains_table
+from neurojepa.downstream.output import Figures, bootstrap, gains_table, how_done, new_plot
+from neurojepa.downstream.scoring import gains_record, known, scores_record
 from neurojepa.downstream.survival import kaplan_meier
 from neurojepa.downstream.survive import ALONE, DISCRETE, VOLUMES, WITH, WITHOUT, Survival
 from neurojepa.report import (
@@ -54,9 +52,7 @@ def survive_page(found: Survival, record: dict[str, Any], figures: Figures) -> s
                   f"{', '.join(found.covariates)}."),
         *gains_table(record["gains"], "C-index")))
     parts.append(section("Figures", grid(_figures(found, record, figures))))
-    notes = [*record["notes"], *found.notes]
-    parts.append(section("How it was done", paragraph(record["methods"]), *(
-        [paragraph("Left out: " + "; ".join(notes) + ".")] if notes else [])))
+    parts.append(how_done(record, found.notes))
     return page(f"When {record['event']} happens, told from embeddings", lead, parts)
 
 
@@ -124,15 +120,11 @@ def _calibration(time: np.ndarray, event: np.ndarray, share: np.ndarray, horizon
 
 def record_of(found: Survival) -> dict[str, Any]:
     """What results.json says of it."""
-    gains = [gain.as_dict() for gain in found.gains]
-    for gain, p in zip(gains, holm([gain.p for gain in found.gains]), strict=True):
-        gain["p_holm"] = p
     event = found.followed.event
     return {"people": len(event), "events": int(event.sum()), "censored": int((~event).sum()),
             "covariates": list(found.covariates), "horizons": found.horizons.tolist(),
-            "scores": {name: {score: value.as_dict() for score, value in row.scores.items()}
-                       for name, row in found.rows.items()},
-            "gains": gains, "warnings": found.warnings, "left_out": found.notes}
+            "scores": scores_record(found.rows), "gains": gains_record(found.gains),
+            "warnings": found.warnings, "left_out": found.notes}
 
 
 def predictions_of(found: Survival, time: str, event: str) -> list[list[str]]:
@@ -160,6 +152,4 @@ def methods(found: Survival, record: dict[str, Any]) -> str:
         "partial likelihood of the other folds alone. Reported are Harrell's C-index, the "
         "cumulative/dynamic AUC and the Brier score at deciles of event times, the latter two "
         "weighted by the inverse probability of censoring. Treated alike were "
-        f"{', '.join(rows)} ({', '.join(found.covariates)}). Intervals are 95 % percentile "
-        "intervals of a bootstrap over families and people; paired differences have two-sided "
-        "bootstrap p values, adjusted by Holm's method.")
+        f"{', '.join(rows)} ({', '.join(found.covariates)}). {bootstrap()}")

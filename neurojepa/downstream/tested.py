@@ -40,21 +40,30 @@ def may_test(people: People, what: str, allowed: bool) -> tuple[np.ndarray, list
     DataError
         All of them were seen.
     """
-    everyone = np.ones(len(people.ids), bool)
-    if people.seen is None:
-        return everyone, [
-            "who was in the pretraining of the weights is not known, as they were exported "
-            "without its feed: if people of this table were, scores may be too good"]
-    count = int(people.seen.sum())
-    if not count:
-        return everyone, []
-    if allowed:
-        return everyone, [
-            f"{count} of {len(people.ids)} people were seen in the pretraining of the weights "
-            "and tested all the same (--allow-seen): scores may be too good"]
-    if count == len(people.ids):
-        raise DataError(f"{what}: all {count} people were seen in the pretraining of the "
+    if people.seen is None or allowed or not people.seen.any():
+        return np.ones(len(people.ids), bool), of_seen(people, " (--allow-seen)")
+    if people.seen.all():
+        raise DataError(f"{what}: all {_people(people)} people were seen in the pretraining of the "
                         "weights, so nobody is left to test; bring others, or add --allow-seen, "
                         "which stands in the report")
-    return ~people.seen, [f"{count} of {len(people.ids)} people were seen in the pretraining of "
-                          "the weights: they teach, and are not tested"]
+    return ~people.seen, [f"{_people(people.take(people.seen))} of {_people(people)} people were "
+                          "seen in the pretraining of the weights: they teach, and are not tested"]
+
+
+def of_seen(people: People, how: str = "") -> list[str]:
+    """What is to be said where all are tested, though some may have been seen in pretraining.
+
+    Parameters
+    ----------
+    how : it came that they are
+    """
+    if people.seen is None:
+        return ["who was in the pretraining of the weights is not known, as they were exported "
+                "without its feed: if people of this table were, scores may be too good"]
+    return [f"{_people(people.take(people.seen))} of {_people(people)} people were seen in the "
+            f"pretraining of the weights and tested all the same{how}: scores may be too good"
+            ] if people.seen.any() else []
+
+
+def _people(people: People) -> int:
+    return len(set(people.participant.tolist()))

@@ -33,8 +33,8 @@ from neurojepa.downstream.crossval import (
 )
 from neurojepa.downstream.features import Features, beside, design_of, plain
 from neurojepa.downstream.labels import People
-from neurojepa.downstream.scoring import DRAWS, Gain, known
-from neurojepa.downstream.stats import Score, of_people
+from neurojepa.downstream.scoring import Gain, known
+from neurojepa.downstream.stats import Score, difference, of_people
 from neurojepa.downstream.study_checks import SHUFFLES
 from neurojepa.downstream.targets import Target
 from neurojepa.downstream.tested import complete, may_test
@@ -146,15 +146,16 @@ class Runner:
         both = held_out(self.plan, features, len(target), read, (size, 2))
         predicted, truth = both[..., 0], both[..., 1]
         whom = np.flatnonzero(known(predicted))
-        return Row(predicted, truth, {name: self._score(value, whom)[0] for name, value in
-                                      self.scorers(predicted, truth).items()})
+        return Row(predicted, truth, {
+            name: of_people(value, whom, self.people.participant, family)
+            for name, value in self.scorers(predicted, truth).items()})
 
     def scorers(self, predicted: np.ndarray,
                 truth: np.ndarray) -> dict[str, Callable[[np.ndarray], float]]:
         """Each score by name, of people drawn."""
         rest = np.square(truth - predicted).sum((1, 2))
         whole = np.square(truth).sum((1, 2))
-        alike = _correlation(predicted, truth).mean(1)
+        alike = correlation(predicted, truth).mean(1)
         own = self._own(predicted, truth)
         return {"r2": lambda drawn: float(1 - rest[drawn].sum() / whole[drawn].sum()),
                 "correlation": lambda drawn: float(np.nanmean(alike[drawn])),
@@ -166,7 +167,7 @@ class Runner:
         for r in range(found.shape[1]):
             for fold in np.unique(self.fold[self.fold[:, r] >= 0, r]):
                 here = np.flatnonzero((self.fold[:, r] == fold) & known(predicted))
-                like = _correlation(predicted[here, None, r], truth[None, here, r])
+                like = _unit(predicted[here, r]) @ _unit(truth[here, r]).T
                 mine = np.diag(like)[:, None]
                 person = self.people.participant[here]
                 others = person[:, None] != person  # not other visits of the same person
@@ -190,12 +191,9 @@ class Runner:
                     return one(drawn) - other(drawn)
 
                 whom = np.flatnonzero(known(rows[row].predicted) & known(rows[over].predicted))
-                found.append(Gain(row, over, *self._score(better, whom)))
+                found.append(Gain(row, over, *difference(
+                    better, whom, self.people.participant, self.people.family)))
         return found
-
-    def _score(self, value: Callable[[np.ndarray], float],
-               whom: np.ndarray) -> tuple[Score, float]:
-        return of_people(value, whom, self.people.participant, self.people.family, DRAWS)
 
 
 def _shuffled(people: People, target: np.ndarray, plan: Plan) -> Row:
@@ -212,11 +210,16 @@ def _shuffled(people: People, target: np.ndarray, plan: Plan) -> Row:
     return Row(rows[0].predicted, rows[0].truth, scores)
 
 
-def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Over the last axis; 0 where one side does not vary, as a prediction of the mean alone."""
-    one, other = (each - each.mean(-1, keepdims=True) for each in (one, other))
-    size = np.sqrt(np.square(one).sum(-1) * np.square(other).sum(-1))
-    return np.where(size > 0, (one * other).sum(-1) / np.where(size > 0, size, 1), 0.0)
+    return (_unit(one) * _unit(other)).sum(-1)
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    """Less their mean over the last axis, and of length 1; 0 where they do not vary."""
+    rest = values - values.mean(-1, keepdims=True)
+    size = np.sqrt(np.square(rest).sum(-1, keepdims=True))
+    return rest / np.where(size > 0, size, 1)
 
 
 def ridge(taught: np.ndarray, tested: np.ndarray, truth: np.ndarray,

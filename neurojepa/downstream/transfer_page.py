@@ -6,12 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from neurojepa.downstream.output import Figures, new_plot
-from neurojepa.downstream.scoring import known
-from neurojepa.downstream.stats import holm
+from neurojepa.downstream.output import Figures, bootstrap, gains_table, how_done, new_plot
+from neurojepa.downstream.scoring import gains_record, known, scores_record
 from neurojepa.downstream.study_checks import SHUFFLES
-from neurojepa.downstream.study_page import gains_table
-from neurojepa.downstream.transfer import ALONE, SHUFFLED, VOLUMES, WITHOUT, Transfer
+from neurojepa.downstream.transfer import (
+    ALONE,
+    SHUFFLED,
+    VOLUMES,
+    WITHOUT,
+    Transfer,
+    correlation,
+)
 from neurojepa.report import BLUE, GREY, grid, page, paragraph, section, table, tiles
 
 NAMES = {"r2": "R² beyond the group mean", "correlation": "correlation within people",
@@ -47,19 +52,14 @@ def transfer_page(found: Transfer, record: dict[str, Any], figures: Figures) -> 
             figures.show("features", _features(found), (
                 "R² of each feature of the target, in order: from the embedding, and from "
                 "covariates alone (grey)."))]))]
-    notes = [*record["notes"], *found.notes]
-    parts.append(section("How it was done", paragraph(record["methods"]), *(
-        [paragraph("Left out: " + "; ".join(notes) + ".")] if notes else [])))
+    parts.append(how_done(record, found.notes))
     return page(f"{target} told from {source}", lead, parts)
 
 
 def _within(found: Transfer, name: str) -> np.ndarray:
     row = found.rows[name]
     whom = known(row.predicted)
-    one, other = (each[whom].mean(1) for each in (row.predicted, row.truth))
-    one, other = (each - each.mean(1, keepdims=True) for each in (one, other))
-    size = np.sqrt(np.square(one).sum(1) * np.square(other).sum(1))
-    return np.sort((one * other).sum(1) / np.maximum(size, 1e-12))
+    return np.sort(correlation(row.predicted[whom].mean(1), row.truth[whom].mean(1)))
 
 
 def _people(found: Transfer) -> Any:
@@ -90,14 +90,10 @@ def _features(found: Transfer) -> Any:
 
 def record_of(found: Transfer) -> dict[str, Any]:
     """What results.json says of it."""
-    gains = [gain.as_dict() for gain in found.gains]
-    for gain, p in zip(gains, holm([gain.p for gain in found.gains]), strict=True):
-        gain["p_holm"] = p
     return {"people": len(set(found.people.participant.tolist())), "rows": len(found.people.ids),
             "features": found.features, "covariates": list(found.covariates),
-            "scores": {name: {score: value.as_dict() for score, value in row.scores.items()}
-                       for name, row in found.rows.items()},
-            "gains": gains, "warnings": found.warnings, "left_out": found.notes}
+            "scores": scores_record(found.rows), "gains": gains_record(found.gains),
+            "warnings": found.warnings, "left_out": found.notes}
 
 
 def predictions_of(found: Transfer) -> list[list[str]]:
@@ -122,5 +118,4 @@ def methods(found: Transfer, record: dict[str, Any]) -> str:
         "fold the mean of those who taught was removed from the target and its features were "
         "scaled; the penalty was chosen on the other folds alone. Treated alike were covariates "
         f"({', '.join(found.covariates)}){volumes}, and targets shuffled among people, {SHUFFLES} "
-        "times. Intervals are 95 % percentile intervals of a bootstrap over families and people; "
-        "paired differences have two-sided bootstrap p values, adjusted by Holm's method.")
+        f"times. {bootstrap()}")

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from data_prep.identity import pseudonym
-from neurojepa.downstream import scoring, study_checks
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.change import (
     DIFFERENCE,
@@ -28,16 +23,10 @@ from neurojepa.downstream.change import (
 from neurojepa.downstream.labels import People
 from neurojepa.downstream.scoring import Row
 from neurojepa.errors import NeurojepaError
+from tests.helpers.embedded import write_embedded
 from tests.helpers.trees import write
 
-KEY = b"a public key for invented people"
-
-
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(scoring, "DRAWS", 40)
-    monkeypatch.setattr(study_checks, "SHUFFLES", 2)
-    yield
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def followed(number: int = 120, shown: bool = True, seed: int = 0) -> People:
@@ -139,20 +128,30 @@ def test_visits_without_a_value_are_counted() -> None:
     assert len(visits.first) == 19
 
 
+def test_covariates_are_those_of_the_first_visit_alone() -> None:
+    people = followed(20)
+    sex = np.where(np.arange(60) % 3 == 0, people.columns["sex"], "")  # never told again
+    sex[3] = ""
+    found = change(spoilt(people, sex=sex), "mmse", "age", adjust=("sex",), folds=3, repeats=1)
+    assert found.notes == ["1 people without sex at their first visit"]
+    assert len(found.target.truth) == 19 and len(found.visits.value) == 60
+    assert (found.visits.span > 2).all()  # to the third visit
+
+
+def test_a_prediction_that_is_the_same_for_all_has_no_slope() -> None:
+    visits, _ = visits_of(followed(20), "mmse", "age")
+    found = slope(visits, Row(np.ones((20, 1)), {}), "nothing")
+    assert np.isnan(found.value) and np.isnan(found.p) and not found.converged
+
+
 def test_the_command_writes_results_and_a_page(tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     people = followed(40)
-    pq.write_table(pa.Table.from_pylist([
-        {"scan_id": f"s{n}", "participant": pseudonym(KEY, "clinic", str(people.ids[n])),
-         "family": pseudonym(KEY, "clinic", str(people.ids[n])), "session": people.sessions[n],
-         "cohort": "clinic", "modality": "T1w", "site": "a", "split": "test", "brain_ml": 1400.0,
-         "seen": False, "embedding": people.values[n].tolist()}
-        for n in range(120)]), tmp_path / "embeddings.parquet")
-    lines = [",".join([people.ids[n], f"ses-{people.sessions[n]}", *(
-        people.columns[name][n] for name in ("age", "mmse", "sex"))]) for n in range(120)]
-    write(tmp_path, {"key": KEY,
-                     "my.csv": "participant_id,visit,age,mmse,sex\n" + "\n".join(lines)})
-    (tmp_path / "key").chmod(0o600)
+    write_embedded(tmp_path, people.values, people.ids, session=people.sessions.tolist())
+    lines = [",".join([people.ids[n], f"ses-{people.sessions[n]}", people.columns["age"][n],
+                       people.columns["mmse"][n], people.columns["sex"][n] if n % 3 == 0 else ""])
+             for n in range(120)]  # a sex at the first visit alone
+    write(tmp_path, {"my.csv": "participant_id,visit,age,mmse,sex\n" + "\n".join(lines)})
     assert downstream(["change", str(tmp_path), "--labels", str(tmp_path / "my.csv"), "--session",
                        "visit", "--time", "age", "--label", "mmse", "--adjust", "sex", "--cv",
                        "1x3", "--key", str(tmp_path / "key"), "--out", str(tmp_path / "out")]) == 0
@@ -163,5 +162,7 @@ def test_the_command_writes_results_and_a_page(tmp_path: Path,
     assert [each["row"] for each in record["mixed_models"]] == [WITHOUT, FIRST, DIFFERENCE]
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("<figure>") == 2 and "Mixed models" in page
+    assert "moved from the mean of those who taught" in record["methods"]
+    assert "p values come from 40 draws" in page and "none can be below 0.049" in page
     rows = (tmp_path / "out/predictions.csv").read_text().splitlines()
     assert len(rows) == 41 and rows[1].startswith("p000,1,3,")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +12,19 @@ import pytest
 
 from data_prep.identity import pseudonym
 from neurojepa.downstream import reliability as module
-from neurojepa.downstream import scoring
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.output import Figures
 from neurojepa.downstream.reliability import reliability, scans_of
-from neurojepa.downstream.reliability_page import reliability_page
+from neurojepa.downstream.reliability_page import methods, reliability_page
 from neurojepa.errors import ConfigError, NeurojepaError
 from tests.helpers.browser import look
+from tests.helpers.embedded import KEY
 from tests.helpers.trees import write
 
-KEY = b"a public key for invented people"
 SITES = ("a", "b", "c", "d")
 
 
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(scoring, "DRAWS", 40)
-    monkeypatch.setattr(module, "DRAWS", 40)
-    yield
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def travelling(people: int = 40, *, between: float = 1.0, within: float = 0.5, sites: float = 0.0,
@@ -105,6 +99,25 @@ def test_visits_are_rescans_only_when_that_is_said() -> None:
     assert len(unit) == 36 and notes == ["1 scans without a rescan"]
 
 
+def test_what_is_said_of_rescans_that_were_seen_or_lack_a_site_or_volumes() -> None:
+    table = travelling(10, sites=1.0)
+    rows = table.to_pylist()
+    for row in rows[:8]:
+        row["seen"] = True
+    rows[0]["site"] = None
+    volumes = {row["scan_id"]: np.ones(3) for row in rows[1:]}
+    scans, unit, notes = scans_of(pa.Table.from_pylist(rows), volumes, False)
+    found = reliability(scans, unit, {})
+    assert found.warnings == ["2 of 10 people were seen in the pretraining of the weights and "
+                              "tested all the same: scores may be too good"]
+    assert notes == ["region volumes are not compared with: 1 of 40 scans have none in volumes.csv"]
+    record = {"embeddings": "e", "modality": "T1w", "rescans": "visits", "notes": notes,
+              "methods": "", "version": "0"}
+    page = reliability_page(found, record, Figures())
+    assert "Look out: 2 of 10 people" in page and "some scans do not say theirs" in page
+    assert "ComBat" not in methods(found, record)
+
+
 def test_one_family_tells_nothing() -> None:
     scans, unit, _ = scans_of(travelling(2), None, False)
     with pytest.raises(NeurojepaError, match="all rescans are of one family"):
@@ -128,7 +141,7 @@ def test_the_page_fits_a_phone(tmp_path: Path) -> None:
 def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pq.write_table(travelling(24, sites=2.0), tmp_path / "embeddings.parquet")
     lines = [f"p{n},{n % 2},{n}" for n in range(20)]
-    write(tmp_path, {"key": KEY, "my.csv": "participant_id,dx,x\n" + "\n".join(lines)})
+    write(tmp_path, {"key": KEY, "my.csv": "participant_id,dx,age\n" + "\n".join(lines)})
     (tmp_path / "key").chmod(0o600)
     words = ["reliability", str(tmp_path), "--out", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match="--labels TABLE --label COLUMN"):

@@ -5,10 +5,11 @@ import pytest
 
 from neurojepa.downstream.stats import (
     auroc,
+    difference,
     holm,
     mean_absolute_error,
-    of_people,
     r_squared,
+    resamples,
     score,
 )
 
@@ -77,6 +78,22 @@ def test_a_difference_that_is_none_has_a_large_p(shift: float, low: float, high:
     values = rng.normal(size=100)
     values += shift - values.mean() * (shift == 0)
     who = np.arange(100).astype(str)
-    found, p = of_people(lambda drawn: float(values[drawn].mean()), np.arange(100), who, who, 300)
+    found, p = difference(lambda drawn: float(values[drawn].mean()), np.arange(100), who, who)
     assert low < p <= high and found.low < values.mean() < found.high
-    assert np.isnan(of_people(lambda drawn: 0.0, np.zeros(0, int), who, who, 5)[1])
+    assert np.isnan(difference(lambda drawn: 0.0, np.zeros(0, int), who, who)[1])
+
+
+def test_a_clear_difference_holds_among_many() -> None:
+    who = np.arange(60).astype(str)
+    _, p = difference(lambda drawn: 1.0 + drawn.mean(), np.arange(60), who, who)
+    assert p == 2 / 2001 and holm([p] * 8)[0] < 0.05
+
+
+def test_groups_are_drawn_then_people_with_all_their_scans() -> None:
+    people = np.array(["c", "a", "b", "a", "c", "d"])
+    groups = np.array(["2", "1", "1", "1", "2", "3"])
+    seen = set()
+    for drawn in resamples(people, groups, 200):
+        seen |= {tuple(sorted(drawn.tolist()))}
+        assert sum(groups[drawn] == "2") % 2 == 0 and sum(drawn == 1) == sum(drawn == 3)
+    assert (5, 5, 5) in seen and len(seen) > 10

@@ -4,22 +4,19 @@ a known hazard found again."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from data_prep.identity import pseudonym
 from data_prep.synth.cohort import draw_person
 from data_prep.synth.events import draw_event
 from neurojepa.downstream import survive as module
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.cox import Efron, baseline, cox, discrete, fit_cox, periods
-from neurojepa.downstream.labels import People, first_visits
+from neurojepa.downstream.labels import first_visits
 from neurojepa.downstream.stats import auroc
 from neurojepa.downstream.survival import (
     brier_parts,
@@ -38,15 +35,10 @@ from neurojepa.downstream.survive import (
     survive,
 )
 from neurojepa.errors import NeurojepaError
+from tests.helpers.embedded import people, write_embedded
 from tests.helpers.trees import write
 
-KEY = b"a public key for invented people"
-
-
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(module, "DRAWS", 40)
-    yield
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def cohort(number: int = 200, effect: float = 1.0, seed: int = 0
@@ -57,14 +49,6 @@ def cohort(number: int = 200, effect: float = 1.0, seed: int = 0
     risk = effect * values[:, 0]
     wait, end = rng.exponential(size=number) / (0.2 * np.exp(risk)), rng.uniform(1, 12, number)
     return values, np.maximum(np.minimum(wait, end).round(1), 0.1), wait <= end, risk
-
-
-def people(values: np.ndarray, **columns: np.ndarray) -> People:
-    names = np.array([f"p{number:03d}" for number in range(len(values))])
-    brain = np.random.default_rng(9).normal(1400, 100, len(values)).round(1)
-    return People(values.astype(np.float32), names, names, names, np.zeros(len(values), bool),
-                  {"brain_ml": brain.astype(str),
-                   **{name: np.asarray(column).astype(str) for name, column in columns.items()}})
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -267,13 +251,18 @@ def test_later_scans_do_not_tell_who_lived_to_have_them() -> None:
     def scan(person: str, session: str, age: float | None) -> dict[str, object]:
         return {"participant": person, "session": session, "age": age, "embedding": [0.0]}
 
-    table, said = first_visits(pa.Table.from_pylist([
-        scan("a", "post", 61.0), scan("a", "pre", 60.0), scan("b", "m12", None),
-        scan("b", "m6", 50.0), scan("b", "m6", 50.0), scan("c", "10", 40.0)]))
+    scans = pa.Table.from_pylist([
+        scan("a", "post", 61.0), scan("a", "pre", 60.0), scan("a", "pre", None),
+        scan("b", "m12", None), scan("b", "m6", 50.0), scan("b", "m6", 50.0), scan("c", "10", 40.0),
+        scan("d", "2", 40.0), scan("d", "10", 40.0)])
+    table, said = first_visits(scans, scans)
     assert [(row["participant"], row["session"]) for row in table.to_pylist()] == [
-        ("a", "pre"), ("b", "m6"), ("b", "m6"), ("c", "10")]
-    assert said[0].startswith("2 people have several visits; their first one is taken")
-    assert first_visits(table) == (table, [])
+        ("a", "pre"), ("a", "pre"), ("b", "m6"), ("b", "m6"), ("c", "10"), ("d", "2")]
+    assert said[0].startswith("3 people have several visits; their first one is taken, by age, or "
+                              "by name for 2 whose ages are not known or equal")
+    assert first_visits(table, table) == (table, [])
+    # where a first visit has other scans alone
+    assert first_visits(scans.slice(0, 1), scans)[1][0].startswith("1 people have no such scan at")
 
 
 def test_times_that_look_like_codes_are_told() -> None:
@@ -295,17 +284,14 @@ def test_a_person_of_two_rows_is_named() -> None:
 def test_the_command_writes_results_and_a_page(tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     values, time, event, risk = cohort(80, effect=1.5)
-    pq.write_table(pa.Table.from_pylist([
-        {"scan_id": f"s{n}", "participant": pseudonym(KEY, "clinic", f"p{n}"), "family": f"f{n}",
-         "session": "1", "cohort": "clinic", "modality": "T1w", "site": "a", "split": "test",
-         "brain_ml": 1400.0 + n % 9, "age": 50.0 + n % 7, "seen": False,
-         "embedding": values[n].tolist()} for n in range(80)]), tmp_path / "embeddings.parquet")
-    lines = [f"p{n},{time[n]},{int(event[n])},{risk[n]:.3f}" for n in range(80)]
-    write(tmp_path, {"key": KEY, "my.csv": "participant_id,years,died,hazard\n" + "\n".join(lines)})
-    (tmp_path / "key").chmod(0o600)
+    n = np.arange(80)
+    write_embedded(tmp_path, values, [f"p{each}" for each in n],
+                   brain_ml=(1400.0 + n % 9).tolist(), age=(50.0 + n % 7).tolist())
+    lines = [f"p{n},{time[n]},{int(event[n])},{risk[n]:.3f},{'FM'[n % 2]}" for n in range(80)]
+    write(tmp_path, {"my.csv": "participant_id,years,died,hazard,sex\n" + "\n".join(lines)})
     assert downstream(["survive", str(tmp_path), "--labels", str(tmp_path / "my.csv"), "--time",
                        "years", "--event", "died", "--reference", "hazard", "--adjust", "age",
-                       "--cv", "1x3", "--key", str(tmp_path / "key"),
+                       "sex", "--cv", "1x3", "--key", str(tmp_path / "key"),
                        "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "died: embedding, discrete time: c_index 0." in said and "died: hazard: c_index" in said

@@ -4,30 +4,21 @@ is no success."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from data_prep.identity import pseudonym
 from neurojepa.downstream import transfer as module
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.labels import People
 from neurojepa.downstream.transfer import ALONE, SHUFFLED, VOLUMES, WITH, WITHOUT, paired, transfer
 from neurojepa.errors import NeurojepaError
+from tests.helpers.embedded import write_embedded
 from tests.helpers.trees import write
 
-KEY = b"a public key for invented people"
-
-
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(module, "DRAWS", 40)
-    yield
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def people(values: np.ndarray, age: np.ndarray) -> People:
@@ -140,18 +131,13 @@ def test_the_command_writes_results_and_a_page(tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     source, target = linked(2.0, number=40)
     wide = np.hstack([target, target[:, :1]])[:, :10]  # embeddings have one width
-    pq.write_table(pa.Table.from_pylist([
-        {"scan_id": f"{modality}{n}", "participant": pseudonym(KEY, "clinic", f"p{n}"),
-         "family": f"f{n}", "session": "1", "cohort": "clinic", "modality": modality, "site": "a",
-         "split": "test", "brain_ml": 1400.0 + n % 9, "seen": False,
-         "embedding": values[n].tolist()} for modality, values in (
-             ("T1w", source.values), ("PET", wide)) for n in range(40)]),
-        tmp_path / "embeddings.parquet")
-    lines = [f"p{n},{50 + n % 13}" for n in range(40)]
-    write(tmp_path, {"key": KEY, "my.csv": "participant_id,age\n" + "\n".join(lines)})
-    (tmp_path / "key").chmod(0o600)
+    write_embedded(tmp_path, np.vstack([source.values, wide]), [f"p{n}" for n in range(40)] * 2,
+                   modality=["T1w"] * 40 + ["PET"] * 40,
+                   brain_ml=(1400.0 + np.arange(80) % 9).tolist())
+    lines = [f"p{n},{50 + n % 13},{'FM'[n % 2]}" for n in range(40)]
+    write(tmp_path, {"my.csv": "participant_id,age,sex\n" + "\n".join(lines)})
     words = ["transfer", str(tmp_path), "--labels", str(tmp_path / "my.csv"), "--from", "T1w",
-             "--adjust", "age", "--cv", "1x3", "--key", str(tmp_path / "key"),
+             "--adjust", "age", "sex", "--cv", "1x3", "--key", str(tmp_path / "key"),
              "--out", str(tmp_path / "out"), "--to"]
     with pytest.raises(NeurojepaError, match="name two modalities"):
         downstream([*words, "T1w"])
