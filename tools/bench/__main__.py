@@ -48,16 +48,20 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
     for option, owner in (("feed", "compare"), ("finished", "compare"), ("rehearse", "gpu"),
                           ("faults", "soak"), ("seed", "soak"), ("minutes", "soak")):
-        if (value := getattr(arguments, option)) and arguments.name != owner:
+        if _given(value := getattr(arguments, option)) and arguments.name != owner:
             raise ConfigError(f"--{option} {value}: {arguments.name} has no use for it; only "
                               f"{owner} does")
     module = importlib.import_module(f"tools.bench.{arguments.name}")
     options = {name: value for name in ("work", "feed", "finished", "rehearse", "faults", "seed",
-                                               "minutes")
-               if (value := getattr(arguments, name))}
+                                        "minutes")
+               if _given(value := getattr(arguments, name))}
     print(json.dumps(module.run(arguments.quick, None if official is None else str(official),
                                 **options)))
     return 0
+
+
+def _given(value: object) -> bool:
+    return value is not None and value is not False  # 0 is a seed
 
 
 if __name__ == "__main__":

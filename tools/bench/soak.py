@@ -19,6 +19,7 @@ are done.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -46,19 +47,21 @@ FAULTS_A_ROUND = 4
 CLOSE = 2e-3  # of losses at another world size: gates can flip (see recovery.py)
 
 
-def run(quick: bool, official: str | None, faults: int = 0, seed: int = 1,
-        work: str = "build/bench-soak", minutes: float = 0.0) -> dict[str, Any]:
+def run(quick: bool, official: str | None, faults: int | None = None, seed: int = 1,
+        work: str = "build/bench-soak", minutes: float = math.inf) -> dict[str, Any]:
     """The plan, or what is left of it; ``minutes`` after the start no new round begins."""
     if os.geteuid() != 0:
         raise ConfigError("soak: makes network namespaces and mounts a tmpfs; run it as root")
-    if faults < 0:
+    if faults is None:
+        faults = 4 if quick else 60
+    if faults < 1:
         raise ConfigError(f"--faults {faults}: give how many, 1 or more")
-    faults, began = faults or (4 if quick else 60), time.monotonic()
+    began = time.monotonic()
     folder = Path(work).resolve() / code_hash("neurojepa/**/*.py", "cluster/**/*.py",
                                               "tools/bench/*.py")
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob("*/round"):  # by a soak that was killed, of whatever code
-        clear(left)
+    for place in folder.parent.glob("*/round"):  # left by a soak that was killed, of whatever code
+        clear(place)
     if not (folder / "feed/feed.json").exists():
         write_feed(str(folder / "feed"))
     kept = folder / f"faults-{seed}-{faults}.jsonl"  # another number is another plan
@@ -70,7 +73,7 @@ def run(quick: bool, official: str | None, faults: int = 0, seed: int = 1,
                                                    for number, kind in todo), flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # so that all is taken down
     while left := [item for item in todo if item[0] not in done]:
-        if minutes and time.monotonic() - began > 60 * minutes:
+        if time.monotonic() - began >= 60 * minutes:
             print(f"{len(left)} faults are left for the next time", flush=True)
             return {"faults": len(done), "planned": faults}
         mode = left[0][1].mode
