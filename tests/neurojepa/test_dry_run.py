@@ -172,6 +172,7 @@ def test_the_peak_of_a_real_step_is_the_plans(feed: str, tmp_path: Path, run_cli
         assert planned == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.slow(16)
 def test_the_largest_micro_batch_fits_and_one_more_does_not(
         feed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, opened, room = tiny_config(feed, tmp_path), open_feed(feed), 50e6
