@@ -4,9 +4,10 @@
                 <-------------------         <--------------          <--messages--
 
 What the supervisor calls, by ssh or as its child, is a relay: the first line on its standard input
-says what to do.  With ``start`` it forks an agent, which goes on in a session of its own; then it
-carries lines between the supervisor and that agent until either ends.  So an agent outlives the
-supervisor and its connection, and another supervisor reaches it with ``attach``.
+says what to do.  With ``start`` it forks an agent, which goes on in a session of its own, unless
+there is one already; then it carries lines between the supervisor and that agent until either ends.
+So an agent outlives the supervisor and its connection, and another supervisor reaches it with
+``attach``.
 
 Nothing listens on the network.  The sockets lie in a folder that only this user can enter, and what
 is to be run comes over standard input, never on a command line.  Every order names the fencing
@@ -15,6 +16,7 @@ token of its supervisor's lease; an agent that has heard a higher one refuses it
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,13 +25,12 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from cluster.processes import members, send
+from cluster.processes import end_members
 from cluster.ranks import END_S, Ranks
 from cluster.serving import CHUNK, Agent
 from neurojepa.errors import run_command
@@ -75,14 +76,20 @@ def main() -> int:
     except (FileNotFoundError, ConnectionRefusedError):
         _answer_for_none(order, places)
         return 0
-    _relay(agent, line)
+    with suppress(ConnectionError):  # the agent has ended, or the supervisor is gone
+        _relay(agent, line)
     return 0
 
 
 def _fork_agent(order: dict[str, Any], places: Places) -> None:
     """Start the agent as a process that does not end with this one."""
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(places.control))
+    try:
+        listener.bind(str(places.control))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return  # the order came before, over a connection that broke
     listener.listen()
     if os.fork():
         listener.close()
@@ -101,24 +108,25 @@ def _fork_agent(order: dict[str, Any], places: Places) -> None:
         agent.run()
         places.remove()
         status = 0
-    except BaseException:
+    except BaseException:  # whatever it was: standard error leads nowhere
         places.problem.write_text(traceback.format_exc())
-        raise
     finally:
         os._exit(status)  # not back into the relay's code
 
 
 def _end_earlier(token: str, host: str, fence: int) -> None:
     """End what an earlier attempt has left here while the host could not be reached."""
+    places = Places.of(token, host)
     with socket.socket(socket.AF_UNIX) as agent:
         agent.settimeout(END_S + 5)
         try:
-            agent.connect(str(Places.of(token, host).control))
+            agent.connect(str(places.control))
             agent.sendall(json.dumps({"do": "end", "fence": fence}).encode() + b"\n")
             while agent.recv(CHUNK):
                 pass
-        except (FileNotFoundError, ConnectionRefusedError):
-            send(members(token), signal.SIGKILL)
+        except OSError:  # it is gone, ends just now, or is stopped
+            end_members(token, END_S)
+            places.remove()
 
 
 def _answer_for_none(order: dict[str, Any], places: Places) -> None:
@@ -127,10 +135,7 @@ def _answer_for_none(order: dict[str, Any], places: Places) -> None:
     if places.problem.exists():
         answer["none"] = places.problem.read_text()
     if order["do"] == "end":
-        left = members(order["token"])
-        send(left, signal.SIGKILL)
-        alive = psutil.wait_procs(left, timeout=END_S)[1]
-        answer = {"ended": [item.pid for item in alive]}
+        answer = {"ended": end_members(order["token"], END_S)}
         places.remove()
     print(json.dumps(answer), flush=True)
 

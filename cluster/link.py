@@ -25,7 +25,7 @@ class Link(threading.Thread):
     host
         Empty for this machine.
     first
-        The order to begin with: ``start`` or ``attach``.
+        The order to begin with, until an agent answers: ``start`` or ``attach``.
     log
         Takes what the ranks print.
 
@@ -92,7 +92,10 @@ class Link(threading.Thread):
     def run(self) -> None:
         order = self._first
         while not self._closed:
-            self._talk(order)
+            try:
+                self._talk(order)
+            except OSError as error:  # no process can be started just now
+                self._print(f"{self.host or 'this machine'}: {error}\n".encode())
             if self.refused or self.left is not None:
                 return
             if self._lost_at is None and self.absent is None:
@@ -100,7 +103,10 @@ class Link(threading.Thread):
             time.sleep(0.1)
             # where there is no agent, the next order is to end what may be left
             self._wake.wait(AGAIN_S if self.absent is None else None)
-            order = self._order("end" if self._ending else "attach")
+            if self._ending:
+                order = self._order("end")
+            elif self.size:  # until then it may not have heard of the start
+                order = self._order("attach")
 
     def _talk(self, order: dict[str, Any]) -> None:
         """Until the connection ends."""

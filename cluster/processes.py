@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,20 @@ def send(processes: list[psutil.Process], signum: int) -> list[int]:
             process.send_signal(signum)
             reached.append(process.pid)
     return reached
+
+
+def end_members(token: str, wait_s: float) -> list[int]:
+    """SIGKILL to all of an attempt on this machine; the pids that do not end.
+
+    Zombies count as ended: in a container nobody may take note of them.
+    """
+    end = time.monotonic() + wait_s
+    while left := members(token):
+        send(left, signal.SIGKILL)
+        if time.monotonic() > end:
+            return [process.pid for process in left]
+        time.sleep(0.05)
+    return []
 
 
 def same_process(pid: int, seen_at: float) -> bool:

@@ -40,7 +40,7 @@ class Rank:
     cut: bytes = b""  # the begin of a line that is not whole yet
 
     def lines(self) -> list[str] | None:
-        """What it has printed since; None at the end."""
+        """The lines that are whole since; None at the end."""
         try:
             data = os.read(self.output, LONGEST_LINE)
         except BlockingIOError:
@@ -53,7 +53,9 @@ class Rank:
 
 
 class Ranks:
-    """The ranks that an order names.
+    """The ranks that an order names; needs a process of its own.
+
+    ``reap`` takes note of any child's end and ``end`` kills all children, whoever started them.
 
     Parameters
     ----------

@@ -29,6 +29,7 @@ ALONE_S = 10.0  # without a supervisor, until ranks are told
 TURN_S, TELL_S = 0.05, 0.5
 LAST_WORDS_S = 5.0  # for a supervisor to take what is left to tell
 KEPT_BYTES = 1 << 20  # of what ranks print while nobody listens
+LINE_BYTES = 100  # what Python needs for a line besides its characters
 CHUNK = 65_536
 
 
@@ -91,6 +92,7 @@ class Agent:
         self._printed: deque[tuple[int, str]] = deque()
         self._printed_bytes, self._dropped = 0, 0
         self._changed, self._told_at, self._over = True, 0.0, False
+        self._stop_asked = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         self._selector.register(ranks.messages, selectors.EVENT_READ, None)
@@ -107,12 +109,17 @@ class Agent:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Ask the ranks to stop; without a supervisor it is over when they have."""
-        self.ranks.signal(signal.SIGTERM)
-        self.orphan_s = 0.0
+        """Ask the ranks to stop; without a supervisor it is over when they have.
+
+        May be called by a signal's handler: the next turn does it, when no rank that has just been
+        reaped still counts as running.
+        """
+        self._stop_asked = True
 
     def _turn(self, wait_s: float) -> None:
         for key, _ in self._selector.select(wait_s):
+            if self._over:  # an order a moment ago: it has read and closed the pipes
+                return
             if isinstance(key.data, Rank):
                 self._read(key.data)
             elif isinstance(key.data, Peer):
@@ -123,6 +130,9 @@ class Agent:
         self._changed |= self.ranks.hear()
         if self.ranks.reap():
             self._changed, self._told_at = True, 0.0
+        if self._stop_asked:
+            self._stop_asked, self.orphan_s = False, 0.0
+            self.ranks.signal(signal.SIGTERM)
         if self._owner is None:
             self._go_on_alone()
         else:
@@ -131,28 +141,30 @@ class Agent:
 
     # ---- what ranks print and say ----------------------------------------------------------------
 
-    def _read(self, item: Rank) -> bool:
+    def _read(self, item: Rank) -> None:
         lines = item.lines()
         if lines is None:
             self._selector.unregister(item.output)
             os.close(item.output)
-            return False
+            return
         for line in lines:
             self._printed.append((item.rank, line))
-            self._printed_bytes += len(line)
+            self._printed_bytes += LINE_BYTES + len(line)
         while self._printed_bytes > KEPT_BYTES:
-            self._printed_bytes -= len(self._printed.popleft()[1])
+            self._next_line()
             self._dropped += 1
-        return bool(lines)
+
+    def _next_line(self) -> tuple[int, str]:
+        rank, line = self._printed.popleft()
+        self._printed_bytes -= LINE_BYTES + len(line)
+        return rank, line
 
     def _report(self, owner: Peer, room: int = CHUNK) -> None:
         if self._dropped:
             owner.tell(printed=[-1, f"({self._dropped} lines were dropped here)"])
             self._dropped = 0
         while self._printed and len(owner.unsent) < room:
-            rank, line = self._printed.popleft()
-            self._printed_bytes -= len(line)
-            owner.tell(printed=[rank, line])
+            owner.tell(printed=self._next_line())
         now = time.monotonic()
         if self._changed and now - self._told_at > TELL_S and len(owner.unsent) < CHUNK:
             owner.tell(size=self.ranks.size, ranks=self.ranks.rows())
@@ -199,10 +211,11 @@ class Agent:
 
     def _read_out(self) -> None:
         """Take in what ranks that have ended still left in their pipes."""
-        for key in list(self._selector.get_map().values()):
-            if isinstance(key.data, Rank):
-                while self._read(key.data):
-                    pass
+        # a pipe that a process which does not end still holds is not ready
+        while ready := [key.data for key, _ in self._selector.select(0)
+                        if isinstance(key.data, Rank)]:
+            for item in ready:
+                self._read(item)
 
     def _drop(self, peer: Peer) -> None:
         self._peers.remove(peer)

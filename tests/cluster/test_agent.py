@@ -16,6 +16,7 @@ from typing import IO
 import psutil
 import pytest
 
+from cluster.agent import _end_earlier
 from cluster.agents import AgentLauncher
 from cluster.board import Board
 from cluster.launcher import Attempt, Seen
@@ -156,6 +157,58 @@ def test_what_is_left_of_an_attempt_is_ended_when_its_host_is_back(
     later.end()
 
 
+@pytest.mark.parametrize(("newlines", "kept"), [(0, 1), (50_000, 10_485)])
+def test_a_last_line_without_an_end_is_kept_and_empty_lines_take_room(
+        tmp_path: Path, newlines: int, kept: int) -> None:
+    program = (
+        "import socket, sys; from cluster import serving; from cluster.ranks import Ranks\n"
+        "text = f'print(end=chr(10) * {sys.argv[2]} + chr(97))'\n"
+        "ranks = Ranks([sys.executable, '-c', text], {}, "
+        "[{'RANK': '0', 'WORLD_SIZE': '1'}], sys.argv[1] + '/messages')\n"
+        "while ranks.running: ranks.reap()\n"
+        "listener = socket.socket(socket.AF_UNIX)\n"
+        "listener.bind(sys.argv[1] + '/control'); listener.listen()\n"
+        "agent = serving.Agent(ranks, listener, 1); agent._read_out()\n"
+        "print(len(agent._printed), agent._printed[-1])")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path), str(newlines)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{kept} (0, 'a')\n", done.stderr
+
+
+def test_what_an_agent_that_was_killed_left_is_ended_though_nobody_takes_note(
+        log: IO[bytes]) -> None:
+    token = uuid.uuid4().hex
+    left = subprocess.Popen(["sleep", "300"], env={**os.environ, TOKEN: token})
+    began = time.monotonic()
+    AgentWorld(Attempt(token, 1), 0, None, log).end()
+    assert time.monotonic() - began < 10 and members(token) == []
+    assert psutil.Process(left.pid).status() == psutil.STATUS_ZOMBIE
+    assert left.wait() == -signal.SIGKILL
+
+
+def test_an_earlier_agent_that_is_stopped_does_not_keep_the_next_one_from_starting(
+        start, log: IO[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    world = start("stay")
+    seen_by(world, lambda seen: len(seen.beats) == 2)
+    agent = members(world.attempt.token)[0].ppid()
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        monkeypatch.setattr("cluster.agent.END_S", -4.0)  # it is asked for a second
+        _end_earlier(world.attempt.token, "", 2)
+        assert members(world.attempt.token) == []
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    world.leave()
+
+
+def test_an_agent_that_is_asked_to_stop_asks_its_ranks(start, tmp_path: Path) -> None:
+    world = start("asked")
+    seen_by(world, lambda seen: len(seen.beats) == 2)
+    os.kill(members(world.attempt.token)[0].ppid(), signal.SIGTERM)
+    assert status_of(seen_by(world, lambda seen: len(seen.statuses) == 2))[0] == 75
+    world.end()
+
+
 def test_what_was_printed_while_nobody_listened_is_told_to_the_next(
         start, log: IO[bytes], tmp_path: Path) -> None:
     world = start("asked")
@@ -216,7 +269,10 @@ def test_a_host_is_gone_when_it_stays_away_and_not_when_it_flaps(
     attempt = Attempt(uuid.uuid4().hex, 1, 1, ["far"])
     order = {"do": "start", "token": attempt.token, "fence": 1, "host": "far",
              **orders(attempt, "stay")[""]}
+    (tmp_path / "down").touch()  # at first, so that nobody hears of the start
     link = Link("far", attempt, order, log, gone_s=3.0)
+    soon(lambda: link._lost_at is not None)
+    (tmp_path / "down").unlink()
     soon(lambda: len(link.ranks) == 2)
     for away_s in (0.5, 60):
         (tmp_path / "down").touch()
@@ -267,6 +323,19 @@ def test_what_runs_on_a_host_is_quoted_and_ssh_is_told_all_that_it_may(
     assert {"BatchMode=yes", "ForwardAgent=no", "ClearAllForwardings=yes", "ConnectTimeout=5",
             "ServerAliveInterval=4"} <= set(command)
     assert module_on("", "cluster.agent") == [sys.executable, "-m", "cluster.agent"]
+
+
+def test_a_start_that_comes_twice_starts_one_agent(log: IO[bytes]) -> None:
+    attempt = Attempt(uuid.uuid4().hex, 1, 1)
+    order = {"do": "start", "token": attempt.token, "fence": 1, "host": "",
+             **orders(attempt, "stay")[""]}
+    first, second = Link("", attempt, order, log), Link("", attempt, order, log)
+    soon(lambda: len(first.ranks) == len(second.ranks) == 2)
+    assert len(members(attempt.token)) == 2 and first.absent is second.absent is None
+    first.close()
+    second.end()
+    soon(lambda: second.left == [])
+    second.close()
 
 
 def test_a_folder_that_is_somebody_elses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
