@@ -68,12 +68,13 @@ def private_folder() -> Path:
     Raises
     ------
     ClusterError
-        Others can, too, or it is somebody else's.
+        Others can, too, it is somebody else's, or no folder.
     """
     folder = Path(f"/tmp/neurojepa-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ClusterError(f"{folder}: others can enter it, or it belongs to somebody else; remove "
-                           "it, and it is made anew for this user alone")
+        raise ClusterError(f"{folder}: others can enter it, it belongs to somebody else, or it is "
+                           "no folder; remove it, and it is made anew for this user alone")
     return folder

@@ -338,6 +338,19 @@ def test_a_start_that_comes_twice_starts_one_agent(log: IO[bytes]) -> None:
     second.close()
 
 
+def test_a_file_in_place_of_the_folder_is_refused_in_one_line(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = 2 * 10**6 + os.getpid()
+    monkeypatch.setattr(os, "getuid", lambda: uid)
+    path = Path(f"/tmp/neurojepa-{uid}")
+    path.touch()
+    try:
+        with pytest.raises(ClusterError, match="or it is no folder; remove it"):
+            private_folder()
+    finally:
+        path.unlink()
+
+
 def test_a_folder_that_is_somebody_elses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     uid = 10**6 + os.getpid()
     monkeypatch.setattr(os, "getuid", lambda: uid)
