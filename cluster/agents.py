@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,8 +51,6 @@ class AgentLauncher:
     hostfile: str | None = None
     master_addr: str | None = None
     module: str = "neurojepa.pretrain"
-    # attempts that may still run on hosts that were away at their end; ended there when one is back
-    _unended: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
@@ -95,7 +93,7 @@ class AgentLauncher:
     def start(self, attempt: Attempt, log: IO[bytes]) -> AgentWorld:
         orders = self.orders(attempt)
         size = sum(len(order["ranks"]) for order in orders.values())
-        return AgentWorld(attempt, size, orders, log, self._unended)
+        return AgentWorld(attempt, size, orders, log)
 
     def orders(self, attempt: Attempt) -> dict[str, dict[str, Any]]:
         """What the agent of each host is to start; every start takes another free port."""
@@ -111,7 +109,7 @@ class AgentLauncher:
         for host, count in chosen.items():
             orders[host] = {
                 "command": [sys.executable, "-u", "-m", self.module, *self.arguments],
-                "environment": environment, "before": list(self._unended),
+                "environment": environment, "before": attempt.before,
                 "ranks": [{**world, "RANK": str(rank + local), "LOCAL_RANK": str(local),
                            "LOCAL_WORLD_SIZE": str(count)} for local in range(count)]}
             rank += count
@@ -121,7 +119,7 @@ class AgentLauncher:
         return ask(attempt.hosts or [""], attempt)
 
     def adopt(self, attempt: Attempt, log: IO[bytes]) -> AgentWorld:
-        return AgentWorld(attempt, 0, None, log, self._unended)
+        return AgentWorld(attempt, 0, None, log)
 
 
 def _exported() -> dict[str, str]:

@@ -34,12 +34,16 @@ class Attempt:
         The lease's fencing token.  Whoever was told a higher one obeys no lower one.
     hosts
         Where it runs; empty where the launcher chooses by itself.
+    before
+        Tokens of attempts that may still run on hosts that were away at their end; they are ended
+        where this one starts.
     """
 
     token: str
     number: int
     fence: int = 0
     hosts: list[str] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,13 @@ class World(Protocol):
         """Where the ranks stand, for the report of a hang."""
         ...
 
-    def end(self) -> None:
+    def end(self) -> list[str]:
         """End all processes of the attempt that can be reached, and let go of it.
+
+        Returns
+        -------
+        list of str
+            Hosts that could not be reached.
 
         Raises
         ------

@@ -85,6 +85,17 @@ def status_of(seen: Seen) -> tuple[int, int | None]:
     return int(len(seen.statuses) < max(1, seen.size)), None
 
 
+def unended(events: list[dict[str, Any]]) -> list[str]:
+    """Tokens of attempts that may still run somewhere: nobody has seen them end on all hosts."""
+    found: dict[str, None] = {}
+    for row in events:
+        if row["event"] == "started" and "token" in row:
+            found[str(row["token"])] = None
+        elif row["event"] == "exit" and not row.get("away"):
+            found.pop(str(row.get("token")), None)
+    return list(found)
+
+
 def told(events: list[dict[str, Any]]) -> str:
     """The last of the training's own events since the last attempt started; empty if none."""
     starts = [index for index, row in enumerate(events) if row["event"] == "started"]

@@ -70,7 +70,7 @@ class RayWorld:
                     found.append(RankState(**row))
         return found
 
-    def end(self) -> None:
+    def end(self) -> list[str]:
         import ray
         from ray.util.placement_group import PlacementGroup
 
@@ -98,6 +98,7 @@ class RayWorld:
         if left:
             raise ClusterError(f"processes {left} of the attempt do not end on SIGKILL; check the "
                                "machine's devices and storage")
+        return []  # an actor that its cluster has lost ends by itself
 
     def leave(self) -> None:
         self._ended.set()

@@ -34,7 +34,15 @@ from cluster.diagnosis import culprits, report
 from cluster.journal import Journal
 from cluster.launcher import Attempt, Launcher, World
 from cluster.membership import Membership
-from cluster.outcome import Budget, Outcome, fatal_event, last_lines, status_of, told
+from cluster.outcome import (
+    Budget,
+    Outcome,
+    fatal_event,
+    last_lines,
+    status_of,
+    told,
+    unended,
+)
 from cluster.processes import refuse_running, signals_to
 from cluster.progress import Progress
 from cluster.room import room
@@ -216,15 +224,18 @@ class Supervisor:
     def _adopt(self, last: Owner, said: dict[str, Any]) -> bool:
         """Go on with the ranks that the last owner left; others are ended once we own the run."""
         token, slots = str(said.get("attempt", "")), self.launcher.slots()
+        hosts = [str(host) for host in said.get("hosts", [])]
         attempt = Attempt(token, int(said.get("number", 0)), last.token + 1,
-                          [str(host) for host in said.get("hosts", []) if host in slots])
+                          [host for host in hosts if host in slots])
         if not token.isalnum() or not self.launcher.is_there(attempt):
             return False
-        if last.kind == "supervisor" and said.get("launch") == self.launcher.fingerprint():
+        if last.kind == "supervisor" and attempt.hosts == hosts \
+                and said.get("launch") == self.launcher.fingerprint():
             print(f"going on with attempt {attempt.number} of the {last}", flush=True)
             self._attempt = attempt
             return True
-        print(f"ending attempt {attempt.number} of the {last}, which was started otherwise",
+        print(f"ending attempt {attempt.number} of the {last}, which was started otherwise "
+              "or on hosts that are not in the hostfile any more",
               flush=True)
         self._left = attempt
         return False
@@ -253,6 +264,7 @@ class Supervisor:
         path = (Path(local) / "logs" if local else scratch) / f"attempt-{number}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         progress, board, killed = Progress(self.last_step), Board(self.run_dir), oom_kills() or 0
+        away: list[str] = []
         with path.open("ab", buffering=0) as log:
             world = self.launcher.adopt(adopted, log) if adopted else self._start(number, log)
             self._attempts += 1
@@ -264,7 +276,7 @@ class Supervisor:
             finally:
                 board.close()
                 if self._lost is None:
-                    world.end()
+                    away = world.end()
                 else:
                     world.leave()
         if local is None:
@@ -277,8 +289,9 @@ class Supervisor:
         self._attempt = None
         cause = {} if status in (0, REQUEUE) or self._stop_signals else \
             self._journal.incident(outcome, number, (oom_kills() or 0) - killed)
-        self._journal.event("exit", outcome.step, attempt=number, status=status, first=first,
-                            hung=hung, **cause, ranks=[vars(beat) for beat in outcome.heartbeats],
+        self._journal.event("exit", outcome.step, attempt=number, token=world.attempt.token,
+                            status=status, first=first, hung=hung, away=away, **cause,
+                            ranks=[vars(beat) for beat in outcome.heartbeats],
                             log=outcome.log_lines)
         return outcome
 
@@ -287,8 +300,10 @@ class Supervisor:
         lease = self._lease
         if self._attempts:  # what hosts that could not be reached still run writes no more
             self._patience(lease.advance)
-        attempt = Attempt(uuid.uuid4().hex, number, lease.token, self._hosts)
+        attempt = Attempt(uuid.uuid4().hex, number, lease.token, self._hosts,
+                          unended(self._patience(self.run_dir.events)))
         self._journal.event("started", self._patience(self.run_dir.committed_step), attempt=number,
+                            token=attempt.token,
                             **({"hosts": attempt.hosts} if attempt.hosts else {}))
         self._attempt = attempt
         self._patience(lambda: lease.renew_by(self._said))  # its ranks look for it

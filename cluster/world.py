@@ -23,12 +23,10 @@ class AgentWorld:
     ----------
     orders
         By host, what its agent is to start; None to attach to agents that are there.
-    unended
-        Takes the token when a host cannot be reached to end what runs there.
     """
 
     def __init__(self, attempt: Attempt, size: int, orders: dict[str, dict[str, Any]] | None,
-                 log: IO[bytes], unended: list[str] | None = None) -> None:
+                 log: IO[bytes]) -> None:
         self.attempt, self.size = attempt, size
         common = {"token": attempt.token, "fence": attempt.fence}
         self._links = [
@@ -36,7 +34,6 @@ class AgentWorld:
                  else {"do": "attach", **common, "host": host}, log)
             for host in (orders or attempt.hosts or [""])]
         self._statuses: dict[int, int] = {}
-        self._unended = unended if unended is not None else []
 
     def look(self) -> Seen:
         known = [pair for link in self._links for pair in list(link.ranks.values())]
@@ -64,7 +61,7 @@ class AgentWorld:
     def states(self) -> list[RankState]:
         return diagnose(self.attempt.token, self.attempt.hosts)
 
-    def end(self) -> None:
+    def end(self) -> list[str]:
         for link in self._links:
             link.end()
         end = time.monotonic() + END_S + AWAY_S
@@ -74,11 +71,11 @@ class AgentWorld:
         left = [pid for link in self._links for pid in link.left or []]
         self.leave()
         if silent:
-            self._unended.append(self.attempt.token)
             print(f"cannot reach by ssh: {', '.join(silent)}", flush=True)
         if left:
             raise ClusterError(f"processes {left} of the attempt do not end on SIGKILL; check the "
                                "machine's devices and storage")
+        return silent
 
     @staticmethod
     def _awaited(link: Link, end: float) -> bool:

@@ -59,8 +59,9 @@ class Ranks:
     def signal(self, signum: int) -> None:
         self.did.append(f"signal {signum}")
 
-    def end(self) -> None:
+    def end(self) -> list[str]:
         self.did.append("end")
+        return list(self.lost)
 
     def leave(self) -> None:
         self.did.append("leave")
@@ -97,6 +98,32 @@ def test_a_supervisor_that_learns_by_a_write_that_it_lost_ends_no_rank(tmp_path:
     with pytest.raises(LeaseLost):
         supervisor._run_attempt(tmp_path)
     assert launcher.did == ["adopt a1 under 0", "leave"] and run_dir.events() == []
+
+
+def test_what_a_host_that_was_away_may_still_run_is_told_to_later_attempts(tmp_path: Path) -> None:
+    run_dir, before, tokens = RunDir(str(tmp_path)), [], []
+    for lost in (["b"], [], []):  # each by a supervisor of its own
+        supervisor = Supervisor(launcher := Ranks(lost), run_dir)
+        supervisor._lease = supervisor._journal.lease = take(run_dir.uri, "supervisor", Patience(0))
+        supervisor._run_attempt(tmp_path)
+        supervisor._lease.release()
+        before.append(launcher.attempt.before)
+        tokens.append(launcher.attempt.token)
+    assert before == [[], tokens[:1], tokens[:1]]
+    assert [row["away"] for row in run_dir.events() if row["event"] == "exit"] == [["b"], [], []]
+
+
+def test_ranks_on_hosts_that_are_no_longer_listed_are_ended_where_they_can_be(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = Supervisor(launcher := Ranks(), RunDir(str(tmp_path)))
+    last = take(supervisor.run_dir.uri, "supervisor", Patience(0)).owner
+    said = {"attempt": "a1", "number": 1, "launch": "same", "hosts": ["a", "b"]}
+    monkeypatch.setattr(launcher, "slots", lambda: {"b": 1, "c": 1})
+    assert not supervisor._adopt(last, said)
+    assert supervisor._attempt is None
+    assert supervisor._left == Attempt("a1", 1, last.token + 1, ["b"])
+    monkeypatch.setattr(launcher, "slots", lambda: {"a": 1, "b": 1, "c": 1})
+    assert supervisor._adopt(last, said)
 
 
 @pytest.mark.parametrize(("launch", "adopted"), [("same", True), ("other", False)])
