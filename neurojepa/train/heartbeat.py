@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurojepa.errors import ClusterError, DataError
@@ -183,5 +184,5 @@ class _Host:
 
     def close(self) -> None:
         if self._writes:
-            os.unlink(self._messages.path)
+            Path(self._messages.path).unlink(missing_ok=True)  # somebody may have cleared /tmp
             self._writes = False

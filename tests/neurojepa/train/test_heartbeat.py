@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -17,7 +18,7 @@ from neurojepa.errors import DataError
 from neurojepa.messages import AGENT, ALONE, Messages
 from neurojepa.storage import Patience, is_outage, no_space, read_bytes, write_bytes
 from neurojepa.train import heartbeat
-from neurojepa.train.heartbeat import Heartbeat
+from neurojepa.train.heartbeat import Heartbeat, _Host
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +136,12 @@ def test_waiting_for_a_store_is_told_for_as_long_as_it_is_asked(tmp_path: Path) 
     assert answers == [5] and patience.left_s is None
     soon(lambda: json.loads(path.read_text())["state"] == "step")
     beats.close()
+
+
+def test_a_cleared_tmp_does_not_spoil_the_end_of_a_training() -> None:
+    host = _Host(f"memory://run {os.getpid()}")
+    os.unlink(host._messages.path)
+    host.close()
 
 
 def test_what_cannot_be_written_is_said_once(tmp_path: Path,
