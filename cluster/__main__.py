@@ -129,9 +129,10 @@ def _supervise(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _launcher(options: argparse.Namespace, arguments: list[str], run_dir: RunDir,
               settings: dict[str, Any]) -> Launcher:
-    ranks = options.ranks or settings.get("run.ranks") or 1
+    ranks = settings.get("run.ranks", 1) if options.ranks is None else options.ranks
     if not isinstance(ranks, int) or ranks < 1:
-        raise ConfigError(f"run.ranks = {ranks!r}: expected a whole number, 1 or more")
+        key = "run.ranks" if options.ranks is None else "--ranks"
+        raise ConfigError(f"{key} = {ranks!r}: expected a whole number, 1 or more")
     if not options.ray:
         from cluster.agents import AgentLauncher
 

@@ -70,8 +70,9 @@ class AgentLauncher:
                 continue
             # what begins with a dash would be an option of ssh
             match = re.fullmatch(r"([^\s-]\S*)\s+slots=(\d+)", text)
-            if not match:
-                raise ConfigError(f"{self.hostfile}:{number}: {line!r} is not 'HOST slots=N'")
+            if not match or not int(match[2]):
+                raise ConfigError(f"{self.hostfile}:{number}: {line!r} is not 'HOST slots=N' with "
+                                  "N of 1 or more")
             if match[1] in slots:
                 raise ConfigError(f"{self.hostfile}:{number}: {match[1]} stands there twice; "
                                   "give it one line with all its slots")

@@ -162,7 +162,7 @@ def run_of_arguments(arguments: list[str]) -> tuple[RunDir, dict[str, Any]]:
     Raises
     ------
     ConfigError
-        No --config, no such recipe, or no run.dir in it.
+        No --config, no such recipe, a value that is not YAML, or no run.dir.
     """
     path = None
     overrides = []

@@ -18,6 +18,7 @@ import pytest
 import s3fs
 import yaml
 
+from cluster import __main__ as command
 from cluster.outcome import Outcome
 from cluster.processes import TOKEN, members, same_process
 from cluster.progress import Progress
@@ -374,6 +375,9 @@ def test_run_dir_of_the_arguments(tmp_path: Path) -> None:
     assert (run_dir.uri, settings["run.ranks"], settings["train.steps"]) == ("b", 2, 7)
     with pytest.raises(ConfigError, match=r"run\.dir is required"):
         run_of_arguments([f"--config={config}", "run.dir="])
+    for ranks in ("0", "-1"):
+        with pytest.raises(ConfigError, match=f"--ranks = {ranks}: expected a whole number, 1 or"):
+            command.main(["supervise", "--ranks", ranks, "--", "--config", str(config)])
     with pytest.raises(ConfigError, match="cannot read the config"):
         run_of_arguments(["--config", "nowhere.yaml"])
 
