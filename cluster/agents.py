@@ -17,7 +17,6 @@ from cluster import hosts
 from cluster.launcher import Attempt
 from cluster.link import ask
 from cluster.processes import TOKEN
-from cluster.ssh import ssh_options
 from cluster.world import AgentWorld
 from neurojepa.errors import ClusterError, ConfigError
 from neurojepa.ports import free_port
@@ -83,7 +82,7 @@ class AgentLauncher:
 
     def problems(self, folder: str | None, odd: Callable[[dict[str, dict[str, Any]]], None]
                  ) -> dict[str, str]:
-        return hosts.problems(self.slots(), folder, ssh_options(), odd)
+        return hosts.problems(self.slots(), folder, odd)
 
     def lacks(self) -> str:
         return ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -21,13 +20,14 @@ from typing import Any
 
 from cluster.checkup import Listener, measure
 from cluster.room import LEAST_ROOM, free_bytes
+from cluster.ssh import module_on
 
 ANSWER_S = 10.0  # ssh gives up on a dead host after 5 s
 RANK_MEMORY = 512 << 20  # bytes: Python with torch and a tiny model
 NO_CONNECTION = 255  # ssh's own status
 
 
-def problems(slots: dict[str, int], folder: str | None, ssh_options: str,
+def problems(slots: dict[str, int], folder: str | None,
              odd: Callable[[dict[str, dict[str, Any]]], None] | None = None) -> dict[str, str]:
     """What keeps hosts from taking part, in words; the hosts without a problem are not in it.
 
@@ -43,8 +43,8 @@ def problems(slots: dict[str, int], folder: str | None, ssh_options: str,
     here = about_this_host(folder)
     with closing(Listener()) as listener:
         answers = {host: _read(answer) for host, answer in ask(
-            list(slots), "cluster.hosts", [folder or "", str(listener.port)], ssh_options,
-            ANSWER_S, listener.key.hex()).items()}
+            dict.fromkeys(slots, listener.key.hex()), "cluster.hosts",
+            [folder or "", str(listener.port)], ANSWER_S).items()}
     found = {}
     devices = max((answer["devices"] for answer in answers.values() if isinstance(answer, dict)),
                   default=0)
@@ -120,19 +120,22 @@ class Answer:
     error: str  # its last line
 
 
-def ask(hosts: list[str], module: str, words: list[str], ssh_options: str,
-        timeout_s: float, said: str = "") -> dict[str, Answer]:
-    """Run a module of ours on hosts, all at once, in the same folder as here; ``said`` is a line
-    for its standard input."""
-    command = (f"cd {shlex.quote(os.getcwd())} && exec {shlex.quote(sys.executable)} -m {module} "
-               + " ".join(map(shlex.quote, words)))
-    calls = {host: subprocess.Popen(["ssh", *shlex.split(ssh_options), host, command],
-                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                    stderr=subprocess.PIPE, text=True) for host in hosts}
-    for call in calls.values():
+def ask(said: dict[str, str], module: str, words: list[str],
+        timeout_s: float) -> dict[str, Answer]:
+    """Run a module of ours on hosts, all at once, in the same folder as here.
+
+    Parameters
+    ----------
+    said
+        By host (empty for this machine), a line for the standard input there.
+    """
+    calls = {host: subprocess.Popen(module_on(host, module, words), stdin=subprocess.PIPE,
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+             for host in said}
+    for host, call in calls.items():
         assert call.stdin
         with suppress(BrokenPipeError):  # it has ended: its answer tells why
-            call.stdin.write(f"{said}\n")
+            call.stdin.write(f"{said[host]}\n")
             call.stdin.close()
         call.stdin = None
     answers, end = {}, time.monotonic() + timeout_s

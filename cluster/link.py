@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from typing import IO, Any
 
+from cluster import hosts
 from cluster.launcher import Attempt, Printed
 from cluster.ssh import module_on
 
@@ -181,19 +182,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row
 
 
-def ask(hosts: list[str], attempt: Attempt) -> bool:
+def ask(there: list[str], attempt: Attempt) -> bool:
     """Whether an agent of an attempt is on any of the hosts; those that do not answer count not."""
-    calls = [(host, subprocess.Popen(module_on(host, "cluster.agent"), stdin=subprocess.PIPE,
-                                     stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
-             for host in hosts]
-    found, end = False, time.monotonic() + ASK_S
-    for host, call in calls:
-        order = {"do": "ask", "token": attempt.token, "host": host}
-        try:
-            out, _ = call.communicate(json.dumps(order).encode() + b"\n",
-                                      timeout=max(0.1, end - time.monotonic()))
-            found |= any("ranks" in (_row(line) or {}) for line in out.splitlines(keepends=True))
-        except subprocess.TimeoutExpired:
-            call.kill()
-            call.communicate()
-    return found
+    answers = hosts.ask({host: json.dumps({"do": "ask", "token": attempt.token, "host": host})
+                         for host in there}, "cluster.agent", [], ASK_S)
+    return any("ranks" in (_row(f"{line}\n".encode()) or {})
+               for answer in answers.values() for line in answer.lines)
