@@ -135,10 +135,17 @@ def _own_variables() -> dict[str, str]:
         for line in own.read_text().splitlines() if own.is_file() else []:
             name, equals, value = line.partition("=")
             if equals:
-                # a shell's quotes in the file stay what they are
-                found[name.strip()] = " ".join(shlex.split(value)) if "'" in value or '"' in value \
-                    else value.strip()
+                found[name.strip()] = _unquoted(value, f"{own}: {name.strip()}")
     return found
+
+
+def _unquoted(value: str, where: str) -> str:
+    """Without the quotes that a shell would take away."""
+    try:
+        return " ".join(shlex.split(value)) if "'" in value or '"' in value else value.strip()
+    except ValueError as error:
+        # the value is not shown: it may be a secret
+        raise ConfigError(f"{where}: has a quote that is not closed; close or remove it") from error
 
 
 def require_ssh() -> None:

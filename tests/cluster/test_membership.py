@@ -164,6 +164,9 @@ def test_what_ranks_on_hosts_are_given_of_this_environment(
     assert given.items() >= (sent | {"MY_TOKEN": "hidden", "TORCH_HOME": "/a b", "PLAIN": "1",
                                      "NEUROJEPA_ATTEMPT": "t0ken"}).items()
     assert "HOME_MADE" not in given
+    (tmp_path / "own").write_text("MESSAGE=it's\n")
+    with pytest.raises(ConfigError, match=r"own: MESSAGE: has a quote that is not closed"):
+        launcher.orders(Attempt("t0ken", 1, 1, ["a"]))
     (order,) = AgentLauncher([], 1).orders(Attempt("t0ken", 1)).values()
     assert order["environment"] == {"NEUROJEPA_ATTEMPT": "t0ken"}  # here it is inherited
 
