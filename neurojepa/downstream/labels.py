@@ -131,9 +131,7 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
         if there:
             met[person, session] = groups[there[0], session]
     if not met:
-        raise DataError(f"{uri}: none of its {len(told)} ids (first: {next(iter(told))[0]!r}) is a "
-                        f"person of the embeddings; is {id_column!r} the column of the ids that "
-                        "embed saw, and --key its key?")
+        raise DataError(f"{uri}: " + _why_none(told, names, groups, id_column, session_column))
     _count(notes, len(told) - len(met), "rows of the table without a scan")
     _count(notes, len(groups) - len(met), "people or visits with a scan but no row in the table")
     order = sorted(met)
@@ -155,6 +153,23 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
         volumes=_volumes([[scans[number]["scan_id"] for number in met[each]] for each in order],
                          volumes, notes),
         sessions=np.array([session for _, session in order]) if session_column else None)
+
+
+def _why_none(told: Mapping[tuple[str, str], Any], names: Mapping[str, list[str]],
+              groups: Mapping[tuple[str, str], Any], id_column: str,
+              session_column: str | None) -> str:
+    """Why no row of the table meets a scan: other people, or other names of their visits."""
+    visits = {person: sorted(session for who, session in groups if who in names[person])
+              for person, _ in told} if session_column else {}
+    for person, session in told:
+        if visits.get(person):
+            return (f"{session_column} {session!r} of id {person!r} is no visit of the embeddings, "
+                    f"nor is any other row's; theirs are {', '.join(visits[person])}: write visits "
+                    "as embed saw them")
+    people = list(names)
+    return (f"none of its {len(people)} ids (first: {next(iter(told))[0]!r}) is a person of the "
+            f"embeddings; is {id_column!r} the column of the ids that embed saw, and --key its "
+            "key?")
 
 
 def _volumes(of_scans: list[list[str]], volumes: Mapping[str, np.ndarray] | None,
@@ -191,7 +206,8 @@ def one_modality(embeddings: pa.Table, modality: str | None) -> pa.Table:
     if modality is None and len(there) > 1:
         raise ConfigError(f"the embeddings are of {', '.join(there)}; choose one by --modality")
     if modality is not None and modality not in there:
-        raise ConfigError(f"--modality {modality}: the embeddings are of {', '.join(there)}")
+        raise ConfigError(f"{modality}: the embeddings are of {', '.join(there)}; choose one "
+                          "of these, or embed such scans")
     return embeddings.filter(pa.array(names == (modality or there[0])))
 
 
@@ -214,8 +230,9 @@ def _by_key(rows: list[dict[str, str]], uri: str, id_column: str, session_column
             if differing:
                 raise DataError(
                     f"{uri}: id {person!r} stands twice, with {differing[0]} "
-                    f"{earlier[differing[0]]!r} and {row[differing[0]]!r}; keep one row, or name "
-                    "the column of visits by --session")
+                    f"{earlier[differing[0]]!r} and {row[differing[0]]!r}; keep one row, or, "
+                    "where labels change with visits, name their column by --session (reliability "
+                    "takes one row a person)")
     _count(notes, nameless, "rows without an id")
     _count(notes, twice, "rows that stand twice, alike: counted once")
     return told

@@ -77,6 +77,10 @@ def target_of(name: str, values: np.ndarray, positive: Sequence[str] = (),
     if numbers is not None:
         return Target(name, "regression", numbers)
     if len(found) > MOST_CLASSES:
+        words = [value for value in found if as_numbers(np.array([value])) is None]
+        if len(words) < len(found) / 2:
+            raise DataError(f"label {name!r}: {words[0]!r} is no number, most others are; correct "
+                            f"it, or add --missing {words[0]} if it stands for nothing")
         raise DataError(f"label {name!r}: {len(found)} different names (first: {found[0]!r}) are "
                         "no classes; is it a column of text?")
     return classes_of(name, values)

@@ -44,6 +44,8 @@ def scan_labels(table: pa.Table, name: str, *, people: Sequence[str],
 
 def as_numbers(values: np.ndarray) -> np.ndarray | None:
     """Labels [n] as float64 [n], or None where one is not a finite number."""
+    if any("_" in value for value in values.tolist()):
+        return None  # Python reads 1_0 as 10
     try:
         numbers = values.astype(float)
     except ValueError:

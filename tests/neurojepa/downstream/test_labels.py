@@ -47,6 +47,9 @@ def test_what_a_label_asks_for(values: list[str], how: dict, kind: str,
     (["1", "2"], {}, "--positive 1 or 2"),  # in some cohorts 2 is the case
     (["1", "2"], {"order": ["1", "3"]}, "--order leaves out 2"),
     ([f"text {n}" for n in range(30)], {}, "30 different names"),
+    ([*map(str, range(30)), "old"], {}, "'old' is no number, most others are"),
+    ([*map(str, range(30)), "inf"], {}, "'inf' is no number"),
+    ([*map(str, range(30)), "1_0"], {}, "'1_0' is no number"),
 ])
 def test_a_label_that_cannot_be_told_says_why(values: list[str], how: dict, words: str) -> None:
     with pytest.raises(NeurojepaError, match=words):
@@ -126,6 +129,9 @@ def test_infinity_is_no_number() -> None:
     ("id,dx\np1,AD,7\n", {}, "line 2: more cells"),
     ("id,dx\n", {}, "no table of text"),
     ("id,dx\np1,AD\n", {"modality": "PET"}, "the embeddings are of T1w"),
+    ("id,visit\nq1,v1\np1,v1\n", {"session_column": "visit"},
+     "visit 'v1' of id 'p1' is no visit of the embeddings, .*theirs are 1, 2: write visits"),
+    ("id,visit\nq1,1\n", {"session_column": "visit"}, "none of its 1 ids"),
 ])
 def test_a_table_that_does_not_fit_says_why(embedded: Path, text: str, how: dict,
                                             words: str) -> None:

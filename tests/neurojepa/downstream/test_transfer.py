@@ -141,7 +141,7 @@ def test_the_command_writes_results_and_a_page(tmp_path: Path,
              "--out", str(tmp_path / "out"), "--to"]
     with pytest.raises(NeurojepaError, match="name two modalities"):
         downstream([*words, "T1w"])
-    with pytest.raises(NeurojepaError, match="--modality FLAIR: the embeddings are of PET, T1w"):
+    with pytest.raises(NeurojepaError, match=r"^FLAIR: the embeddings are of PET, T1w"):
         downstream([*words, "FLAIR"])
     assert downstream([*words, "PET"]) == 0
     assert "PET from T1w: embedding: r2 0." in capsys.readouterr().out
