@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from fsspec import AbstractFileSystem
 
+_CHECK_DISK = "check the path, its permissions and its disk"
 _CHECK_STORE = "check the store and AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 MAGIC = re.compile(r"[*?\[]")  # what fsspec's methods for lists of paths take for a pattern
@@ -160,7 +161,7 @@ def read_range(uri: str, start: int, end: int | None = None) -> bytes | None:
                     return b""
             data: bytes = fs.cat_file(path, start=start or None, end=end)
             return data
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
 
@@ -213,8 +214,10 @@ def _naming(uri: str, deed: str) -> Iterator[None]:
     try:
         yield
     except store_errors() as error:
-        raise DataError(f"{uri}: cannot be {deed} ({error or type(error).__name__}); "
-                        f"{_CHECK_STORE}") from error
+        local = is_local(open_store(uri)[0])
+        said = (error.strerror if local and isinstance(error, OSError) else None) or error
+        raise DataError(f"{uri}: cannot be {deed} ({said or type(error).__name__}); "
+                        f"{_CHECK_DISK if local else _CHECK_STORE}") from error
 
 
 # ---- tables --------------------------------------------------------------------------------------

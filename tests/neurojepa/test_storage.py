@@ -68,8 +68,10 @@ def test_a_store_that_refuses_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=f"{tmp_path}/file/x: cannot be written"):
         write_bytes(f"{tmp_path}/file/x", b"")
-    with pytest.raises(DataError, match=f"{tmp_path}: cannot be read"):
-        read_bytes(str(tmp_path))  # a folder
+    with pytest.raises(DataError, match=f"{tmp_path}: cannot be read .Is a directory.; check the "
+                                        "path, its permissions"):
+        read_bytes(str(tmp_path))
+    assert read_if_there(f"{tmp_path}/file/x") is None  # below a file nothing is
 
 
 @pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
