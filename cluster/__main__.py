@@ -40,6 +40,26 @@ def main(argv: list[str] | None = None) -> int:
             "export": _export, "dashboard": _dashboard}[options.command](options)
 
 
+def count(text: str) -> int:
+    """At least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    """Above 0, and finite."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
+    return value
+
+
+def port(text: str) -> int:
+    if not 0 <= (value := int(text)) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is no port, which lie between 0 and 65535")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,20 +73,21 @@ def _parser() -> argparse.ArgumentParser:
     supervise.add_argument("--hostfile", help="lines 'HOST slots=N'; default: this machine")
     supervise.add_argument("--master-addr", help="address of the hostfile's first host as the "
                            "others see it (default: its name there)")
-    supervise.add_argument("--min-hosts", type=int, metavar="N",
+    supervise.add_argument("--min-hosts", type=count, metavar="N",
                            help="of the hostfile that have to take part (default 1)")
-    supervise.add_argument("--max-hosts", type=int, metavar="N",
+    supervise.add_argument("--max-hosts", type=count, metavar="N",
                            help="that take part at most; the rest are spares (default: all)")
-    supervise.add_argument("--ranks", type=int, help="ranks on this machine (default: run.ranks)")
+    supervise.add_argument("--ranks", type=count,
+                           help="ranks on this machine (default: run.ranks)")
     supervise.add_argument("--max-restarts", type=int, default=3, metavar="K",
                            help="restarts in a row without a new checkpoint (default 3)")
     supervise.add_argument("--retry-minutes", type=float, default=30, metavar="M",
                            help="and for how long it is tried without one before giving up "
                            "(default 30)")
-    supervise.add_argument("--hang-seconds", type=float, default=60, metavar="S",
+    supervise.add_argument("--hang-seconds", type=seconds, default=60, metavar="S",
                            help="no step for this long (and for ten median steps) is a hang "
                            "(default 60)")
-    supervise.add_argument("--start-seconds", type=float, default=600, metavar="S",
+    supervise.add_argument("--start-seconds", type=seconds, default=600, metavar="S",
                            help="longest time to the first step (default 600)")
     supervise.add_argument("--notify-url-file", metavar="FILE", help="file that holds the URL of a "
                            "webhook, which is told when the run needs somebody")
@@ -77,11 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as one JSON object")
     watch = commands.add_parser("watch", help="the status, refreshed until the run has ended")
     watch.add_argument("run", help="run directory, local or URI")
-    watch.add_argument("--every", type=float, default=5, metavar="S",
+    watch.add_argument("--every", type=seconds, default=5, metavar="S",
                        help="seconds between looks (default 5)")
     dashboard = commands.add_parser("dashboard", help="a page about runs, for a browser")
     dashboard.add_argument("runs", nargs="+", metavar="run", help="run directories, local or URIs")
-    dashboard.add_argument("--port", type=int, default=8780, help="default: %(default)s")
+    dashboard.add_argument("--port", type=port, default=8780, help="default: %(default)s")
     dashboard.add_argument("--address", default="127.0.0.1", help="to listen on; elsewhere than on "
                            "loopback, a browser needs the token that is printed once "
                            "(default: %(default)s)")
@@ -92,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
                       help="how long to wait for it (default 180)")
     export = commands.add_parser("export", help="metrics of runs for Prometheus, over HTTP")
     export.add_argument("runs", nargs="+", metavar="run", help="run directories, local or URIs")
-    export.add_argument("--port", type=int, default=9464, help="default: %(default)s")
+    export.add_argument("--port", type=port, default=9464, help="default: %(default)s")
     export.add_argument("--address", default="127.0.0.1",
                         help="to listen on; who reaches it can read losses and host names "
                         "(default: %(default)s)")

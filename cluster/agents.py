@@ -58,10 +58,13 @@ class AgentLauncher:
         if self.hostfile is None:
             return {}
         try:
-            lines = Path(self.hostfile).read_text().splitlines()
+            lines = Path(self.hostfile).read_text("utf-8").splitlines()
         except OSError as error:
             raise ConfigError(f"{self.hostfile}: cannot read the hostfile "
                               f"({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.hostfile}: the hostfile is no text in UTF-8; save it as "
+                              "such") from error
         slots: dict[str, int] = {}
         for number, line in enumerate(lines, start=1):
             text = line.partition("#")[0].strip()

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from neurojepa.errors import ClusterError, ConfigError
-from neurojepa.recipes import read_recipe
+from neurojepa.recipes import read_override, read_recipe
 from neurojepa.storage import join, list_names, local_path, read_if_there
 
 BOARD = "ranks.json"
@@ -179,11 +179,8 @@ def run_of_arguments(arguments: list[str]) -> tuple[RunDir, dict[str, Any]]:
     flat = {f"{section}.{key}": value for section, branch in read_recipe(path).items()
             if isinstance(branch, dict) for key, value in branch.items()}
     for item in overrides:
-        key, _, text = item.partition("=")
-        try:
-            flat[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {item!r}: the value is not valid YAML") from error
+        key, value = read_override(item)
+        flat[key] = value
     if not flat.get("run.dir"):
         raise ConfigError(f"{path}: run.dir is required; set it in the file or as run.dir=PATH")
     return RunDir(str(flat["run.dir"])), flat

@@ -24,7 +24,7 @@ from pydantic import (
 
 from neurojepa.errors import ConfigError
 from neurojepa.methods import METHODS
-from neurojepa.recipes import read_recipe
+from neurojepa.recipes import read_override, read_recipe
 
 
 class Config(BaseModel):
@@ -355,9 +355,7 @@ def _without_retired(tree: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _override(tree: dict[str, Any], item: str) -> None:
-    dotted, equals, text = item.partition("=")
-    if not equals or not dotted:
-        raise ConfigError(f"override {item!r}: expected a.b=value, for example train.steps=100")
+    dotted, value = read_override(item)
     *parents, leaf = dotted.split(".")
     node = tree
     for name in parents:
@@ -365,10 +363,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {item!r}: {name} is a value, not a section")
         node = child
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {item!r}: the value is not valid YAML") from error
+    node[leaf] = value
 
 
 def _explain(error: Any) -> str:

@@ -143,9 +143,10 @@ def test_each_host_is_told_its_own_ranks_and_the_same_world(tmp_path: Path) -> N
     ("10.0.0.1\n", "hosts:1: '10.0.0.1' is not 'HOST slots=N'"),
     ("a slots=1\nb slots=0\n", "hosts:2: 'b slots=0' is not 'HOST slots=N' with N of 1 or more"),
     ("-oProxyCommand=x slots=1\n", "hosts:1: '-oProxyCommand=x slots=1' is not"),
+    ("# größe\na slots=1\n", "hosts: the hostfile is no text in UTF-8"),
     ("# none\n", "names no host")])
 def test_a_hostfile_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, says: str) -> None:
-    (tmp_path / "hosts").write_text(text)
+    (tmp_path / "hosts").write_text(text, "latin-1")
     with pytest.raises(ConfigError, match=says):
         AgentLauncher([], 1, str(tmp_path / "hosts")).slots()
 

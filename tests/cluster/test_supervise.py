@@ -389,6 +389,31 @@ def test_supervise_refuses_in_one_line(run_cli, tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("words", "says"), [
+    (["supervise", "--ranks", "-1"], "--ranks: -1 is not at least 1"),
+    (["supervise", "--ranks", "two"], "--ranks: invalid count value: 'two'"),
+    (["supervise", "--hang-seconds", "nan"], "--hang-seconds: nan is not a time above 0"),
+    (["watch", "run", "--every", "-1"], "--every: -1 is not a time above 0"),
+    (["dashboard", "run", "--port", "65536"], "--port: 65536 is no port"),
+    (["export", "run", "--port", "-5"], "--port: -5 is no port")])
+def test_numbers_that_cannot_be_meant_are_refused(words: list[str], says: str,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(words)
+    assert caught.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("override", "says"), [
+    ("run.ranks=x", "run.ranks = 'x': expected a whole"), ("run.ranks=-1", "run.ranks = -1"),
+    ("run.dir=[", "override 'run.dir=\\[': the value is not valid YAML")])
+def test_a_bad_override_is_refused_before_anything_is_written(tmp_path: Path, override: str,
+                                                              says: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"run: {{dir: {tmp_path}/run}}\n")
+    with pytest.raises(ConfigError, match=says):
+        command.main(["supervise", "--", "--config", str(tmp_path / "c.yaml"), override])
+    assert not (tmp_path / "run").exists()
+
+
 def test_status_states(tmp_path: Path) -> None:
     run_dir = RunDir(str(tmp_path))
     with pytest.raises(ClusterError, match="no run here"):

@@ -37,6 +37,7 @@ def test_overrides_apply_in_order_and_the_resolved_tree_loads_again(recipe: Path
     ("train.offload=optimizer", ["summed in bf16", "train.dtype=fp32"]),
     ("objective.masks.target_share=0.999", ["token_budget 320", "0.999", "320 target"]),
     ("train.steps", ["a.b=value"]),
+    ("run.dir=[", ["'run.dir=['", "not valid YAML"]),
     ("run.dir.x=1", ["dir is a value"]),
 ])
 def test_a_bad_override_is_refused_by_name(recipe: Path, override: str, words: list[str]) -> None:
@@ -74,6 +75,9 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "nowhere.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML"):
+        load_config(broken)
+    broken.write_bytes("run: {dir: größe}".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML"):
         load_config(broken)
     with pytest.raises(ConfigError, match=r"run\.dir is required"):
