@@ -216,7 +216,7 @@ def _tokens(out: Path, feed: Feed) -> str:
                 for indices, color in ((views.context_BMC, ORANGE), (views.target_BMT, BLUE)):
                     _shade(axis, coords[indices[b, m - 1].numpy()], config, feed.grid, z, color)
     return section("What the model sees", figure(
-        plot, "Axial slices. Green tokens are context, blue ones are predicted, the rest is not "
+        plot, "Axial slices. Orange tokens are context, blue ones are predicted, the rest is not "
         "in the token budget. Each mask scale is a column: many small, some middle, few large "
         "blocks."))
 
