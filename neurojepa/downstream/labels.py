@@ -155,8 +155,8 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
         sessions=np.array([session for _, session in order]) if session_column else None)
 
 
-def _why_none(told: Mapping[tuple[str, str], Any], names: Mapping[str, list[str]],
-              groups: Mapping[tuple[str, str], Any], id_column: str,
+def _why_none(told: Mapping[tuple[str, str], object], names: Mapping[str, list[str]],
+              groups: Mapping[tuple[str, str], object], id_column: str,
               session_column: str | None) -> str:
     """Why no row of the table meets a scan: other people, or other names of their visits."""
     visits = {person: sorted(session for who, session in groups if who in names[person])

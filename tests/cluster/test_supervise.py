@@ -403,17 +403,6 @@ def test_numbers_that_cannot_be_meant_are_refused(words: list[str], says: str,
     assert caught.value.code == 2 and says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("override", "says"), [
-    ("run.ranks=x", "run.ranks = 'x': expected a whole"), ("run.ranks=-1", "run.ranks = -1"),
-    ("run.dir=[", "override 'run.dir=\\[': the value is not valid YAML")])
-def test_a_bad_override_is_refused_before_anything_is_written(tmp_path: Path, override: str,
-                                                              says: str) -> None:
-    (tmp_path / "c.yaml").write_text(f"run: {{dir: {tmp_path}/run}}\n")
-    with pytest.raises(ConfigError, match=says):
-        command.main(["supervise", "--", "--config", str(tmp_path / "c.yaml"), override])
-    assert not (tmp_path / "run").exists()
-
-
 def test_status_states(tmp_path: Path) -> None:
     run_dir = RunDir(str(tmp_path))
     with pytest.raises(ClusterError, match="no run here"):
