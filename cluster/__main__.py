@@ -48,9 +48,9 @@ def count(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Above 0, and finite."""
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
+    """Finite, and not negative."""
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time of 0 seconds or more")
     return value
 
 
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
                            help="of the hostfile that have to take part (default 1)")
     supervise.add_argument("--max-hosts", type=count, metavar="N",
                            help="that take part at most; the rest are spares (default: all)")
-    supervise.add_argument("--ranks", type=count,
+    supervise.add_argument("--ranks", type=int,
                            help="ranks on this machine (default: run.ranks)")
     supervise.add_argument("--max-restarts", type=int, default=3, metavar="K",
                            help="restarts in a row without a new checkpoint (default 3)")
