@@ -9,7 +9,7 @@ import numpy as np
 from neurojepa.downstream.output import Figures, bootstrap, gains_table, how_done, new_plot
 from neurojepa.downstream.scoring import gains_record, known, scores_record
 from neurojepa.downstream.survival import kaplan_meier
-from neurojepa.downstream.survive import ALONE, DISCRETE, VOLUMES, WITH, WITHOUT, Survival
+from neurojepa.downstream.survive import ALONE, VOLUMES, WITH, WITHOUT, Survival
 from neurojepa.report import (
     BLUE,
     GREY,
@@ -48,8 +48,8 @@ def survive_page(found: Survival, record: dict[str, Any], figures: Figures) -> s
         paragraph("Mean over repeats [95 % interval over families and people]. C-index, AUC: 0.5 "
                   "tells nobody apart. Brier score: mean over horizons of the squared error of the "
                   "share without the event, of which 0 is perfect; the row nobody told apart is "
-                  f"what the Kaplan-Meier curve alone gives. AUC at {time} as written. Covariates: "
-                  f"{', '.join(found.covariates)}."),
+                  f"what the Kaplan-Meier curve alone gives. The AUC is told at these {time}. "
+                  f"Covariates: {', '.join(found.covariates)}."),
         *gains_table(record["gains"], "C-index")))
     parts.append(section("Figures", grid(_figures(found, record, figures))))
     parts.append(how_done(record, found.notes))
@@ -98,7 +98,7 @@ def _curves(time: np.ndarray, event: np.ndarray, risk: np.ndarray, name: str) ->
     axis.set(ylabel="share without the event", ylim=(0, 1.02), xlim=(0, time.max()))
     axis.set_xlabel(name)
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    axis.legend(frameon=False, loc="lower left")
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
     return plot
 
 
@@ -145,11 +145,11 @@ def methods(found: Survival, record: dict[str, Any]) -> str:
     return (
         f"Frozen embeddings of {record['modality']} scans (neurojepa {record['version']}) were "
         "related to the time to the event by Cox's proportional hazards model with an L2 penalty "
-        "and Efron's treatment of ties, and by a logistic model of discrete time "
-        f"({DISCRETE.split(', ')[1]}). Performance was estimated by {record['cv']} (repeats x "
-        "folds) nested cross-validation in which members of a family shared a fold; within each "
-        "outer fold features were standardised and the penalty was chosen by the cross-validated "
-        "partial likelihood of the other folds alone. Reported are Harrell's C-index, the "
+        "and Efron's treatment of ties, and by a logistic model of discrete time. Performance was "
+        f"estimated by {record['cv']} (repeats x folds) nested cross-validation in which members "
+        "of a family shared a fold; within each outer fold features were standardised and the "
+        "penalty was chosen by the cross-validated (partial) likelihood of the other folds alone. "
+        "Reported are Harrell's C-index, the "
         "cumulative/dynamic AUC and the Brier score at deciles of event times, the latter two "
         "weighted by the inverse probability of censoring. Treated alike were "
         f"{', '.join(rows)} ({', '.join(found.covariates)}). {bootstrap()}")
