@@ -108,6 +108,14 @@ def test_ranks_that_could_not_be_started_are_an_attempt_that_failed() -> None:
     assert status_of(world.look()) == (137, 0)
 
 
+def test_the_rank_that_ended_first_is_named_in_whatever_order_it_is_learnt() -> None:
+    world = RayWorld(Attempt("token", 2), {}, {}, 0, io.BytesIO())
+    for rank, status, ended_s in ((0, 1, 0.1), (2, 1, 0.2), (1, 137, 0.4)):  # the peers of rank 1
+        world._take(rank, {"rank": rank, "size": 3, "status": status, "ended_s": ended_s})
+    assert status_of(world.look()) == (137, 1)
+    world.leave()
+
+
 # ---- the keeper of the supervisor ----------------------------------------------------------------
 
 @pytest.fixture(autouse=True)
