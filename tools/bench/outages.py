@@ -143,8 +143,9 @@ def _disk(folder: Path) -> list[tuple[str, str, float]]:
             filler = disk / "filler"
             story.do("the run's disk is full", lambda: fill(filler))
             # of the log too, so only the supervisor's own screen can say it
-            story.until("said, waiting", lambda: "waiting for it" in screen_of(recipe).read_text(
-                errors="replace"))
+            story.until("said, waiting", lambda: any(
+                words in screen_of(recipe).read_text(errors="replace")
+                for words in ("waiting for it", "cannot write")))
             committed = run_dir.committed_step()
             story.do("room made", filler.unlink)
             story.until("next checkpoint", lambda: run_dir.committed_step() != committed)
