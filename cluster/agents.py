@@ -83,9 +83,9 @@ class AgentLauncher:
             raise ConfigError(f"{self.hostfile}: names no host; add lines 'HOST slots=N'")
         return slots
 
-    def problems(self, folder: str | None, odd: Callable[[dict[str, dict[str, Any]]], None]
-                 ) -> dict[str, str]:
-        return hosts.problems(self.slots(), folder, odd)
+    def problems(self, slots: dict[str, int], folder: str | None,
+                 odd: Callable[[dict[str, dict[str, Any]]], None]) -> dict[str, str]:
+        return hosts.problems(slots, folder, odd)
 
     def lacks(self) -> str:
         return ""
@@ -100,14 +100,14 @@ class AgentLauncher:
 
     def orders(self, attempt: Attempt) -> dict[str, dict[str, Any]]:
         """What the agent of each host is to start; every start takes another free port."""
-        slots = self.slots()
-        chosen = {host: slots[host] for host in attempt.hosts} or {"": self.ranks}
+        # not as the hostfile says by now: whoever edits it does so at any moment
+        chosen = attempt.slots or {"": self.ranks}
         first = next(iter(chosen))
         # the address that was given is that of the hostfile's first host
-        given = self.master_addr if first == next(iter(slots), None) else None
+        given = self.master_addr if attempt.slots and first == next(iter(self.slots())) else None
         world = {"MASTER_ADDR": given or first or "127.0.0.1", "MASTER_PORT": str(free_port()),
                  "WORLD_SIZE": str(sum(chosen.values()))}
-        environment = (_exported() if slots else {}) | {TOKEN: attempt.token}
+        environment = (_exported() if attempt.slots else {}) | {TOKEN: attempt.token}
         orders, rank = {}, 0
         for host, count in chosen.items():
             orders[host] = {

@@ -37,6 +37,8 @@ class Attempt:
     before
         Tokens of attempts that may still run on hosts that were away at their end; they are ended
         where this one starts.
+    slots
+        Ranks on each of the hosts, as they were when it was decided to start it.
     """
 
     token: str
@@ -44,6 +46,7 @@ class Attempt:
     fence: int = 0
     hosts: list[str] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
+    slots: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,12 +148,14 @@ class Launcher(Protocol):
         """
         ...
 
-    def problems(self, folder: str | None, odd: Callable[[dict[str, dict[str, Any]]], None]
-                 ) -> dict[str, str]:
+    def problems(self, slots: dict[str, int], folder: str | None,
+                 odd: Callable[[dict[str, dict[str, Any]]], None]) -> dict[str, str]:
         """What keeps hosts from taking part, in words, within 10 seconds.
 
         Parameters
         ----------
+        slots
+            Ranks by host.
         folder
             A local run directory, where there must be room.
         odd

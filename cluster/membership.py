@@ -24,7 +24,7 @@ class Membership:
     min_hosts, max_hosts
         How many have to, and at most may, take part; the rest are spares.
     look
-        Gives the problem of each host that has one.
+        Given the slots, the problem of each host that has one.
     event
         Told of each change: "host_excluded" or "host_back", the host and why.
     """
@@ -32,7 +32,7 @@ class Membership:
     slots: dict[str, int]
     min_hosts: int
     max_hosts: int
-    look: Callable[[], dict[str, str]]
+    look: Callable[[dict[str, int]], dict[str, str]]
     event: Callable[[str, str, str], None]
     excluded: dict[str, str] = field(default_factory=dict)
 
@@ -44,7 +44,7 @@ class Membership:
         TooFewHosts
             Names each host that cannot take part, and why.
         """
-        found = self.look()
+        found = self.look(self.slots)
         for host in self.slots:
             if host in found and host not in self.excluded:
                 self.event("host_excluded", host, found[host])

@@ -10,10 +10,25 @@ from typing import Any
 
 from cluster.launcher import Seen
 from cluster.rundir import TRAIN_EVENTS, Heartbeat
+from neurojepa.errors import ClusterError
 
 LOG_LINES, LOG_BYTES = 20, 16_384
 LONGEST_PAUSE_S = 60.0
 FATAL = ("diverged", "collapse")  # last events of trainings that cannot go on
+
+
+class GaveUp(ClusterError):
+    """There will be no other attempt.
+
+    Parameters
+    ----------
+    step, facts
+        Of the event that says so.
+    """
+
+    def __init__(self, message: str, step: int | None = None, **facts: Any) -> None:
+        super().__init__(message)
+        self.step, self.facts = step, facts
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class RayLauncher:
     def slots(self) -> dict[str, int]:
         return {}
 
-    def problems(self, folder: str | None, odd: Callable[[dict[str, dict[str, Any]]], None]
-                 ) -> dict[str, str]:
+    def problems(self, slots: dict[str, int], folder: str | None,
+                 odd: Callable[[dict[str, dict[str, Any]]], None]) -> dict[str, str]:
         return {}
 
     def start(self, attempt: Attempt, log: IO[bytes]) -> RayWorld:

@@ -24,6 +24,8 @@ import signal
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +38,7 @@ from cluster.launcher import Attempt, Launcher, World
 from cluster.membership import Membership
 from cluster.outcome import (
     Budget,
+    GaveUp,
     Outcome,
     fatal_event,
     last_lines,
@@ -48,7 +51,7 @@ from cluster.progress import Progress
 from cluster.room import room
 from cluster.rundir import TRAIN_EVENTS, RunDir
 from cluster.stragglers import Stragglers
-from neurojepa.errors import ClusterError, LeaseLost
+from neurojepa.errors import ClusterError, ConfigError, LeaseLost
 from neurojepa.storage import Patience
 from neurojepa.storage.lease import Keeper, Lease, take
 from neurojepa.storage.owners import Owner
@@ -103,7 +106,7 @@ class Supervisor:
     _left: Attempt | None = field(default=None, init=False)  # of the last owner, to be ended
     _members: Membership | None = field(default=None, init=False)
     _checkups: Checkups = field(default_factory=Checkups, init=False)
-    _hosts: list[str] = field(default_factory=list, init=False)  # of the next attempt
+    _slots: dict[str, int] = field(default_factory=dict, init=False)  # of the next attempt
 
     def __post_init__(self) -> None:
         self._patience = Patience(
@@ -127,16 +130,29 @@ class Supervisor:
             with signals_to(self._on_signal), tempfile.TemporaryDirectory(
                     prefix="supervise-") as scratch:
                 if self._left is not None:
-                    with Path(scratch, "left.log").open("ab", buffering=0) as log:
+                    with self._telling(), Path(scratch, "left.log").open("ab", 0) as log:
                         self.launcher.adopt(self._left, log).end()
                 if self._attempt is None:
                     refuse_running(self.run_dir.uri, self._patience(self.run_dir.heartbeats))
-                return self._to_end(Path(scratch))
+                with self._telling():
+                    return self._to_end(Path(scratch))
         finally:
             keeper.close()
             self.launcher.close()
             if self._lost is None:
                 self._lease.release()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Whatever ends the supervision is an event, too."""
+        try:
+            yield
+        except LeaseLost:
+            raise
+        except (ClusterError, ConfigError) as error:
+            told = error if isinstance(error, GaveUp) else GaveUp("", why=str(error))
+            self._journal.event("give_up", told.step, **told.facts)
+            raise
 
     def _to_end(self, scratch: Path) -> int:
         budget, restarts = Budget(self.max_restarts, self.retry_s), 0
@@ -157,10 +173,10 @@ class Supervisor:
             # the very first start refused its input: trying again cannot help
             refused = outcome.status == REFUSED and outcome.step is None and restarts == 0
             if budget.spent or refused or outcome.fatal:
-                self._journal.event("give_up", outcome.step, failures=budget.failures,
-                            status=outcome.status, committed=now_committed, after=outcome.fatal)
-                raise ClusterError(outcome.give_up_message(self.run_dir.uri, budget.failures,
-                                                           now_committed))
+                raise GaveUp(
+                    outcome.give_up_message(self.run_dir.uri, budget.failures, now_committed),
+                    outcome.step, failures=budget.failures, status=outcome.status,
+                    committed=now_committed, after=outcome.fatal)
             restarts += 1
             self._journal.event("restart", now_committed, restarts=restarts,
                                 failures=budget.failures)
@@ -191,10 +207,12 @@ class Supervisor:
         if self._members is None:
             self._members = Membership(
                 slots, self.min_hosts, self.max_hosts,
-                lambda: self.launcher.problems(self.run_dir.local_path, self._tell_odd),
+                lambda slots: self.launcher.problems(slots, self.run_dir.local_path,
+                                                     self._tell_odd),
                 lambda event, host, why: self._journal.event(event, None, host=host, why=why))
         self._members.slots = slots  # the file may be another one by now
-        self._hosts = self._members.wait(wait_s, lambda: self._wait(ROOM_S))
+        chosen = self._members.wait(wait_s, lambda: self._wait(ROOM_S))
+        self._slots = {host: slots[host] for host in chosen}
 
     def _tell_odd(self, measured: dict[str, dict[str, Any]]) -> None:
         for host, why in self._checkups.new(measured):
@@ -214,9 +232,8 @@ class Supervisor:
                 self._journal.event("no_room", None, lacks=lacks, patience_s=self.retry_s)
             said = True
             if time.monotonic() >= end:
-                self._journal.event("give_up", None, lacks=lacks)
-                raise ClusterError(f"{self.run_dir.uri}: gave up after {self.retry_s:.0f} s: "
-                                   f"{lacks}")
+                raise GaveUp(f"{self.run_dir.uri}: gave up after {self.retry_s:.0f} s: {lacks}",
+                             lacks=lacks)
             self._wait(ROOM_S)
 
     # ---- owning the run --------------------------------------------------------------------------
@@ -300,8 +317,8 @@ class Supervisor:
         lease = self._lease
         if self._attempts:  # what hosts that could not be reached still run writes no more
             self._patience(lease.advance)
-        attempt = Attempt(uuid.uuid4().hex, number, lease.token, self._hosts,
-                          unended(self._patience(self.run_dir.events)))
+        attempt = Attempt(uuid.uuid4().hex, number, lease.token, list(self._slots),
+                          unended(self._patience(self.run_dir.events)), self._slots)
         self._journal.event("started", self._patience(self.run_dir.committed_step), attempt=number,
                             token=attempt.token,
                             **({"hosts": attempt.hosts} if attempt.hosts else {}))

@@ -12,19 +12,19 @@ import secrets
 import socket
 from http.cookies import CookieError, SimpleCookie
 
-COOKIE = "neurojepa-dashboard"
-
 
 class Guard:
     """The rules of one server.
 
     Parameters
     ----------
-    address
+    address, port
         What it listens on.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, port: int) -> None:
+        # browsers send a host's cookies to all of its ports: two servers there need two names
+        self.cookie = f"neurojepa-dashboard-{port}"
         self.token = None if is_loopback(address) else secrets.token_urlsafe(32)
         self._names = {"localhost", address.lower(), socket.gethostname().lower(),
                        socket.getfqdn().lower()} if self.token else {"localhost"}
@@ -48,7 +48,7 @@ class Guard:
         if self.token is None:
             return True
         try:
-            found = SimpleCookie(cookies or "").get(COOKIE)
+            found = SimpleCookie(cookies or "").get(self.cookie)
         except CookieError:
             return False
         return found is not None and self.is_token(found.value)

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
 
-from cluster.dashboard.guard import COOKIE, Guard
+from cluster.dashboard.guard import Guard
 from cluster.dashboard.view import RunView
 from neurojepa.errors import NeurojepaError
 
@@ -48,11 +48,11 @@ class Dashboard(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, runs: list[str], address: str, port: int) -> None:
-        self.guard = Guard(address)
         if ":" in address:
             self.address_family = socket.AF_INET6
         self.views = [RunView(run) for run in runs]
         super().__init__((address, port), _Handler)
+        self.guard = Guard(address, self.server_port)
 
     @property
     def url(self) -> str:
@@ -104,7 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Into a cookie, so that it is in no history and in nobody's address bar."""
         self.send_response(303)
         self.send_header("Location", "/")
-        self.send_header("Set-Cookie", f"{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/")
+        self.send_header("Set-Cookie", f"{self.server.guard.cookie}={token}; HttpOnly; "
+                         "SameSite=Strict; Path=/")
         self.send_header("Content-Length", "0")
         self._end_headers()
 

@@ -90,7 +90,7 @@ def test_the_version_of_the_code_is_that_of_its_files(
 
 def membership(told: list[tuple[str, str, str]], looks: list[dict[str, str]], least: int = 1,
                most: int = 99) -> Membership:
-    return Membership({"a": 2, "b": 2, "c": 2}, least, most, lambda: looks.pop(0),
+    return Membership({"a": 2, "b": 2, "c": 2}, least, most, lambda _: looks.pop(0),
                       lambda *said: told.append(said))
 
 
@@ -119,9 +119,13 @@ def hostfile(folder: Path) -> str:
     return str(folder / "hosts")
 
 
+def attempt(token: str, **slots: int) -> Attempt:
+    return Attempt(token, 1, 1, list(slots), slots=slots)
+
+
 def test_each_host_is_told_its_own_ranks_and_the_same_world(tmp_path: Path) -> None:
     launcher = AgentLauncher(["--config", "c"], 1, hostfile(tmp_path), "10.0.0.1")
-    orders = launcher.orders(Attempt("t", 1, 1, ["a", "b", "c"]))
+    orders = launcher.orders(attempt("t", a=2, b=2, c=2))
     assert list(orders) == ["a", "b", "c"]
     ranks = [rank for order in orders.values() for rank in order["ranks"]]
     assert [(one["RANK"], one["LOCAL_RANK"]) for one in ranks] == [
@@ -132,7 +136,7 @@ def test_each_host_is_told_its_own_ranks_and_the_same_world(tmp_path: Path) -> N
     assert all(order["command"] == [sys.executable, "-u", "-m", "neurojepa.pretrain", "--config",
                                     "c"] for order in orders.values())
     # the address that was given is that of a host that is left out
-    (one, *_) = launcher.orders(Attempt("t", 1, 1, ["b"]))["b"]["ranks"]
+    (one, *_) = launcher.orders(attempt("t", b=2))["b"]["ranks"]
     assert (one["WORLD_SIZE"], one["MASTER_ADDR"]) == ("2", "b")
     (order,) = AgentLauncher([], 3).orders(Attempt("t", 1)).values()
     assert len(order["ranks"]) == 3 and order["ranks"][0]["MASTER_ADDR"] == "127.0.0.1"
@@ -161,13 +165,13 @@ def test_what_ranks_on_hosts_are_given_of_this_environment(
     (tmp_path / "own").write_text("MY_TOKEN=hidden\nTORCH_HOME='/a b'\nPLAIN=1\n")
     monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "own"))
     launcher = AgentLauncher([], 1, hostfile(tmp_path))
-    given = launcher.orders(Attempt("t0ken", 1, 1, ["a"]))["a"]["environment"]
+    given = launcher.orders(attempt("t0ken", a=2))["a"]["environment"]
     assert given.items() >= (sent | {"MY_TOKEN": "hidden", "TORCH_HOME": "/a b", "PLAIN": "1",
                                      "NEUROJEPA_ATTEMPT": "t0ken"}).items()
     assert "HOME_MADE" not in given
     (tmp_path / "own").write_text("MESSAGE=it's\n")
     with pytest.raises(ConfigError, match=r"own: MESSAGE: has a quote that is not closed"):
-        launcher.orders(Attempt("t0ken", 1, 1, ["a"]))
+        launcher.orders(attempt("t0ken", a=2))
     (order,) = AgentLauncher([], 1).orders(Attempt("t0ken", 1)).values()
     assert order["environment"] == {"NEUROJEPA_ATTEMPT": "t0ken"}  # here it is inherited
 
@@ -183,7 +187,7 @@ def test_the_supervisor_waits_for_hosts_only_when_it_has_started_once(
     with pytest.raises(TooFewHosts, match="a is dead; b is dead; c is dead"):
         supervisor._choose_hosts(0)
     supervisor._choose_hosts(60)
-    assert supervisor._hosts == ["a", "c"] and len(waited) == 2
+    assert list(supervisor._slots) == ["a", "c"] and len(waited) == 2
     rows = [(row["event"], row["host"]) for row in supervisor.run_dir.events()]
     assert rows == [("host_excluded", host) for host in "abc"] + [("host_back", "a"),
                                                                   ("host_back", "c")]
@@ -241,7 +245,22 @@ def test_a_hostfile_that_changes_counts_from_the_next_attempt_on(ssh: Path, tmp_
     hostfile.write_text("one slots=1\ntwo slots=1\n")
     supervisor = Supervisor(AgentLauncher([], hostfile=str(hostfile)), RunDir(str(tmp_path)))
     supervisor._choose_hosts(0.0)
-    assert supervisor._hosts == ["one", "two"]
+    assert list(supervisor._slots) == ["one", "two"]
     hostfile.write_text("two slots=1\nthree slots=2\n")
     supervisor._choose_hosts(0.0)
-    assert supervisor._hosts == ["two", "three"]
+    assert supervisor._slots == {"two": 1, "three": 2}
+
+
+def test_a_hostfile_that_is_edited_during_a_start_does_not_change_that_start(
+        ssh: Path, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("one slots=2\ntwo slots=1\n")
+    launcher = AgentLauncher([], hostfile=str(hostfile))
+    supervisor = Supervisor(launcher, RunDir(str(tmp_path)))
+    look = hosts.problems
+    with pytest.MonkeyPatch.context() as patch:  # while the hosts are asked
+        patch.setattr(hosts, "problems", lambda *given: [
+            hostfile.write_text("three slots=1\n"), look(*given)][1])
+        supervisor._choose_hosts(0.0)
+    orders = launcher.orders(attempt("t", **supervisor._slots))
+    assert {host: len(order["ranks"]) for host, order in orders.items()} == {"one": 2, "two": 1}

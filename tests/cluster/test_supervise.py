@@ -27,6 +27,7 @@ from cluster.screen import render
 from cluster.status import read_status
 from cluster.stop import stop
 from cluster.supervise import Supervisor
+from cluster.world import AgentWorld
 from neurojepa.errors import ClusterError, ConfigError, DataError, LeaseLost
 from neurojepa.storage import Patience, append_rows, lease, owners, read_rows, write_bytes
 from tests.helpers import ROOT
@@ -114,6 +115,24 @@ def test_a_start_that_refuses_its_input_is_not_repeated(toy) -> None:
     with pytest.raises(ClusterError, match=r"gave up .* at its start .*no such feed"):
         supervisor.run()
     assert names(run_dir) == ["started", "exit", "give_up"]
+
+
+def test_processes_that_survive_a_kill_end_the_supervision_with_an_event(
+        toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = AgentWorld.end
+
+    def end_in_vain(self: AgentWorld) -> list[str]:
+        end(self)
+        raise ClusterError("processes [7] of the attempt do not end on SIGKILL")
+
+    monkeypatch.setattr(AgentWorld, "end", end_in_vain)
+    supervisor, run_dir = toy("toy.crash=2", "toy.step_s=0.02")
+    with pytest.raises(ClusterError, match="do not end on SIGKILL"):
+        supervisor.run()
+    last = run_dir.events()[-1]
+    assert (last["event"], last["why"]) == (
+        "give_up", "processes [7] of the attempt do not end on SIGKILL")
+    assert read_status(run_dir)["state"] == "failed"
 
 
 @pytest.mark.slow(10)
@@ -326,13 +345,14 @@ def test_a_rank_that_waits_for_a_store_is_not_hung(toy) -> None:
 
 
 def test_a_second_supervisor_is_refused(toy, tmp_path: Path) -> None:
-    supervisor, _ = toy()
+    supervisor, run_dir = toy()
     beat = {"rank": 0, "host": os.uname().nodename, "pid": os.getpid(), "step": 1,
             "time": time.time()}
     (tmp_path / "run" / "heartbeat").mkdir(parents=True)
     (tmp_path / "run" / "heartbeat" / "rank-0.json").write_text(json.dumps(beat))
     with pytest.raises(ClusterError, match=f"by process {os.getpid()} already"):
         supervisor.run()
+    assert names(run_dir) == []  # it is not ours to give up
 
 
 def test_a_reused_pid_is_another_process() -> None:

@@ -39,16 +39,21 @@ IMPATIENT = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_
 
 @dataclass
 class Cluster:
-    """Addresses and the environment of clients, and the processes of its nodes."""
+    """Addresses and the environment of clients, and the processes of its nodes, the head first."""
 
     environment: dict[str, str]
     address: str
     folder: str
+    dashboard: int  # its port
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def log(self) -> Path:
+        """What the next node will print, or the last one to be started in its place has."""
+        return Path(self.folder) / f"node-{len(self.nodes)}.log"
 
     def start(self, *arguments: str, num_cpus: int = 1) -> subprocess.Popen[bytes]:
         """Start a node; --block keeps its processes below the one that is returned."""
-        with (Path(self.folder) / f"node-{len(self.nodes)}.log").open("wb") as log:
+        with self.log().open("wb") as log:
             node = subprocess.Popen(
                 [sys.executable, "-c", START, "start", "--block", "--num-cpus", str(num_cpus),
                  "--object-store-memory", "100000000", *arguments], cwd=ROOT,
@@ -56,9 +61,17 @@ class Cluster:
         self.nodes.append(node)
         return node
 
+    def start_head(self, num_cpus: int) -> None:
+        """The first node; after the loss of a head, a new cluster in the old one's place."""
+        head = self.start("--head", "--port", self.address.rpartition(":")[2], "--dashboard-host",
+                          "127.0.0.1", "--dashboard-port", str(self.dashboard),
+                          "--dashboard-agent-listen-port", str(free_port()),  # 52365 may be taken
+                          "--temp-dir", self.folder, num_cpus=num_cpus)
+        _wait_for_port(self.dashboard, head)
+
     def add_node(self) -> subprocess.Popen[bytes]:
         """Another node; one after the other, as two of one address get in each other's way."""
-        log = Path(self.folder) / f"node-{len(self.nodes)}.log"
+        log = self.log()
         node = self.start("--address", self.address, "--dashboard-agent-listen-port",
                           str(free_port()))
         wait_until(lambda: "Ray runtime started" in log.read_text(), 60)
@@ -78,22 +91,21 @@ class Cluster:
 
 
 @contextmanager
-def cluster(num_cpus: int = 1) -> Iterator[Cluster]:
-    """A head node with so many CPUs; more nodes are added by the test."""
+def cluster(num_cpus: int = 1, variables: dict[str, str] | None = None) -> Iterator[Cluster]:
+    """A head node with so many CPUs; more nodes are added by the test.
+
+    ``variables`` are in the environment of all that runs there.
+    """
     folder = tempfile.mkdtemp(prefix="ry")  # short: Ray puts unix sockets below it
-    port, dashboard = free_port(), free_port()
+    dashboard = free_port()
     # a token of its own: Ray would otherwise enforce or ignore the user's, head and client apart
     environment = {**os.environ, **LOOPBACK, **IMPATIENT, "RAY_AUTH_MODE": "token",
                    "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2,
-                   "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+                   "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", **(variables or {})}
     environment.pop("RAY_ADDRESS", None)
-    made = Cluster(environment, f"127.0.0.1:{port}", folder)
+    made = Cluster(environment, f"127.0.0.1:{free_port()}", folder, dashboard)
     try:
-        head = made.start("--head", "--port", str(port), "--dashboard-host", "127.0.0.1",
-                          "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port",
-                          str(free_port()),  # 52365 may be another Ray's
-                          "--temp-dir", folder, num_cpus=num_cpus)
-        _wait_for_port(dashboard, head)
+        made.start_head(num_cpus)
         yield made
     finally:
         for node in list(made.nodes):

@@ -16,16 +16,17 @@ from neurojepa.train.checkpoint import FORMAT_VERSION
 from tests.helpers.ray_nodes import wait_until
 from tools.bench import _soak_eye
 from tools.bench._soak_eye import Eye
-from tools.bench._soak_faults import KINDS
-from tools.bench.soak import compare, plan
+from tools.bench.soak import GROUNDS, compare, plan
 
 
-def test_a_plan_has_every_kind_and_follows_its_seed() -> None:
-    assert {kind.name for _, kind in plan(60, 1)} == {kind.name for kind in KINDS}
-    assert plan(60, 1) == plan(60, 1) and plan(60, 1) != plan(60, 2)
-    assert [number for number, _ in plan(7, 3)] == list(range(7))
-    assert len({kind.name for _, kind in plan(7, 3)}) == 7
-    assert len(plan(200, 1)) == 200
+@pytest.mark.parametrize("ground", GROUNDS)
+def test_a_plan_has_every_kind_and_follows_its_seed(ground: str) -> None:
+    kinds = GROUNDS[ground].kinds
+    assert {kind.name for _, kind in plan(kinds, 60, 1)} == {kind.name for kind in kinds}
+    assert plan(kinds, 60, 1) == plan(kinds, 60, 1) and plan(kinds, 60, 1) != plan(kinds, 60, 2)
+    assert [number for number, _ in plan(kinds, 7, 3)] == list(range(7))
+    assert len({kind.name for _, kind in plan(kinds, 7, 3)}) == 7
+    assert len(plan(kinds, 200, 1)) == 200
 
 
 PLAIN = {"begins": [[0, 3]], "rows": [[step, 1.0 / step, 0.5] for step in range(1, 21)],

@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, metavar="S", help="soak: of the plan (default: 1)")
     parser.add_argument("--minutes", type=float, metavar="M", help="soak: begin no round "
                         "later than this; the same command goes on")
+    parser.add_argument("--on", choices=("hosts", "ray"), help="soak: where (default: hosts)")
     arguments = parser.parse_args(argv)
     official = arguments.official
     if official is not None and not (official / "src/neurojepa").is_dir():
@@ -47,13 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.work and arguments.name not in ("compare", "quality", "readout", "soak"):
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
     for option, owner in (("feed", "compare"), ("finished", "compare"), ("rehearse", "gpu"),
-                          ("faults", "soak"), ("seed", "soak"), ("minutes", "soak")):
+                          ("faults", "soak"), ("seed", "soak"), ("minutes", "soak"),
+                          ("on", "soak")):
         if _given(value := getattr(arguments, option)) and arguments.name != owner:
             raise ConfigError(f"--{option} {value}: {arguments.name} has no use for it; only "
                               f"{owner} does")
     module = importlib.import_module(f"tools.bench.{arguments.name}")
     options = {name: value for name in ("work", "feed", "finished", "rehearse", "faults", "seed",
-                                        "minutes")
+                                        "minutes", "on")
                if _given(value := getattr(arguments, name))}
     print(json.dumps(module.run(arguments.quick, None if official is None else str(official),
                                 **options)))

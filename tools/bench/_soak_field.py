@@ -1,9 +1,9 @@
-"""Where the soak's runs take place: three hosts, a supervisor, and an eye on every rank.
+"""Where the soak's runs take place: a run, its disk or store, and an eye on every rank.
 
-All that ssh or a supervisor starts loads ``tools/bench/_soak_rank.py`` by a sitecustomize: a rank
-notes the samples it trains on, and takes a nap before each micro-batch, so that a soak on a
-small machine leaves room for its own restarts.  Ranks are found by what they carry in their
-environment, whoever started them.
+All that is started there loads ``tools/bench/_soak_rank.py`` by a sitecustomize: a rank notes the
+samples it trains on, and takes a nap before each micro-batch, so that a soak on a small machine
+leaves room for its own restarts.  Processes are found by what they carry in their environment,
+whoever started them.  What differs is in _soak_hosts.py and _soak_ray.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -27,15 +28,12 @@ from cluster.rundir import RunDir
 from neurojepa.errors import DataError
 from neurojepa.storage import is_outage
 from tests.helpers import ROOT
-from tests.helpers.hosts import Hosts, two_hosts
 from tests.helpers.hosts import run as command
 from tests.helpers.proxy import Proxy
-from tools.bench._harm import screen_of, serve, start_supervisor
-from tools.bench._soak_eye import Eye
+from tools.bench._harm import serve
 from tools.bench.victim import noted
 
 MARK = "NEUROJEPA_SOAK"  # a folder, in the environment of all that the soak starts
-HANG_S = 20
 SITE = "from tools.bench import _soak_rank\n_soak_rank.begin()\n"
 
 
@@ -44,59 +42,96 @@ class Failed(Exception):
 
 
 @dataclass
-class Field:
-    """A round's hosts and run.
+class Field(ABC):
+    """A round's run and the processes of it.
 
     Parameters
     ----------
     mode
         ``fixed``: attempts wait for all hosts, on a disk; ``elastic``: they go on with those that
         are there; ``store``: fixed, and the run and its feed are in S3.
+    recipe_of
+        Writes a recipe, given the round's folder, the feed's URI and the run's.
     """
 
     folder: Path
     mode: str
-    hosts: Hosts
-    run_dir: RunDir
-    recipe: Path
-    variables: dict[str, str]
-    open_store: Callable[[], None] = lambda: None
-    close_store: Callable[[], None] = lambda: None
-    at: int = 0  # where the supervisor is
-    supervisors: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    recipe_of: Callable[[Path, str, str], Path]
+    run_dir: RunDir = field(init=False)
+    recipe: Path = field(init=False)
+    variables: dict[str, str] = field(init=False)  # of all that is started here
+    open_store: Callable[[], None] = field(default=lambda: None, init=False)
+    close_store: Callable[[], None] = field(default=lambda: None, init=False)
     notes: Notes = field(init=False)
+    hang_s: ClassVar[int]  # without a step, until it is a hang
 
     def __post_init__(self) -> None:
+        self.variables = {MARK: str(self.folder), "PYTHONPATH": f"{self.folder}:{ROOT}"}
         self.notes = Notes(self.folder)
+
+    def prepare(self, stack: ExitStack, address: str) -> None:
+        """A disk or a store at an address of this machine, with a feed; the stack takes it down."""
+        disk = self.folder / "disk"
+        self.run_dir, feed = RunDir(str(disk / "run")), str(self.folder.parent / "feed")
+        if self.mode == "store":
+            self.run_dir, feed = RunDir("s3://soak/run"), "s3://soak/feed"
+            self._serve_store(stack, address, feed)
+        self.recipe = self.recipe_of(self.folder, feed, self.run_dir.uri)
+
+    def _serve_store(self, stack: ExitStack, address: str, feed: str) -> None:
+        from tests.helpers.feeds import write_feed
+
+        proxy = stack.enter_context(closing(Proxy(None, address)))
+        servers = stack.enter_context(ExitStack())
+        self.open_store = lambda: serve(servers, self.folder, proxy)
+        self.close_store = servers.close
+        self.open_store()
+        import s3fs
+
+        s3fs.S3FileSystem().mkdir("soak")
+        write_feed(feed)
+        own = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        # a host's own credentials, as a file or an instance role would give them
+        (self.folder / "environment.json").write_text(json.dumps(own))
 
     # ---- doing -----------------------------------------------------------------------------------
 
-    def start(self, at: int) -> subprocess.Popen[bytes]:
-        """A supervisor on a host, as an operator would start it."""
-        least = "1" if self.mode == "elastic" else str(len(self.hosts.addresses))
-        self.at = at
-        self.supervisors.append(start_supervisor(
-            self.run_dir, self.recipe, self.hosts, at, "--hang-seconds", str(HANG_S),
-            "--min-hosts", least, arguments=("data.retry_s=300",),
-            variables={**self.variables, "HOST_ADDRESS": self.hosts.addresses[at]}))
-        return self.supervisors[-1]
+    @abstractmethod
+    def start(self, at: int = 0) -> Any:
+        """Start the run as an operator would, on a host where there are several to start it on."""
 
-    @property
-    def supervisor(self) -> subprocess.Popen[bytes]:
-        return self.supervisors[-1]
+    @abstractmethod
+    def environment(self) -> dict[str, str]:
+        """Of an operator's commands."""
 
-    def command(self, *words: str, at: int | None = None) -> subprocess.CompletedProcess[str]:
-        """One of the operator's commands, on this machine or on a host."""
-        where = [] if at is None else ["ip", "netns", "exec", self.hosts.namespaces[at]]
-        return subprocess.run([*where, sys.executable, *words], cwd=ROOT, text=True, timeout=200,
-                              capture_output=True, env={**self.hosts.environment(),
-                                                        **self.variables})
+    def command(self, *words: str, before: tuple[str, ...] = ()
+                ) -> subprocess.CompletedProcess[str]:
+        """One of the operator's commands."""
+        return subprocess.run([*before, sys.executable, *words], cwd=ROOT, text=True, timeout=200,
+                              capture_output=True, env=self.environment())
 
     # ---- looking ---------------------------------------------------------------------------------
 
+    @abstractmethod
+    def size(self) -> int:
+        """Ranks of the last attempt; 0 before the first."""
+
+    @abstractmethod
+    def screen(self) -> str:
+        """What the run's supervisors have said."""
+
+    def belongs(self, process: psutil.Process, own: dict[str, str]) -> bool:
+        """Whether a marked process is the run's, and has to be gone at its end."""
+        return True
+
     def processes(self) -> list[psutil.Process]:
-        """All that this round has started, but for what runs commands in namespaces."""
-        return [process for process, _ in marked(self.folder)]
+        """All that belongs to the run."""
+        found = []
+        for process, own in marked(self.folder):
+            with suppress(psutil.NoSuchProcess):
+                if self.belongs(process, own):
+                    found.append(process)
+        return found
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The rank processes, without what they started."""
@@ -120,11 +155,6 @@ class Field:
     def committed(self) -> int:
         return self.run_dir.committed_step() or 0
 
-    def screen(self) -> str:
-        """What the supervisors have said."""
-        path = screen_of(self.recipe)
-        return path.read_text(errors="replace") if path.exists() else ""
-
     def until(self, what: str, happened: Callable[[], Any], limit_s: float = 150.0) -> float:
         """Wait for it; returns how long that took."""
         began = time.monotonic()
@@ -141,8 +171,7 @@ class Field:
 
     def trained_since(self, begin: dict[int, int]) -> bool:
         """Whether all ranks of the last attempt have begun and made a step since."""
-        started = self.events("started")
-        ranks = len(started[-1].get("hosts", [])) if started else 0
+        ranks = self.size()
         return ranks > 0 and all(self.notes.stepped(rank, begin.get(rank, 0))
                                  for rank in range(ranks))
 
@@ -190,51 +219,16 @@ def marked(folder: Path) -> Iterator[tuple[psutil.Process, dict[str, str]]]:
             continue
 
 
-@contextmanager
-def playing_field(folder: Path, mode: str, recipe_of: Callable[[Path, str, str], Path]) \
-        -> Iterator[tuple[Field, Eye]]:
-    """A round's hosts, disk or store, with nothing started on them; all is gone at the end.
-
-    ``recipe_of`` writes a recipe, given the round's folder, the feed's URI and the run's.
-    """
+def lay_out(stack: ExitStack, folder: Path) -> None:
+    """The folder of a round, with a small disk of its own."""
     disk = folder / "disk"
     disk.mkdir(parents=True)
     (folder / "sitecustomize.py").write_text(SITE)
-    variables = {MARK: str(folder), "PYTHONPATH": f"{folder}:{ROOT}"}
-    with ExitStack() as stack:
-        command("mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(disk))
-        stack.callback(command, "umount", "-l", str(disk))
-        hosts = stack.enter_context(two_hosts(folder, 3, variables))
-        (folder / "links.json").write_text(json.dumps(hosts.namespaces))
-        stack.callback(_end_all, folder)
-        field_ = Field(folder, mode, hosts, RunDir(str(disk / "run")), folder, variables)
-        feed = str(folder.parent / "feed")
-        if mode == "store":
-            field_.run_dir, feed = RunDir("s3://soak/run"), "s3://soak/feed"
-            _open_store(stack, field_, feed)
-        field_.recipe = recipe_of(folder, feed, field_.run_dir.uri)
-        eye = stack.enter_context(closing(Eye(field_.run_dir, mode != "elastic")))
-        yield field_, eye
+    command("mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(disk))
+    stack.callback(command, "umount", "-l", str(disk))
 
 
-def _open_store(stack: ExitStack, field_: Field, feed: str) -> None:
-    from tests.helpers.feeds import write_feed
-
-    proxy = stack.enter_context(closing(Proxy(None, field_.hosts.gateway)))
-    servers = stack.enter_context(ExitStack())
-    field_.open_store = lambda: serve(servers, field_.folder, proxy)
-    field_.close_store = servers.close
-    field_.open_store()
-    import s3fs
-
-    s3fs.S3FileSystem().mkdir("soak")
-    write_feed(feed)
-    own = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    # a host's own credentials, as a file or an instance role would give them
-    (field_.folder / "environment.json").write_text(json.dumps(own))
-
-
-def _end_all(folder: Path) -> None:
+def end_all(folder: Path) -> None:
     """End what a round has started, by pid."""
     end = time.monotonic() + 30
     while (left := [process for process, _ in marked(folder)]) and time.monotonic() < end:
@@ -246,15 +240,6 @@ def _end_all(folder: Path) -> None:
 
 def clear(folder: Path) -> None:
     """Take down what a soak that was killed has left of a round."""
-    _end_all(folder)
-    links = folder / "links.json"
-    for namespace in json.loads(links.read_text()) if links.exists() else []:
-        pids = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True)
-        for pid in pids.stdout.split():
-            with suppress(psutil.NoSuchProcess):
-                psutil.Process(int(pid)).kill()
-        subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
-    if links.exists() and (suffix := json.loads(links.read_text())[0][2:-1]):
-        subprocess.run(["ip", "link", "del", f"njbr{suffix}"], capture_output=True)
+    end_all(folder)
     if (folder / "disk").is_mount():
         command("umount", "-l", str(folder / "disk"))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster import __main__ as command
-from cluster.dashboard.guard import COOKIE, Guard, is_loopback
+from cluster.dashboard.guard import Guard, is_loopback
 from cluster.dashboard.server import Dashboard
 from neurojepa.errors import ConfigError
 from tests.helpers.feeds import tiny_config, write_feed
@@ -205,7 +205,7 @@ def test_elsewhere_a_token_is_needed(open_to_all: Dashboard) -> None:
         status, headers, data = ask(open_to_all, path)
         assert (status, headers["Set-Cookie"]) == (403, None) and token.encode() not in data
     for value in (*wrong, "", "=;"):
-        cookie = f"{COOKIE}={value}".encode().decode("latin-1")
+        cookie = f"{open_to_all.guard.cookie}={value}".encode().decode("latin-1")
         assert ask(open_to_all, "/api/runs", Cookie=cookie)[0] == 403
     assert ask(open_to_all, f"/api/runs?token={token}")[0] == 403  # only where it becomes a cookie
     status, headers, _ = ask(open_to_all, f"/?token={token}")
@@ -219,8 +219,22 @@ def test_elsewhere_a_token_is_needed(open_to_all: Dashboard) -> None:
 def test_on_loopback_none_is() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "node0", "localhost.evil")))
-    assert Guard("127.0.0.1").token is None
-    assert Guard("0.0.0.0").token != Guard("0.0.0.0").token
+    assert Guard("127.0.0.1", 1).token is None
+    assert Guard("0.0.0.0", 1).token != Guard("0.0.0.0", 1).token
+
+
+def test_two_of_one_machine_do_not_take_each_others_cookies(open_to_all: Dashboard,
+                                                            folder: Path) -> None:
+    jar = {}
+    other = Dashboard([str(folder / "other")], "0.0.0.0", 0)
+    with serving(other):
+        for server in (open_to_all, other):  # as a browser keeps them: by name, for all ports
+            _, headers, _ = ask(server, f"/?token={server.guard.token}")
+            name, _, value = headers["Set-Cookie"].partition(";")[0].partition("=")
+            jar[name] = value
+        cookies = "; ".join(f"{name}={value}" for name, value in jar.items())
+        for server in (open_to_all, other):
+            assert ask(server, "/api/runs", Cookie=cookies)[0] == 200
 
 
 def test_the_command_says_where_to_look(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
