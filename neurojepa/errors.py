@@ -12,6 +12,10 @@ import select
 import sys
 from collections.abc import Callable
 
+# Packages that not every command needs, by the extra of pyproject.toml that brings them.
+EXTRAS = {"deepspeed": "train", "ray": "train", "prometheus_client": "train",
+          "tensorboard": "train", "webdataset": "train", "s3fs": "s3", "huggingface_hub": "hub"}
+
 
 class NeurojepaError(Exception):
     """A condition the user can act on; the message is the whole explanation."""
@@ -60,6 +64,13 @@ def run_command(main: Callable[[], int | None], teardown: bool = True) -> None:
         status = 141  # as SIGPIPE would end it
     except NeurojepaError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"error: this needs {package}, which is not installed; run: pip install "
+              f"'neurojepa[{EXTRAS[package]}]'", file=sys.stderr)
         status = 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

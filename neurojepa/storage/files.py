@@ -67,7 +67,9 @@ def open_store(uri: str, own_retries: bool = True) -> tuple[AbstractFileSystem, 
             options = kind._get_kwargs_from_urls(uri)  # host and port of other stores
         fs = fsspec.filesystem(scheme, **options)
     except (ValueError, ImportError) as error:
-        raise DataError(f"{uri}: cannot open this kind of store ({error})") from error
+        extra = {"s3": "s3", "hf": "hub"}.get(scheme) if isinstance(error, ImportError) else None
+        cure = f"; run: pip install 'neurojepa[{extra}]'" if extra else ""
+        raise DataError(f"{uri}: cannot open this kind of store ({error}){cure}") from error
     if scheme == "s3" and not own_retries:  # else s3fs asks five times itself
         fs.retries = 1
     return fs, kind._strip_protocol(uri)
