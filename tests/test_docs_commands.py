@@ -1,5 +1,6 @@
-"""The commands of README and docs do what these say: run here as they stand, on few people, or by
-the test that a comment above the block names.  The notebooks run first, on the same people."""
+"""The commands of README and docs do what these say: run here as they stand, on few people, from
+the installed wheel; or by the test that a comment above the block names.  The notebooks run first,
+on the same people."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from nbclient import NotebookClient
 from neurojepa.ports import free_port
 from tests.helpers import ROOT
 from tests.helpers.trees import write
+from tests.helpers.wheel import build_wheel, install
 
 # The same commands on fewer people at a coarser scale, with a key that gives every split people.
 SMALLER = {"--participants 48": "--participants 12 --spacing-mm 4"}
@@ -134,12 +135,13 @@ def test_the_notebooks_run_in_order(after_notebooks: Path) -> None:
 
 @pytest.mark.slow(100)
 @pytest.mark.timeout(1500)
-def test_the_commands_work_in_the_order_shown(after_notebooks: Path, s3) -> None:
+def test_the_commands_work_in_the_order_shown(after_notebooks: Path, s3, tmp_path: Path) -> None:
     folder = after_notebooks
+    python = install(build_wheel(tmp_path), tmp_path / "environment") / "python"
     for path in folder.iterdir():
         if path.name not in PREPARED:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    environment = _prepare_folder(folder)
+    environment = _prepare_folder(folder, python)
     replaced = {**SMALLER, "s3://bucket": s3.uri}
     page, ran = "", set[str]()
     for block in blocks():
@@ -158,7 +160,7 @@ def test_the_commands_work_in_the_order_shown(after_notebooks: Path, s3) -> None
             ran.add(command)
             for shown, here in replaced.items():
                 command = command.replace(shown, here)
-            shell = [sys.executable, "-c"] if block.kind == "python" else ["bash", "-c"]
+            shell = [str(python), "-c"] if block.kind == "python" else ["bash", "-c"]
             done = subprocess.run([*shell, command], cwd=folder, env=environment, text=True,
                                   capture_output=True, timeout=600)
             assert done.returncode == 0, (f"{block.page}: {command}\n{done.stdout[-2000:]}\n"
@@ -173,11 +175,11 @@ def test_the_commands_work_in_the_order_shown(after_notebooks: Path, s3) -> None
 
 # ---- small data ----------------------------------------------------------------------------------
 
-def _prepare_folder(folder: Path) -> dict[str, str]:
+def _prepare_folder(folder: Path, python: Path) -> dict[str, str]:
     """A short recipe, a key, cohorts of one scan each, and a Slurm of two tasks."""
     recipe = (ROOT / "configs/demo.yaml").read_text()
     write(folder, {"configs/demo.yaml": recipe.replace("steps: 100", "steps: 20"), "key": KEY,
-                   "bin/srun": SRUN.format(python=sys.executable),
+                   "bin/srun": SRUN.format(python=python),
                    "bin/scontrol": "#!/bin/sh\n", "bin/squeue": "#!/bin/sh\necho tomorrow\n"})
     (folder / "key").chmod(0o600)
     for name in ("srun", "scontrol", "squeue"):
@@ -193,9 +195,10 @@ def _prepare_folder(folder: Path) -> dict[str, str]:
         "extract.csv": "eid,31-0.0,21003-2.0\n1000001,0,63\n",
         "abcd/rawdata/dataset_description.json": "{}", "scans/old/p07.nii.gz": b"x",
         "scans/old/p07_mask.nii.gz": b"x", "scans/dicom/p08/1.dcm": b"x"})
-    return {**os.environ, "OMP_NUM_THREADS": "1", "NEUROJEPA_KEY_FILE": str(folder / "key"),
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**without, "OMP_NUM_THREADS": "1", "NEUROJEPA_KEY_FILE": str(folder / "key"),
             "SLURM_NTASKS": "2", "SLURM_JOB_ID": "1", "MASTER_PORT": str(free_port()),
-            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+            "PATH": f"{folder / 'bin'}:{python.parent}:{os.environ['PATH']}"}
 
 
 def _write_scores(folder: Path) -> None:
