@@ -64,6 +64,8 @@ def _add_synth(steps: Steps) -> None:
     step.add_argument("--spacing-mm", type=float, default=2.0)
     step.add_argument("--workers", type=_positive, default=os.cpu_count() or 1)
     step.add_argument("--anatomies", type=Path, help="folder of label maps people are made from")
+    step.add_argument("--linked", type=float, default=0.0, metavar="SHARE", help="of people, whose "
+                      "PET and BOLD follow what their T1w shows (default: 0)")
     step.set_defaults(run=_synth)
 
 
@@ -74,7 +76,7 @@ def _synth(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--spacing-mm {arguments.spacing_mm}: must be above 0")
     synthesise(arguments.out, participants=arguments.participants, seed=arguments.seed,
                spacing_mm=arguments.spacing_mm, workers=arguments.workers,
-               anatomies=arguments.anatomies)
+               anatomies=arguments.anatomies, linked=arguments.linked)
     return 0
 
 

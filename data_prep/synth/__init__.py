@@ -32,13 +32,13 @@ from neurojepa.storage import join, read_bytes, walk, write_bytes
 
 __all__ = ["synthesise"]
 
-VERSION = 3  # of the recipe: the same version and arguments give the same bytes
+VERSION = 4  # of the recipe: the same version and arguments give the same bytes
 PEOPLE_PER_TASK = 4
 RECIPE = "code/synth.json"
 
 
 def synthesise(out: str, *, participants: int, seed: int = 0, spacing_mm: float = 2.0,
-               workers: int = 2, anatomies: Path | None = None) -> None:
+               workers: int = 2, anatomies: Path | None = None, linked: float = 0.0) -> None:
     """Make a synthetic cohort, or what is missing of it.
 
     Parameters
@@ -50,6 +50,7 @@ def synthesise(out: str, *, participants: int, seed: int = 0, spacing_mm: float 
     workers : processes
     anatomies : folder of whole-head label maps (synthseg_training_seg_*.nii.gz, 1 mm); without it
         sixteen anatomies are derived from the MNI152 template that nilearn ships
+    linked : share of people whose uptake (PET) and fluctuation (BOLD) follow their anatomy
 
     Raises
     ------
@@ -60,14 +61,15 @@ def synthesise(out: str, *, participants: int, seed: int = 0, spacing_mm: float 
     """
     for name, value, low, high in (("participants", participants, 1, 10 ** 6),
                                    ("seed", seed, 0, 2 ** 63), ("workers", workers, 1, 1024),
-                                   ("spacing_mm", spacing_mm, 0.8, 8)):
+                                   ("spacing_mm", spacing_mm, 0.8, 8), ("linked", linked, 0, 1)):
         if not low <= value <= high:
             raise ConfigError(f"{name}={value}: must be between {low} and {high}")
     present = _listing(out)
     asked = {"version": VERSION, "seed": seed, "participants": participants,
-             "spacing_mm": float(spacing_mm), "anatomies": anatomy_names(anatomies)}
+             "spacing_mm": float(spacing_mm), "linked": float(linked),
+             "anatomies": anatomy_names(anatomies)}
     ventricles = _claim(out, asked, present, anatomies, workers)
-    people = [draw_person(seed, index) for index in range(participants)]
+    people = [draw_person(seed, index, linked) for index in range(participants)]
     origin = {person.label: choose_anatomy(person, ventricles) for person in people}
     missing = [person for person in people if not _expected(person) <= present]
     if not missing and tables.COMMIT in present:

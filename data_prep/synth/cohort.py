@@ -7,7 +7,8 @@ volume, automatic segmentation), *assumed* means chosen here, in the range that 
 
 Volumes hold some of the truth (ventricles, hippocampi, cortex, outer fluid, lesions).  The rest
 lies in signal and shape: T1w contrast of cortex to white matter, the tracers' uptake, the size of
-BOLD fluctuations, and a bend of the head that changes no volume.
+BOLD fluctuations, and a bend of the head that changes no volume.  Of people who are *linked*, none
+unless asked for, uptake and fluctuations follow grey matter and its contrast.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ AMYLOID_BASE, AMYLOID_PER_YEAR, AMYLOID_OF_PATIENT = -3.2, 0.06, 2.2  # assumed;
 AV45_NEGATIVE, AV45_POSITIVE = (1.05, 0.03), (1.45, 0.12)  # assumed; cortex over cerebellum; sd
 AV45_PER_YEAR = 0.02  # assumed; of positive people, after their first visit
 FDG, FDG_SD, FDG_PER_YEAR, FDG_OF_PATIENT = 1.20, 0.05, -0.003, -0.15  # assumed; likewise
+LINK = 0.8  # share of variance of linked people's uptake and fluctuation that anatomy tells
 FLUCTUATION, FLUCTUATION_LOG_SD, FLUCTUATION_PER_YEAR = 0.012, 0.15, -0.006  # assumed; of the mean
 
 # ---- who, how often
@@ -115,6 +117,7 @@ class SyntheticPerson:
     hippocampus_rest: float
     traits: Traits
     visits: tuple[Visit, ...]
+    linked: bool = False  # function follows anatomy: see ``_function``
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,9 @@ class Wanted:
     lesions: float
 
 
-def draw_person(seed: int, index: int) -> SyntheticPerson:
-    """Person ``index`` of the cohort of ``seed``."""
+def draw_person(seed: int, index: int, linked: float = 0.0) -> SyntheticPerson:
+    """Person ``index`` of the cohort of ``seed``; ``linked`` is the share of people whose function
+    follows their anatomy, by a stream of its own."""
     pair = np.random.default_rng([seed, 1, index // 2])
     siblings = bool(pair.random() < FAMILY_SHARE)
     shared_age, key = pair.uniform(20, 85), int(pair.integers(2 ** 31))
@@ -168,7 +172,8 @@ def draw_person(seed: int, index: int) -> SyntheticPerson:
         ventricle_rest=float(rng.normal(0, VENTRICLE_LOG_SD)),
         hippocampus_rest=float(rng.normal(0, HIPPOCAMPUS_LOG_SD)),
         traits=_draw_traits(rng, pair if siblings else rng),
-        visits=tuple(_draw_visit(rng, f"{k + 1}", round(a, 1)) for k, a in enumerate(ages)))
+        visits=tuple(_draw_visit(rng, f"{k + 1}", round(a, 1)) for k, a in enumerate(ages)),
+        linked=bool(np.random.default_rng([seed, 9, index]).random() < linked))
 
 
 def _draw_traits(own: np.random.Generator, shared: np.random.Generator) -> Traits:
@@ -224,12 +229,25 @@ def truths(person: SyntheticPerson, age: float) -> dict[str, float]:
     values = {
         "t1w_contrast": contrast,
         "shape_trait": traits.shape + (SHAPE_OF_SEX if person.sex == "M" else -SHAPE_OF_SEX),
-        "av45_ratio": mean + sd * traits.amyloid + (AV45_PER_YEAR * since if person.amyloid else 0),
-        "fdg_ratio": FDG + FDG_PER_YEAR * years + FDG_SD * traits.glucose + FDG_OF_PATIENT * ill,
-        "fluctuation": FLUCTUATION * np.exp(FLUCTUATION_PER_YEAR * years
-                                            + FLUCTUATION_LOG_SD * traits.fluctuation),
+        "av45_ratio": mean + sd * _function(person, "amyloid") + (
+            AV45_PER_YEAR * since if person.amyloid else 0),
+        "fdg_ratio": (FDG + FDG_PER_YEAR * years + FDG_SD * _function(person, "glucose")
+                      + FDG_OF_PATIENT * ill),
+        "fluctuation": FLUCTUATION * np.exp(
+            FLUCTUATION_PER_YEAR * years + FLUCTUATION_LOG_SD * _function(person, "fluctuation")),
     }
     return {name: round(float(value), 5) for name, value in values.items()}
+
+
+def _function(person: SyntheticPerson, name: str) -> float:
+    """A trait of uptake or fluctuation; in linked people it is mostly told by what a T1w shows:
+    grey matter beside what age predicts, and its contrast."""
+    traits = person.traits
+    own: float = getattr(traits, name)
+    if not person.linked:
+        return own
+    anatomy = (traits.grey + traits.myelin) / np.sqrt(2)
+    return float(np.sqrt(LINK) * anatomy + np.sqrt(1 - LINK) * own)
 
 
 def _ventricle_share(person: SyntheticPerson, age: float) -> float:

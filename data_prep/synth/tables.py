@@ -7,6 +7,7 @@ import io
 import json
 from typing import Any
 
+from data_prep.synth.clinical import draw_clinical
 from data_prep.synth.cohort import SyntheticPerson
 from data_prep.synth.contrast import label_names
 from data_prep.synth.events import draw_event
@@ -22,6 +23,8 @@ COLUMNS = {
     "small_vessel": {"Levels": {"no": "as age predicts", "yes": "more lesions of white matter"}},
     "amyloid": {"Levels": {"negative": "", "positive": "cortex takes up AV45"}},
     "site": {"Description": "scanner"},
+    "linked": {"Levels": {"no": "", "yes": "uptake and fluctuation follow grey matter and its "
+                                           "contrast"}},
     "family_id": {"Description": "siblings share it"},
     "split_group": {"Description": "anatomy that the person was made from; people of one group "
                                    "must not be spread over training and test"},
@@ -42,6 +45,13 @@ COLUMNS = {
                     "Units": "years"},
     "event": {"Levels": {"0": "none while followed (censored)", "1": "happened"}},
     "log_hazard": {"Description": "the true one, from which event times were drawn"},
+    "allele_dose": {"Description": "alleles of risk, where typed; more in those with amyloid"},
+    "memory": {"Description": "score of a test, where taken; falls with age and the diagnosis",
+               "Units": "points"},
+    "attention": {"Description": "likewise; falls with age alone", "Units": "points"},
+    "csf_abeta": {"Description": "amyloid-beta in cerebrospinal fluid, where taken; lower in those "
+                                 "with amyloid", "Units": "pg/mL"},
+    "csf_tau": {"Description": "tau, likewise; higher in patients", "Units": "pg/mL"},
 }
 README = """\
 Synthetic heads made by `python -m data_prep synth`; nobody was scanned.
@@ -78,10 +88,13 @@ def dataset_files(out: str, people: list[SyntheticPerson], *, origin: dict[str, 
             "diagnosis": "patient" if person.patient else "control",
             "small_vessel": "yes" if person.small_vessel else "no",
             "amyloid": "positive" if person.amyloid else "negative", "site": person.site.name,
+            "linked": "yes" if person.linked else "no",
             "family_id": person.family or "n/a", "split_group": origin[person.label],
             **{name: value for name, value in first.items() if name not in ("session_id", "age")},
             "event_years": event.years, "event": int(event.happened),
-            "log_hazard": event.log_hazard})
+            "log_hazard": event.log_hazard,
+            **{name: "n/a" if value is None else value for name, value in vars(
+                draw_clinical(recipe["seed"], person)).items()}})
     labels = [{"index": code, "name": f"{name} ({code})"}
               for code, name in sorted(label_names().items())]
     generator = [{"Name": "neurojepa data_prep synth", "Version": str(recipe["version"]),
