@@ -8,11 +8,13 @@ ridge regression with one penalty for all features predicts the rest, nested by 
     region volumes             where embed found them
     covariates alone           age, sex, motion: columns to adjust for, and the volume of the brain
     covariates and embedding   both
+    ..., sites left out        the first and the third, of people at sites that taught nothing
     people shuffled            targets dealt out anew: what chance gives
 
 Scores: the share of the target's variance between people that is told (0 is the group mean), the
 correlation over features of a person's prediction with the truth, and how often that prediction is
-nearer to the own truth than to another person's of the same fold (chance is a half).
+nearer to the own truth than to another person's of the same fold (chance is a half).  All of them
+are a curve, too, of how few people teach.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from neurojepa.downstream.crossval import (
     in_span,
     least,
     plan_folds,
+    plan_sites,
     whole_families,
 )
 from neurojepa.downstream.features import Features, beside, design_of, plain
@@ -42,8 +45,11 @@ from neurojepa.errors import DataError
 
 ALONE, VOLUMES = "embedding", "region volumes"
 WITHOUT, WITH, SHUFFLED = "covariates alone", "covariates and embedding", "people shuffled"
-PAIRS = ((ALONE, WITHOUT), (WITH, WITHOUT), (ALONE, VOLUMES))
+LEFT_OUT, WITHOUT_LEFT_OUT = f"{ALONE}, sites left out", f"{WITHOUT}, sites left out"
+PAIRS = ((ALONE, WITHOUT), (WITH, WITHOUT), (ALONE, VOLUMES), (LEFT_OUT, WITHOUT_LEFT_OUT))
 LEAST_PEOPLE = 10
+SHOTS = (1, 2, 5, 10, 20, 50, 100)  # people who teach, of the curve
+DROP = 0.1  # of r2, from folds to sites left out, that is told
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Shot:
+    """Scores where so few people teach."""
+
+    row: str
+    taught: int
+    scores: dict[str, Score]
+
+
+@dataclass(frozen=True)
 class Transfer:
     people: People  # of the source
     rows: dict[str, Row]
@@ -64,6 +79,7 @@ class Transfer:
     covariates: tuple[str, ...]
     warnings: list[str]
     notes: list[str]
+    shots: list[Shot]
 
 
 def paired(source: People, target: People) -> tuple[People, np.ndarray, list[str]]:
@@ -92,9 +108,14 @@ def paired(source: People, target: People) -> tuple[People, np.ndarray, list[str
     return replace(people, seen=seen), target.values[other].astype(float), notes
 
 
-def transfer(people: People, target: np.ndarray, *, adjust: tuple[str, ...] = (), folds: int = 5,
-             repeats: int = 5, allow_seen: bool = False) -> Transfer:
+def transfer(people: People, target: np.ndarray, *, adjust: tuple[str, ...] = (),
+             site: str | None = None, folds: int = 5, repeats: int = 5, allow_seen: bool = False
+             ) -> Transfer:
     """Study how a target [n, T] is told from the source's embeddings of the same people.
+
+    Parameters
+    ----------
+    site : column of sites that are left out one by one
 
     Raises
     ------
@@ -104,9 +125,10 @@ def transfer(people: People, target: np.ndarray, *, adjust: tuple[str, ...] = ()
         Too few people, a target that is the same for all, or all of them were seen in pretraining.
     """
     covariates = tuple(dict.fromkeys([*adjust, "brain_ml"]))
-    there = np.all([people.column(name) != "" for name in covariates], 0)
+    needed = [*covariates, *([site] if site else [])]
+    there = np.all([people.column(name) != "" for name in needed], 0)
     target = target[there]
-    people, notes = complete(people, covariates)
+    people, notes = complete(people, needed)
     if not np.ptp(target, axis=0).any():
         raise DataError("the target's embeddings are the same for all people; is it a constant "
                         "map?")
@@ -119,8 +141,55 @@ def transfer(people: People, target: np.ndarray, *, adjust: tuple[str, ...] = ()
     if people.volumes is not None:
         rows[VOLUMES] = run(plain(people.volumes))
     rows |= {WITHOUT: run(plain(design)), WITH: run(beside(people.values, design))}
+    if site:
+        rows |= _left_out(run, design, people.column(site), tested)
+        warnings += _drops(rows, site)
     rows[SHUFFLED] = _shuffled(people, target, Plan(plan.repeats[:1]))
-    return Transfer(people, rows, run.gains(rows), target.shape[1], covariates, warnings, notes)
+    shots = [shot for name, features in ((ALONE, plain(people.values)), (WITHOUT, plain(design)))
+             for shot in few_shots(run, name, features)]
+    return Transfer(people, rows, run.gains(rows), target.shape[1], covariates, warnings, notes,
+                    shots)
+
+
+def _left_out(run: Runner, design: np.ndarray, site: np.ndarray,
+              tested: np.ndarray) -> dict[str, Row]:
+    """Rows of people at sites that taught nothing; none where there is one site alone.
+
+    Raises
+    ------
+    DataError
+        No site can be left out.
+    """
+    names = np.unique(site)
+    if len(names) < 2:
+        raise DataError(f"--site: all {len(site)} people are at {str(names[0])!r}; no site can be "
+                        "left out")
+    plan = plan_sites(site, run.people.family).testing(tested)
+    plan = Plan([[(train, test) for train, test in plan.repeats[0] if len(
+        set(run.people.family[train].tolist())) > 1]], pooled=False)
+    if not plan.repeats[0]:
+        raise DataError("--site: no site can be left out, as families have people at all of them "
+                        f"({', '.join(names)})")
+    outside = Runner(run.people, run.target, plan)
+    return {LEFT_OUT: outside(plain(run.people.values)), WITHOUT_LEFT_OUT: outside(plain(design))}
+
+
+def _drops(rows: dict[str, Row], site: str) -> list[str]:
+    within, outside = rows[ALONE].scores["r2"], rows[LEFT_OUT].scores["r2"]
+    if not within.value - outside.value > DROP:
+        return []
+    return [f"on a {site} that taught nothing r2 is {outside}, within folds {within}: what is told "
+            "may be the site"]
+
+
+def few_shots(run: Runner, name: str, features: Features) -> list[Shot]:
+    """Scores where 1, 2, 5, ... people teach, as far as there are so many."""
+    most = min(len(train) for folds in run.plan.repeats for train, _ in folds)
+    found = []
+    for number in SHOTS:
+        if number < most:
+            found.append(Shot(name, number, run(features, number).scores))
+    return found
 
 
 class Runner:
@@ -133,14 +202,25 @@ class Runner:
             for number, (_, test) in enumerate(each):
                 self.fold[test, r] = number
 
-    def __call__(self, features: Features) -> Row:
+    def __call__(self, features: Features, few: int | None = None) -> Row:
+        """Of features; with ``few``, of so many of those who teach in each fold, drawn anew in
+        each.  Truths stay less the mean of all of them, so not to know it costs R2."""
         target, family, size = self.target, self.people.family, self.target.shape[1]
+        rng = np.random.default_rng(0)
 
         def read(train: np.ndarray, test: np.ndarray, taught: np.ndarray,
                  tested: np.ndarray) -> np.ndarray:
             mean, sd = target[train].mean(0), target[train].std(0)
             sd = np.where(sd > 1e-9 * max(sd.max(), 1e-30), sd, np.inf)
-            told = ridge(taught, tested, (target[train] - mean) / sd, family[train])
+            truth = (target[train] - mean) / sd
+            if few is not None:  # features are those of the few alone
+                chosen = rng.permutation(len(train))[:few]
+                train, truth = train[chosen], truth[chosen]
+                taught, tested = features(train, test)
+            if few is not None and len(set(family[train].tolist())) < 2:
+                told = np.repeat(truth.mean(0, keepdims=True), len(test), 0)  # no penalty by one
+            else:
+                told = ridge(taught, tested, truth, family[train])
             return np.stack([told, (target[test] - mean) / sd], -1)
 
         both = held_out(self.plan, features, len(target), read, (size, 2))

@@ -10,10 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.synth.cohort import draw_person, truths
 from neurojepa.downstream import transfer as module
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.labels import People
-from neurojepa.downstream.transfer import ALONE, SHUFFLED, VOLUMES, WITH, WITHOUT, paired, transfer
+from neurojepa.downstream.transfer import (
+    ALONE,
+    LEFT_OUT,
+    SHUFFLED,
+    VOLUMES,
+    WITH,
+    WITHOUT,
+    paired,
+    transfer,
+)
 from neurojepa.errors import NeurojepaError
 from tests.helpers.embedded import write_embedded
 from tests.helpers.trees import write
@@ -67,6 +77,61 @@ def test_a_link_by_age_alone_is_no_gain_over_the_age() -> None:
     assert found.rows[WITHOUT].scores["r2"].value > found.rows[ALONE].scores["r2"].value - 0.02
     gain = next(gain for gain in found.gains if gain.row == WITH)
     assert abs(gain.score.value) < 0.05
+
+
+def test_a_link_that_is_the_sites_is_lost_at_a_site_that_taught_nothing() -> None:
+    rng = np.random.default_rng(0)
+    site = np.arange(120) % 4
+    # what scanners do to one modality and, in no way that could be foreseen, to the other
+    of_site, to_other = rng.normal(size=(2, 4, 3))[:, site]
+    own = rng.normal(size=(120, 3))
+    for link, drops in ((0.0, True), (3.0, False)):
+        source = np.hstack([3 * of_site * (link == 0), own, rng.normal(size=(120, 4))])
+        target = (3 * to_other * (link == 0) + link * own) @ rng.normal(size=(3, 12))
+        whom = people(source, np.full(120, 60.0))
+        whom.columns["scanner"] = np.array([f"s{each}" for each in site])
+        found = transfer(whom, target + rng.normal(size=(120, 12)), site="scanner", folds=4,
+                         repeats=1)
+        within, outside = (found.rows[name].scores["r2"] for name in (ALONE, LEFT_OUT))
+        assert within.low > 0.4 and (within.low - outside.high > 0.2) == drops
+        assert any("on a scanner that taught nothing" in each for each in found.warnings) == drops
+    assert next(gain for gain in found.gains if gain.row == LEFT_OUT).score.low > 0.3
+    whom.columns["scanner"][:] = "s1"
+    with pytest.raises(NeurojepaError, match="all 120 people are at 's1'"):
+        transfer(whom, target, site="scanner", folds=4, repeats=1)
+
+
+def test_few_people_teach_less() -> None:
+    source, target = linked(2.0)
+    found = transfer(source, target, folds=4, repeats=2)
+    curve = {shot.taught: shot.scores for shot in found.shots if shot.row == ALONE}
+    assert list(curve) == [1, 2, 5, 10, 20, 50]  # 90 could teach
+    assert curve[1]["own_is_nearer"].value == 0.5 and curve[1]["r2"].value < 0
+    nearer = [scores["own_is_nearer"].value for scores in curve.values()]
+    assert nearer == sorted(nearer) and nearer[-1] > 0.9
+    assert curve[50]["r2"].value > curve[10]["r2"].value
+    assert curve[50]["r2"].value < found.rows[ALONE].scores["r2"].value
+    blind = [shot.scores["own_is_nearer"] for shot in found.shots if shot.row == WITHOUT]
+    assert all(abs(score.value - 0.5) < 0.12 for score in blind)
+    assert transfer(source, target, folds=4, repeats=2).shots == found.shots
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_function_of_synthetic_people_is_told_where_it_is_linked(linked: bool) -> None:
+    """Embeddings that show what their scans show: grey matter and contrast; uptake."""
+    rng = np.random.default_rng(0)
+    everyone = [draw_person(4, index, linked=0.5) for index in range(560)]
+    persons = [person for person in everyone if person.linked == linked][:240]
+    age = np.array([person.visits[0].age for person in persons])
+    shown = np.array([[person.traits.grey, person.traits.myelin, person.patient * 2.0,
+                       (person.visits[0].age - 48) / 19] for person in persons])
+    uptake = np.array([truths(person, person.visits[0].age)["fdg_ratio"] for person in persons])
+    source = people(shown @ rng.normal(size=(4, 8)) + 0.3 * rng.normal(size=(240, 8)), age)
+    source.columns["diagnosis"] = np.array([str(int(person.patient)) for person in persons])
+    target = np.outer(uptake / 0.05, rng.normal(size=6)) + 0.4 * rng.normal(size=(240, 6))
+    found = transfer(source, target, adjust=("age", "diagnosis"), folds=4, repeats=1)
+    gain = next(gain for gain in found.gains if (gain.row, gain.over) == (WITH, WITHOUT))
+    assert gain.score.low > 0.02 if linked else gain.score.value < 0.02
 
 
 def test_scores_by_hand() -> None:
@@ -149,5 +214,5 @@ def test_the_command_writes_results_and_a_page(tmp_path: Path,
     assert record["schema"] == "neurojepa/transfer/1" and record["features"] == 10
     assert record["scores"]["embedding"]["r2"]["low"] > 0.4
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("<figure>") == 2 and "PET told from T1w" in page
+    assert page.count("<figure>") == 4 and "PET told from T1w" in page
     assert len((tmp_path / "out/predictions.csv").read_text().splitlines()) == 41
