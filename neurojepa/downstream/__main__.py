@@ -7,6 +7,10 @@
     python -m neurojepa.downstream survive EMBEDDINGS --out DIR --labels TABLE --time C --event C
     python -m neurojepa.downstream change EMBEDDINGS --out DIR --labels TABLE --session C --time C
     python -m neurojepa.downstream transfer EMBEDDINGS --out DIR --from T1w --to PET --labels TABLE
+    python -m neurojepa.downstream fuse EMBEDDINGS --out DIR --labels TABLE --label COLUMN
+        --block NAME=COLUMN,COLUMN
+    python -m neurojepa.downstream explain SCANS... --weights DIR --embeddings EMBEDDINGS
+        --labels TABLE --label COLUMN --out DIR
     python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
 
 ``embed`` takes a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of
@@ -14,11 +18,13 @@ files or a feed; it writes embeddings.parquet and more (table.py).  ``probe EMBE
 well labels of a table of yours are told from embeddings, by nested cross-validation (study.py), and
 ``reliability`` how alike rescans are (reliability.py).  ``survive`` does so of an event that comes
 sooner or later, or was not seen to come (survive.py), and ``change`` of what differs between visits
-(change.py); ``transfer`` tells one modality from another (transfer.py).
+(change.py); ``transfer`` tells one modality from another (transfer.py).  ``fuse`` reads a
+label from images and columns of a table, with gaps (fuse.py), and ``explain`` maps where in a scan
+it is read from (explain.py).
 ``probe --feed`` is a quick check of a run: it fits labels of the feed on its split ``train`` and
 scores its split ``test``, beside the same architecture at random initialisation.  All of them write
 results.json and report.html.  ``atoms`` shows in a report.html where in the brain each atom of the
-sparse code fires and which places each expert gets.
+sparse code fires and which places each expert gets, and writes both as tables by region.
 """
 
 from __future__ import annotations
@@ -251,7 +257,7 @@ def _probe_feed(arguments: argparse.Namespace) -> int:
 
 def run_atoms(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.atoms import observe
-    from neurojepa.downstream.atoms_page import atoms_page, record_of
+    from neurojepa.downstream.atoms_page import atoms_page, record_of, tables_of
     from neurojepa.downstream.embed import select_rows
     from neurojepa.downstream.regions import load_regions
     from neurojepa.storage import join, write_bytes
@@ -269,6 +275,8 @@ def run_atoms(arguments: argparse.Namespace) -> int:
     write_bytes(join(arguments.out, "report.html"),
                 atoms_page(record, seen, regions, feed, patch).encode())
     write_bytes(join(arguments.out, "results.json"), json.dumps(record, indent=1).encode())
+    for name, data in tables_of(record).items():
+        write_bytes(join(arguments.out, name), data)
     if seen.atoms:
         print(f"{record['atoms']['active']} of {len(record['atoms']['rows'])} atoms were active")
     print(f"read {join(arguments.out, 'report.html')}")

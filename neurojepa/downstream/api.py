@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 
@@ -114,6 +115,18 @@ class Model:
         DataError
             No scan is there, or none is usable.
         """
+        with self.found(scans, out, modality, cohort, preset, key, workers) as (
+                feed, rows, prepared, skipped):
+            where = load_regions(feed.grid, self.weights.config.model.patch_voxels, atlas)
+            return self._embed(feed, rows, prepared, where, skipped, progress,
+                               regions=regions or atlas is not None, atoms=atoms)
+
+    @contextmanager
+    def found(self, scans: Path | Sequence[Path], out: str | None, modality: str | None,
+              cohort: str | None, preset: str, key: str | None, workers: int
+              ) -> Iterator[tuple[Feed, np.ndarray, Scans | None, dict[str, int]]]:
+        """The feed of scans, its rows that are asked for, what became of raw scans, and how many of
+        each modality are left out; without ``out`` the feed of raw scans is gone afterwards."""
         named = [fspath(scans)] if isinstance(scans, str | PathLike) else [fspath(s) for s in scans]
         with tempfile.TemporaryDirectory(prefix="neurojepa-") as folder:
             prepared = None
@@ -128,9 +141,7 @@ class Model:
                 people = feed.index["participant"].take(rows).to_pylist()
                 rows = rows[[person in prepared.ids for person in people]]
             rows, skipped = self._known(feed, rows)
-            where = load_regions(feed.grid, self.weights.config.model.patch_voxels, atlas)
-            return self._embed(feed, rows, prepared, where, skipped, progress,
-                               regions=regions or atlas is not None, atoms=atoms)
+            yield feed, rows, prepared, skipped
 
     def _prepare(self, named: list[str], out: str, modality: str | None, preset: str,
                  key: str | None, workers: int) -> Scans:

@@ -7,6 +7,7 @@ asked for, so that thousands of atoms make a page of a few megabytes that needs 
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import io
 import json
@@ -66,6 +67,26 @@ def _row(found: Summary, number: int, regions: list[str], places: np.ndarray) ->
 
 def _short(value: float) -> float | None:
     return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def tables_of(record: dict[str, Any]) -> dict[str, bytes]:
+    """atoms.csv and experts.csv: one row for each atom, or expert, and region."""
+    found = {}
+    if "atoms" in record:
+        found["atoms.csv"] = _csv(["atom", "region", "mean_activation", "selectivity"], [
+            [row["number"], name, mean, row["selectivity"][name]]
+            for row in record["atoms"]["rows"] for name, mean in row["mean_by_region"].items()])
+    if record["experts"]:
+        found["experts.csv"] = _csv(["block", "expert", "region", "share_of_tokens"], [
+            [layer["block"], row["number"], name, mean] for layer in record["experts"]
+            for row in layer["rows"] for name, mean in row["mean_by_region"].items()])
+    return found
+
+
+def _csv(header: list[str], rows: list[list[Any]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue().encode()
 
 
 # ---- the page ------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from neurojepa.downstream.explain_command import add_explain, run_explain
+from neurojepa.downstream.fuse_command import add_fuse, run_fuse
 from neurojepa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the parsers of ``RUN``'s commands."""
     command = commands.add_parser("reliability", help="how alike rescans are, at one site or more")
-    _embeddings(command)
+    embeddings_arguments(command)
     table_arguments(command, required=False)
     command.add_argument("--label", nargs="+", default=[], help="its columns that are read out of "
                          "every scan")
@@ -30,7 +32,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
                          "(default: scans of one visit)")
 
     command = commands.add_parser("survive", help="when an event happens, from censored times")
-    _embeddings(command)
+    embeddings_arguments(command)
     table_arguments(command)
     command.add_argument("--time", required=True, help="its column of times from the scan to the "
                          "event, or to the end of follow-up")
@@ -44,7 +46,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
                          "own: such as a clinical score, or the true hazard of made-up people")
     cv_arguments(command)
     command = commands.add_parser("change", help="how a label changes between visits")
-    _embeddings(command)
+    embeddings_arguments(command)
     table_arguments(command)
     command.add_argument("--session", required=True, help="its column of visits")
     command.add_argument("--time", required=True, help="its column of when each visit was, such as "
@@ -52,17 +54,22 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--label", required=True, help="its column of numbers that change")
     cv_arguments(command)
     command = commands.add_parser("transfer", help="one modality told from another")
-    _embeddings(command, modality=False)
+    embeddings_arguments(command, modality=False)
     command.add_argument("--from", dest="source", required=True, help="modality to tell from, such "
                          "as T1w")
     command.add_argument("--to", required=True, help="modality that is told, such as PET or ALFF")
     table_arguments(command)
     command.add_argument("--session", help="its column of visits, where scans of one visit are "
                          "paired; default: means over a person's visits")
+    command.add_argument("--site", help="column of sites, of the table or the scans: they are left "
+                         "out one by one")
     cv_arguments(command)
+    add_explain(commands)
+    add_fuse(commands)
 
 
-def _embeddings(command: argparse.ArgumentParser, modality: bool = True) -> None:
+def embeddings_arguments(command: argparse.ArgumentParser, modality: bool = True) -> None:
+    """Where embeddings are, and where results go."""
     command.add_argument("embeddings", metavar="EMBEDDINGS", help="folder that embed wrote")
     command.add_argument("--out", required=True, help="folder for what is written")
     if modality:
@@ -218,13 +225,17 @@ def run_transfer(arguments: argparse.Namespace) -> int:
     both = [people_of(arguments, table, arguments.source, arguments.session),
             people_of(arguments, table, arguments.to, arguments.session, volumes=False)]
     people, target, notes = paired(*both)
-    found = transfer(people, target, adjust=tuple(arguments.adjust), folds=folds, repeats=repeats,
-                     allow_seen=arguments.allow_seen)
+    found = transfer(people, target, adjust=tuple(arguments.adjust), site=arguments.site,
+                     folds=folds, repeats=repeats, allow_seen=arguments.allow_seen)
     name = f"{arguments.to} from {arguments.source}"
     print_rows(name, found.rows, (*notes, *found.notes, *found.warnings))
+    for shot in found.shots:
+        print(f"{name}: {shot.row}, {shot.taught} people teach: " + ", ".join(
+            f"{metric} {value}" for metric, value in shot.scores.items()), flush=True)
     _write(arguments, pages, found, pages.transfer_page, [*both[0].notes, *notes],
            pages.predictions_of(found), labels=arguments.labels, cv=arguments.cv,
-           **{"from": arguments.source}, to=arguments.to, allow_seen=arguments.allow_seen)
+           **{"from": arguments.source}, to=arguments.to, site=arguments.site,
+           allow_seen=arguments.allow_seen)
     return 0
 
 
@@ -254,4 +265,4 @@ def print_rows(name: str, rows: Mapping[str, Any], notes: Sequence[str]) -> None
 
 
 RUN = {"reliability": run_reliability, "survive": run_survive, "change": run_change,
-       "transfer": run_transfer}
+       "transfer": run_transfer, "explain": run_explain, "fuse": run_fuse}

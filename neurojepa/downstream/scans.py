@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -26,6 +29,9 @@ from data_prep.filenames import image_ending, is_hidden, partners, stem
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import Feed, Grid, open_feed
 from neurojepa.storage import exists, join, local_path, sha256, write_bytes
+
+if TYPE_CHECKING:
+    from data_prep.volumes.reading.grid import OwnGrid
 
 MODALITIES = ("T1w", "T2w", "FLAIR", "PET", "BOLD")  # a scan is of one of them
 TABLES = (".csv", ".tsv")
@@ -262,3 +268,26 @@ def told(scans: Scans) -> str:
     """What became of the scans, for the screen."""
     counts = Counter(scans.about["status"].to_pylist())
     return ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+
+
+def own_grid_of(scans: Scans, scan_id: str) -> tuple[OwnGrid, np.ndarray]:
+    """The grid of a scan's file, and the matrix [4, 4] from the archive's mm to the scan's.
+
+    Raises
+    ------
+    DataError
+        The file is gone or has changed, or preparation kept no matrix.
+    """
+    from data_prep.scan import ScanError
+    from data_prep.volumes.reading.grid import own_grid
+
+    row = scans.about.filter(pc.equal(scans.about["scan_id"], scan_id)).to_pylist()[0]
+    if not row.get("archive_to_scan"):
+        raise DataError(f"{row['uri']}: preparation kept no matrix for it, so no map can be laid "
+                        "on its grid; remove the folder scans below --out and run again")
+    try:
+        own = own_grid(row["uri"], row["member"], json.loads(row["facts"] or "{}"))
+    except ScanError as error:
+        raise DataError(f"{row['uri']}: cannot be read any more ({error}); was it moved?"
+                        ) from error
+    return own, np.array(json.loads(row["archive_to_scan"]))

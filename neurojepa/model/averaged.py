@@ -53,6 +53,10 @@ class Averaged(nn.Module, ABC):
     @torch.no_grad()
     def latents(self, views: Views) -> Tensor:
         """float32 [B, N, D]: layer-normed output of the target encoder for every token."""
+        return self.latents_with_gradient(views)
+
+    def latents_with_gradient(self, views: Views) -> Tensor:
+        """As ``latents``, and differentiable in the tokens."""
         # routing follows the encoder; only weights are averaged
         if layers := _moes(self.target):
             torch._foreach_copy_([layer.bias for layer in layers],

@@ -74,11 +74,15 @@ class MoE(nn.Module):
         """
         precise = torch.promote_types(x_QD.dtype, torch.float32)  # bf16 would flip close choices
         score_QE = F.linear(x_QD.to(precise), self.router.to(precise)).softmax(-1)
-        expert_Qk = (score_QE.detach() + self.bias).topk(self.top_k, dim=-1).indices
+        expert_Qk = self.choose(score_QE)
         # a one-hot product, since the backward of a gather adds with atomics
         chosen_QkE = expert_Qk[..., None] == torch.arange(len(self.router), device=x_QD.device)
         score_Qk = (score_QE[:, None] * chosen_QkE).sum(-1)
         return score_Qk * (self.top_k / score_Qk.sum(-1, keepdim=True)), expert_Qk
+
+    def choose(self, score_QE: Tensor) -> Tensor:
+        """Experts [Q, k] of each token."""
+        return (score_QE.detach() + self.bias).topk(self.top_k, dim=-1).indices
 
 
 class _Rows(torch.autograd.Function):

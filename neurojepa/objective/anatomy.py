@@ -239,6 +239,17 @@ def _density(value_BNP: Tensor, weight_BNP: Tensor) -> Tensor:
 def priors_on(device: torch.device, grid: Grid, patch: int) -> tuple[Tensor, Tensor]:
     """uint8 [K - 1, n, P]: the template's tissues at P voxels of every patch, of 255, smoothed; and
     int64 [P]: which of a patch's voxels these are."""
+    codes = np.rint(255 * tissue_priors(grid)).astype(np.uint8)
+    at = np.arange(patch) % max(1, round(_SAMPLED_MM / grid.spacing_mm)) == 0
+    chosen = np.flatnonzero(at[:, None, None] & at[:, None] & at)
+    found = np.stack([by_patch(part, patch)[:, chosen] for part in codes])
+    return torch.from_numpy(found).to(device), torch.from_numpy(chosen).to(device)
+
+
+@lru_cache(maxsize=2)
+def tissue_priors(grid: Grid) -> np.ndarray:
+    """float [K - 1, X, Y, Z]: how likely each of ``TISSUES`` is in a brain's voxel, by the
+    smoothed template; they add up to 1."""
     from scipy.ndimage import gaussian_filter
 
     origin, brain, grey, white = template()
@@ -246,12 +257,7 @@ def priors_on(device: torch.device, grid: Grid, patch: int) -> tuple[Tensor, Ten
     where, sigma = grid_mm(grid), PRIOR_SIGMA_MM / grid.spacing_mm
     prior = np.stack([gaussian_filter(values_at(part, origin=origin, where=where), sigma)
                       for part in (fluid, grey, white)]) + PRIOR_FLOOR
-    prior /= prior.sum(0)
-    codes = np.rint(255 * prior).astype(np.uint8)
-    at = np.arange(patch) % max(1, round(_SAMPLED_MM / grid.spacing_mm)) == 0
-    chosen = np.flatnonzero(at[:, None, None] & at[:, None] & at)
-    found = np.stack([by_patch(part, patch)[:, chosen] for part in codes])
-    return torch.from_numpy(found).to(device), torch.from_numpy(chosen).to(device)
+    return prior / prior.sum(0)
 
 
 # ---- template and grid ---------------------------------------------------------------------------

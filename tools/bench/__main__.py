@@ -28,9 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="smaller, for a first look")
     parser.add_argument("--official", type=Path, metavar="DIR")
-    parser.add_argument("--work", metavar="DIR", help="compare, quality, readout, soak: where runs "
-                        "are kept (default: build/bench-NAME)")
-    parser.add_argument("--feed", help="compare: your own packed feed in place of synthetic people")
+    parser.add_argument("--work", metavar="DIR", help="compare, explain, quality, readout, soak: "
+                        "where runs are kept (default: build/bench-NAME)")
+    parser.add_argument("--feed", help="compare, explain: your own packed feed in place of "
+                        "synthetic people")
+    parser.add_argument("--weights", help="explain: exported weights (default: untrained)")
     parser.add_argument("--finished", action="store_true", help="compare: make no more runs, only "
                         "the tables of those that are there")
     parser.add_argument("--rehearse", action="store_true", help="gpu: every stage at a tiny size, "
@@ -45,17 +47,18 @@ def main(argv: list[str] | None = None) -> int:
     if official is not None and not (official / "src/neurojepa").is_dir():
         raise ConfigError(f"--official {official}: holds no src/neurojepa; name a checkout of the "
                           "official repository")
-    if arguments.work and arguments.name not in ("compare", "quality", "readout", "soak"):
+    if arguments.work and arguments.name not in ("compare", "explain", "quality", "readout",
+                                                    "soak"):
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
-    for option, owner in (("feed", "compare"), ("finished", "compare"), ("rehearse", "gpu"),
-                          ("faults", "soak"), ("seed", "soak"), ("minutes", "soak"),
-                          ("on", "soak")):
-        if _given(value := getattr(arguments, option)) and arguments.name != owner:
+    for option, *owners in (("feed", "compare", "explain"), ("weights", "explain"),
+                            ("finished", "compare"), ("rehearse", "gpu"), ("faults", "soak"),
+                            ("seed", "soak"), ("minutes", "soak"), ("on", "soak")):
+        if _given(value := getattr(arguments, option)) and arguments.name not in owners:
             raise ConfigError(f"--{option} {value}: {arguments.name} has no use for it; only "
-                              f"{owner} does")
+                              f"{' and '.join(owners)} {'do' if len(owners) > 1 else 'does'}")
     module = importlib.import_module(f"tools.bench.{arguments.name}")
-    options = {name: value for name in ("work", "feed", "finished", "rehearse", "faults", "seed",
-                                        "minutes", "on")
+    options = {name: value for name in ("work", "feed", "weights", "finished", "rehearse", "faults",
+                                        "seed", "minutes", "on")
                if _given(value := getattr(arguments, name))}
     print(json.dumps(module.run(arguments.quick, None if official is None else str(official),
                                 **options)))

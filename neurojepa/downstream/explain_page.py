@@ -1,0 +1,163 @@
+"""The page of explained scans: maps over the scans, by region, and the test with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from neurojepa.downstream.explain import CHECKED, Explained, OfScan
+from neurojepa.downstream.output import Figures, how_done
+from neurojepa.downstream.saliency import STEPS
+from neurojepa.report import grid, page, paragraph, section, table, tiles
+
+SHOWN = 12  # scans with a figure
+SMOOTH_MM = 3.0  # sd, of the figures alone
+PLANES = (("sagittal", "P", "A"), ("coronal", "L", "R"), ("axial", "L", "R"))  # left, right edge
+
+
+def explain_page(found: Explained, record: dict[str, Any], figures: Figures) -> str:
+    """results.json's content as a page that needs no network."""
+    lead = (f"{len(found.scans)} scans, weights {record['weights']}; scores in "
+            f"{found.unit}, read by a linear model of {record['embeddings']}")
+    whole = [each for each in found.checks if each.part == "all of it"]
+    head = [(str(len(found.scans)), "scans", "")]
+    if whole:
+        head.append((f"{np.mean([each.rank for each in whole]):.2f}",
+                     "rank correlation with maps of a random encoder", ""))
+    parts = [tiles(head)]  # type: ignore[arg-type]
+    parts += [paragraph(f"Look out: {each}.") for each in found.warnings]
+    parts.append(section("Maps", paragraph(
+        f"What each voxel adds to the score, in {found.unit}: orange raises it, blue lowers it, "
+        "against the usual scan. Planes through the place that adds most, smoothed by "
+        f"{SMOOTH_MM:g} mm; L is the person's left and R the right, A is the front. The files hold "
+        "the values as they are."), grid([
+            figures.show(f"scan {number + 1}", _figure(each, record["grid"]), _caption(
+                each, found.unit)) for number, each in enumerate(found.scans[:SHOWN])])))
+    if len(found.scans) > SHOWN:
+        parts.append(paragraph(f"Maps of the first {SHOWN} of {len(found.scans)} scans are shown; "
+                               "all are in the folder."))
+    parts += [section("Scans", _scans(found, record)), section("Regions", _regions(found)),
+              section("Other weights", _checks(found)), how_done(record)]
+    return page(f"What {found.target.name} is read from", lead, parts)
+
+
+def _caption(each: OfScan, unit: str) -> str:
+    return (f"{each.who.participant}, visit {each.who.session}, {each.who.modality}: score "
+            f"{each.score:.2f}, of the usual scan {each.usual:.2f} ({unit}).")
+
+
+def _figure(each: OfScan, about: dict[str, Any]) -> Any:
+    """Three planes through the place of the largest effect."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from scipy.ndimage import gaussian_filter
+
+    spacing = about["spacing_mm"]
+    effect = gaussian_filter(each.map, SMOOTH_MM / spacing)
+    place = np.unravel_index(np.abs(effect).argmax(), effect.shape)
+    limit = float(np.abs(effect).max()) or 1.0
+    scan = np.where(each.codes == 255, 0, each.codes).astype(float)
+    plot, axes = plt.subplots(1, 3, figsize=(7.2, 2.9), layout="constrained")
+    for axis, (number, (name, low, high)) in zip(axes, enumerate(PLANES), strict=True):
+        back, front = (np.take(volume, place[number], number).T for volume in (scan, effect))
+        axis.imshow(back, cmap="gray", origin="lower", vmin=0, vmax=254)
+        shown = axis.imshow(front, cmap=_colours(), origin="lower", vmin=-limit, vmax=limit,
+                            alpha=np.clip(np.abs(front) / (0.5 * limit), 0, 0.85))
+        mm = about["origin_mm"][number] + spacing * place[number]
+        axis.set_title(f"{name}, {'xyz'[number]} = {mm:.0f} mm", fontsize=9)
+        axis.set_axis_off()
+        for x, letter in ((0.02, low), (0.98, high)):
+            axis.text(x, 0.5, letter, color="white", fontsize=11, fontweight="bold",
+                      ha="left" if x < 0.5 else "right", va="center", transform=axis.transAxes)
+    plot.colorbar(shown, ax=axes, shrink=0.7, format="%.2g")
+    return plot
+
+
+def _colours() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("effect", ["#56b4e9", "#0072b2", "#202020", "#d55e00",
+                                                        "#ffb000"])
+
+
+def _scans(found: Explained, record: dict[str, Any]) -> str:
+    rows = [[each.who.participant, each.who.session, each.who.modality, f"{each.score:.3f}",
+             f"{each.usual:.3f}", f"{each.error:+.2g}", each.taught, path]
+            for each, path in zip(found.scans, record["maps"], strict=True)]
+    return table(["participant", "visit", "modality", "score", "usual scan", "map's error",
+                  "taught by", "file"], rows) + paragraph(
+        "A map adds up to the score less that of the usual scan, but for its error. Each scan's "
+        "readout was taught by people of other families.")
+
+
+def _regions(found: Explained) -> str:
+    def mean(values: Sequence[np.ndarray]) -> np.ndarray:
+        stacked = np.stack(values)
+        seen = np.isfinite(stacked)
+        return np.where(seen.any(0), np.where(seen, stacked, 0).sum(0) / np.maximum(
+            seen.sum(0), 1), np.nan)
+
+    total_R = mean([each.region_R for each in found.scans])
+    size_R = mean([each.size_R for each in found.scans])
+    order = np.argsort(-np.nan_to_num(size_R, nan=-1))
+    rows = [[found.regions.names[k], f"{total_R[k]:+.3g}",
+             f"{size_R[k]:.2f}" if np.isfinite(size_R[k]) else "not seen"] for k in order]
+    return table(["region", f"adds, {found.unit}", "size of effects, over the brain's"],
+                 rows) + paragraph(
+        f"Mean over the scans of what a region adds, and of absolute values there. Regions: "
+        f"{found.regions.source}.")
+
+
+def _checks(found: Explained) -> str:
+    rows = [[each.who.participant, each.part, f"{each.rank:.2f}", f"{each.rank_of_size:.2f}"]
+            for each in found.checks]
+    return paragraph(
+        f"Maps of the first {CHECKED} scans, made again with the encoder's weights drawn anew, "
+        "from the last block to the first (Adebayo et al. 2018). A map of the model changes: the "
+        "rank correlation with its values falls to about 0. That of absolute values stays above "
+        "it, since any weights have large effects where the scan is unusual.") + table(
+        ["participant", "drawn anew", "rank correlation", "of absolute values"], rows)
+
+
+def record_of(found: Explained) -> dict[str, Any]:
+    """What results.json says of it."""
+    return {
+        "label": found.target.name, "kind": found.target.kind,
+        "classes": list(found.target.classes), "unit": found.unit,
+        "regions": {"source": found.regions.source, "names": found.regions.names},
+        "scans": [{"participant_id": each.who.participant, "session_id": each.who.session,
+                   "modality": each.who.modality, "scan_id": each.who.scan_id,
+                   "score": each.score, "usual": each.usual, "error": each.error,
+                   "taught_by": each.taught,
+                   "adds": dict(zip(found.regions.names, each.region_R.tolist(), strict=True)),
+                   "size": dict(zip(found.regions.names, each.size_R.tolist(), strict=True))}
+                  for each in found.scans],
+        "other_weights": [{"participant_id": each.who.participant, "drawn_anew": each.part,
+                           "rank": each.rank, "rank_of_size": each.rank_of_size}
+                          for each in found.checks],
+        "warnings": found.warnings}
+
+
+def predictions_of(found: Explained) -> list[list[str]]:
+    """Rows of predictions.csv, with a header."""
+    return [["participant_id", "session_id", "modality", "scan_id", "score", "usual"],
+            *([each.who.participant, each.who.session, each.who.modality, each.who.scan_id,
+               f"{each.score:.6g}", f"{each.usual:.6g}"] for each in found.scans)]
+
+
+def methods(found: Explained, record: dict[str, Any]) -> str:
+    """A paragraph for the methods section."""
+    model = ("L2-penalised logistic regression" if found.target.kind == "binary"
+             else "ridge regression")
+    return (
+        f"What {found.target.name} was read from was mapped by integrated gradients (Sundararajan "
+        f"et al. 2017; Captum, {STEPS} steps) of the score of a {model} on frozen embeddings "
+        f"(neurojepa {record['version']}). The baseline of each scan was its least-squares fit by "
+        "the smoothed tissue maps of the MNI152 template. The readout of a scan was taught by "
+        "people of other families, its penalty chosen by inner cross-validation. Maps were "
+        f"compared with those of encoders whose weights were drawn anew, block by block, in "
+        f"{min(CHECKED, len(found.scans))} scans (Adebayo et al. 2018).")
