@@ -43,6 +43,8 @@ from neurojepa.downstream.commands import (
     folds_of,
     print_rows,
 )
+from neurojepa.downstream.explain_command import add_explain, run_explain
+from neurojepa.downstream.fuse_command import add_fuse, run_fuse
 from neurojepa.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
@@ -77,9 +79,11 @@ def main(argv: list[str] | None = None) -> int:
                                  help="of the scans shown (default: test)")
             command.add_argument("--atlas", help="label map in MNI152 space (NIfTI; names in a "
                                  ".tsv beside it); default: lobes by coordinates")
-    add_commands(commands)
+    for add in (add_commands, add_fuse, add_explain):
+        add(commands)
     arguments = parser.parse_args(argv)
-    run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms, **RUN}[arguments.task]
+    run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms,
+           "fuse": run_fuse, "explain": run_explain, **RUN}[arguments.task]
     return run(arguments)
 
 

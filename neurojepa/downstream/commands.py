@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from neurojepa.downstream.explain_command import add_explain, run_explain
-from neurojepa.downstream.fuse_command import add_fuse, run_fuse
 from neurojepa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,8 +62,6 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--site", help="column of sites, of the table or the scans: they are left "
                          "out one by one")
     cv_arguments(command)
-    add_explain(commands)
-    add_fuse(commands)
 
 
 def embeddings_arguments(command: argparse.ArgumentParser, modality: bool = True) -> None:
@@ -265,4 +261,4 @@ def print_rows(name: str, rows: Mapping[str, Any], notes: Sequence[str]) -> None
 
 
 RUN = {"reliability": run_reliability, "survive": run_survive, "change": run_change,
-       "transfer": run_transfer, "explain": run_explain, "fuse": run_fuse}
+       "transfer": run_transfer}

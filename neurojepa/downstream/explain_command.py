@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
+from neurojepa.downstream.commands import people_of, table_arguments
 from neurojepa.errors import ConfigError
 
 
 def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
-    from neurojepa.downstream.commands import table_arguments
-
     command = commands.add_parser("explain", help="where in a scan a label is read from")
     command.add_argument("scans", nargs="+", metavar="SCANS", help="as embed takes them: files, a "
                          "folder, a BIDS dataset, a table of files or a feed")
@@ -39,7 +38,6 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run_explain(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream import explain_page as pages
     from neurojepa.downstream.api import load_model
-    from neurojepa.downstream.commands import people_of
     from neurojepa.downstream.explain import Teachers, check_weights, explain
     from neurojepa.downstream.labels import one_modality
     from neurojepa.downstream.native import Maps

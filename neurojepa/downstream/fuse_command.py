@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
+
+from neurojepa.downstream import commands as shared
 
 
 def add_fuse(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command's parser."""
-    from neurojepa.downstream import commands as shared
-
     command = commands.add_parser("fuse", help="a label from images and columns of a table, with "
                                   "gaps")
     shared.embeddings_arguments(command)
@@ -23,9 +24,6 @@ def add_fuse(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def run_fuse(arguments: argparse.Namespace) -> int:
-    from functools import partial
-
-    from neurojepa.downstream import commands as shared
     from neurojepa.downstream import fuse_page as pages
     from neurojepa.downstream.blocks import parse_blocks
     from neurojepa.downstream.fuse import fuse

@@ -193,6 +193,11 @@ def shown(trained: Path) -> Path:
 
 def test_results_of_every_atom_and_expert(shown: Path, feed: Feed) -> None:
     record = json.loads((shown / "results.json").read_text())
+    for name, rows in (("atoms.csv", record["atoms"]["rows"]),
+                       ("experts.csv", [row for layer in record["experts"]
+                                        for row in layer["rows"]])):
+        lines = (shown / name).read_text().splitlines()
+        assert len(lines) == 1 + 13 * len(rows)  # regions
     assert record["scans"] == 24 and record["step"] == 4
     rows = record["atoms"]["rows"]
     assert [row["number"] for row in rows] == list(range(4 * 96))
