@@ -98,10 +98,10 @@ def test_options_of_commands_run_elsewhere_exist() -> None:
 
     for block in blocks():
         for command in block.commands() if block.kind == "bash" and block.test else ():
-            if found := re.search(r"python -m (data_prep|cluster|neurojepa) (\w+)(.*?)(?: -- |$)",
-                                  command):
+            if found := re.search(r"python -m (data_prep|cluster|neurojepa) "
+                                  r"(\w+(?: fit| apply)?)(.*?)(?: -- |$)", command):
                 package = found[1].replace("neurojepa", "neurojepa.downstream")
-                known = help_of(f"{package}.__main__", found[2])
+                known = help_of(f"{package}.__main__", *found[2].split())
                 options = re.findall(r"--[a-z-]+", found[3])
                 assert all(option in known for option in options), command
 

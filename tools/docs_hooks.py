@@ -137,7 +137,10 @@ def commands_page() -> Iterator[str]:
         yield f"## `{spelt}`\n\nAlso `{script}`.\n\n```text\n{text}\n```\n"
         for name in subcommands(text):
             yield f"### `{name}` {{ #{module.split('.')[-2]}-{name} }}\n"
-            yield f"```text\n{help_of(module, name)}\n```\n"
+            shown = help_of(module, name)
+            yield f"```text\n{shown}\n```\n"
+            for part in subcommands(shown) if "{fit,apply}" in shown else ():
+                yield f"```text\n{help_of(module, name, part)}\n```\n"
 
 
 def help_of(module: str, *words: str) -> str:

@@ -11,6 +11,8 @@
         --block NAME=COLUMN,COLUMN
     python -m neurojepa.downstream explain SCANS... --weights DIR --embeddings EMBEDDINGS
         --labels TABLE --label COLUMN --out DIR
+    python -m neurojepa.downstream finetune fit FEED --weights DIR --labels TABLE --label C --out M
+    python -m neurojepa.downstream finetune apply M SCANS... --out DIR
     python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
 
 ``embed`` takes a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of
@@ -20,7 +22,8 @@ well labels of a table of yours are told from embeddings, by nested cross-valida
 sooner or later, or was not seen to come (survive.py), and ``change`` of what differs between visits
 (change.py); ``transfer`` tells one modality from another (transfer.py).  ``fuse`` reads a
 label from images and columns of a table, with gaps (fuse.py), and ``explain`` maps where in a scan
-it is read from (explain.py).
+it is read from (explain.py).  ``finetune`` fits the encoder itself to a label, on a feed
+(finetune.py).
 ``probe --feed`` is a quick check of a run: it fits labels of the feed on its split ``train`` and
 scores its split ``test``, beside the same architecture at random initialisation.  All of them write
 results.json and report.html.  ``atoms`` shows in a report.html where in the brain each atom of the
@@ -31,6 +34,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -44,10 +49,14 @@ from neurojepa.downstream.commands import (
     print_rows,
 )
 from neurojepa.downstream.explain_command import add_explain, run_explain
+from neurojepa.downstream.finetune_command import add_finetune, run_finetune
 from neurojepa.downstream.fuse_command import add_fuse, run_fuse
 from neurojepa.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from neurojepa.downstream.attending import Tokens
     from neurojepa.feed.format import Feed
     from neurojepa.weights import Weights
 
@@ -79,11 +88,12 @@ def main(argv: list[str] | None = None) -> int:
                                  help="of the scans shown (default: test)")
             command.add_argument("--atlas", help="label map in MNI152 space (NIfTI; names in a "
                                  ".tsv beside it); default: lobes by coordinates")
-    for add in (add_commands, add_fuse, add_explain):
+    for add in (add_commands, add_fuse, add_explain, add_finetune):
         add(commands)
     arguments = parser.parse_args(argv)
-    run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms,
-           "fuse": run_fuse, "explain": run_explain, **RUN}[arguments.task]
+    arguments.words = sys.argv[1:] if argv is None else argv  # for the ranks that it may start
+    run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms, "fuse": run_fuse,
+           "explain": run_explain, "finetune": run_finetune, **RUN}[arguments.task]
     return run(arguments)
 
 
@@ -172,6 +182,9 @@ def _probe_arguments(command: argparse.ArgumentParser) -> None:
                          "by ComBat, and it is told whether the label goes with them")
     command.add_argument("--adjust", nargs="+", default=[], help="columns whose influence is taken "
                          "from the features: of the table or age, sex, brain_ml, field_strength")
+    command.add_argument("--readout", choices=("linear", "attentive"), default="linear",
+                         help="attentive: beside the others a row of a head that attends to "
+                         "tokens, of --weights and of --feed where one was embedded")
     command.add_argument("--allow-seen", action="store_true", help="test people who were in the "
                          "pretraining, too; the report says so")
     command.add_argument("--key", help="file of the pseudonym key that embed used")
@@ -179,9 +192,10 @@ def _probe_arguments(command: argparse.ArgumentParser) -> None:
 
 def run_probe(arguments: argparse.Namespace) -> int:
     if arguments.embeddings:
-        if arguments.feed or arguments.weights:
+        if (arguments.feed or arguments.weights) and arguments.readout != "attentive":
             raise ConfigError("probe EMBEDDINGS with labels of a table, or --weights and --feed "
-                              "with labels of the feed; not both")
+                              "with labels of the feed; not both (but --readout attentive needs "
+                              "weights)")
         return _study(arguments)
     if not (arguments.feed and arguments.weights and arguments.out):
         raise ConfigError("probe needs EMBEDDINGS, or --weights, --feed and --out")
@@ -214,15 +228,31 @@ def _study(arguments: argparse.Namespace) -> int:
                          volumes=read_volumes(arguments.embeddings))
     for note in people.notes:
         print(note)
-    studies = []
+    studies, tokens = [], _tokens(arguments, embeddings)
     for label in arguments.label:
-        studies.append(study(people, label, design))
+        studies.append(study(people, label, design, tokens))
         print_rows(label, studies[-1].rows, (*studies[-1].notes, *studies[-1].warnings))
     write_studies(arguments.out or arguments.embeddings, studies, {
         "embeddings": arguments.embeddings, "labels": arguments.labels[0], "cv": arguments.cv,
         "modality": arguments.modality or embeddings["modality"][0].as_py(),
         "allow_seen": arguments.allow_seen, "notes": people.notes})
     return 0
+
+
+def _tokens(arguments: argparse.Namespace, embeddings: pa.Table) -> Tokens | None:
+    """The tokens of the scans studied, for an attentive readout."""
+    if arguments.readout != "attentive":
+        return None
+    from neurojepa.downstream.attending import read_tokens
+    from neurojepa.downstream.labels import one_modality
+    from neurojepa.storage import join
+
+    if not arguments.weights:
+        raise ConfigError("--readout attentive reads tokens anew: name the weights that embedded, "
+                          "--weights W, and the feed, --feed FEED, if you embedded one")
+    arguments.feed = arguments.feed or join(arguments.embeddings, "scans", "feed")
+    feed, weights = _open(arguments)
+    return read_tokens(weights, feed, one_modality(embeddings, arguments.modality))
 
 
 def _probe_feed(arguments: argparse.Namespace) -> int:
@@ -302,4 +332,4 @@ def _open(arguments: argparse.Namespace) -> tuple[Feed, Weights]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, teardown="RANK" not in os.environ)

@@ -4,6 +4,7 @@
     e = model.embed("t1.nii.gz")        # a file, files, a folder, BIDS, a table of files, a feed
     e.values                            # float32 [scans, features]
     e.table                             # the same with pseudonym, session, modality, flags, ...
+    neurojepa.load("finetuned").predict("t1.nii.gz").rows    # what fine-tuned weights tell
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 from neurojepa.downstream import table as tables
 from neurojepa.downstream import volumes
 from neurojepa.downstream.embed import embed, select_rows
+from neurojepa.downstream.finetuned import read_head
+from neurojepa.downstream.predicted import Predicted, predict
 from neurojepa.downstream.regions import Regions, load_regions
 from neurojepa.downstream.scans import Scans, is_feed, prepare_scans, told
 from neurojepa.errors import ConfigError, DataError
@@ -121,6 +124,30 @@ class Model:
             return self._embed(feed, rows, prepared, where, skipped, progress,
                                regions=regions or atlas is not None, atoms=atoms)
 
+    def predict(self, scans: Path | Sequence[Path], *, out: str | None = None,
+                modality: str | None = None, cohort: str | None = None, preset: str = "default",
+                key: str | None = None, workers: int = 1) -> Predicted:
+        """What a fine-tuned model tells of people, or of their visits, from scans.
+
+        A person's scans of several modalities are read together; any of them may be missing.
+
+        Parameters
+        ----------
+        scans, out, modality, cohort, preset, key, workers
+            As of ``embed``.
+
+        Raises
+        ------
+        ConfigError
+            The weights were not fine-tuned; or as ``embed``.
+        DataError
+            No scan of a modality that the label was learnt from; or as ``embed``.
+        """
+        head, task = read_head(self.name, self.weights)
+        with self.found(scans, out, modality, cohort, preset, key, workers) as (
+                feed, rows, prepared, skipped):
+            return predict(self.weights, head, task, feed, rows, skipped, prepared)
+
     @contextmanager
     def found(self, scans: Path | Sequence[Path], out: str | None, modality: str | None,
               cohort: str | None, preset: str, key: str | None, workers: int
@@ -132,7 +159,7 @@ class Model:
             prepared = None
             if len(named) == 1 and is_feed(named[0]):
                 feed = open_feed(named[0])
-                self._check_grid(feed)
+                self.check_grid(feed)
                 rows = select_rows(feed, modality, cohort)
             else:
                 prepared = self._prepare(named, out or folder, modality, preset, key, workers)
@@ -140,7 +167,7 @@ class Model:
                 rows = select_rows(feed, modality, None)
                 people = feed.index["participant"].take(rows).to_pylist()
                 rows = rows[[person in prepared.ids for person in people]]
-            rows, skipped = self._known(feed, rows)
+            rows, skipped = self.known(feed, rows)
             yield feed, rows, prepared, skipped
 
     def _prepare(self, named: list[str], out: str, modality: str | None, preset: str,
@@ -153,7 +180,7 @@ class Model:
         print(f"scans: {told(found)}", flush=True)
         return found
 
-    def _known(self, feed: Feed, rows: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    def known(self, feed: Feed, rows: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
         """Rows of modalities that the weights know, and how many there are of each other one."""
         if self.weights.places is None:
             return rows, {}
@@ -175,14 +202,14 @@ class Model:
         found = embed(self.weights.model, config, feed, rows,
                       None if atoms else self.weights.places, regions=where if regions else None,
                       progress=lambda done: progress(done, len(rows)), atoms=atoms)
-        seen = _seen(self.weights.seen, found.participant.tolist(), found.scan_id.tolist())
+        seen = seen_of(self.weights.seen, found.participant.tolist(), found.scan_id.tolist())
         measured = volumes.tissue_volumes(feed, rows, where, config.model.patch_voxels)
         return Embedded(tables.embedding_table(found, feed, rows, seen, scans),
                         tables.region_table(found, where) if regions else None,
                         scans, feed.fingerprint, skipped,
                         volumes.volumes_csv(feed, *measured, where))
 
-    def _check_grid(self, feed: Feed) -> None:
+    def check_grid(self, feed: Feed) -> None:
         grid = self.weights.grid
         if not np.array_equal(grid.affine, feed.grid.affine) or grid.shape != feed.grid.shape:
             raise ConfigError(f"--feed {feed.uri} is packed at grid {feed.grid.name}, the weights "
@@ -203,7 +230,7 @@ def load_model(weights: Path, device: str | None = None) -> Model:
     return Model(load(fspath(weights)), fspath(weights), device)
 
 
-def _seen(taught: AbstractSet[str] | None, people: Sequence[str],
+def seen_of(taught: AbstractSet[str] | None, people: Sequence[str],
           scans: Sequence[str]) -> list[bool | None]:
     """Whether each scan's person was in the pretraining, itself or by any of its scans; None where
     it is not known who was."""

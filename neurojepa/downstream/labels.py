@@ -41,6 +41,7 @@ class People:
     notes: list[str] = field(default_factory=list)  # what did not meet, counted
     volumes: np.ndarray | None = None  # float64 [n, V] ml of tissue by region, where all have them
     sessions: np.ndarray | None = None  # str [n], where visits are told apart
+    scans: np.ndarray | None = None  # object [n], tuples of the ids of each one's scans
 
     def column(self, name: str) -> np.ndarray:
         """A column [n] of str.
@@ -64,8 +65,8 @@ class People:
         return People(self.values[chosen], self.ids[chosen], self.participant[chosen],
                       self.family[chosen], None if self.seen is None else self.seen[chosen],
                       {name: column[chosen] for name, column in self.columns.items()}, self.notes,
-                      None if self.volumes is None else self.volumes[chosen],
-                      None if self.sessions is None else self.sessions[chosen])
+                      *(None if each is None else each[chosen]
+                        for each in (self.volumes, self.sessions, self.scans)))
 
 
 def read_rows(uri: str, missing: Sequence[str], notes: list[str]) -> list[dict[str, str]]:
@@ -95,7 +96,8 @@ def read_rows(uri: str, missing: Sequence[str], notes: list[str]) -> list[dict[s
 
 def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
          session_column: str | None = None, modality: str | None = None,
-         missing: Sequence[str] = (), volumes: Mapping[str, np.ndarray] | None = None) -> People:
+         missing: Sequence[str] = (), volumes: Mapping[str, np.ndarray] | None = None,
+         several: bool = False) -> People:
     """People, or visits where a column of sessions is named, of both the table and the embeddings.
 
     Parameters
@@ -105,6 +107,7 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
     key : file of the pseudonym key that embed used
     missing : values that stand for nothing, such as -9
     volumes : ml of tissue by region [V] of scans, as volumes.read_volumes gives them
+    several : scans of all modalities together, for those who read them one by one (``scans``)
 
     Raises
     ------
@@ -118,7 +121,8 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
     for name in (id_column, session_column):
         if name and name not in rows[0]:
             raise ConfigError(f"{uri}: no column {name!r}; it has {', '.join(rows[0])}")
-    embeddings = one_modality(embeddings, modality)
+    if not several:
+        embeddings = one_modality(embeddings, modality)
     told = _by_key(rows, uri, id_column, session_column, notes)
     groups = _groups(embeddings, session_column is not None)
     names = _pseudonyms({person for person, _ in told}, set(embeddings["cohort"].to_pylist()), key)
@@ -137,6 +141,8 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
     order = sorted(met)
     values, scans = vectors(embeddings), embeddings.drop_columns(["embedding"]).to_pylist()
     first = [scans[met[each][0]] for each in order]
+    ids = np.empty(len(order), object)
+    ids[:] = [tuple(scans[number]["scan_id"] for number in met[each]) for each in order]
     columns = {name: np.array([told[each][name] for each in order])
                for name in rows[0] if name not in (id_column, session_column)}
     for name in _OF_SCANS:
@@ -152,7 +158,8 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
         columns=columns, notes=notes,
         volumes=_volumes([[scans[number]["scan_id"] for number in met[each]] for each in order],
                          volumes, notes),
-        sessions=np.array([session for _, session in order]) if session_column else None)
+        sessions=np.array([session for _, session in order]) if session_column else None,
+        scans=ids)
 
 
 def _why_none(told: Mapping[tuple[str, str], object], names: Mapping[str, list[str]],

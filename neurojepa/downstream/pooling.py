@@ -97,6 +97,21 @@ class Places:
             tokens.modality_B.tolist(), tokens.log_size_B(), strict=True)]
         return self._differences(tokens) - torch.stack(by_size)
 
+    def values(self, tokens: Tokens, b: int) -> tuple[Tensor, Tensor]:
+        """The tokens of scan b that are pooled, float32 [T, D], and how each differs from what is
+        expected of it [T, D]: the mean of these is the row of ``pool``.
+
+        Raises
+        ------
+        DataError
+            As ``pool``.
+        """
+        self._check(tokens)
+        used_N = self._used(tokens, b)
+        modality, patch_T = int(tokens.modality_B[b]), tokens.patch_BN[b, used_N]
+        z_TD, by_size = tokens.z_BND[b, used_N], self.lines[modality](tokens.log_size_B()[b])
+        return z_TD, (z_TD - self.sums[modality].mean(patch_T) - by_size).float()
+
     def pool_regions(self, tokens: Tokens, share_nR: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of parts of the brain, as ``pool`` makes them of the whole.
 
@@ -170,9 +185,14 @@ class Places:
 
     def _differing(self, tokens: Tokens, b: int) -> tuple[Tensor, Tensor]:
         """Patches [T] of scan b whose place is known, and what their tokens differ by [T, D]."""
-        patch_N, sums = tokens.patch_BN[b], self.sums[int(tokens.modality_B[b])]
-        used_N = tokens.brain_BN()[b] & (sums.scans_n[patch_N] >= LEAST_SCANS)
-        return patch_N[used_N], tokens.z_BND[b, used_N] - sums.mean(patch_N[used_N])
+        used_N, sums = self._used(tokens, b), self.sums[int(tokens.modality_B[b])]
+        patch_T = tokens.patch_BN[b, used_N]
+        return patch_T, tokens.z_BND[b, used_N] - sums.mean(patch_T)
+
+    def _used(self, tokens: Tokens, b: int) -> Tensor:
+        """Bool [N]: the tokens of scan b that are brain, at places that are known."""
+        scans_n = self.sums[int(tokens.modality_B[b])].scans_n
+        return tokens.brain_BN()[b] & (scans_n[tokens.patch_BN[b]] >= LEAST_SCANS)
 
     def variance(self) -> tuple[float, float, float]:
         """Variance of the tokens that were learnt from, as sums of squares: all of it, that between

@@ -2,6 +2,7 @@
 
     embedding                    repeated nested cross-validation by person and family
     embedding, nearest people    by k-NN in place of a linear model
+    embedding, attentive         by a head that attends to tokens (attending.py), where asked for
     embedding, adjusted          less what a line in the covariates to adjust for tells of it
     embedding, sites made alike  after ComBat, fitted on who teaches
     region volumes               of fluid, grey and white matter, where embed found them
@@ -16,6 +17,7 @@ Intervals resample families, then people within them.  Differences between rows 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,11 +37,15 @@ from neurojepa.downstream.study_checks import (
 from neurojepa.downstream.targets import Target, scorers, target_of
 from neurojepa.downstream.tested import complete, may_test
 
+if TYPE_CHECKING:
+    from neurojepa.downstream.attending import Tokens  # with torch
+
 WITH, WITHOUT, ALONE = "covariates and embedding", "covariates alone", "embedding"
 LEFT_OUT, SITE, SHUFFLED = "embedding, sites left out", "site alone", "labels shuffled"
 NEAREST, ALIKE, VOLUMES = ("embedding, nearest people", "embedding, sites made alike",
                            "region volumes")
-PAIRS = ((WITH, WITHOUT), (ALONE, VOLUMES))  # of rows, whose difference is told
+ATTENTIVE = "embedding, attentive"
+PAIRS = ((WITH, WITHOUT), (ALONE, VOLUMES), (ATTENTIVE, ALONE))  # of rows, whose difference is told
 CHANCE = {"auroc": 0.5, "rank_correlation": 0.0, "r2": 0.0}  # of the first score of each kind
 DROP = 0.1  # of the first score, from folds to sites left out, that is told
 
@@ -85,8 +91,12 @@ class Design:
         return tuple(dict.fromkeys([*self.adjust, "brain_ml", *([self.site] if self.site else [])]))
 
 
-def study(people: People, label: str, design: Design) -> Study:
+def study(people: People, label: str, design: Design, tokens: Tokens | None = None) -> Study:
     """Study one label.
+
+    Parameters
+    ----------
+    tokens : of the scans, for a row of an attentive readout
 
     Raises
     ------
@@ -103,6 +113,10 @@ def study(people: People, label: str, design: Design) -> Study:
     plan = plan_folds(target, people.family, design.folds, design.repeats).testing(tested)
     run = Runner(target, people, plan)
     rows = _rows(run, design)
+    if tokens is not None:
+        from neurojepa.downstream.attending import attentive, by_number
+
+        rows[ATTENTIVE] = run(by_number(people), attentive(tokens, people))
     told, told_alike, sites = None, None, 0
     if design.site:
         site = people.column(design.site)

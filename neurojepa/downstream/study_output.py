@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from neurojepa.downstream.labels import People
 from neurojepa.downstream.output import write_task
 from neurojepa.downstream.scoring import known
 from neurojepa.downstream.stats import holm
 from neurojepa.downstream.study import ALONE, Study
 from neurojepa.downstream.study_checks import calibration, corrected
 from neurojepa.downstream.study_page import methods, study_page
+from neurojepa.downstream.targets import Target, shares_text
+
+HEADER = ["participant_id", "label", "truth", "predicted", "corrected", "probability"]
 
 
 def write_studies(out: str, studies: Sequence[Study], record: dict[str, Any]) -> None:
@@ -35,9 +39,6 @@ def write_studies(out: str, studies: Sequence[Study], record: dict[str, Any]) ->
 def record_of(found: Study) -> dict[str, Any]:
     """One label of results.json."""
     target, predicted = found.target, found.rows[ALONE].predicted
-    whom = known(predicted)
-    curve = (calibration(target.truth[whom], predicted[whom].mean(1))
-             if target.kind == "binary" and whom.any() else [])
     told = {name: score.as_dict() if score else None for name, score in (
         ("told_from_embedding", found.site_told), ("told_after_combat", found.site_told_alike))}
     return {
@@ -48,8 +49,7 @@ def record_of(found: Study) -> dict[str, Any]:
         "scores": {name: {metric: value.as_dict() for metric, value in row.scores.items()}
                    for name, row in found.rows.items()},
         "gains": [gain.as_dict() for gain in found.gains],
-        "calibration": [{"predicted": mean, "observed": share, "people": number}
-                        for mean, share, number in curve],
+        "calibration": curve_of(target, predicted),
         "groups": [{"column": group.column, "group": group.name, "people": group.people,
                     "score": group.score.as_dict() if group.score else None}
                    for group in found.groups],
@@ -57,25 +57,36 @@ def record_of(found: Study) -> dict[str, Any]:
         "warnings": found.warnings, "notes": found.notes}
 
 
+def curve_of(target: Target, predicted: np.ndarray) -> list[dict[str, float]]:
+    """The calibration curve of two classes; empty for other labels."""
+    whom = known(predicted)
+    if target.kind != "binary" or not whom.any():
+        return []
+    return [{"predicted": mean, "observed": share, "people": number}
+            for mean, share, number in calibration(target.truth[whom], predicted[whom].mean(1))]
+
+
 def predictions_of(studies: Sequence[Study]) -> list[list[str]]:
-    """Rows of predictions.csv, with a header: mean over repeats, under the user's own ids.
+    """Rows of predictions.csv, with a header: mean over repeats, under the user's own ids."""
+    return [HEADER, *(line for found in studies for line in predictions_in(
+        found.target, found.people, found.rows[ALONE].predicted))]
+
+
+def predictions_in(target: Target, people: People, predicted: np.ndarray) -> list[list[str]]:
+    """Rows of predictions.csv of one label, of whom every repeat predicted.
 
     ``corrected`` is a number's prediction without its pull towards the mean (study_checks.py).
     """
-    lines = [["participant_id", "label", "truth", "predicted", "corrected", "probability"]]
-    for found in studies:
-        target, predicted = found.target, found.rows[ALONE].predicted
-        whom = np.flatnonzero(known(predicted))
-        mean = predicted[whom].mean(1)
-        if target.kind == "regression":
-            upright = corrected(target.truth[whom], mean, found.people.family[whom])
-            told = [[f"{truth:g}", f"{each:g}", "" if np.isnan(right) else f"{right:g}", ""]
-                    for truth, each, right in zip(target.truth[whom], mean, upright, strict=True)]
-        else:
-            shares = np.column_stack([1 - mean, mean]) if target.kind == "binary" else mean
-            told = [[target.classes[int(truth)], target.classes[int(each.argmax())], "", " ".join(
-                f"{name}={value:.4f}" for name, value in zip(target.classes, each, strict=True))]
+    whom = np.flatnonzero(known(predicted))
+    mean = predicted[whom].mean(1)
+    if target.kind == "regression":
+        upright = corrected(target.truth[whom], mean, people.family[whom])
+        told = [[f"{truth:g}", f"{each:g}", "" if np.isnan(right) else f"{right:g}", ""]
+                for truth, each, right in zip(target.truth[whom], mean, upright, strict=True)]
+    else:
+        shares = np.column_stack([1 - mean, mean]) if target.kind == "binary" else mean
+        told = [[target.classes[int(truth)], target.classes[int(each.argmax())], "",
+                 shares_text(target.classes, each)]
                 for truth, each in zip(target.truth[whom], shares, strict=True)]
-        lines += [[str(found.people.ids[number]), target.name, *row]
-                  for number, row in zip(whom, told, strict=True)]
-    return lines
+    return [[str(people.ids[number]), target.name, *row]
+            for number, row in zip(whom, told, strict=True)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from neurojepa.downstream.labels import People
 from neurojepa.downstream.output import (
     Figures,
     bootstrap,
@@ -17,9 +18,9 @@ from neurojepa.downstream.output import (
 )
 from neurojepa.downstream.scoring import known
 from neurojepa.downstream.stats import auroc
-from neurojepa.downstream.study import ALIKE, ALONE, VOLUMES, WITHOUT, Study
+from neurojepa.downstream.study import ALIKE, ALONE, ATTENTIVE, VOLUMES, WITHOUT, Study
 from neurojepa.downstream.study_checks import SHUFFLES, corrected, group_metric
-from neurojepa.downstream.targets import SENSITIVITY
+from neurojepa.downstream.targets import SENSITIVITY, Target
 from neurojepa.report import BLUE, GREY, grid, heading, page, paragraph, section, table, tiles
 
 NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "balanced_accuracy": "balanced accuracy",
@@ -64,7 +65,8 @@ def _label(found: Study, record: dict[str, Any], figures: Figures) -> str:
                                f"with a balanced accuracy of {found.site_told}{alike}. Chance is "
                                f"{1 / found.num_sites:.2f}."))
     lines += [paragraph(f"Left out: {'; '.join(found.notes)}.")] if found.notes else []
-    lines += [heading("Predictions"), grid(_figures(found, record, figures))]
+    lines += [heading("Predictions"), grid(prediction_figures(
+        target, found.people, found.rows[ALONE].predicted, record["calibration"], figures))]
     lines += _groups(found)
     kind = f"{target.classes[1]} against {target.classes[0]}" if target.kind == "binary" else (
         target.kind)
@@ -85,29 +87,30 @@ def _groups(found: Study) -> list[str]:
 
 # ---- figures -------------------------------------------------------------------------------------
 
-def _figures(found: Study, record: dict[str, Any], figures: Figures) -> list[str]:
-    target, predicted = found.target, found.rows[ALONE].predicted
+def prediction_figures(target: Target, people: People, predicted: np.ndarray,
+                       curve: Sequence[dict[str, float]], figures: Figures) -> list[str]:
+    """Predictions [n, R, ...] against the truth; of two classes their calibration curve, too."""
     whom = known(predicted)
     truth, mean = target.truth[whom], predicted[whom].mean(1)
-    people = found.rows[ALONE].scores[found.metric].num_people
+    number = len(set(people.participant[whom].tolist()))
     if target.kind == "regression":
-        upright = corrected(truth, mean, found.people.family[whom])
+        upright = corrected(truth, mean, people.family[whom])
         return [figures.show(
             f"{target.name} predicted", scatter(target.name, truth, mean),
-            f"Predicted against true {target.name}: a point is one of {people} people."),
+            f"Predicted against true {target.name}: a point is one of {number} people."),
             figures.show(
                 f"{target.name} gap", _gap(target.name, truth, mean, upright),
                 f"Predicted less true {target.name} against the truth: predictions are pulled "
                 "towards the mean (grey). A line fitted on the people of other families takes that "
                 "out (blue, the column corrected of predictions.csv); as it uses the truth, no "
                 "score here does.")]
-    parts = [figures.show(f"{target.name} roc", _roc(found, truth, mean), (
+    parts = [figures.show(f"{target.name} roc", _roc(target, truth, mean), (
         f"How often those of each class of {target.name} are told from all others, as the "
-        f"threshold moves: ROC curves of {people} people."))]
-    if record["calibration"]:
-        parts.append(figures.show(f"{target.name} calibration", _calibration(record), (
+        f"threshold moves: ROC curves of {number} people."))]
+    if curve:
+        parts.append(figures.show(f"{target.name} calibration", _calibration(curve), (
             f"How often people were {target.classes[1]}, by the probability that was predicted: "
-            f"calibration of {people} people in {len(record['calibration'])} bins of equal "
+            f"calibration of {number} people in {len(curve)} bins of equal "
             "number. On the line, probabilities can be taken at their word.")))
     return parts
 
@@ -122,8 +125,7 @@ def _gap(name: str, truth: np.ndarray, mean: np.ndarray, upright: np.ndarray) ->
     return plot
 
 
-def _roc(found: Study, truth: np.ndarray, mean: np.ndarray) -> Any:
-    target = found.target
+def _roc(target: Target, truth: np.ndarray, mean: np.ndarray) -> Any:
     plot, axis = new_plot()
     axis.plot([0, 1], [0, 1], color=GREY, zorder=0)
     each = {1: mean} if target.kind == "binary" else dict(enumerate(mean.T))
@@ -139,11 +141,11 @@ def _roc(found: Study, truth: np.ndarray, mean: np.ndarray) -> Any:
     return plot
 
 
-def _calibration(record: dict[str, Any]) -> Any:
+def _calibration(curve: Sequence[dict[str, float]]) -> Any:
     plot, axis = new_plot()
     axis.plot([0, 1], [0, 1], color=GREY, zorder=0)
-    axis.plot([each["predicted"] for each in record["calibration"]],
-              [each["observed"] for each in record["calibration"]], "o-", color=BLUE)
+    axis.plot([each["predicted"] for each in curve], [each["observed"] for each in curve], "o-",
+              color=BLUE)
     axis.set(xlabel="predicted probability", ylabel="share observed", xlim=(0, 1), ylim=(0, 1))
     return plot
 
@@ -174,4 +176,7 @@ def methods(studies: Sequence[Study], record: dict[str, Any]) -> str:
         + f"and so were labels shuffled among people, {SHUFFLES} times."
         + (" Sites were harmonised by ComBat (Johnson et al. 2007, Fortin et al. 2018), fitted "
            "within each fold on those who taught." if ALIKE in rows else "")
+        + (" An attentive readout pooled the tokens of a scan by learnt queries. It began at the "
+           "linear model; a fifth of those who taught chose its penalty and number of epochs."
+           if ATTENTIVE in rows else "")
         + f" {bootstrap()}" + several)

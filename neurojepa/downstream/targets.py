@@ -96,6 +96,11 @@ def _places(values: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
     return np.array([classes.index(value) for value in values.tolist()], dtype=float)
 
 
+def shares_text(classes: Sequence[str], shares: np.ndarray) -> str:
+    """Probabilities [K] of classes as a cell of a table."""
+    return " ".join(f"{name}={value:.4f}" for name, value in zip(classes, shares, strict=True))
+
+
 # ---- scores --------------------------------------------------------------------------------------
 
 def scorers(kind: Kind) -> dict[str, Metric]:

@@ -42,10 +42,12 @@ def blob(rng: np.random.Generator) -> np.ndarray:
 
 def write_feed(uri: str, num_samples: int = 24, seed: int = 0,
                modalities: tuple[str, ...] = ("T1w", "T2w"), per_session: int = 1,
-               unscanned: Sequence[int] = ()) -> str:
+               unscanned: Sequence[int] = (),
+               alter: Callable[[int, np.ndarray], np.ndarray] = lambda number, codes: codes) -> str:
     """Write a feed of ``num_samples`` scans (split train), of modalities in turn, in two shards.
 
-    The last layers along z of ``unscanned`` ones were not scanned.
+    The last layers along z of ``unscanned`` ones were not scanned.  ``alter`` makes of a scan's
+    number and codes what is stored.
     """
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
@@ -54,7 +56,7 @@ def write_feed(uri: str, num_samples: int = 24, seed: int = 0,
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
             for number in numbers:
-                codes = blob(rng)
+                codes = alter(number, blob(rng))
                 if number in unscanned:
                     codes[..., -6:] = FeedCode.NOT_SCANNED
                 data = encode_array(codes)

@@ -11,7 +11,7 @@ import yaml
 
 from neurojepa.config import dump_config
 from neurojepa.downstream.__main__ import main as downstream
-from neurojepa.downstream.api import Model, _seen
+from neurojepa.downstream.api import Model, seen_of
 from neurojepa.downstream.embed import Embeddings, embed, select_rows, views_of
 from neurojepa.downstream.probe import probe
 from neurojepa.downstream.table import read_embeddings
@@ -132,9 +132,9 @@ def test_who_was_in_the_pretraining_is_known_by_person_and_by_scan(trained: Path
 
 def test_who_taught_by_one_scan_is_seen_in_all_of_them() -> None:
     people, scans = ["p", "p", "q", "r"], ["p1", "p2", "q1", "r1"]
-    assert _seen({hashed("p2"), hashed("r")}, people, scans) == [True, True, False, True]
-    assert _seen(set(), people, scans) == [False] * 4
-    assert _seen(None, people, scans) == [None] * 4
+    assert seen_of({hashed("p2"), hashed("r")}, people, scans) == [True, True, False, True]
+    assert seen_of(set(), people, scans) == [False] * 4
+    assert seen_of(None, people, scans) == [None] * 4
 
 
 def test_the_probe_command_writes_scores_of_both_models(trained: Path) -> None:

@@ -1,0 +1,298 @@
+"""Fine-tune exported weights to a label: adapters in the encoder and a head, on a packed feed.
+
+    people with the label -> train, val, test by family, nobody tested who was seen in pretraining
+    -> the head as a linear probe -> epochs over train, until val gets no better -> the best epoch
+
+A person (or visit) is all scans that are there of the modalities that were asked for; see
+attentive.py.  Scans go through the encoder one by one, with all their brain, augmented as in
+pretraining.  What is drawn follows from seed, epoch and scan alone, and the state is written after
+each epoch in one piece, so that a killed run goes on to the same bits.  Over several ranks each one
+takes its part of every batch and gradients are summed: all have the same head, which is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neurojepa.config import RootConfig
+from neurojepa.downstream.attentive import Head, Scan, class_weights, cost
+from neurojepa.downstream.crossval import whole_families
+from neurojepa.downstream.embed import with_all_brain, without_augmentation
+from neurojepa.downstream.finetuned import outputs_of
+from neurojepa.downstream.lora import adapt, merge
+from neurojepa.downstream.pooling import Places, Tokens
+from neurojepa.downstream.targets import Target
+from neurojepa.errors import ConfigError, DataError
+from neurojepa.feed.format import MODALITIES, Feed
+from neurojepa.feed.loader import Batch, SampleReader
+from neurojepa.model.averaged import Averaged
+from neurojepa.model.moe import MoE
+from neurojepa.objective.views import make_views, patch_numbers
+from neurojepa.storage import join, read_if_there, sha256, write_bytes
+from neurojepa.train.world import World
+
+EPOCHS = 20
+PATIENCE = 5  # epochs without a better loss on val
+BATCH = 8  # people of a step, over all ranks
+RATE = 1e-3
+DECAY = 0.01
+CLIP = 1.0
+RANK = 8  # of adapters
+SEED = 0
+FOLDS = 5  # a fifth is tested, and a fifth of the others says when to stop
+STATE = "state/finetune.safetensors"
+LOOK = "look for damaged scans: python -m data_prep verify FEED"
+
+
+def split_people(target: Target, family: np.ndarray, may: np.ndarray) -> np.ndarray:
+    """Str [n]: who is of train, val and test; families are whole, and only ``may`` are tested.
+
+    A fifth is tested, or all who may be where these are fewer.
+
+    Raises
+    ------
+    DataError
+        Too few people or families, or a class would be missing from a part.
+    """
+    everyone = len(set(family.tolist()))
+    if everyone < 2 * FOLDS:
+        raise DataError(f"label {target.name!r}: known for {everyone} people or families, "
+                        f"fine-tuning needs {2 * FOLDS}")
+    parts = np.full(len(family), "train", dtype="<U5")
+    pool = np.flatnonzero(~np.isin(family, family[~may]))
+    folds = round(len(set(family[pool].tolist())) * FOLDS / everyone)
+    parts[_first_fold(target, family, pool, folds)] = "test"
+    parts[_first_fold(target, family, np.flatnonzero(parts == "train"), FOLDS)] = "val"
+    for part in ("train", "val", "test"):
+        there = target.truth[parts == part]
+        missing = [name for k, name in enumerate(target.classes) if k not in there]
+        if missing or len(there) < 2:
+            raise DataError(
+                f"label {target.name!r}: of {len(there)} people of part {part} "
+                + (f"none is {missing[0]!r}" if missing else "nothing can be told")
+                + "; bring more people" + (" who were not seen in the pretraining of the weights, "
+                "or add --allow-seen" if not may.all() else ""))
+    return parts
+
+
+def _first_fold(target: Target, family: np.ndarray, pool: np.ndarray, folds: int) -> np.ndarray:
+    if folds < 2:
+        return pool
+    return pool[next(whole_families(target.kind, target.truth[pool], family[pool], folds, SEED))[1]]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Who is fine-tuned on: n people, or visits."""
+
+    truth: np.ndarray  # float64 [n]: numbers scaled by those of train, or the place of the class
+    units: Sequence[Sequence[int]]  # the rows of the feed of each one's scans
+    parts: np.ndarray  # str [n]
+
+    def of(self, part: str) -> np.ndarray:
+        """Indices of a part."""
+        return np.flatnonzero(self.parts == part)
+
+
+class Trainer:
+    """Adapters and a head, and how they learn; ``head`` is a probe already (attentive.begin).
+
+    Parameters
+    ----------
+    settings : what a run must have in common with the state that it goes on from
+    """
+
+    def __init__(self, model: Averaged, config: RootConfig, feed: Feed, places: Places, head: Head,
+                 target: Target, cohort: Cohort, world: World, *, epochs: int,
+                 settings: dict[str, Any]) -> None:
+        self.model, self.feed, self.places, self.head = model, feed, places, head
+        self.target, self.cohort, self.world, self.epochs = target, cohort, world, epochs
+        self.weights = class_weights(target.kind, cohort.truth[cohort.of("train")])
+        self.plain = config
+        still = without_augmentation(config)
+        self.config = still.model_copy(update={"objective": still.objective.model_copy(
+            update={"augment": config.objective.augment})})
+        self.reader, self.device = SampleReader(feed), next(head.parameters()).device
+        self.named = dict([*((f"encoder.{name}", each) for name, each
+                             in adapt(model.target, RANK, SEED)),
+                           *((f"head.{name}", each) for name, each in head.named_parameters())])
+        self.adam = torch.optim.AdamW(self.named.values(), lr=RATE, weight_decay=DECAY)
+        self.history: list[dict[str, float]] = []  # of each epoch; the first is the probe
+        self.best = self._copied()
+        self.settings = {**settings, "epochs": epochs, "batch": BATCH, "rate": RATE, "rank": RANK}
+
+    @property
+    def best_epoch(self) -> int:
+        """0 is the probe, before anything was fine-tuned."""
+        return int(np.argmin([each["val"] for each in self.history]))
+
+    def finished(self) -> bool:
+        """Whether all epochs are done, or val got no better for a while."""
+        done = len(self.history) - 1
+        return done >= self.epochs or done - self.best_epoch >= PATIENCE
+
+    def fit(self, out: str) -> None:
+        """Train to the end, from the state in ``out`` where there is one; the best epoch stays.
+
+        Raises
+        ------
+        ConfigError
+            The state is of a run with other settings.
+        DataError
+            A loss is no number, or a scan cannot be read.
+        """
+        self._resume(join(out, STATE))
+        if not self.history:
+            self.history.append({"val": self._validate()})
+            self._store(join(out, STATE))
+        while not self.finished():
+            loss = self._epoch(len(self.history))
+            self.history.append({"train": loss, "val": self._validate()})
+            if self.best_epoch == len(self.history) - 1:
+                self.best = self._copied()
+            self._store(join(out, STATE))
+            if self.world.rank == 0:
+                print(f"epoch {len(self.history) - 1}: loss {loss:.4f}, of val "
+                      f"{self.history[-1]['val']:.4f} (probe {self.history[0]['val']:.4f})",
+                      flush=True)
+        with torch.no_grad():
+            for name, each in self.named.items():
+                each.copy_(self.best[name])
+        merge(self.model.target)
+        for layer in self.model.target.modules():
+            if isinstance(layer, MoE):
+                layer.load.zero_()  # what was counted in training, here since the last start
+
+    # ---- an epoch --------------------------------------------------------------------------------
+
+    def _epoch(self, number: int) -> float:
+        """One pass over train; returns the mean loss."""
+        train = self.cohort.of("train")
+        order = np.random.default_rng([SEED, number]).permutation(train)
+        steps, total = math.ceil(len(train) / BATCH), 0.0
+        for step in range(steps):
+            at = (number - 1) * steps + step
+            warm = min(1.0, (at + 1) / steps)
+            rate = RATE * warm * 0.5 * (1 + math.cos(math.pi * at / (self.epochs * steps)))
+            total += self._step(order[step * BATCH:(step + 1) * BATCH], number, rate)
+        return total / len(train)
+
+    def _step(self, batch: np.ndarray, epoch: int, rate: float) -> float:
+        """One step on the people of a batch, over all ranks; returns the sum of their losses."""
+        mine = batch[self.world.rank::self.world.size]
+        total = torch.zeros((), device=self.device)
+        with ThreadPoolExecutor(4) as pool:
+            rows = [row for k in mine for row in self.cohort.units[k]]
+            images = dict(zip(rows, pool.map(self.reader.image, rows), strict=True))
+        for k in mine:
+            scans = [self._scan(images[row], row, epoch) for row in self.cohort.units[k]]
+            loss = cost(self.target.kind, self.head(scans)[None],
+                        torch.from_numpy(self.cohort.truth[[k]]), self.weights)
+            (loss / len(batch)).backward()
+            total += loss.detach()
+        gradient = self.world.sum_(torch.cat([
+            total[None], *(torch.zeros_like(each).flatten() if each.grad is None
+                           else each.grad.flatten() for each in self.named.values())]))
+        if not torch.isfinite(gradient).all():
+            raise DataError(f"{self.feed.uri}: the loss of a step of epoch {epoch} is no number; "
+                            + LOOK)
+        gradient[1:] *= (CLIP / (gradient[1:].norm() + 1e-6)).clamp(max=1)
+        parts = gradient[1:].split([each.numel() for each in self.named.values()])
+        for each, part in zip(self.named.values(), parts, strict=True):
+            each.grad = part.view_as(each)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self.adam.zero_grad()
+        return float(gradient[0])
+
+    def _scan(self, image: np.ndarray, row: int, epoch: int) -> Scan:
+        """A scan's tokens with their gradient, augmented by draws of its own in each epoch."""
+        modality = MODALITIES.index(self.reader.value("modality", row))
+        batch = Batch(
+            voxels=torch.from_numpy(image)[None], modality=torch.tensor([modality]),
+            position=torch.tensor([epoch * self.feed.index.num_rows + row]),
+            weight=torch.ones(1), scan_ids=[self.reader.value("scan_id", row)]).to(self.device)
+        views = make_views(batch, with_all_brain(self.config, batch.voxels), self.feed.grid, SEED)
+        z_BND = self.model.target(views.tokens_BNP, views.coords_BN3, views.valid_BN,
+                                  views.all_scanned).float()
+        patch_BN = patch_numbers(views.coords_BN3, self.feed.grid, self.config.model.patch_voxels)
+        tokens = Tokens(F.layer_norm(z_BND, z_BND.shape[-1:]), patch_BN, views.foreground_BN,
+                        views.modality_B)
+        return Scan(*self.places.values(tokens, 0), modality)
+
+    def _validate(self) -> float:
+        """Mean loss of val, without augmentation."""
+        val = self.cohort.of("val")
+        mine, total = val[self.world.rank::self.world.size], torch.zeros((), dtype=torch.float64)
+        if len(mine):
+            outputs = outputs_of(self.model, self.plain, self.feed,
+                                 [self.cohort.units[k] for k in mine], self.places, self.head)
+            total += cost(self.target.kind, torch.from_numpy(outputs),
+                          torch.from_numpy(self.cohort.truth[mine]), self.weights)
+        found = float(self.world.sum_(total.to(self.device))) / len(val)
+        if not math.isfinite(found):
+            raise DataError(f"{self.feed.uri}: the loss of val is no number; {LOOK}")
+        return found
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: each.detach().clone() for name, each in self.named.items()}
+
+    def _store(self, uri: str) -> None:
+        """Write the last and the best state in one piece; ranks whose heads differ are an error."""
+        from safetensors.torch import save
+
+        tensors = {f"last.{name}": each.detach() for name, each in self.named.items()}
+        tensors |= {f"best.{name}": each for name, each in self.best.items()}
+        for name, each in self.named.items():
+            tensors |= {f"adam.{name}.{key}": value
+                        for key, value in self.adam.state.get(each, {}).items()}
+        record = {"settings": self.settings, "history": self.history}
+        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+                    {"record": json.dumps(record)})
+        self.world.settle(sha256(data), _same)
+        if self.world.rank == 0:
+            write_bytes(uri, data)
+
+    def _resume(self, uri: str) -> None:
+        from safetensors.torch import load
+
+        if (data := read_if_there(uri)) is None:
+            return
+        length = int.from_bytes(data[:8], "little")  # of safetensors' header, which is JSON
+        record = json.loads(json.loads(data[8:8 + length])["__metadata__"]["record"])
+        for name, now in self.settings.items():
+            if (then := record["settings"].get(name)) != now:
+                raise ConfigError(f"{uri}: is the state of a fine-tuning with {name} {then}, now "
+                                  f"it is {now}; choose another --out, or give what was given then")
+        tensors = load(data)
+        with torch.no_grad():
+            for name, each in self.named.items():
+                each.copy_(tensors[f"last.{name}"])
+                self.best[name] = tensors[f"best.{name}"].to(self.device)
+                state = {key.removeprefix(f"adam.{name}."): value for key, value in tensors.items()
+                         if key.startswith(f"adam.{name}.")}
+                if state:
+                    self.adam.state[each] = {key: value if key == "step" else value.to(self.device)
+                                             for key, value in state.items()}
+        self.history = record["history"]
+        if self.world.rank == 0:
+            print(f"goes on after epoch {len(self.history) - 1}", flush=True)
+
+
+def _same(hashes: list[str]) -> None:
+    if len(set(hashes)) > 1:
+        raise DataError(f"the heads of {len(hashes)} ranks differ after an epoch; are the ranks on "
+                        "unlike processors or versions of torch?")

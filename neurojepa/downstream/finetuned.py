@@ -1,0 +1,145 @@
+"""A fine-tuned model: exported weights with the encoder changed, and the head beside them.
+
+    model.safetensors, pooling.safetensors, seen.json, config.json    as neurojepa.weights has them
+    head.safetensors                                                  attentive.Head
+
+So it loads, and embeds, like other weights; ``neurojepa.load(M).predict(scans)`` reads the head,
+too.  seen.json knows the people who taught the label, beside those of the pretraining.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from neurojepa.config import RootConfig
+from neurojepa.downstream.attentive import Head, Scan, told
+from neurojepa.downstream.embed import tokens_of
+from neurojepa.downstream.pooling import Places
+from neurojepa.downstream.targets import Kind
+from neurojepa.errors import ConfigError, DataError
+from neurojepa.feed.format import MODALITIES, Feed
+from neurojepa.model.averaged import Averaged
+from neurojepa.storage import join, read_bytes, sha256, write_bytes
+from neurojepa.weights import Weights, hashed
+
+HEAD = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a head tells, and in which unit."""
+
+    label: str
+    kind: Kind
+    classes: tuple[str, ...]  # binary: negative, positive
+    weights: tuple[float, ...]  # of classes, while it was trained
+    mean: float  # of numbers who taught
+    sd: float
+    by_session: bool  # of a visit, or of a person
+
+    def predictions(self, outputs_nK: np.ndarray) -> np.ndarray:
+        """Numbers [n], the probability of the positive class [n], or those of all [n, K]."""
+        found = told(self.kind, outputs_nK, self.weights)
+        return self.mean + self.sd * found if self.kind == "regression" else found
+
+
+@torch.no_grad()
+def outputs_of(model: Averaged, config: RootConfig, feed: Feed, units: Sequence[Sequence[int]],
+               places: Places, head: Head) -> np.ndarray:
+    """Float64 [n, K], what a head makes of n people or visits, each of these rows of the feed."""
+    rows = np.array([row for unit in units for row in unit], dtype=int)
+    scans = scans_of(model, config, feed, rows, places)
+    return np.stack([head([next(scans) for _ in unit]).double().cpu().numpy() for unit in units])
+
+
+def scans_of(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
+             places: Places) -> Iterator[Scan]:
+    """The tokens of each scan that are pooled, one scan after the other."""
+    for tokens in tokens_of(model, config, feed, rows):
+        yield Scan(*places.values(tokens, 0), int(tokens.modality_B[0]))
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+def write_finetuned(out: str, weights: Weights, source: str, places: Places, head: Head,
+                    task: Task, taught: Sequence[str], record: dict[str, Any]) -> None:
+    """Write a model whose adapters were merged.
+
+    Parameters
+    ----------
+    source : the weights that fine-tuning began at
+    taught : pseudonyms and scan ids of who taught
+    record : of the fine-tuning, for config.json
+    """
+    from safetensors.torch import save
+
+    model = {name: tensor.contiguous().cpu()
+             for name, tensor in weights.model.state_dict().items()}
+    began = json.loads(read_bytes(join(source, "config.json")))
+    parts = {"pooling": ("pooling.safetensors", save(places.to(torch.device("cpu")).tensors())),
+             "head": (HEAD, save({name: tensor.cpu() for name, tensor
+                                  in head.state_dict().items()}))}
+    if weights.seen is not None:
+        parts["seen"] = ("seen.json", json.dumps(
+            sorted(weights.seen | {hashed(name) for name in taught})).encode())
+    data = save(model)
+    config = {**began, "sha256": sha256(data), "finetuned": {
+        **record, **vars(task), "modalities": [MODALITIES[m] for m in head.modalities]}}
+    write_bytes(join(out, "model.safetensors"), data)
+    for name, (file, content) in parts.items():
+        write_bytes(join(out, file), content)
+        config[name] = {**began.get(name, {}), "sha256": sha256(content)}
+    write_bytes(join(out, "README.md"), _card(config["finetuned"]).encode())
+    write_bytes(join(out, "config.json"), json.dumps(config, indent=1).encode())
+
+
+def read_head(uri: str, weights: Weights) -> tuple[Head, Task]:
+    """The head of a fine-tuned model.
+
+    Raises
+    ------
+    ConfigError
+        These weights were not fine-tuned.
+    DataError
+        The head is missing or damaged.
+    """
+    from safetensors.torch import load
+
+    record = json.loads(read_bytes(join(uri, "config.json")))
+    if "finetuned" not in record:
+        raise ConfigError(f"{uri}: these weights were not fine-tuned, so they tell no label; make "
+                          "such with: neurojepa finetune fit FEED --weights W --labels TABLE "
+                          "--label COLUMN --out M")
+    data, about = read_bytes(join(uri, HEAD)), record["finetuned"]
+    if sha256(data) != record["head"]["sha256"]:
+        raise DataError(f"{join(uri, HEAD)}: does not match the sha256 in config.json; fine-tune "
+                        "again")
+    tensors = load(data)
+    _, dim, outputs = tensors["weight"].shape
+    head = Head([MODALITIES.index(name) for name in about["modalities"]], dim,
+                len(tensors["query"]), outputs)
+    head.load_state_dict(tensors, strict=True)
+    device = next(weights.model.parameters()).device
+    task = Task(**{name: tuple(about[name]) if isinstance(about[name], list) else about[name]
+                   for name in Task.__annotations__})
+    return head.to(device).requires_grad_(False), task
+
+
+def _card(about: dict[str, Any]) -> str:
+    what = f" ({', '.join(about['classes'])})" if about["classes"] else ""
+    return f"""# neurojepa weights, fine-tuned
+
+- tells {about['label']}{what} of {'a visit' if about['by_session'] else 'a person'} from
+  {', '.join(about['modalities'])} scans, some of which may be missing
+- fine-tuned from {about['weights_from']} on {about['people']['train']} people, stopped by
+  {about['people']['val']}, tested on {about['people']['test']}: evaluation/report.html
+- use: `neurojepa finetune apply M SCANS --out O`, in Python `neurojepa.load(M).predict(FILES)`
+- evaluation/predictions.csv holds your own ids: leave it out when you hand the model on
+- not a medical device; check on your own scanners and people before drawing conclusions
+"""
