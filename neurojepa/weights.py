@@ -1,12 +1,14 @@
 """Export a run's weights for use, load them, check the checkpoints they come from.
 
     python -m neurojepa.weights export RUN --out DIR [--step N] [--feed FEED]
+    python -m neurojepa.weights card DIR [--results FILE] [--licence NAME] [--about FILE]
     python -m neurojepa.weights verify RUN
 
 DIR gets model.safetensors (fp32: encoder, its EMA ``target``, predictor, code, router biases),
 pooling.safetensors (what embeddings compare tokens with, from split train of the run's feed),
 seen.json (hashes of the people and scans of that split, so that nobody is tested who taught),
-README.md (the model card) and, last, config.json (resolved config, grid, step, feed).
+README.md (the model card, model_card.py) and, last, config.json (resolved config without paths,
+grid, step, feed, hashes of the files).  ``card`` completes the model card.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +28,12 @@ from neurojepa.config import RootConfig, validate
 from neurojepa.downstream.pooling import Places
 from neurojepa.errors import CheckpointError, ConfigError, DataError, run_command
 from neurojepa.feed.format import Feed, Grid, grid_from_record, open_feed
-from neurojepa.methods import METHODS
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.build import build_model
-from neurojepa.storage import join, read_bytes, sha256, write_bytes
+from neurojepa.model_card import card, complete_card, describe_feed
+from neurojepa.storage import exists, join, read_bytes, sha256, write_bytes
+
+SHIPPED = Path(__file__).parent / "pretrained"  # weights that come with the package, by name
 
 
 @dataclass(frozen=True)
@@ -80,16 +85,20 @@ def export(run_dir: str, out: str, step: int | None = None, compare_with: Feed |
     data = save({name: tensor.clone() for name, tensor in tensors.items()})
     record = {"step": step, "grid": checkpoint.manifest["grid"],
               "feed": checkpoint.manifest["feed"], "config": checkpoint.manifest["config"],
-              "sha256": sha256(data)}
+              "sha256": sha256(data),
+              "parameters": sum(tensor.numel() for name, tensor in tensors.items()
+                                if name.startswith("encoder."))}
     config = validate(record["config"], where=run_dir)
+    # places on the machine that trained are nobody's concern
+    record["config"]["data"]["feed"], record["config"]["run"]["dir"] = record["feed"], "run"
     write_bytes(join(out, "model.safetensors"), data)
     if compare_with is not None:
         record["seen"] = _write_seen(out, compare_with)
+        record["data"] = describe_feed(compare_with)
     if compare_with is not None and config.objective.method != "cnn":  # which has no tokens
         record["pooling"] = _write_pooling(out, config, grid_from_record(record["grid"]),
                                            tensors, compare_with)
-    about = METHODS[config.objective.method].describe(config.objective)
-    write_bytes(join(out, "README.md"), _card(record, about, tensors).encode())
+    write_bytes(join(out, "README.md"), card(record).encode())
     write_bytes(join(out, "config.json"), json.dumps(record, indent=1).encode())
     return step
 
@@ -164,6 +173,11 @@ def verify(run_dir: str) -> int:
 def load(uri: str) -> Weights:
     """Load exported weights; every tensor must be there and fit.
 
+    Parameters
+    ----------
+    uri : a folder here or on any store that fsspec knows (s3://..., hf://PEOPLE/NAME), or the name
+        of weights that come with the package, such as synthetic-tiny
+
     Raises
     ------
     DataError
@@ -171,11 +185,13 @@ def load(uri: str) -> Weights:
     """
     from safetensors.torch import load as load_tensors
 
+    uri = _place(uri)
     try:
         record = json.loads(read_bytes(join(uri, "config.json")))
     except (DataError, ValueError) as error:
         raise DataError(f"{uri}: no exported weights here ({error}); make them with: "
-                        "python -m neurojepa.weights export RUN --out DIR") from error
+                        "python -m neurojepa.weights export RUN --out DIR, or take those that come "
+                        f"with the package: {', '.join(shipped())}") from error
     data = read_bytes(join(uri, "model.safetensors"))
     if sha256(data) != record["sha256"]:
         raise DataError(f"{join(uri, 'model.safetensors')}: does not match the sha256 in "
@@ -195,6 +211,18 @@ def load(uri: str) -> Weights:
                    record["feed"], frozenset(json.loads(seen)) if seen else None)
 
 
+def shipped() -> list[str]:
+    """Names of the weights that come with the package."""
+    return sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir())
+
+
+def _place(uri: str) -> str:
+    """Where weights lie; a folder of that name counts before those that are shipped."""
+    if uri in shipped() and not exists(join(uri, "config.json")):
+        return str(SHIPPED / uri)
+    return uri
+
+
 def _companion(uri: str, record: dict[str, Any], name: str, file: str) -> bytes | None:
     """A file beside the weights, or None where they were exported without."""
     if name not in record:
@@ -209,33 +237,6 @@ def _companion(uri: str, record: dict[str, Any], name: str, file: str) -> bytes 
 def untrained(config: RootConfig, grid: Grid) -> Weights:
     """The same architecture at its random initialisation (seeded by train.seed)."""
     return Weights(build_model(config, grid).eval(), config, grid, 0, seen=frozenset())
-
-
-def _card(record: dict[str, Any], method: str, tensors: dict[str, torch.Tensor]) -> str:
-    config, grid = record["config"], record["grid"]
-    encoder = sum(t.numel() for name, t in tensors.items() if name.startswith("encoder."))
-    return f"""# neurojepa weights
-
-- encoder: {config['model']['size']}, {encoder:,} parameters, patch
-  {config['model']['patch_voxels']}
-  voxels of {grid['spacing_mm']} mm, grid {' x '.join(map(str, grid['shape']))} centred at MNI
-  {tuple(grid['centre_mm'])} mm, axes x y z in RAS
-- trained for {record['step']} steps of {config['train']['global_batch']} scans; feed
-  {record['feed']}; {method}
-- use: `neurojepa embed SCANS --weights DIR --out OUT`, in Python `neurojepa.load(DIR).embed(FILE)`
-- an embedding says how the target encoder's tokens differ from what is usual at the same places,
-  adjusted for head size; {_pooling_line(record)}
-- people and scans of split train stand in seen.json as hashes; `neurojepa probe` does not test them
-- not a medical device; check on your own scanners and people before drawing conclusions
-"""
-
-
-def _pooling_line(record: dict[str, Any]) -> str:
-    if "pooling" not in record:
-        return "usual is what split train of the embedded feed has"
-    scans = record["pooling"]["scans"]
-    return ("usual is what these scans of split train have: "
-            + ", ".join(f"{number} {name}" for name, number in sorted(scans.items())))
 
 
 def _feed_of(run_dir: str, given: str | None) -> Feed | None:
@@ -266,11 +267,22 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--step", type=int, help="a committed step; default: the latest")
     command.add_argument("--feed", help="whose split train embeddings are compared with; default: "
                          "the run's")
+    command = commands.add_parser("card", help="complete the model card of exported weights")
+    command.add_argument("weights", metavar="DIR", help="that export wrote (path or URI)")
+    command.add_argument("--results", metavar="FILE", help="results.json of probe --feed with "
+                         "these weights")
+    command.add_argument("--licence", metavar="NAME", help="such as apache-2.0")
+    command.add_argument("--about", metavar="FILE", help="text of your own, which comes first")
     command = commands.add_parser("verify", help="check a run's checkpoints; exit 1 if damaged")
     command.add_argument("run", help="run directory (path or URI)")
     arguments = parser.parse_args(argv)
     if arguments.command == "verify":
         return verify(arguments.run)
+    if arguments.command == "card":
+        complete_card(arguments.weights, results=arguments.results, licence=arguments.licence,
+                      about=arguments.about)
+        print(f"read {join(arguments.weights, 'README.md')}")
+        return 0
     step = export(arguments.run, arguments.out, arguments.step,
                   _feed_of(arguments.run, arguments.feed))
     print(f"exported step {step} of {arguments.run} to {arguments.out}")

@@ -1,6 +1,8 @@
 """Export, embedding and probes: what is loaded is what was trained, and leaks are refused."""
 
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +96,19 @@ def test_all_brain_is_seen_whatever_the_budget_of_training(trained: Path) -> Non
            for views in views_of(weights.model, weights.config, feed, rows, batch_size=8)
            for b in range(8)]
     assert min(np.array(cut) / brain) < 0.95  # as training sees them
+
+
+def test_the_card_of_an_export_counts_its_data_and_tells_no_paths(trained: Path) -> None:
+    text = (trained / "weights" / "README.md").read_text()
+    index = open_feed(str(trained / "feed")).index
+    for split in ("train", "test"):
+        rows = index.filter(np.array(index["split"].to_pylist()) == split)
+        people = len(set(rows["participant"].to_pylist()))
+        assert f"| {split} | {people} | " in text
+        for name, number in Counter(rows["modality"].to_pylist()).items():
+            assert re.search(rf"\| {split} \| .*\b{number} {name}\b", text)
+    assert "## Limits" in text and "## Licence" in text
+    assert str(trained) not in text + (trained / "weights" / "config.json").read_text()
 
 
 def test_weights_without_pooling_open_and_are_compared_with_the_feed(trained: Path,
