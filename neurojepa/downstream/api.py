@@ -210,6 +210,7 @@ class Model:
                         volumes.volumes_csv(feed, *measured, where))
 
     def check_grid(self, feed: Feed) -> None:
+        """Raise ConfigError where a feed is packed at another grid than the weights know."""
         grid = self.weights.grid
         if not np.array_equal(grid.affine, feed.grid.affine) or grid.shape != feed.grid.shape:
             raise ConfigError(f"--feed {feed.uri} is packed at grid {feed.grid.name}, the weights "

@@ -77,8 +77,6 @@ def run_explain(arguments: argparse.Namespace) -> int:
     write_task(arguments.out, "explain/1", {
         "embeddings": arguments.embeddings, "labels": arguments.labels, "modality": modality,
         "weights": arguments.weights, "feed": feed.fingerprint, "maps": paths,
-        "grid": {"spacing_mm": feed.grid.spacing_mm,
-                 "origin_mm": feed.grid.affine[:3, 3].tolist()},
         "notes": notes, **pages.record_of(found)}, methods=partial(pages.methods, found),
-        page=partial(pages.explain_page, found), predictions=pages.predictions_of(found))
+        page=partial(pages.explain_page, found, feed.grid), predictions=pages.predictions_of(found))
     return 0

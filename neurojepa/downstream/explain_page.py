@@ -9,15 +9,16 @@ import numpy as np
 
 from neurojepa.downstream.explain import CHECKED, Explained, OfScan
 from neurojepa.downstream.output import Figures, how_done
+from neurojepa.downstream.planes import planes
 from neurojepa.downstream.saliency import STEPS
-from neurojepa.report import grid, page, paragraph, section, table, tiles
+from neurojepa.feed.format import Grid
+from neurojepa.report import page, paragraph, section, table, tiles
 
 SHOWN = 12  # scans with a figure
 SMOOTH_MM = 3.0  # sd, of the figures alone
-PLANES = (("sagittal", "P", "A"), ("coronal", "L", "R"), ("axial", "L", "R"))  # left, right edge
 
 
-def explain_page(found: Explained, record: dict[str, Any], figures: Figures) -> str:
+def explain_page(found: Explained, grid: Grid, record: dict[str, Any], figures: Figures) -> str:
     """results.json's content as a page that needs no network."""
     lead = (f"{len(found.scans)} scans, weights {record['weights']}; scores in "
             f"{found.unit}, read by a linear model of {record['embeddings']}")
@@ -32,9 +33,9 @@ def explain_page(found: Explained, record: dict[str, Any], figures: Figures) -> 
         f"What each voxel adds to the score, in {found.unit}: orange raises it, blue lowers it, "
         "against the usual scan. Planes through the place that adds most, smoothed by "
         f"{SMOOTH_MM:g} mm; L is the person's left and R the right, A is the front. The files hold "
-        "the values as they are."), grid([
-            figures.show(f"scan {number + 1}", _figure(each, record["grid"]), _caption(
-                each, found.unit)) for number, each in enumerate(found.scans[:SHOWN])])))
+        "the values as they are."), *(
+            figures.show(f"scan {number + 1}", _figure(each, grid), _caption(
+                each, found.unit)) for number, each in enumerate(found.scans[:SHOWN]))))
     if len(found.scans) > SHOWN:
         parts.append(paragraph(f"Maps of the first {SHOWN} of {len(found.scans)} scans are shown; "
                                "all are in the folder."))
@@ -48,40 +49,11 @@ def _caption(each: OfScan, unit: str) -> str:
             f"{each.score:.2f}, of the usual scan {each.usual:.2f} ({unit}).")
 
 
-def _figure(each: OfScan, about: dict[str, Any]) -> Any:
-    """Three planes through the place of the largest effect."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def _figure(each: OfScan, grid: Grid) -> Any:
     from scipy.ndimage import gaussian_filter
 
-    spacing = about["spacing_mm"]
-    effect = gaussian_filter(each.map, SMOOTH_MM / spacing)
-    place = np.unravel_index(np.abs(effect).argmax(), effect.shape)
-    limit = float(np.abs(effect).max()) or 1.0
-    scan = np.where(each.codes == 255, 0, each.codes).astype(float)
-    plot, axes = plt.subplots(1, 3, figsize=(7.2, 2.9), layout="constrained")
-    for axis, (number, (name, low, high)) in zip(axes, enumerate(PLANES), strict=True):
-        back, front = (np.take(volume, place[number], number).T for volume in (scan, effect))
-        axis.imshow(back, cmap="gray", origin="lower", vmin=0, vmax=254)
-        shown = axis.imshow(front, cmap=_colours(), origin="lower", vmin=-limit, vmax=limit,
-                            alpha=np.clip(np.abs(front) / (0.5 * limit), 0, 0.85))
-        mm = about["origin_mm"][number] + spacing * place[number]
-        axis.set_title(f"{name}, {'xyz'[number]} = {mm:.0f} mm", fontsize=9)
-        axis.set_axis_off()
-        for x, letter in ((0.02, low), (0.98, high)):
-            axis.text(x, 0.5, letter, color="white", fontsize=11, fontweight="bold",
-                      ha="left" if x < 0.5 else "right", va="center", transform=axis.transAxes)
-    plot.colorbar(shown, ax=axes, shrink=0.7, format="%.2g")
-    return plot
-
-
-def _colours() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("effect", ["#56b4e9", "#0072b2", "#202020", "#d55e00",
-                                                        "#ffb000"])
+    return planes(each.codes, gaussian_filter(each.map, SMOOTH_MM / grid.spacing_mm),
+                  grid)
 
 
 def _scans(found: Explained, record: dict[str, Any]) -> str:
@@ -116,10 +88,10 @@ def _checks(found: Explained) -> str:
     rows = [[each.who.participant, each.part, f"{each.rank:.2f}", f"{each.rank_of_size:.2f}"]
             for each in found.checks]
     return paragraph(
-        f"Maps of the first {CHECKED} scans, made again with the encoder's weights drawn anew, "
-        "from the last block to the first (Adebayo et al. 2018). A map of the model changes: the "
-        "rank correlation with its values falls to about 0. That of absolute values stays above "
-        "it, since any weights have large effects where the scan is unusual.") + table(
+        f"Maps of the first scans ({CHECKED} at most), made again with the encoder's weights drawn "
+        "anew, from the last block to the first (Adebayo et al. 2018). A map of the model changes: "
+        "the rank correlation with its values falls to about 0. That of absolute values stays "
+        "above it, since any weights have large effects where the scan is unusual.") + table(
         ["participant", "drawn anew", "rank correlation", "of absolute values"], rows)
 
 
@@ -153,6 +125,7 @@ def methods(found: Explained, record: dict[str, Any]) -> str:
     """A paragraph for the methods section."""
     model = ("L2-penalised logistic regression" if found.target.kind == "binary"
              else "ridge regression")
+    checked = len({each.who.scan_id for each in found.checks})
     return (
         f"What {found.target.name} was read from was mapped by integrated gradients (Sundararajan "
         f"et al. 2017; Captum, {STEPS} steps) of the score of a {model} on frozen embeddings "
@@ -160,4 +133,4 @@ def methods(found: Explained, record: dict[str, Any]) -> str:
         "the smoothed tissue maps of the MNI152 template. The readout of a scan was taught by "
         "people of other families, its penalty chosen by inner cross-validation. Maps were "
         f"compared with those of encoders whose weights were drawn anew, block by block, in "
-        f"{min(CHECKED, len(found.scans))} scans (Adebayo et al. 2018).")
+        f"{checked} scan{'s' if checked > 1 else ''} (Adebayo et al. 2018).")
