@@ -1,7 +1,8 @@
 """Hosts before a start: what is wrong with them.
 
 ``problems`` asks all hosts at once by ssh what ``python -m cluster.hosts`` says of each: one that
-is dead, runs another version of the code, has no room or too few GPUs is named within seconds.
+is dead, runs another version of the code, has no room or too few GPUs, or that the others cannot
+reach is named within seconds.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.checkup import Listener, measure
+from cluster.meeting import Visit, meet, strangers, visits
 from cluster.room import LEAST_ROOM, free_bytes
 from cluster.ssh import module_on
 
@@ -42,9 +45,10 @@ def problems(slots: dict[str, int], folder: str | None,
     """
     here = about_this_host(folder)
     with closing(Listener()) as listener:
+        said = {host: json.dumps({"key": listener.key.hex(), "visit": visit})
+                for host, visit in visits(list(slots)).items()}
         answers = {host: _read(answer) for host, answer in ask(
-            dict.fromkeys(slots, listener.key.hex()), "cluster.hosts",
-            [folder or "", str(listener.port)], ANSWER_S).items()}
+            said, "cluster.hosts", [folder or "", str(listener.port)], ANSWER_S).items()}
     found = {}
     devices = max((answer["devices"] for answer in answers.values() if isinstance(answer, dict)),
                   default=0)
@@ -52,6 +56,8 @@ def problems(slots: dict[str, int], folder: str | None,
         problem = answer if isinstance(answer, str) else _judge(answer, here, slots[host], devices)
         if problem:
             found[host] = problem
+    found |= strangers({host: answer["missed"] for host, answer in answers.items()
+                        if isinstance(answer, dict) and host not in found})
     if odd is not None:
         odd({host: answer["measured"] for host, answer in answers.items()
              if isinstance(answer, dict) and host not in found})
@@ -155,11 +161,16 @@ def ask(said: dict[str, str], module: str, words: list[str],
 
 
 def main(folder: str, port: int) -> None:
-    """Print what whoever asks by ssh wants to know; the link's key comes on standard input."""
-    key = bytes.fromhex(sys.stdin.readline().strip())
+    """Print what whoever asks by ssh wants to know; a key and whom to visit come on standard input.
+    """
+    said = json.loads(sys.stdin.readline())
+    key = bytes.fromhex(said["key"])
     asker = os.environ.get("SSH_CONNECTION", "").partition(" ")[0] or None
-    print(json.dumps({**about_this_host(folder or None),
-                      "measured": measure(num_devices(), asker, port, key)}))
+    with ThreadPoolExecutor(1) as pool:
+        missed = pool.submit(meet, Visit(**said["visit"]), key)
+        measured = measure(num_devices(), asker, port, key)
+        print(json.dumps({**about_this_host(folder or None), "measured": measured,
+                          "missed": missed.result()}))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ class Incident:
         Whether it was ended because nothing moved, and what was found then.
     lost
         Hosts that were gone.
+    full
+        Whether the run directory's disk has no room: then the log may be cut, too.
     oom_kills
         Processes that this machine's kernel has ended for want of memory during the attempt.
     stacks
@@ -62,6 +64,7 @@ class Incident:
     beats: list[Heartbeat] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     stacks: str = ""
+    full: bool = False
 
     @property
     def cause(self) -> str:
@@ -75,6 +78,8 @@ class Incident:
         for pattern, meaning in SIGNS:
             if re.search(pattern, text):
                 return meaning
+        if self.full:
+            return "the disk of the run directory is full"
         if self.hung:
             ranks = ", ".join(map(str, self.culprits))
             return f"rank {ranks}: {self.why}" if ranks else f"nothing moved; {self.why}"
@@ -103,16 +108,17 @@ class Incident:
         return "\n".join(parts) + "\n"
 
 
-def incident_of(events: list[dict[str, Any]], outcome: Outcome, number: int,
-                oom_kills: int) -> Incident:
+def incident_of(events: list[dict[str, Any]], outcome: Outcome, number: int, oom_kills: int,
+                away: list[str], full: bool) -> Incident:
     """What the events since an attempt's start say about its end, with how it ended."""
     starts = [index for index, row in enumerate(events) if row["event"] == "started"]
     own = events[starts[-1] if starts else 0:]
     hang: dict[str, Any] = next((row for row in own if row["event"] == "hang"), {})
-    lost: list[str] = next((row["hosts"] for row in own if row["event"] == "host_lost"), [])
+    # a short limit of hangs is over before a host counts as lost
+    lost: list[str] = next((row["hosts"] for row in own if row["event"] == "host_lost"), away)
     return Incident(number, outcome.status, outcome.step, outcome.hung, hang.get("culprits", []),
                     hang.get("why", ""), lost, oom_kills, outcome.heartbeats, outcome.log_lines,
-                    hang.get("stacks", ""))
+                    hang.get("stacks", ""), full)
 
 
 def _signal(status: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.incident import incident_of
 from cluster.outcome import Outcome
+from cluster.room import room
 from cluster.rundir import RunDir
 from neurojepa.errors import DataError
 from neurojepa.storage import Patience, append_rows, join, no_space, write_bytes
@@ -45,9 +46,12 @@ class Journal:
         """Write a file below the run directory."""
         self._write(name, lambda: write_bytes(join(self.run_dir.uri, name), data))
 
-    def incident(self, outcome: Outcome, number: int, oom_kills: int) -> dict[str, str]:
+    def incident(self, outcome: Outcome, number: int, oom_kills: int,
+                 away: list[str]) -> dict[str, str]:
         """Write the report of an attempt that failed; its name and the likely cause."""
-        found = incident_of(self.patience(self.run_dir.events), outcome, number, oom_kills)
+        space = self.patience(lambda: room(self.run_dir))
+        found = incident_of(self.patience(self.run_dir.events), outcome, number, oom_kills, away,
+                            space is not None and not space.enough)
         name = f"logs/incident-{number}.md"
         self.file(name, found.report().encode())
         return {"cause": found.cause, "report": name}

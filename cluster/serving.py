@@ -24,6 +24,7 @@ from neurojepa.messages import ALONE
 
 ORPHAN_S = 3600.0  # for so long ranks train on without a supervisor
 GRACE_S = 120.0  # then they get so long for a checkpoint
+ENDED_S = 60.0  # so long an agent whose ranks have ended waits for somebody to see how
 FAILED_S = 5.0  # peers of a rank that failed end so much later, where no supervisor decides it
 ALONE_S = 10.0  # without a supervisor, until ranks are told
 TURN_S, TELL_S = 0.05, 0.5
@@ -238,7 +239,11 @@ class Agent:
         if now - self._alone_since > ALONE_S:
             with suppress(OSError):  # a full or cleared /tmp: ranks train on, only unseen
                 self._alone.touch()  # ranks write into the run directory themselves
-        if now - self._alone_since < self.orphan_s:
+        since, limit_s = self._alone_since, self.orphan_s
+        if not self.ranks.running:
+            since = max(since, *(item.ended_at for item in self.ranks.ranks.values()))
+            limit_s = min(limit_s, ENDED_S)
+        if now - since < limit_s:
             return
         if not self._asked_at:
             self.ranks.signal(signal.SIGTERM)

@@ -305,7 +305,7 @@ class Supervisor:
                           fatal_event(self._patience(self.run_dir.events)))
         self._attempt = None
         cause = {} if status in (0, REQUEUE) or self._stop_signals else \
-            self._journal.incident(outcome, number, (oom_kills() or 0) - killed)
+            self._journal.incident(outcome, number, (oom_kills() or 0) - killed, away)
         self._journal.event("exit", outcome.step, attempt=number, token=world.attempt.token,
                             status=status, first=first, hung=hung, away=away, **cause,
                             ranks=[vars(beat) for beat in outcome.heartbeats],

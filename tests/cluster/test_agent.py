@@ -242,21 +242,23 @@ def test_an_agent_that_cannot_start_its_ranks_says_why(log: IO[bytes], tmp_path:
     world.end()
 
 
-@pytest.mark.parametrize("word", ["asked", "stay"])
-def test_without_a_supervisor_ranks_are_asked_to_stop_in_the_end(tmp_path: Path, word: str,
-                                                                ) -> None:
+@pytest.mark.parametrize(("word", "orphan_s", "statuses"), [
+    ("asked", 1.5, "75 75"), ("stay", 1.5, "143 143"), ("all", 600.0, "0 0")])
+def test_without_a_supervisor_ranks_are_asked_to_stop_and_an_agent_without_ranks_leaves(
+        tmp_path: Path, word: str, orphan_s: float, statuses: str) -> None:
     program = (
         "import socket, sys; from cluster import serving; from cluster.ranks import Ranks\n"
-        "serving.GRACE_S = serving.ALONE_S = 0.5; listener = socket.socket(socket.AF_UNIX)\n"
+        "serving.GRACE_S = serving.ALONE_S = 0.5; serving.ENDED_S = 1.0\n"
+        "listener = socket.socket(socket.AF_UNIX)\n"
         "listener.bind(sys.argv[1] + '/control'); listener.listen()\n"
         "ranks = Ranks([sys.executable, '-c', sys.argv[2], sys.argv[3]], {}, "
         "[{'RANK': str(r), 'WORLD_SIZE': '2'} for r in range(2)], sys.argv[1] + '/messages')\n"
-        "serving.Agent(ranks, listener, 1, orphan_s=1.5).run()\n"
+        "serving.Agent(ranks, listener, 1, float(sys.argv[4])).run()\n"
         "import os; assert os.path.exists(ranks.messages.path + '.alone')\n"
         "print(*[row['status'] for row in ranks.rows()])")
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path), RANK, word], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == (["75", "75"] if word == "asked" else ["143", "143"])
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path), RANK, word, str(orphan_s)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == statuses
 
 
 def test_a_host_is_gone_when_it_stays_away_and_not_when_it_flaps(

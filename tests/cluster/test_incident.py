@@ -27,6 +27,7 @@ PEER = "RuntimeError: [gloo/transport/tcp/pair.cc:538] Connection closed by peer
      "rank 2: gives no sign of life"),
     ({"hung": True, "why": "all stand at the same place"}, "nothing moved; all stand"),
     ({"hung": True, "culprits": [0], "why": "is behind", "oom_kills": 1}, "rank 0: is behind"),
+    ({"full": True, "status": 2}, "the disk of the run directory is full"),  # and so its log is cut
     ({"lost": ["h2", "h3"], "status": 137}, "h2, h3 could not be reached"),
     ({"log": ["ValueError: bad", PEER]}, "ValueError: bad"),  # the first fault, not its echo
     ({"log": [PEER]}, "status 1; the log does not tell why")])
@@ -40,8 +41,15 @@ def test_a_page_has_what_is_known() -> None:
               {"event": "hang", "culprits": [1], "why": "the process is stopped or dead",
                "stacks": "logs/attempt-3.stacks.txt"}]
     outcome = Outcome(137, 40, beats, ["step 40", "the end"], True, None)
-    page = incident_of(events, outcome, 3, 0).report(now=0.0)
+    page = incident_of(events, outcome, 3, 0, [], False).report(now=0.0)
     assert page.startswith("# Attempt 3 hung at step 40\n\n1970-01-01 00:00:00 UTC, status 137")
     assert "**Likely cause:** rank 1: the process is stopped or dead" in page
     assert "| 1 (!) | h1 | 101 | 40 | 60 | step |" in page and "| 0 | h0 |" in page
     assert "`logs/attempt-3.stacks.txt`" in page and "step 40\nthe end\n```" in page
+
+
+def test_a_host_that_was_away_at_the_end_is_the_cause_of_a_hang() -> None:
+    events = [{"event": "started"}, {"event": "hang", "culprits": [], "why": "all stand"}]
+    outcome = Outcome(137, 40, [], [], True, None)
+    assert incident_of(events, outcome, 3, 0, ["h2"], False).cause.startswith("h2 could not be")
+    assert incident_of(events, outcome, 3, 0, [], False).cause == "nothing moved; all stand"

@@ -88,6 +88,7 @@ class Field(ABC):
         self.open_store()
         import s3fs
 
+        s3fs.S3FileSystem.clear_instance_cache()  # those know the last round's store
         s3fs.S3FileSystem().mkdir("soak")
         write_feed(feed)
         own = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}

@@ -1,0 +1,124 @@
+"""Whether hosts reach each other, before a start: each opens a port and calls on its neighbours.
+
+Ranks connect to the first host and among themselves.  A host that only the supervisor can reach
+would make a start hang for minutes; here it is named within seconds.  Every host calls the first
+one and those before and after it in the hostfile, by the names that stand there.
+"""
+
+from __future__ import annotations
+
+import hmac
+import socket
+import threading
+import time
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from neurojepa.ports import free_port
+
+MEET_S = 2.0  # for hosts that start at different moments, and for packets that are lost
+CONNECT_S = 1.5
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one host does: opens ``port`` to so many ``callers``, and calls ``peers`` at theirs."""
+
+    port: int
+    callers: int
+    peers: dict[str, int]
+
+
+def visits(hosts: list[str]) -> dict[str, dict[str, Any]]:
+    """By host, its ``Visit`` as JSON has it."""
+    ports = {host: free_port() for host in hosts}  # free here, and most likely there
+    peers = {host: {hosts[0], hosts[at - 1], hosts[(at + 1) % len(hosts)]} - {host}
+             for at, host in enumerate(hosts)}
+    return {host: asdict(Visit(ports[host], sum(host in called for called in peers.values()),
+                               {peer: ports[peer] for peer in sorted(peers[host])}))
+            for host in hosts}
+
+
+def meet(visit: Visit, key: bytes) -> dict[str, str]:
+    """Call the neighbours, and answer until all have called or it is too late.
+
+    Returns
+    -------
+    dict
+        By neighbour that cannot be reached, why.  One that refuses the connection counts as
+        reached: it may have begun late or ended already.
+    """
+    end, missed, came = time.monotonic() + MEET_S, dict[str, str](), threading.Semaphore(0)
+    with suppress(OSError), closing(socket.create_server(("", visit.port))) as door:
+        threading.Thread(target=_answer, args=(door, key, came), daemon=True).start()
+        _call_all(visit, key, end, missed)
+        for _ in range(visit.callers):
+            came.acquire(timeout=max(0.0, end - time.monotonic()))
+        return missed
+    _call_all(visit, key, end, missed)  # the port is taken here: nobody is answered
+    return missed
+
+
+def _answer(door: socket.socket, key: bytes, came: threading.Semaphore) -> None:
+    with suppress(OSError):  # closed
+        while True:
+            caller, _ = door.accept()
+            with caller, suppress(OSError):
+                caller.settimeout(CONNECT_S)
+                if hmac.compare_digest(caller.recv(len(key), socket.MSG_WAITALL), key):
+                    caller.sendall(b"1")
+                    came.release()
+
+
+def _call_all(visit: Visit, key: bytes, end: float, missed: dict[str, str]) -> None:
+    calls = [threading.Thread(target=_call, args=(peer, port, key, end, missed), daemon=True)
+             for peer, port in visit.peers.items()]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+
+
+def _call(peer: str, port: int, key: bytes, end: float, missed: dict[str, str]) -> None:
+    why = ""
+    while True:
+        try:
+            with socket.create_connection((peer, port), CONNECT_S) as there:
+                there.sendall(key)
+                if there.recv(1):
+                    return
+        except ConnectionError:
+            why = ""
+        except OSError as error:
+            why = error.strerror or str(error)
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    if why:
+        missed[peer] = why
+
+
+def strangers(missed: dict[str, dict[str, str]]) -> dict[str, str]:
+    """The fewest hosts without which all others reach each other, roughly; and why, in words.
+
+    Parameters
+    ----------
+    missed
+        By host, in the hostfile's order, which others it could not reach and why.
+    """
+    order, found = list(missed), dict[str, str]()
+    failed = {(host, peer): why for host, peers in missed.items() for peer, why in peers.items()
+              if peer in missed}
+    while failed:
+        worst = max(order, key=lambda host: (sum(host in pair for pair in failed),
+                                             order.index(host)))
+        callers = [host for host, peer in failed if peer == worst]
+        called = [peer for host, peer in failed if host == worst]
+        why = next(why for pair, why in failed.items() if worst in pair)
+        said = [f"cannot be reached by {', '.join(callers)}"] if callers else []
+        said += [f"cannot reach {', '.join(called)}"] if called else []
+        found[worst] = (f"{' and '.join(said)} on a free port ({why}); ranks connect to each "
+                        "other: look at its firewall, routes and names")
+        failed = {pair: why for pair, why in failed.items() if worst not in pair}
+    return found
