@@ -163,9 +163,13 @@ def _launcher(options: argparse.Namespace, arguments: list[str], run_dir: RunDir
                           "addresses by itself")
     from cluster.ray_launcher import RayLauncher, check_paths, connect
 
+    least = settings.get("run.min_ranks", 0)
+    if not isinstance(least, int) or not 0 <= least <= ranks:
+        raise ConfigError(f"run.min_ranks = {least!r}: expected a whole number from 0 to run.ranks "
+                          f"({ranks})")
     check_paths(settings)
     connect()
-    return RayLauncher(arguments, ranks, run_dir.uri)
+    return RayLauncher(arguments, ranks, run_dir.uri, least)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from cluster.ray_world import RayWorld, first_line
 from neurojepa.errors import ClusterError, ConfigError
 
 NAMESPACE = "neurojepa"
+FEWER_S = 20.0  # for an autoscaler, or a node that comes back
 ROOM_S = 1.0  # of a look for room; the group stays in the queue, where the autoscaler sees it
 START_S = 30.0
 
@@ -35,13 +37,18 @@ class RayLauncher:
         What follows ``python -m <module>``: ``--config C [a.b=v ...]``.
     ranks
         How many; each takes a CPU, and a GPU where the cluster has or can have one.
+    min_ranks
+        So many are enough while the cluster has had no room for all of them for ``FEWER_S``; 0 for
+        all.
     """
 
     arguments: list[str]
     ranks: int
     run: str
+    min_ranks: int = 0
     module: str = "neurojepa.pretrain"
     _group: Any = field(default=None, init=False, repr=False)
+    _lacks_since: float | None = field(default=None, init=False, repr=False)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
@@ -59,17 +66,18 @@ class RayLauncher:
 
         need, group = needs(), self._group
         assert group is not None  # ``lacks`` has made it
+        size = group.bundle_count
         try:
             kind: Any = ray.remote(num_cpus=need["CPU"],
                                    num_gpus=need.get("GPU", 0))(RankActor)
             actors = [kind.options(
                 name=f"{attempt.token}-{rank}", lifetime="detached", max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank)).remote()
-                for rank in range(self.ranks)]
+                for rank in range(size)]
             places = dict(enumerate(ray.get([actor.where.remote() for actor in actors],
                                             timeout=START_S)))
             environment = exported() | {
-                TOKEN: attempt.token, "WORLD_SIZE": str(self.ranks), "LOCAL_RANK": "0",
+                TOKEN: attempt.token, "WORLD_SIZE": str(size), "LOCAL_RANK": "0",
                 "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": places[0]["address"],
                 "MASTER_PORT": str(places[0]["port"])}
             command = [sys.executable, "-u", "-m", self.module, *self.arguments]
@@ -79,25 +87,53 @@ class RayLauncher:
             cause = getattr(error, "cause", error)  # of what failed in an actor
             log.write(f"the ranks could not be started: {first_line(cause)}\n".encode())
             self.close()
-            return RayWorld(attempt, {}, {}, self.ranks, log)
-        self._group = None  # the world's from now on
-        return RayWorld(attempt, dict(enumerate(actors)), places, self.ranks, log)
+            return RayWorld(attempt, {}, {}, size, log)
+        self._group, self._lacks_since = None, None  # the world's from now on
+        return RayWorld(attempt, dict(enumerate(actors)), places, size, log)
 
     def lacks(self) -> str:
         import ray
-        from ray.util.placement_group import get_placement_group, placement_group
+        from ray.util.placement_group import get_placement_group
 
         need = needs()
         if self._group is None:
-            name = f"neurojepa-{run_key(self.run)}"
             with suppress(ValueError):  # none is there, as it should be
-                ray.util.remove_placement_group(get_placement_group(name))
-            self._group = placement_group([need] * self.ranks, name=name, lifetime="detached")
+                ray.util.remove_placement_group(get_placement_group(self._name))
+            self._ask_for(self.ranks, need)
         if self._group.wait(ROOM_S):
+            return ""
+        self._lacks_since = self._lacks_since or time.monotonic()
+        if self.min_ranks and time.monotonic() - self._lacks_since > FEWER_S and self._fewer(need):
             return ""
         return (f"Ray has no room for run.ranks={self.ranks} with {_words(need)} each (free: "
                 f"{_words(ray.available_resources())} of {_words(ray.cluster_resources())}); add "
                 "nodes or lower run.ranks")
+
+    def _fewer(self, need: dict[str, float]) -> bool:
+        """Ask for as many ranks as there is room for; for all again, if those are too few."""
+        import ray
+
+        free = ray.available_resources()
+        fit = min(int(free.get(name, 0) / amount) for name, amount in need.items())
+        # fewer still where a node that was lost is counted yet, or has a GPU and no CPU to spare
+        for size in range(min(fit, self.ranks - 1), self.min_ranks - 1, -1):
+            self._ask_for(size, need)
+            if self._group.wait(ROOM_S):
+                return True
+        self._ask_for(self.ranks, need)
+        return False
+
+    def _ask_for(self, size: int, need: dict[str, float]) -> None:
+        from ray.util.placement_group import placement_group
+
+        since = self._lacks_since
+        self.close()
+        self._lacks_since = since
+        self._group = placement_group([need] * size, name=self._name, lifetime="detached")
+
+    @property
+    def _name(self) -> str:
+        return f"neurojepa-{run_key(self.run)}"
 
     def close(self) -> None:
         """Take back a group that waits for room."""
@@ -106,6 +142,7 @@ class RayLauncher:
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
             self._group = None
+        self._lacks_since = None
 
     def is_there(self, attempt: Attempt) -> bool:
         return bool(_actors(attempt))
@@ -118,7 +155,8 @@ class RayLauncher:
         for rank, actor in actors.items():
             with suppress(ray.exceptions.RayError):  # it is lost, or will be looked at again
                 places[rank] = ray.get(actor.where.remote(), timeout=ROOM_S)
-        return RayWorld(attempt, actors, places, self.ranks, log)
+        size = max((place["size"] for place in places.values()), default=self.ranks)
+        return RayWorld(attempt, actors, places, size, log)
 
 
 def connect() -> None:

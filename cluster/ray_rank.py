@@ -49,13 +49,15 @@ class RankActor:
         self._asked_at = 0.0  # when it was asked to stop, as nobody is there
 
     def where(self) -> dict[str, Any]:
-        """The address and name of this node, a free port there, and the group of this actor."""
+        """The address and name of this node, a free port there, and this actor's group and world.
+        """
         import ray
 
         group = ray.util.get_current_placement_group()
         return {"address": ray.util.get_node_ip_address(), "port": free_port(),
                 "host": socket.gethostname(), "node": ray.get_runtime_context().get_node_id(),
-                "group": group.id.hex() if group else None}
+                "group": group.id.hex() if group else None,
+                "size": self._ranks.size if self._ranks else 0}
 
     def start(self, fence: int, command: list[str], environment: dict[str, str]) -> None:
         """Start the rank; here, as it dies with the thread that started it."""

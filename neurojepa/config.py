@@ -236,6 +236,8 @@ class RunConfig(Config):
     launcher: Literal["env", "local", "ray"] = Field(
         "env", description="env: as started (alone, or under deepspeed); local, ray: start ranks")
     ranks: int = Field(1, ge=1, description="ranks to start when launcher is local or ray")
+    min_ranks: int = Field(0, ge=0, description="launcher ray: fewest ranks to train with while "
+                           "there is no room for all; 0: wait for all")
     accept_changes: bool = Field(False, description="go on under another recipe than that of the "
                                  "checkpoint, as long as its parameters fit the model")
     deterministic: bool = Field(False, description="deterministic algorithms on a GPU, so that a "

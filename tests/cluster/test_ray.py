@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing import get_context
 from multiprocessing.managers import BaseManager
 from pathlib import Path
@@ -14,11 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import ray_job
+from cluster import ray_job, ray_launcher
 from cluster.launcher import Attempt
 from cluster.outcome import status_of
 from cluster.ray_job import Keeper
-from cluster.ray_launcher import check_paths, connect
+from cluster.ray_launcher import RayLauncher, check_paths, connect
 from cluster.ray_rank import RankActor, _clear
 from cluster.ray_world import RayWorld
 from neurojepa.errors import ClusterError, ConfigError
@@ -114,6 +116,64 @@ def test_the_rank_that_ended_first_is_named_in_whatever_order_it_is_learnt() -> 
         world._take(rank, {"rank": rank, "size": 3, "status": status, "ended_s": ended_s})
     assert status_of(world.look()) == (137, 1)
     world.leave()
+
+
+class Group:
+    """A placement group on a cluster that has room for ``Group.room`` ranks."""
+
+    room = 3
+
+    def __init__(self, bundles: list[dict[str, float]], **_: object) -> None:
+        self.bundle_count = len(bundles)
+
+    def wait(self, _seconds: float) -> bool:
+        return self.bundle_count <= Group.room
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The sizes that are asked for."""
+    groups = importlib.import_module("ray.util.placement_group")
+    sizes: list[int] = []
+
+    def ask(bundles: list[dict[str, float]], **named: object) -> Group:
+        sizes.append(len(bundles))
+        return Group(bundles, **named)
+
+    monkeypatch.setattr(groups, "placement_group", ask)
+    monkeypatch.setattr(groups, "get_placement_group", lambda _: Group([]))
+    monkeypatch.setattr("ray.util.remove_placement_group", lambda _: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    # a node that was lost is counted for a while
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": Group.room + 1.0})
+    monkeypatch.setattr(ray_launcher, "needs", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(Group, "room", 3)
+    yield sizes
+
+
+@pytest.mark.parametrize(("room", "least", "fewer", "sizes"), [
+    (4, 2, 4, [4]), (3, 2, 3, [4, 3]), (2, 2, 2, [4, 3, 2]), (1, 2, None, [4, 2, 4]),
+    (3, 0, None, [4])])
+def test_a_cluster_without_room_for_all_gets_fewer_where_that_is_enough(
+        asked: list[int], monkeypatch: pytest.MonkeyPatch, room: int, least: int,
+        fewer: int | None, sizes: list[int]) -> None:
+    now = [100.0]
+    monkeypatch.setattr(ray_launcher.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Group, "room", room)
+    launcher = RayLauncher([], 4, "/run", least)
+    assert bool(launcher.lacks()) is (room < 4)
+    now[0] += ray_launcher.FEWER_S - 1
+    assert bool(launcher.lacks()) is (room < 4) and asked == [4]  # an autoscaler has its time
+    now[0] += 2
+    said = launcher.lacks()
+    assert asked == sizes
+    if fewer is None:
+        assert "Ray has no room for run.ranks=4" in said
+    else:
+        assert said == "" and launcher._group.bundle_count == fewer
+    monkeypatch.setattr(Group, "room", 4)  # from the next attempt on there are all again
+    launcher.close()
+    assert launcher.lacks() == "" and launcher._group.bundle_count == 4
 
 
 # ---- the keeper of the supervisor ----------------------------------------------------------------

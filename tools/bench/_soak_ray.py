@@ -53,13 +53,13 @@ class RayField(Field):
         """Of the training."""
         return ["--config", str(self.recipe), "run.launcher=ray", f"run.ranks={RANKS}",
                 f"run.dir={self.run_dir.uri}", *ENDLESS, "train.checkpoint_every=10",
-                "data.retry_s=300"]
+                "data.retry_s=300", *(["run.min_ranks=1"] if self.mode == "elastic" else [])]
 
     def environment(self) -> dict[str, str]:
         return {**self.cluster.environment, "RAY_ADDRESS": self.cluster.address}
 
     def size(self) -> int:
-        return RANKS
+        return len(self.ranks()) if self.mode == "elastic" else RANKS
 
     def screen(self) -> str:
         """What the jobs have printed."""
@@ -102,4 +102,4 @@ def on_ray(folder: Path, mode: str, recipe_of: Callable[[Path, str, str], Path]
         for _ in range(RANKS):
             found.cluster.add_node()
         found.prepare(stack, "127.0.0.1")
-        yield found, stack.enter_context(closing(Eye(found.run_dir, same_world=True)))
+        yield found, stack.enter_context(closing(Eye(found.run_dir, mode != "elastic")))

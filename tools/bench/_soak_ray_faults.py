@@ -35,6 +35,19 @@ def _node_killed(run: RayField, draw: random.Random) -> Times:
     return restarted(run, lambda: run.cluster.kill(node), "exit", good_again=run.cluster.add_node)
 
 
+def _node_lost(run: RayField, draw: random.Random) -> Times:
+    """A node with a rank; the others go on.  One that comes later is in the next attempt."""
+    node = run.node_of(any_rank(run, draw))
+    times = restarted(run, lambda: run.cluster.kill(node), "exit")
+    fewer = run.events("resume")[-1]["world"]
+    run.cluster.add_node()
+    restarted(run, any_rank(run, draw).kill, "exit")
+    again = run.events("resume")[-1]["world"]
+    if (fewer, again) != (RANKS - 1, RANKS):
+        raise Failed(f"{fewer} ranks went on, then {again}")
+    return times
+
+
 def _cluster_killed(run: RayField, draw: random.Random) -> Times:
     """Head and nodes; a new cluster is started and the same job submitted there."""
     begin, known = run.notes.sizes(), len(run.events("takeover"))
@@ -139,6 +152,7 @@ RAY_KINDS = (
     Kind(f"a rank stopped (SIGSTOP), hang after {RayField.hang_s} s", "fixed", 1, rank_stopped),
     Kind("a slow rank", "fixed", 1, rank_slow),
     Kind("a node killed, another one comes", "fixed", 3, _node_killed, 120),
+    Kind("a node killed, the others go on", "elastic", 2, _node_lost, 120),
     Kind("the whole cluster killed, submitted to a new one", "fixed", 1, _cluster_killed, 120),
     Kind("the job killed, submitted again", "fixed", 2, _driver_killed),
     Kind("the supervisor killed", "fixed", 2, _supervisor_killed),
