@@ -85,7 +85,7 @@ class AgentLauncher:
 
     def problems(self, slots: dict[str, int], folder: str | None,
                  odd: Callable[[dict[str, dict[str, Any]]], None]) -> dict[str, str]:
-        return hosts.problems(slots, folder, odd)
+        return hosts.problems(slots, folder, odd, self.master_addr)
 
     def lacks(self) -> str:
         return ""

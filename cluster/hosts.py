@@ -31,7 +31,8 @@ NO_CONNECTION = 255  # ssh's own status
 
 
 def problems(slots: dict[str, int], folder: str | None,
-             odd: Callable[[dict[str, dict[str, Any]]], None] | None = None) -> dict[str, str]:
+             odd: Callable[[dict[str, dict[str, Any]]], None] | None = None,
+             master_addr: str | None = None) -> dict[str, str]:
     """What keeps hosts from taking part, in words; the hosts without a problem are not in it.
 
     Parameters
@@ -42,11 +43,13 @@ def problems(slots: dict[str, int], folder: str | None,
         A local run directory, where there must be room.
     odd
         Told what the hosts that can take part have measured (see checkup.py).
+    master_addr
+        The first host's address as the others see it, where that is not its name here.
     """
     here = about_this_host(folder)
     with closing(Listener()) as listener:
         said = {host: json.dumps({"key": listener.key.hex(), "visit": visit})
-                for host, visit in visits(list(slots)).items()}
+                for host, visit in visits(list(slots), master_addr).items()}
         answers = {host: _read(answer) for host, answer in ask(
             said, "cluster.hosts", [folder or "", str(listener.port)], ANSWER_S).items()}
     found = {}

@@ -2,7 +2,8 @@
 
 Ranks connect to the first host and among themselves.  A host that only the supervisor can reach
 would make a start hang for minutes; here it is named within seconds.  Every host calls the first
-one and those before and after it in the hostfile, by the names that stand there.
+one and those before and after it in the hostfile, by the names that stand there or, the first one,
+by the address that was given for it.
 """
 
 from __future__ import annotations
@@ -23,20 +24,25 @@ CONNECT_S = 1.5
 
 @dataclass(frozen=True)
 class Visit:
-    """What one host does: opens ``port`` to so many ``callers``, and calls ``peers`` at theirs."""
+    """What one host does: opens ``port`` to so many ``callers``, and calls ``peers``.
+
+    By name, ``peers`` has the address and port of each.
+    """
 
     port: int
     callers: int
-    peers: dict[str, int]
+    peers: dict[str, tuple[str, int]]
 
 
-def visits(hosts: list[str]) -> dict[str, dict[str, Any]]:
+def visits(hosts: list[str], first_address: str | None = None) -> dict[str, dict[str, Any]]:
     """By host, its ``Visit`` as JSON has it."""
     ports = {host: free_port() for host in hosts}  # free here, and most likely there
+    addresses = {hosts[0]: first_address or hosts[0]}
     peers = {host: {hosts[0], hosts[at - 1], hosts[(at + 1) % len(hosts)]} - {host}
              for at, host in enumerate(hosts)}
     return {host: asdict(Visit(ports[host], sum(host in called for called in peers.values()),
-                               {peer: ports[peer] for peer in sorted(peers[host])}))
+                               {peer: (addresses.get(peer, peer), ports[peer])
+                                for peer in sorted(peers[host])}))
             for host in hosts}
 
 
@@ -47,7 +53,8 @@ def meet(visit: Visit, key: bytes) -> dict[str, str]:
     -------
     dict
         By neighbour that cannot be reached, why.  One that refuses the connection counts as
-        reached: it may have begun late or ended already.
+        reached, for it may have begun late or ended already, and so does one whose name is not
+        known here, for it may be an alias of the caller's ssh.
     """
     end, missed, came = time.monotonic() + MEET_S, dict[str, str](), threading.Semaphore(0)
     with suppress(OSError), closing(socket.create_server(("", visit.port))) as door:
@@ -72,23 +79,24 @@ def _answer(door: socket.socket, key: bytes, came: threading.Semaphore) -> None:
 
 
 def _call_all(visit: Visit, key: bytes, end: float, missed: dict[str, str]) -> None:
-    calls = [threading.Thread(target=_call, args=(peer, port, key, end, missed), daemon=True)
-             for peer, port in visit.peers.items()]
+    calls = [threading.Thread(target=_call, args=(peer, tuple(place), key, end, missed),
+                              daemon=True) for peer, place in visit.peers.items()]
     for call in calls:
         call.start()
     for call in calls:
         call.join()
 
 
-def _call(peer: str, port: int, key: bytes, end: float, missed: dict[str, str]) -> None:
+def _call(peer: str, place: tuple[str, int], key: bytes, end: float,
+          missed: dict[str, str]) -> None:
     why = ""
     while True:
         try:
-            with socket.create_connection((peer, port), CONNECT_S) as there:
+            with socket.create_connection(place, CONNECT_S) as there:
                 there.sendall(key)
                 if there.recv(1):
                     return
-        except ConnectionError:
+        except (ConnectionError, socket.gaierror):
             why = ""
         except OSError as error:
             why = error.strerror or str(error)
@@ -119,6 +127,6 @@ def strangers(missed: dict[str, dict[str, str]]) -> dict[str, str]:
         said = [f"cannot be reached by {', '.join(callers)}"] if callers else []
         said += [f"cannot reach {', '.join(called)}"] if called else []
         found[worst] = (f"{' and '.join(said)} on a free port ({why}); ranks connect to each "
-                        "other: look at its firewall, routes and names")
+                        "other: look at its firewall and routes")
         failed = {pair: why for pair, why in failed.items() if worst not in pair}
     return found
