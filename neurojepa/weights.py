@@ -185,7 +185,7 @@ def load(uri: str) -> Weights:
     """
     from safetensors.torch import load as load_tensors
 
-    uri = _place(uri)
+    uri = place_of(uri)
     try:
         record = json.loads(read_bytes(join(uri, "config.json")))
     except (DataError, ValueError) as error:
@@ -216,7 +216,7 @@ def shipped() -> list[str]:
     return sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir())
 
 
-def _place(uri: str) -> str:
+def place_of(uri: str) -> str:
     """Where weights lie; a folder of that name counts before those that are shipped."""
     if uri in shipped() and not exists(join(uri, "config.json")):
         return str(SHIPPED / uri)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -115,9 +116,9 @@ def _fold(target: Target, teach: Sequence[Sequence[Scan]], test: Sequence[Sequen
     def learn(whom: np.ndarray, penalty: float, epochs: int) -> list[float]:
         """Teach the head; the losses of ``choose`` by epoch."""
         as_probe(head, target.kind, standardise(head, rows, whom)[whom], truth[whom], penalty)
-        adam = torch.optim.AdamW([{"params": [head.weight, head.bias]},
-                                  {"params": [head.query], "lr": QUERY_RATE}], lr=RATE,
-                                 weight_decay=DECAY)
+        groups: list[dict[str, Any]] = [{"params": [head.weight, head.bias]},
+                                        {"params": [head.query], "lr": QUERY_RATE}]
+        adam = torch.optim.AdamW(groups, lr=RATE, weight_decay=DECAY)
         losses = [_loss(head, target, [teach[k] for k in choose], truth[choose], weights)]
         for epoch in range(epochs):
             order = np.random.default_rng(epoch).permutation(whom)

@@ -25,7 +25,7 @@ from neurojepa.downstream.attentive import Head, begin, class_weights
 from neurojepa.downstream.commands import print_rows
 from neurojepa.downstream.embed import describe, embed, fit_places, reference_rows, select_rows
 from neurojepa.downstream.finetune import Cohort, Trainer, split_people
-from neurojepa.downstream.finetuned import Task, outputs_of, write_finetuned
+from neurojepa.downstream.finetuned import Task, outputs_of, record_of, write_finetuned
 from neurojepa.downstream.labels import People, join, suspected_codes
 from neurojepa.downstream.output import write_task
 from neurojepa.downstream.pooling import Places
@@ -36,7 +36,7 @@ from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import MODALITIES, Feed, open_feed
 from neurojepa.model.sizes import SIZES
 from neurojepa.storage import join as path_of
-from neurojepa.storage import read_bytes, sha256
+from neurojepa.storage import sha256
 from neurojepa.train.world import World
 
 LEAST = 5  # people of part train who have a modality, for it to be read
@@ -76,6 +76,12 @@ class _Ready:
     warnings: list[str]
     notes: list[str]
 
+    def fingerprint(self) -> str:
+        """Of who is in which part, with which scans and label."""
+        assert self.people.scans is not None
+        return sha256(json.dumps([self.people.ids.tolist(), self.people.scans.tolist(),
+                                  self.truth.tolist(), self.parts.tolist()]).encode())[:16]
+
 
 def tune(asked: Request, world: World) -> None:
     """Fine-tune, on every rank; rank 0 tests, and writes all.
@@ -92,10 +98,8 @@ def tune(asked: Request, world: World) -> None:
         model = load_model(asked.weights, str(world.device))
         feed, rows = _scans(asked, model)
         places, ready = _prepare(asked, model, feed, rows, world)
-        settings = {"weights": json.loads(read_bytes(path_of(asked.weights, "config.json")))[
-            "sha256"], "feed": feed.fingerprint, "label": asked.label, "people": sha256(json.dumps([
-                ready.people.ids.tolist(), ready.people.scans.tolist(),  # type: ignore[union-attr]
-                ready.truth.tolist(), ready.parts.tolist()]).encode())[:16]}
+        settings = {"weights": record_of(asked.weights)["sha256"], "feed": feed.fingerprint,
+                    "label": asked.label, "people": ready.fingerprint()}
         trainer = Trainer(model.weights.model, model.weights.config, feed, places, ready.head,
                           ready.target, Cohort(ready.truth, ready.units, ready.parts), world,
                           epochs=asked.epochs, settings=settings)
@@ -228,7 +232,8 @@ def _finish(asked: Request, model: Model, feed: Feed, places: Places, ready: _Re
     taught = [name for k in np.flatnonzero(parts != "test")
               for name in (people.participant[k], *people.scans[k])]
     write_finetuned(asked.out, model.weights, asked.weights, places, ready.head, ready.task, taught,
-                    {"weights_from": asked.weights, "people": record["people"],
+                    {"weights_from": os.path.basename(asked.weights.rstrip("/")),
+                     "began_at": record_of(asked.weights)["sha256"], "people": record["people"],
                      "scores": record["scores"], "best_epoch": trainer.best_epoch})
     write_task(path_of(asked.out, "evaluation"), "finetune/1", record,
                methods=partial(pages.methods, found), page=partial(pages.finetune_page, found),

@@ -26,7 +26,7 @@ from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import MODALITIES, Feed
 from neurojepa.model.averaged import Averaged
 from neurojepa.storage import join, read_bytes, sha256, write_bytes
-from neurojepa.weights import Weights, hashed
+from neurojepa.weights import Weights, hashed, place_of
 
 HEAD = "head.safetensors"
 
@@ -81,7 +81,7 @@ def write_finetuned(out: str, weights: Weights, source: str, places: Places, hea
 
     model = {name: tensor.contiguous().cpu()
              for name, tensor in weights.model.state_dict().items()}
-    began = json.loads(read_bytes(join(source, "config.json")))
+    began = record_of(source)
     parts = {"pooling": ("pooling.safetensors", save(places.to(torch.device("cpu")).tensors())),
              "head": (HEAD, save({name: tensor.cpu() for name, tensor
                                   in head.state_dict().items()}))}
@@ -99,6 +99,12 @@ def write_finetuned(out: str, weights: Weights, source: str, places: Places, hea
     write_bytes(join(out, "config.json"), json.dumps(config, indent=1).encode())
 
 
+def record_of(uri: str) -> dict[str, Any]:
+    """What config.json of exported weights says."""
+    found: dict[str, Any] = json.loads(read_bytes(join(place_of(uri), "config.json")))
+    return found
+
+
 def read_head(uri: str, weights: Weights) -> tuple[Head, Task]:
     """The head of a fine-tuned model.
 
@@ -111,7 +117,7 @@ def read_head(uri: str, weights: Weights) -> tuple[Head, Task]:
     """
     from safetensors.torch import load
 
-    record = json.loads(read_bytes(join(uri, "config.json")))
+    record = record_of(uri)
     if "finetuned" not in record:
         raise ConfigError(f"{uri}: these weights were not fine-tuned, so they tell no label; make "
                           "such with: neurojepa finetune fit FEED --weights W --labels TABLE "
@@ -126,8 +132,9 @@ def read_head(uri: str, weights: Weights) -> tuple[Head, Task]:
                 len(tensors["query"]), outputs)
     head.load_state_dict(tensors, strict=True)
     device = next(weights.model.parameters()).device
-    task = Task(**{name: tuple(about[name]) if isinstance(about[name], list) else about[name]
-                   for name in Task.__annotations__})
+    of_task: dict[str, Any] = {name: about[name] for name in Task.__annotations__}
+    of_task |= {name: tuple(of_task[name]) for name in ("classes", "weights")}  # lists in JSON
+    task = Task(**of_task)
     return head.to(device).requires_grad_(False), task
 
 
