@@ -14,6 +14,8 @@
     python -m neurojepa.downstream finetune fit FEED --weights DIR --labels TABLE --label C --out M
     python -m neurojepa.downstream finetune apply M SCANS... --out DIR
     python -m neurojepa.downstream depart SCAN --weights DIR --reference FEED --out DIR
+    python -m neurojepa.downstream complete fit FEED --weights DIR --from T1w --to FLAIR --out C
+    python -m neurojepa.downstream complete apply C SCANS... --out DIR
     python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
 
 ``embed`` takes a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of
@@ -24,7 +26,8 @@ sooner or later, or was not seen to come (survive.py), and ``change`` of what di
 (change.py); ``transfer`` tells one modality from another (transfer.py).  ``fuse`` reads a
 label from images and columns of a table, with gaps (fuse.py), and ``explain`` maps where in a scan
 it is read from (explain.py).  ``depart`` maps where a person's atoms depart from those of people of
-the same age (depart.py).  ``finetune`` fits the encoder itself to a label, on a feed (finetune.py).
+the same age (depart.py).  ``finetune`` fits the encoder itself to a label, on a feed (finetune.py),
+and ``complete`` makes images of a modality that was not scanned (complete.py).
 ``probe --feed`` is a quick check of a run: it fits labels of the feed on its split ``train`` and
 scores its split ``test``, beside the same architecture at random initialisation.  All of them write
 results.json and report.html.  ``atoms`` shows in a report.html where in the brain each atom of the
@@ -49,6 +52,7 @@ from neurojepa.downstream.commands import (
     folds_of,
     print_rows,
 )
+from neurojepa.downstream.complete_command import add_complete, run_complete
 from neurojepa.downstream.depart_command import add_depart, run_depart
 from neurojepa.downstream.explain_command import add_explain, run_explain
 from neurojepa.downstream.finetune_command import add_finetune, run_finetune
@@ -90,13 +94,13 @@ def main(argv: list[str] | None = None) -> int:
                                  help="of the scans shown (default: test)")
             command.add_argument("--atlas", help="label map in MNI152 space (NIfTI; names in a "
                                  ".tsv beside it); default: lobes by coordinates")
-    for add in (add_commands, add_fuse, add_explain, add_depart, add_finetune):
+    for add in (add_commands, add_fuse, add_explain, add_depart, add_finetune, add_complete):
         add(commands)
     arguments = parser.parse_args(argv)
     arguments.words = sys.argv[1:] if argv is None else argv  # for the ranks that it may start
     run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms, "fuse": run_fuse,
            "explain": run_explain, "depart": run_depart, "finetune": run_finetune,
-           **RUN}[arguments.task]
+           "complete": run_complete, **RUN}[arguments.task]
     return run(arguments)
 
 

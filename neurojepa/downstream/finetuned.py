@@ -79,23 +79,38 @@ def write_finetuned(out: str, weights: Weights, source: str, places: Places, hea
     """
     from safetensors.torch import save
 
+    parts = {"head": (HEAD, save({name: tensor.cpu() for name, tensor
+                                  in head.state_dict().items()}))}
+    about = {**record, **vars(task), "modalities": [MODALITIES[m] for m in head.modalities]}
+    write_with(out, weights, source, places, taught, parts, {"finetuned": about}, _card(about))
+
+
+def write_with(out: str, weights: Weights, source: str, places: Places, taught: Sequence[str],
+               parts: dict[str, tuple[str, bytes]], about: dict[str, Any], card: str) -> None:
+    """Write weights as ``export`` does, with what was learnt on top of them.
+
+    Parameters
+    ----------
+    source, taught : as of ``write_finetuned``
+    parts : more files, by their name in config.json, where their hash comes to stand
+    about : more of config.json
+    """
+    from safetensors.torch import save
+
     model = {name: tensor.contiguous().cpu()
              for name, tensor in weights.model.state_dict().items()}
-    began = record_of(source)
-    parts = {"pooling": ("pooling.safetensors", save(places.to(torch.device("cpu")).tensors())),
-             "head": (HEAD, save({name: tensor.cpu() for name, tensor
-                                  in head.state_dict().items()}))}
+    began, data = record_of(source), save(model)
+    parts = {**parts, "pooling": ("pooling.safetensors",
+                                  save(places.to(torch.device("cpu")).tensors()))}
     if weights.seen is not None:
         parts["seen"] = ("seen.json", json.dumps(
             sorted(weights.seen | {hashed(name) for name in taught})).encode())
-    data = save(model)
-    config = {**began, "sha256": sha256(data), "finetuned": {
-        **record, **vars(task), "modalities": [MODALITIES[m] for m in head.modalities]}}
+    config = {**began, "sha256": sha256(data), **about}
     write_bytes(join(out, "model.safetensors"), data)
     for name, (file, content) in parts.items():
         write_bytes(join(out, file), content)
         config[name] = {**began.get(name, {}), "sha256": sha256(content)}
-    write_bytes(join(out, "README.md"), _card(config["finetuned"]).encode())
+    write_bytes(join(out, "README.md"), card.encode())
     write_bytes(join(out, "config.json"), json.dumps(config, indent=1).encode())
 
 

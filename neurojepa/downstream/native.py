@@ -56,7 +56,7 @@ class Maps:
             "GeneratedBy": [{"Name": "neurojepa", "Version": __version__}]}))
 
     def write(self, who: Shown, volume: np.ndarray, kind: str, label: str,
-              about: dict[str, Any]) -> str:
+              about: dict[str, Any], says: str = "") -> str:
         """Write a map [X, Y, Z] of the feed's grid; returns its path below the folder.
 
         Parameters
@@ -64,6 +64,7 @@ class Maps:
         kind : the name's suffix, such as saliency
         label : what the map is of; letters and digits of it go into the name
         about : more for the sidecar
+        says : the header's description, at most 79 letters
 
         Raises
         ------
@@ -78,7 +79,8 @@ class Maps:
             data = resampled(volume, self.grid.affine, own.shape,
                              np.linalg.inv(to_scan) @ own.affine)
         path = self._path(who, space, kind, label)
-        write_bytes(join(self.out, path), gzip.compress(_nifti(data, affine), 1, mtime=0))
+        write_bytes(join(self.out, path), gzip.compress(_nifti(data, affine, says), 1,
+                                                              mtime=0))
         write_bytes(join(self.out, path.replace(".nii.gz", ".json")), _json(
             {"SpatialReference": "MNI152, after a rigid move" if self.scans is None else "orig",
              "ScanId": who.scan_id, **about}))
@@ -110,11 +112,12 @@ def resampled(volume: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int
                             order=1)
 
 
-def _nifti(data: np.ndarray, affine: np.ndarray) -> bytes:
+def _nifti(data: np.ndarray, affine: np.ndarray, says: str = "") -> bytes:
     import nibabel as nib
 
     image = nib.Nifti1Image(data.astype(np.float32), affine)
     image.header.set_xyzt_units("mm")
+    image.header["descrip"] = says.encode()
     return image.to_bytes()
 
 

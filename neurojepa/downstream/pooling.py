@@ -112,6 +112,11 @@ class Places:
         z_TD, by_size = tokens.z_BND[b, used_N], self.lines[modality](tokens.log_size_B()[b])
         return z_TD, (z_TD - self.sums[modality].mean(patch_T) - by_size).float()
 
+    def patches(self, tokens: Tokens, b: int) -> Tensor:
+        """int64 [T]: the patches of the tokens of ``values``."""
+        self._check(tokens)
+        return tokens.patch_BN[b, self._used(tokens, b)]
+
     def pool_regions(self, tokens: Tokens, share_nR: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of parts of the brain, as ``pool`` makes them of the whole.
 

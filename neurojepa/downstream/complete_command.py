@@ -1,0 +1,152 @@
+"""``complete``: its arguments, and what it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from typing import TYPE_CHECKING
+
+from neurojepa.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from neurojepa.downstream.complete import Pairs
+    from neurojepa.feed.format import Feed
+
+
+def add_complete(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser("complete", help="make a modality that was not scanned")
+    parts = parser.add_subparsers(dest="part", required=True)
+    fit = parts.add_parser("fit", help="learn to complete one modality from another")
+    fit.add_argument("feed", metavar="FEED", help="a packed feed with visits that have both")
+    fit.add_argument("--weights", required=True, help="exported weights that know both")
+    fit.add_argument("--from", dest="source", required=True, help="modality that is there, such as "
+                     "T1w")
+    fit.add_argument("--to", required=True, help="modality that is completed, such as FLAIR")
+    fit.add_argument("--out", required=True, help="folder for what is learnt and its test")
+    fit.add_argument("--cohort", help="only this cohort of the feed; default: all")
+    fit.add_argument("--epochs", type=int, default=10, help="of the networks (default: 10)")
+    fit.add_argument("--allow-seen", action="store_true", help="test people who were in the "
+                     "pretraining, too; the report says so")
+    fit.add_argument("--device", help="of torch (default: the first GPU if there is one)")
+    apply = parts.add_parser("apply", help="make synthetic images of scans")
+    apply.add_argument("model", metavar="C", help="folder that fit wrote")
+    apply.add_argument("scans", nargs="+", metavar="SCANS", help="as of embed: files, a folder, a "
+                       "dataset, a table of files or a feed")
+    apply.add_argument("--out", required=True, help="folder for images and the page")
+    apply.add_argument("--modality", help="of files, what they are where names do not say it")
+    apply.add_argument("--preset", default="default", choices=["quick", "default", "paper"],
+                       help="how thoroughly scans are prepared (default: default)")
+    apply.add_argument("--key", help="file of the pseudonym key")
+    apply.add_argument("--device", help="of torch (default: the first GPU if there is one)")
+
+
+def run_complete(arguments: argparse.Namespace) -> int:
+    return (_apply if arguments.part == "apply" else _fit)(arguments)
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from neurojepa.downstream import complete_page as pages
+    from neurojepa.downstream.api import load_model, seen_of
+    from neurojepa.downstream.commands import print_rows
+    from neurojepa.downstream.complete import learn, pairs_of
+    from neurojepa.downstream.completed import write_completion
+    from neurojepa.downstream.embed import select_rows
+    from neurojepa.downstream.output import write_task
+    from neurojepa.feed.format import open_feed
+    from neurojepa.storage import join
+
+    if arguments.source == arguments.to:
+        raise ConfigError(f"--from {arguments.source} --to {arguments.to}: name two modalities")
+    model, feed = load_model(arguments.weights, arguments.device), open_feed(arguments.feed)
+    if model.weights.places is None:
+        raise ConfigError(f"{arguments.weights}: exported without what tokens are compared with; "
+                          "export them again, with their feed")
+    model.check_grid(feed)
+    rows, _ = model.known(feed, select_rows(feed, None, arguments.cohort))
+    names, scans = (np.array(feed.index[name].to_pylist())[rows]
+                    for name in ("participant", "scan_id"))
+    told = seen_of(model.weights.seen, names.tolist(), scans.tolist())
+    seen = np.array([each is True for each in told])
+    warnings = [] if model.weights.seen is not None else [
+        "who was in the pretraining of the weights is not known: if people tested were, scores may "
+        "be too good"]
+    if arguments.allow_seen and seen.any():
+        warnings.append(f"{len(set(names[seen]))} people were seen in the pretraining of the "
+                        "weights, and may be tested all the same (--allow-seen)")
+        seen[:] = False
+    pairs = pairs_of(feed, rows, arguments.source, arguments.to, seen)
+    found = learn(model.weights, model.weights.places.to(model.device), feed, pairs,
+                  epochs=arguments.epochs, lesions=_lesions(feed, pairs), warnings=warnings)
+    print_rows(arguments.to, found.rows, warnings)
+    record = {"input": arguments.feed, "weights": arguments.weights, "from": arguments.source,
+              "to": arguments.to, "notes": [], **pages.record_of(found)}
+    ids = feed.index["scan_id"].to_pylist()
+    taught = [name for k in np.flatnonzero(pairs.parts != "test") for name in (
+        pairs.participant[k], ids[pairs.source[k]], ids[pairs.target[k]])]
+    write_completion(arguments.out, model.weights, arguments.weights, model.weights.places,
+                     found.completion, taught, {
+                         "from": arguments.source, "to": arguments.to, "latents": found.latents,
+                         "weights_from": os.path.basename(arguments.weights.rstrip("/")),
+                         "scores": record["scores"]})
+    write_task(join(arguments.out, "evaluation"), "complete/1", record,
+               methods=partial(pages.methods, found), page=partial(pages.complete_page, found),
+               predictions=pages.predictions_of(found))
+    return 0
+
+
+def _lesions(feed: Feed, pairs: Pairs) -> np.ndarray | None:
+    """Millilitres of lesions of each visit, nan where the feed's labels do not say."""
+    import numpy as np
+
+    from neurojepa.feed.labels import as_numbers, scan_labels
+
+    table = feed.labels()
+    if "lesion_ml" not in table["name"].to_pylist():
+        return None
+    sessions = np.array(feed.index["session"].to_pylist())[pairs.target]
+    values = scan_labels(table, "lesion_ml", people=pairs.participant.tolist(),
+                         sessions=sessions.tolist())
+    found = np.full(len(values), np.nan)
+    if (numbers := as_numbers(values[values != ""])) is None:
+        raise DataError(f"{feed.uri}: a label lesion_ml is no number; correct it where the feed's "
+                        "labels come from, and pack again")
+    found[values != ""] = numbers
+    return found
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from neurojepa.downstream import complete_page as pages
+    from neurojepa.downstream.api import load_model
+    from neurojepa.downstream.completed import complete_scans, read_completion
+    from neurojepa.downstream.output import write_task
+
+    model = load_model(arguments.model, arguments.device)
+    completion, about = read_completion(arguments.model, model.weights)
+    with model.found(arguments.scans, arguments.out, arguments.modality, None, arguments.preset,
+                     arguments.key, 1) as (feed, rows, scans, _):
+        names = np.array(feed.index["modality"].to_pylist())[rows]
+        rows = rows[names == about["from"]]
+        if not len(rows):
+            raise DataError(f"no {about['from']} scan, from which {about['to']} is made, among "
+                            f"{', '.join(sorted(set(names.tolist())))}")
+        made = complete_scans(model.weights, completion, about, feed, rows, scans, arguments.out,
+                              lambda done: print(f"{done} of {len(rows)} scans", flush=True,
+                                                 end="\r" if done < len(rows) else "\n"))
+    record = {"model": arguments.model, "from": about["from"], "to": about["to"],
+              "images": len(made), "latents": about["latents"],
+              "notes": [f"{int((names != about['from']).sum())} scans of other modalities were not "
+                        "read"] if (names != about["from"]).any() else []}
+    write_task(arguments.out, "complete-apply/1", record, methods=pages.applied_methods,
+               page=partial(pages.applied_page, made), predictions=[
+                   ["participant_id", "session_id", "synthetic", "file"],
+                   *([each.who.participant, each.who.session, about["to"], each.path]
+                     for each in made)])
+    return 0
