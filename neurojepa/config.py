@@ -242,6 +242,9 @@ class RunConfig(Config):
                                  "checkpoint, as long as its parameters fit the model")
     deterministic: bool = Field(False, description="deterministic algorithms on a GPU, so that a "
                                 "run that was killed ends bit-equal; a CPU needs no such thing")
+    network: Literal["nvlink", "infiniband-400g", "efa"] = Field(
+        "infiniband-400g", description="between hosts with GPUs (nvlink: one NVLink domain holds "
+        "all): how gradients are summed follows from it")
     trackers: list[Literal["mlflow", "wandb"]] = Field(
         [], description="that get the metrics too, besides TensorBoard")
     time_limit_min: float = Field(0, ge=0, description="stop with a checkpoint before so many "

@@ -22,9 +22,9 @@ from neurojepa.methods import METHODS
 from neurojepa.model.flops import DEVICES, Device, step_flops, tokens_per_volume
 from neurojepa.model.moe import MoE
 from neurojepa.planning.memory import step_bytes
+from neurojepa.planning.reduction import choose_reduction, stage_run
 from neurojepa.planning.scaling import render_scaling
 from neurojepa.planning.step import Label, hollow_model, num_masks
-from neurojepa.train.engine import REDUCED_AT_ONCE, stage_run
 
 # Reading, hash and decoding of one volume of the 1.5 mm grid on one core, ms: tools/bench feed.
 LOADER_MS, LOADER_VOXELS = 3.0, 108 * 132 * 108
@@ -84,7 +84,7 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
         that does not fit the feed's grid.
     """
     train = config.train
-    peak = _device(device).flops
+    facts = _device(device)
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu}: a share of the peak lies in (0, 1]; 0.4 is usual")
     if not 1 <= gpus <= train.global_batch:
@@ -96,10 +96,10 @@ def plan(config: RootConfig, feed: Feed, gpus: int, device: str, mfu: float) -> 
     flops = step_flops(config, feed.grid)
     micro_steps = math.ceil(train.global_batch / (gpus * train.micro_batch))
     filled = train.global_batch / (gpus * train.micro_batch * micro_steps)
-    rate = gpus * peak * mfu * filled / flops
+    rate = gpus * facts.flops * mfu * filled / flops
     state = state_bytes(weights)
     modes = dict.fromkeys((0, config.model.activation_checkpointing, "selective"))
-    memory = {stage: _memory(weights, stage, ranks=gpus, dtype=train.dtype) for stage in (1, 2, 3)}
+    memory = {stage: _memory(config, feed.grid, stage, gpus, facts) for stage in (1, 2, 3)}
     offloaded = {stage: _offload(parts, stage, train.offload) for stage, parts in memory.items()}
     return Plan(
         weights=weights, tokens=(tokens, tokens - targets, targets), flops_per_volume=flops,
@@ -157,19 +157,19 @@ def largest_micro_batch(config: RootConfig, feed: Feed, every: Recompute, room: 
     return scans, needed(scans) if scans else 0.0
 
 
-def resting_bytes(config: RootConfig, grid: Grid, ranks: int) -> dict[str, float]:
+def resting_bytes(config: RootConfig, grid: Grid, ranks: int, device: Device | None
+                  ) -> dict[str, float]:
     """What a rank's device holds whatever the batch: weights, gradients, state, buckets."""
-    train = config.train
-    parts = _memory(_weights(hollow_model(config, grid)), train.zero, ranks=ranks,
-                    dtype=train.dtype)
-    _offload(parts, train.zero, train.offload)
+    parts = _memory(config, grid, config.train.zero, ranks, device)
+    _offload(parts, config.train.zero, config.train.offload)
     return parts
 
 
 def render_fit(config: RootConfig, feed: Feed, gpus: int, device: str) -> list[str]:
     """Lines on the largest micro-batch, by what is computed anew."""
-    memory = _device(device).memory_gib * GIB
-    state = sum(resting_bytes(config, feed.grid, gpus).values())
+    facts = _device(device)
+    memory = facts.memory_gib * GIB
+    state = sum(resting_bytes(config, feed.grid, gpus, facts).values())
     room = FILLED * memory - state
     lines = [f"largest micro-batch on {gpus} x {device} ({memory / GIB:.0f} GiB, of which "
              f"{FILLED:.0%} may be filled and {state / GIB:.1f} GiB hold the state)"]
@@ -281,17 +281,22 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _memory(weights: Weights, stage: int, *, ranks: int, dtype: str) -> dict[str, float]:
-    """Bytes per rank of what does not depend on the batch."""
-    width = 2.0 if dtype == "bf16" else 4.0
+def _memory(config: RootConfig, grid: Grid, stage: int, ranks: int, device: Device | None
+            ) -> dict[str, float]:
+    """Bytes per rank of what does not depend on the batch, under a stage of ZeRO."""
+    train, model = config.train, hollow_model(config, grid)
+    weights, width = _weights(model), 2.0 if train.dtype == "bf16" else 4.0
     trained = float(weights.trained)
     held = width * (trained + weights.parts["encoder"])  # and the target
-    whole_gradients = stage_run(stage, dtype) == 1
-    bucket = width * REDUCED_AT_ONCE
-    if dtype == "bf16":
-        bucket += 4.0 * min(trained, REDUCED_AT_ONCE)
+    staged = config.model_copy(update={"train": train.model_copy(update={"zero": stage})})
+    way = choose_reduction(staged, grid, model, ranks=ranks, device=device,
+                           micro_steps=math.ceil(train.global_batch / (ranks * train.micro_batch)))
+    # one bucket fills while another travels
+    bucket = width * way.bucket * (2 if way.overlap and stage < 3 else 1)
+    if way.width > width:
+        bucket += way.width * min(trained, way.bucket)
     return {"weights": held / (ranks if stage == 3 else 1),
-            "gradients": 4.0 * trained / (1 if whole_gradients else ranks),
+            "gradients": 4.0 * trained / (1 if stage_run(stage, train.dtype) == 1 else ranks),
             "state": state_bytes(weights) / ranks, "buckets": bucket}
 
 

@@ -54,17 +54,20 @@ class MoE(nn.Module):
         # rows of padding sort behind all others and weigh 0: they pass the last expert in vain
         key_S = torch.where(valid_Q1, expert_Qk, num_experts).flatten()
         order_S = key_S.sort(stable=True).indices
-        load_E = (key_S[:, None] == torch.arange(num_experts, device=key_S.device)).sum(0)
-        ends_E = load_E.cumsum(0)
-        ends_E = torch.cat([ends_E[:-1], ends_E.new_full((1,), len(key_S))]).int()
+        experts_E = torch.arange(num_experts, device=key_S.device)
+        load_E = (key_S[:, None] == experts_E).sum(0, dtype=torch.int32)
+        ends_E = F.pad(load_E.cumsum(0, dtype=torch.int32)[:-1], (0, 1), value=float(len(key_S)))
+        # made once for the ways there and back, and for their backwards
+        token_S, back_Qk = order_S // self.top_k, _inverse(order_S).view(-1, self.top_k)
 
-        rows_SD = _Rows.apply(x_QD, order_S, self.top_k, True)  # type: ignore[no-untyped-call]
-        weight_S1 = _Permute.apply(weight_Qk.flatten(), order_S)[:, None]  # type: ignore[no-untyped-call]
+        rows_SD = _Rows.apply(x_QD, token_S, back_Qk, True)  # type: ignore[no-untyped-call]
+        weight_S1 = _Permute.apply(  # type: ignore[no-untyped-call]
+            weight_Qk.flatten(), order_S, back_Qk.flatten())[:, None]
         hidden_SH = F.gelu(grouped_matmul(rows_SD, self.w1, ends_E))
         # weighted here and not behind w2: these rows are the narrower ones
         hidden_SH = hidden_SH * weight_S1.to(hidden_SH.dtype)
         out_SD = grouped_matmul(hidden_SH, self.w2, ends_E)
-        y_QD = _Rows.apply(out_SD, order_S, self.top_k, False)  # type: ignore[no-untyped-call]
+        y_QD = _Rows.apply(out_SD, token_S, back_Qk, False)  # type: ignore[no-untyped-call]
         return self.shared(x_BND) + y_QD.view_as(x_BND), load_E.float()
 
     def route(self, x_QD: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,42 +89,36 @@ class MoE(nn.Module):
 
 
 class _Rows(torch.autograd.Function):
-    """Tokens to rows (``_spread``) or back (``_gathered``): each is the other's backward."""
+    """Tokens to rows (``spread``) or back, where a token's rows add up: each is the other's
+    backward.
+
+    ``token_S`` is each row's token, ``back_Qk`` the places of each token's rows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order_S: Tensor, k: int, spread: bool) -> Tensor:
-        ctx.save_for_backward(order_S)
-        ctx.k, ctx.spread = k, spread
-        return (_spread if spread else _gathered)(x, order_S, k)
+    def forward(ctx: Any, x: Tensor, token_S: Tensor, back_Qk: Tensor, spread: bool) -> Tensor:
+        ctx.save_for_backward(token_S, back_Qk)
+        ctx.spread = spread
+        return x[token_S] if spread else x[back_Qk].sum(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (order_S,) = ctx.saved_tensors
-        return (_gathered if ctx.spread else _spread)(grads[0], order_S, ctx.k), None, None, None
-
-
-def _spread(x_QD: Tensor, order_S: Tensor, k: int) -> Tensor:
-    """Each token's row k times, in the order of its choices."""
-    return x_QD[order_S // k]
-
-
-def _gathered(x_SD: Tensor, order_S: Tensor, k: int) -> Tensor:
-    """The sum of each token's k rows, in order."""
-    return x_SD[_inverse(order_S)].view(-1, k, x_SD.shape[1]).sum(1)
+        token_S, back_Qk = ctx.saved_tensors
+        return grads[0][back_Qk].sum(1) if ctx.spread else grads[0][token_S], None, None, None
 
 
 class _Permute(torch.autograd.Function):
     """Rows in a given order; the backward is the inverse permutation, not an accumulation."""
 
     @staticmethod
-    def forward(ctx: Any, x_SD: Tensor, order_S: Tensor) -> Tensor:
-        ctx.save_for_backward(order_S)
+    def forward(ctx: Any, x_SD: Tensor, order_S: Tensor, back_S: Tensor) -> Tensor:
+        ctx.save_for_backward(back_S)
         return x_SD[order_S]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (order_S,) = ctx.saved_tensors
-        return grads[0][_inverse(order_S)], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (back_S,) = ctx.saved_tensors
+        return grads[0][back_S], None, None
 
 
 def _inverse(order_S: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,8 @@ _GATHERS = {"index", "gather", "index_select"}
 _MOVES = {"cat", "stack", "clone", "_to_copy", "copy", "zeros", "zeros_like", "fill", "full",
           "arange", "constant_pad_nd", "slice_backward", "select_backward", "flip", "repeat",
           "scalar_tensor", "ones", "ones_like", "full_like", "new_zeros", "new_full",
-          "new_ones", "zero", "where", "gelu", "gelu_backward", "threshold_backward"}
+          "new_ones", "zero", "where", "gelu", "gelu_backward", "threshold_backward",
+          "floor_divide"}
 _REDUCTIONS = {"sum", "mean", "amax", "amin", "any", "all", "var_mean", "native_layer_norm",
                "native_layer_norm_backward", "native_group_norm", "native_group_norm_backward",
                "_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data",
@@ -151,36 +152,79 @@ class Recorder(TorchDispatchMode):
 def fused(kernels: list[Kernel]) -> list[Kernel]:
     """The same work with neighbours joined, as a compiler of regions joins them.
 
-    An operation joins those that it reads from where no kernel that does not fuse lies between.
+    An operation joins those that it reads from where nothing else that waits for them has to come
+    first.  What reads nothing is made where it is read.
     """
-    level_of: dict[tuple[int, int], int] = {}
-    group_of: dict[tuple[int, int], int] = {}  # of what is made by a kernel that fuses
-    parents: list[int] = list(range(len(kernels)))
-
-    def find(i: int) -> int:
-        while parents[i] != i:
-            parents[i] = parents[parents[i]]
-            i = parents[i]
-        return i
-
+    kernels = _without_constants(kernels)
+    joined = _Groups(kernels)
+    maker: dict[tuple[int, int], int] = {}
     for i, kernel in enumerate(kernels):
-        level = max((level_of.get(key, 0) for key in kernel.reads), default=0)
-        for key in kernel.reads:
-            if kernel.fuses and key in group_of and level_of.get(key, 0) == level and (
-                    kernels[group_of[key]].phase == kernel.phase):
-                parents[find(group_of[key])] = find(i)
-        for key in kernel.writes:
-            level_of[key] = level if kernel.fuses else level + 1
-            if kernel.fuses:
-                group_of[key] = i
-            else:
-                group_of.pop(key, None)
+        sources = {maker[key] for key in kernel.reads if key in maker}
+        joined.add(i, sources)
+        if kernel.fuses:
+            for source in sorted(sources, reverse=True):
+                if kernels[source].fuses and kernels[source].phase == kernel.phase:
+                    joined.join(source, i)
+        maker |= dict.fromkeys(kernel.writes, i)
     members: dict[int, list[int]] = defaultdict(list)
     for i in range(len(kernels)):
-        members[find(i)].append(i)
+        members[joined.of(i)].append(i)
     return [_joined([kernels[i] for i in group], needed)
             for group, needed in zip(members.values(),
                                      _needed(kernels, list(members.values())), strict=True)]
+
+
+class _Groups:
+    """Kernels in groups that can run one after the other: no group waits for itself."""
+
+    def __init__(self, kernels: list[Kernel]) -> None:
+        self._parents = list(range(len(kernels)))
+        self._above = [0] * len(kernels)  # bits: the groups that come before a group
+        self._direct: list[set[int]] = [set() for _ in kernels]
+
+    def of(self, i: int) -> int:
+        while self._parents[i] != i:
+            self._parents[i] = self._parents[self._parents[i]]
+            i = self._parents[i]
+        return i
+
+    def add(self, i: int, sources: set[int]) -> None:
+        """A new group of one kernel, behind those of its sources."""
+        self._direct[i] = {self.of(source) for source in sources}
+        for group in self._direct[i]:
+            self._above[i] |= self._above[group] | 1 << group
+
+    def join(self, i: int, last: int) -> None:
+        """Make one group of two, the later of which is the last of all, where nothing is between.
+        """
+        first, second = self.of(i), self.of(last)
+        if first == second or self._between(first, second) or self._between(second, first):
+            return
+        both = 1 << first | 1 << second
+        above = (self._above[first] | self._above[second]) & ~both
+        if second != last or above != self._above[first]:  # those behind have more before them
+            for group in range(min(first, second), last):
+                if self._above[group] & both:
+                    self._above[group] |= above | 1 << first
+        self._parents[second], self._above[first] = first, above
+        self._direct[first] |= self._direct[second]
+
+    def _between(self, first: int, second: int) -> bool:
+        """Whether a way from one group to the other leads through a third one."""
+        found = {self.of(group) for group in self._direct[second]} - {first, second}
+        return any(self._above[group] >> first & 1 for group in found)
+
+
+def _without_constants(kernels: list[Kernel]) -> list[Kernel]:
+    """Leave out what reads nothing and is read by kernels that fuse alone."""
+    alone = {key for kernel in kernels if not kernel.fuses for key in kernel.reads}
+    made = {key for kernel in kernels if kernel.fuses and not kernel.reads
+            for key in kernel.writes} - alone
+    left = [replace(kernel, reads={key: size for key, size in kernel.reads.items()
+                                   if key not in made})
+            for kernel in kernels if kernel.reads or not made.issuperset(kernel.writes)]
+    # what is left may read nothing any more
+    return left if len(left) == len(kernels) else _without_constants(left)
 
 
 def _needed(kernels: list[Kernel], groups: list[list[int]]) -> list[set[tuple[int, int]]]:

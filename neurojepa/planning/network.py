@@ -1,7 +1,7 @@
 """What ranks send each other in a step, and how long that takes on a network.
 
-Bytes follow from ZeRO's stages (Rajbhandari et al. 2020) and from how the engine is set: gradients
-are summed as fp32, weights are gathered in their own type, and the target's too.  A ring passes
+Bytes follow from ZeRO's stages (Rajbhandari et al. 2020) and from how the engine is set
+(reduction.py); weights are gathered in their own type, and the target's too.  A ring passes
 (N - 1) / N of a tensor through every rank's link for a reduce-scatter or an all-gather, and twice
 that for an all-reduce.  Where ranks fill several hosts the slower of NVLink and the hosts' ports
 counts.  Latency is counted by message and, between hosts, by their number's logarithm, as of trees.
@@ -10,12 +10,13 @@ counts.  Latency is counted by message and, between hosts, by their number's log
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from neurojepa.train.engine import REDUCED_AT_ONCE
+from typing import Literal
 
 # Assumed, as are the latencies below: no run on many GPUs has checked them.
-OVERLAP = 0.9  # of the backward, that hides communication: both want the memory's bandwidth
+OVERLAP = 0.9  # of what is computed beside a message, that hides it: both want the memory
+PARTS = 4  # of the encoder's blocks, whose target's weights are gathered one after the other
 WIRE_SHARE = 0.8  # of a link's data sheet that collectives reach
 
 
@@ -36,17 +37,21 @@ NETWORKS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Message:
-    """A collective of a step: ``elements`` of ``width`` bytes, in so many pieces."""
+    """A collective of a step: ``elements`` of ``width`` bytes, in so many pieces.
+
+    It travels beside the backward, beside the views of the next batch, beside these and the
+    target's forward, or while all ranks wait.
+    """
 
     name: str
-    collective: str  # all_reduce | reduce_scatter | all_gather
+    collective: Literal["all_reduce", "reduce_scatter", "all_gather"]
     elements: float
     width: int
     pieces: int
-    hides: bool  # if it may overlap: behind the backward or the forward
-    behind_views: bool = False  # or while the next batch becomes views
+    beside: Literal["backward", "views", "target", "nothing"]
+    last: float = 0.0  # elements of the last piece, which has no backward left to travel beside
 
     @property
     def bytes(self) -> float:
@@ -55,42 +60,91 @@ class Message:
 
     def sent(self, ranks: int) -> float:
         """Bytes that pass through each rank's link."""
-        passes = 2 if self.collective == "all_reduce" else 1
-        return passes * self.bytes * (ranks - 1) / ranks
+        return self._passed(self.elements, ranks)
 
     def seconds(self, ranks: int, network: Network) -> float:
+        """Of all pieces, one after the other."""
+        return self._travel(self.elements, self.pieces, ranks, network)
+
+    def last_seconds(self, ranks: int, network: Network) -> float:
+        """Of the last piece."""
+        return self._travel(self.last, 1, ranks, network)
+
+    def _passed(self, elements: float, ranks: int) -> float:
+        passes = 2 if self.collective == "all_reduce" else 1
+        return passes * elements * self.width * (ranks - 1) / ranks
+
+    def _travel(self, elements: float, pieces: int, ranks: int, network: Network) -> float:
         if ranks == 1:
             return 0.0
         hosts = math.ceil(ranks / network.per_host)
         link = network.within if hosts == 1 else min(network.within, network.between)
         latency = network.latency_s * (1 + math.log2(hosts))
-        return self.sent(ranks) / (link * WIRE_SHARE) + self.pieces * latency
+        return self._passed(elements, ranks) / (link * WIRE_SHARE) + pieces * latency
 
 
-def messages(trained: int, averaged: int, stage: int, *, width: int, micro_steps: int,
-             gathers: int) -> list[Message]:
-    """The collectives of a step.
+def buckets(arriving: Sequence[int], size: int) -> list[int]:
+    """Elements of each piece: as DeepSpeed fills buckets of ``size`` with whole gradients.
+
+    One that is larger than a bucket travels alone.
+    """
+    found, filled = [], 0
+    for elements in arriving:
+        if filled and filled + elements > size:
+            found.append(filled)
+            filled = 0
+        filled += elements
+    return [*found, filled] if filled else found
+
+
+def gradients(arriving: Sequence[int], stage: int, bucket: int, *, width: int,
+              micro_steps: int) -> Message:
+    """The sum of gradients over ranks.
+
+    Parameters
+    ----------
+    arriving : sizes of the trained weights, in the order in which their gradients come.
+    stage : of ZeRO, from ``reduction.stage_run``.
+    bucket, width : of ``reduction.Reduction``.
+    """
+    pieces = buckets(arriving, bucket)
+    # stages 2 and 3 reduce in every micro-step, stage 1 once
+    times = 1 if stage == 1 else micro_steps
+    return Message(
+        # DeepSpeed reduces whole buckets below 3, whoever keeps the sums
+        name="gradients", collective="reduce_scatter" if stage == 3 else "all_reduce",
+        elements=float(sum(arriving) * times), width=width, pieces=len(pieces) * times,
+        beside="backward", last=float(pieces[-1]))
+
+
+def weights(trained: int, averaged: int, stage: int, *, width: int, micro_steps: int,
+            gathers: int) -> list[Message]:
+    """The gathers of a step.
 
     Parameters
     ----------
     trained, averaged : weights that are trained, and those of the encoder, which have a target.
-    stage : of ZeRO, from ``engine.stage_run``.
     width : bytes of a weight.
     gathers : of ZeRO-3 in a micro-step: a trained block's weights come twice, a target's once.
     """
-    buckets = math.ceil(trained / REDUCED_AT_ONCE)
-    # DeepSpeed reduces whole buckets below 3, whoever keeps the sums
-    reduced = "reduce_scatter" if stage == 3 else "all_reduce"
-    # stages 2 and 3 reduce in every micro-step, stage 1 once
-    times = 1 if stage == 1 else micro_steps
-    found = [Message("gradients", reduced, float(trained * times), 4, buckets * times, True)]
     if stage == 3:
         # forward and backward of the trained ones, forward of the target; it is sharded likewise
         gathered = (2 * trained + averaged) * micro_steps
-        return [*found, Message("weights", "all_gather", float(gathered), width,
-                                gathers * micro_steps, True)]
-    return [*found, Message("weights", "all_gather", float(trained), width, 2, False),
-            Message("target", "all_gather", float(averaged), width, 2, False, behind_views=True)]
+        return [Message(name="weights", collective="all_gather", elements=float(gathered),
+                        width=width, pieces=gathers * micro_steps, beside="backward",
+                        last=float(gathered / (gathers * micro_steps)))]
+    # a piece for each group of the optimizer: encoder's parts and the rest, with and without decay
+    return [Message(name="target", collective="all_gather", elements=float(averaged), width=width,
+                    pieces=2 * PARTS, beside="views"),
+            Message(name="weights", collective="all_gather", elements=float(trained), width=width,
+                    pieces=2 * PARTS + 2, beside="target")]
+
+
+def agreements(moe: bool) -> Message:
+    """Sums of a few numbers for which all ranks wait: loss, norm, and how often experts and atoms
+    were used."""
+    return Message(name="agreements", collective="all_reduce", elements=0.0, width=4,
+                   pieces=4 if moe else 3, beside="nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,23 +160,24 @@ class Step:
         return self.compute_s / (self.compute_s + self.exposed_s)
 
 
-def step_on(ranks: int, network: Network, sent: list[Message], *, compute_s: float,
-            hiding_s: float = 0.0, views_s: float = 0.0) -> Step:
+def step_on(ranks: int, network: Network, sent: Sequence[Message], *, compute_s: float,
+            backward_s: float = 0.0, views_s: float = 0.0, target_s: float = 0.0) -> Step:
     """A step of ``ranks``, each with the same work (weak scaling).
 
     Parameters
     ----------
     compute_s : of a rank alone.
-    hiding_s : the part of it that communication runs beside; 0 without overlap.
+    backward_s : the part of it that gradients travel beside; 0 without overlap.
     views_s : the part in which the next batch becomes views.
+    target_s : the target's forward, which follows; 0 where a method has none.
     """
-    seconds = {message: message.seconds(ranks, network) for message in sent}
-    beside = sum(seconds[message] for message in sent if message.hides)
-    after = sum(seconds[message] for message in sent
-                if not (message.hides or message.behind_views))
-    early = sum(seconds[message] for message in sent if message.behind_views)
-    after += max(early - OVERLAP * views_s, 0.0)
-    # a last piece has nothing left to hide behind
-    last = max((seconds[message] / message.pieces for message in sent if message.hides),
-               default=0.0)
-    return Step(compute_s=compute_s, exposed_s=max(beside - OVERLAP * hiding_s, last) + after)
+    def of(beside: str) -> float:
+        return sum(message.seconds(ranks, network) for message in sent if message.beside == beside)
+
+    last = max((message.last_seconds(ranks, network) for message in sent), default=0.0)
+    reduced = max(of("backward") - OVERLAP * backward_s, last)
+    # the target's weights come first, part by part as its blocks need them; the others behind them
+    target = max(0.0, *(of("views") * (part + 1) / PARTS
+                        - OVERLAP * (views_s + target_s * part / PARTS) for part in range(PARTS)))
+    rest = max(of("views") + of("target") - target - OVERLAP * (views_s + target_s), 0.0)
+    return Step(compute_s=compute_s, exposed_s=reduced + target + rest + of("nothing"))

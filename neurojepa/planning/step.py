@@ -40,6 +40,8 @@ def hollow_model(config: RootConfig, grid: Grid) -> Averaged:
 def step_kernels(config: RootConfig, grid: Grid, label: Label | None = None) -> list[Kernel]:
     """Every kernel of a micro-step of one rank in bf16, and of the update after it.
 
+    Phases are views, target, forward, backward and update.
+
     Parameters
     ----------
     label : of methods that learn from labels.
@@ -60,6 +62,9 @@ def step_kernels(config: RootConfig, grid: Grid, label: Label | None = None) -> 
             for sizes in (kernel.reads, kernel.writes):
                 sizes |= {key: size * config.train.micro_batch / 2 for key, size in sizes.items()}
         views = hollow_views(config, grid, label)
+        # what the target's forward may hide: see network.py
+        model.target.register_forward_pre_hook(lambda *_: setattr(recorder, "phase", "target"))
+        model.target.register_forward_hook(lambda *_: setattr(recorder, "phase", "forward"))
         with recorder.during("forward"):
             loss, _ = model(views, 0.0)
         with recorder.during("backward"):

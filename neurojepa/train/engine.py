@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from torch import Tensor, nn
 
 from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
+from neurojepa.planning.network import PARTS
+from neurojepa.planning.reduction import Reduction, stage_run
 from neurojepa.train.health import Guard
 from neurojepa.train.world import World, bounded_groups
 
@@ -32,7 +36,7 @@ KNOWN_VERSION = "0.19."
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_KEYS = ("master", *MOMENTS, "ema")
 SOURCE, TARGET = "encoder.", "target."
-REDUCED_AT_ONCE = 20_000_000  # elements; DeepSpeed's default takes 2 GB anew in each step
+WIRE = {4: "fp32", 2: "bf16"}  # by bytes
 OFFLOADED = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}
 
 
@@ -59,10 +63,12 @@ class Engine:
     world : World
     micro_steps : int
         Micro-steps accumulated per step.
+    way : Reduction
+        How gradients are summed over ranks.
     """
 
     def __init__(self, model: nn.Module, config: RootConfig, world: World,
-                 micro_steps: int) -> None:
+                 micro_steps: int, way: Reduction) -> None:
         import deepspeed
 
         if not deepspeed.__version__.startswith(KNOWN_VERSION):
@@ -77,13 +83,15 @@ class Engine:
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer,
                 config=deepspeed_config(config, world_size=world.size,
-                                        micro_steps=micro_steps))[0]
+                                        micro_steps=micro_steps, way=way))[0]
         self._zero: Any = self._engine.optimizer
         self._micro_steps = micro_steps
         self._stage3 = config.train.zero == 3
         self._flats: list[Tensor] = (self._zero.fp32_partitioned_groups_flat if self._stage3
                                      else self._zero.single_partition_of_fp32_groups)
         self._groups = self._zero.fp16_groups if self._stage3 else self._zero.bit16_groups
+        if self._stage3:  # as it begins: no order is known, and it is never told of a step's end
+            self._outside = copy(self._zero.parameter_offload.param_coordinator)
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self._params = dict(self.module.named_parameters())
         self.fragments = list(self._fragments_3() if self._stage3 else self._fragments_12())
@@ -93,9 +101,12 @@ class Engine:
         self.guard = Guard(config.train.health.spike_deviations, world)
         self._watch_norms()
         self._targets = {} if self._stage3 else {i: self._laid_out(i) for i in self._ema}
-        self._gathers: list[dist.Work] = []
-        self.module.get_submodule("target").register_forward_pre_hook(
-            lambda *_: self._await_target())
+        self._gathers: list[list[dist.Work]] = [[] for _ in range(PARTS)]  # of the target's weights
+        self._weights: list[dist.Work] = []  # gathers of the others
+        self._updated = False  # this rank's part of the weights, and not yet the others'
+        self._await_where_needed()
+        if way.overlap and not self._stage3:
+            self._reduce_without_waiting()
         self._publish()
 
     # ---- a step ----------------------------------------------------------------------------------
@@ -108,6 +119,23 @@ class Engine:
     def forward(self, *inputs: Any) -> Any:
         """The model's outputs for one micro-batch."""
         return self._engine(*inputs)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around a forward of parts of the module that belongs to no step, as a look at latents.
+
+        Under ZeRO-3 it gathers weights for itself: told of modules that come out of order,
+        DeepSpeed would forget the order it knows, and ranks would compare it anew.
+        """
+        if not self._stage3:
+            yield
+            return
+        offload = self._zero.parameter_offload
+        steps, offload.param_coordinator = offload.param_coordinator, self._outside
+        try:
+            yield
+        finally:
+            offload.param_coordinator = steps
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; they are averaged over ranks and micro-steps."""
@@ -127,8 +155,57 @@ class Engine:
             self.guard.end_step(self._micro_steps, flags)
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
+        with self._weights_later():
+            self._engine.step()
         return self._engine.was_step_applied()
+
+    @contextmanager
+    def _weights_later(self) -> Iterator[None]:
+        """Keep DeepSpeed from gathering weights at the end of its step, while all ranks wait.
+
+        ``update_ema`` sends them on their way behind the target's, which are needed first; the
+        encoder's next forward waits for them.
+        """
+        if self._stage3:
+            yield
+            return
+        from deepspeed.runtime.zero import stage_1_and_2 as below_3
+
+        def later(**_: Any) -> None:
+            self._updated = True
+
+        gather, below_3.all_gather_dp_groups = below_3.all_gather_dp_groups, later
+        try:
+            yield
+        finally:
+            below_3.all_gather_dp_groups = gather
+
+    def _gather_weights(self) -> None:
+        if self._updated and self.world.size > 1:
+            parts = self._zero.parallel_partitioned_bit16_groups
+            self._weights += [
+                dist.all_gather_into_tensor(whole, parts[i][self.world.rank],
+                                            group=self._zero.real_dp_process_group[i],
+                                            async_op=True)
+                for i, whole in enumerate(self._zero.bit16_groups_flat)]
+        self._updated = False
+
+    def _reduce_without_waiting(self) -> None:
+        """Where gradients travel beside the backward, let the device wait for them at its end, and
+        not the host, which has the next batch to send."""
+        zero = self._zero
+        if zero.reduction_stream is None:  # a CPU's
+            return
+        epilogue = zero.independent_gradient_partition_epilogue
+
+        def ended() -> None:
+            zero.reduce_ipg_grads()
+            torch.cuda.current_stream().wait_stream(zero.reduction_stream)
+            zero.overlap_comm = False  # nothing is left to reduce, nor to wait for
+            epilogue()
+            zero.overlap_comm = True
+
+        zero.independent_gradient_partition_epilogue = ended
 
     def _watch_norms(self) -> None:
         """Show each step's gradient norm to the guard.
@@ -184,6 +261,7 @@ class Engine:
         flats = [self._flats[i].detach() for i in self._ema]
         torch._foreach_lerp_(list(self._ema.values()), flats, 1 - momentum)
         self._publish()
+        self._gather_weights()
 
     @torch.no_grad()
     def _publish(self) -> None:
@@ -210,13 +288,33 @@ class Engine:
         own.copy_(ema)
         if self.world.size > 1:
             # on its way while the next batch becomes views; the target's forward waits
-            self._gathers.append(dist.all_gather_into_tensor(
-                whole, own, group=self._zero.real_dp_process_group[i], async_op=True))
+            self._gathers[part_of(self._names[id(self._groups[i][0])], self.module)].append(
+                dist.all_gather_into_tensor(
+                    whole, own, group=self._zero.real_dp_process_group[i], async_op=True))
 
-    def _await_target(self) -> None:
-        for gather in self._gathers:
-            gather.wait()
-        self._gathers.clear()
+    def _await_where_needed(self) -> None:
+        """The target's blocks wait for their part of its weights, the encoder for all others'."""
+        def before(module: nn.Module, wait: Callable[[], None]) -> None:
+            module.register_forward_pre_hook(lambda *_: wait())
+
+        target = self.module.get_submodule("target")
+        before(self.module.get_submodule("encoder"), self._await_weights)
+        before(target, partial(self._await_target, 0))
+        seen = {0}
+        for i, block in enumerate(getattr(target, "blocks", ())):
+            part = part_of(f"{SOURCE}blocks.{i}.", self.module)
+            if part not in seen:
+                seen.add(part)
+                before(block, partial(self._await_target, part))
+
+    def _await_target(self, *parts: int) -> None:
+        """Of all parts where none is named."""
+        for part in parts or range(PARTS):
+            _await(self._gathers[part])
+
+    def _await_weights(self) -> None:
+        self._gather_weights()  # of a step without an average
+        _await(self._weights)
 
     @torch.no_grad()
     def _laid_out(self, i: int) -> Tensor:
@@ -302,6 +400,7 @@ class Engine:
             As from ``buffers``.
         adam_step : int
         """
+        self._await_weights()
         for fragment in self.fragments:
             for key, tensor in self.tensors(fragment).items():
                 tensor.copy_(read(fragment, key))
@@ -321,6 +420,7 @@ class Engine:
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back."""
         self._await_target()
+        self._await_weights()
         self._engine.destroy()
 
 
@@ -336,31 +436,38 @@ def _nothing_compiled() -> Iterator[None]:
         torch.compile = compiler
 
 
+def _await(gathers: list[dist.Work]) -> None:
+    for gather in gathers:
+        gather.wait()
+    gathers.clear()
+
+
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Encoder and rest apart (the encoder's flats have an EMA), each with and without decay.
+    """The encoder's parts and the rest apart (the encoder's flats have an EMA), each with and
+    without decay.
 
     Vectors (norms, biases) and learned tokens are not decayed.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
             decays = param.ndim >= 2 and not name.endswith(("bias", "token"))
-            groups.setdefault((name.startswith(SOURCE), decays), []).append(param)
+            part = part_of(name, model) if name.startswith(SOURCE) else PARTS
+            groups.setdefault((part, decays), []).append(param)
     return [{"params": params, "weight_decay": weight_decay if decays else 0.0}
             for (_, decays), params in groups.items()]
 
 
-def stage_run(zero: int, dtype: str) -> int:
-    """The stage of ZeRO that is run where ``zero`` is asked for.
+def part_of(name: str, model: nn.Module) -> int:
+    """Which part of the encoder a weight of that name lies in; 0 also for those of no block."""
+    _, kind, number, *_ = [*name.split("."), ""]
+    if kind != "blocks":
+        return 0
+    return int(number) * PARTS // len(model.get_submodule("encoder.blocks"))
 
-    Stage 1 with bf16 and fp32 accumulation silently becomes another optimizer class, whose state
-    lies elsewhere.  Stage 2 has the same numbers and also splits the gradients.
-    """
-    return 2 if zero == 1 and dtype == "bf16" else zero
 
-
-def deepspeed_config(config: RootConfig, *, world_size: int,
-                     micro_steps: int) -> dict[str, Any]:
+def deepspeed_config(config: RootConfig, *, world_size: int, micro_steps: int,
+                     way: Reduction) -> dict[str, Any]:
     """DeepSpeed's settings; those not obvious were pinned because another value goes wrong."""
     train = config.train
     return {
@@ -370,13 +477,14 @@ def deepspeed_config(config: RootConfig, *, world_size: int,
         "gradient_clipping": config.optim.grad_clip,
         "bf16": {"enabled": train.dtype == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        "communication_data_type": WIRE[way.width],
         "zero_force_ds_cpu_optimizer": False,  # its own would have to be compiled
         "zero_optimization": {
             **{f"offload_{part}": {"device": "cpu", "pin_memory": torch.cuda.is_available()}
                for part in OFFLOADED[train.offload]},
             "stage": stage_run(train.zero, train.dtype),
-            "reduce_bucket_size": REDUCED_AT_ONCE,
+            "overlap_comm": way.overlap,
+            "reduce_bucket_size": way.bucket,
             "memory_efficient_linear": False,  # it replaces F.linear for the whole process
             "stage3_param_persistence_threshold": 0,  # persistent targets would lag one step
         },

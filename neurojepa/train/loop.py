@@ -32,7 +32,7 @@ from neurojepa.objective.anatomy import check_anatomy
 from neurojepa.objective.views import make_views
 from neurojepa.storage import Patience, join, write_bytes
 from neurojepa.train import checkpoint, compiling
-from neurojepa.train.device import check_device
+from neurojepa.train.device import check_device, reduction_of
 from neurojepa.train.engine import Engine
 from neurojepa.train.gates import Gates
 from neurojepa.train.health import Damage, Health, collapsed, diverged
@@ -132,7 +132,8 @@ class Run:
         self.build, compiled = compiling.prepare(config, model, world.device)
         if compiled.backend:
             self.heartbeat.compiling()
-        self.engine = Engine(model, config, world, self.loader.micro_steps)
+        way = reduction_of(config, self.feed.grid, model, world, self.loader.micro_steps)
+        self.engine = Engine(model, config, world, self.loader.micro_steps, way)
         self.moe = moe_layers(self.engine.module)
         self.code = sparse_code(self.engine.module)
         self.gates = Gates(config, self.feed.grid, world)
@@ -155,7 +156,7 @@ class Run:
         experts = grouped_kernel(self.moe[0]) if self.moe else None
         self.metrics.event("resume" if found else "start", self.step, world=world.size,
                            zero=config.train.zero, dtype=config.train.dtype,
-                           compiled=compiled.why, experts=experts)
+                           compiled=compiled.why, experts=experts, sums=str(way))
         if world.device.type == "cuda":
             self.say(f"compiled: {compiled.why}; experts: {experts or 'none'}")
         if changes:
@@ -247,7 +248,8 @@ class Run:
             self._batches.fetch()  # the device is busy; what comes next waits for it
             applied = self.engine.step(rates.lr, self._flags())
             self.metrics.add(loss, sums)
-        gates = self.gates.look(self.engine.module, views, self.step + 1)
+        with self.engine.aside():
+            gates = self.gates.look(self.engine.module, views, self.step + 1)
         balance = {}
         if self.moe:
             load = self.world.sum_(torch.stack([layer.load for layer in self.moe]))

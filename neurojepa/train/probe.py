@@ -84,7 +84,7 @@ class OnlineProbe(Hook):
 
     def after_step(self, run: Run) -> None:
         if run.step % self.config.train.probe_every == 0:
-            with run.heartbeat.doing("evaluation"):
+            with run.heartbeat.doing("evaluation"), run.engine.aside():
                 self.run(run.engine.module, run.step, run.metrics)
 
     def run(self, model: nn.Module, step: int, metrics: Metrics) -> None:

@@ -57,7 +57,7 @@ def test_keys_that_may_change_are_marked_where_they_stand() -> None:
         "train.keep_last",
         "train.milestone_every", "train.log_every", "train.probe_every", "optim.cooldown_steps",
         "run.dir", "run.launcher", "run.ranks", "run.min_ranks", "run.accept_changes",
-        "run.deterministic", "run.trackers", "run.time_limit_min"}
+        "run.deterministic", "run.network", "run.trackers", "run.time_limit_min"}
     assert free_keys() == expected
 
 

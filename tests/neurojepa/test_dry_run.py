@@ -122,11 +122,11 @@ import torch
 from neurojepa import dry_run
 from neurojepa.config import load_config
 from neurojepa.planning.memory import Live
-from neurojepa.train import engine
+from neurojepa.planning import reduction
 from neurojepa.train.loop import Run
 from neurojepa.train.world import start_world
 
-engine.REDUCED_AT_ONCE = dry_run.REDUCED_AT_ONCE = 200_000  # as for a model of this size
+reduction.USUAL_BUCKET = 200_000  # as for a model of this size
 
 def storages():
     tensors = [item for item in gc.get_objects()

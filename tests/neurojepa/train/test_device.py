@@ -45,7 +45,7 @@ def test_bf16_is_asked_of_those_that_have_it(gpu: SimpleNamespace) -> None:
 def test_memory_is_enough_or_told_part_by_part(
         gpu: SimpleNamespace, size: str, train: dict, ranks: int) -> None:
     config = of_size(size, **train)
-    gpu.total_memory = int(sum(resting_bytes(config, GRID, ranks).values())) + 1
+    gpu.total_memory = int(sum(resting_bytes(config, GRID, ranks, None).values())) + 1
     check_device(config, GRID, CUDA, ranks)
     gpu.total_memory -= 2**20
     with pytest.raises(ConfigError, match=(
