@@ -420,7 +420,7 @@ class Engine:
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back."""
         self._await_target()
-        self._await_weights()
+        _await(self._weights)  # without a new gather: the others may have ended
         self._engine.destroy()
 
 
