@@ -10,12 +10,11 @@ import numpy as np
 from neurojepa.downstream.explain import CHECKED, Explained, OfScan
 from neurojepa.downstream.output import Figures, how_done
 from neurojepa.downstream.planes import planes
-from neurojepa.downstream.saliency import STEPS
+from neurojepa.downstream.saliency import SMOOTH, STEPS
 from neurojepa.feed.format import Grid
 from neurojepa.report import page, paragraph, section, table, tiles
 
 SHOWN = 12  # scans with a figure
-SMOOTH_MM = 3.0  # sd, of the figures alone
 
 
 def explain_page(found: Explained, grid: Grid, record: dict[str, Any], figures: Figures) -> str:
@@ -31,9 +30,8 @@ def explain_page(found: Explained, grid: Grid, record: dict[str, Any], figures: 
     parts += [paragraph(f"Look out: {each}.") for each in found.warnings]
     parts.append(section("Maps", paragraph(
         f"What each voxel adds to the score, in {found.unit}: orange raises it, blue lowers it, "
-        "against the usual scan. Planes through the place that adds most, smoothed by "
-        f"{SMOOTH_MM:g} mm; L is the person's left and R the right, A is the front. The files hold "
-        "the values as they are."), *(
+        "against the usual scan. Planes through the place that adds or takes most. L is the "
+        "person's left and R the right, A is the front."), *(
             figures.show(f"scan {number + 1}", _figure(each, grid), _caption(
                 each, found.unit)) for number, each in enumerate(found.scans[:SHOWN]))))
     if len(found.scans) > SHOWN:
@@ -50,10 +48,7 @@ def _caption(each: OfScan, unit: str) -> str:
 
 
 def _figure(each: OfScan, grid: Grid) -> Any:
-    from scipy.ndimage import gaussian_filter
-
-    return planes(each.codes, gaussian_filter(each.map, SMOOTH_MM / grid.spacing_mm),
-                  grid)
+    return planes(each.codes, each.map, grid)
 
 
 def _scans(found: Explained, record: dict[str, Any]) -> str:
@@ -130,7 +125,8 @@ def methods(found: Explained, record: dict[str, Any]) -> str:
         f"What {found.target.name} was read from was mapped by integrated gradients (Sundararajan "
         f"et al. 2017; Captum, {STEPS} steps) of the score of a {model} on frozen embeddings "
         f"(neurojepa {record['version']}). The baseline of each scan was its least-squares fit by "
-        "the smoothed tissue maps of the MNI152 template. The readout of a scan was taught by "
+        "the smoothed tissue maps of the MNI152 template, and maps were smoothed within the brain "
+        f"(Gaussian, sd {SMOOTH:g} of a patch's edge). The readout of a scan was taught by "
         "people of other families, its penalty chosen by inner cross-validation. Maps were "
         f"compared with those of encoders whose weights were drawn anew, block by block, in "
         f"{checked} scan{'s' if checked > 1 else ''} (Adebayo et al. 2018).")

@@ -3,12 +3,18 @@
     scan -> the usual scan: of each tissue as bright as here, mixed as the template has them
     straight line from the usual scan to this one -> gradient of the score along it (Captum)
     -> times the difference: what each voxel adds to the score
+    -> smoothed within the brain by half a patch
 
 The sum over voxels is the score less that of the usual scan (completeness, Sundararajan et al.
 2017).  Along the line each token stays with the experts that the scan sends it to: a score that
 jumps where a token changes its expert has no gradient there.  The usual scan is a least-squares fit
 of the scan by the template's smoothed tissues, so it needs no other scan and no knowledge of the
 contrast.  What a baseline hides, no map can show (Sturmfels et al. 2020).
+
+A token is one product of all voxels of its patch with weights of either sign, so single voxels
+tell little: on planted spots, smoothing lifts the area under the ROC curve of what voxels add from
+.58 to .93, while that of a random encoder falls from .50 to .42 (docs/results/explain.md).  It
+leaves the sum.
 
 A map that looks right may show the image and not the model.  So the encoder's weights are drawn
 anew, block after block from the last to the first, and each map is compared with the true one
@@ -42,6 +48,7 @@ from neurojepa.objective.views import Views, make_views, patch_counts, patch_num
 from neurojepa.weights import Weights
 
 STEPS = 16  # of the integral (Gauss-Legendre); the error is told with every map
+SMOOTH = 0.5  # of a patch's edge, sd
 AT_ONCE = 4  # steps that go through the encoder together
 
 
@@ -86,7 +93,8 @@ class Explainer:
         volume = _unpatched(found[0].float(), patch_numbers(
             here.coords_BN3, self.grid, self.config.model.patch_voxels)[0], self.grid,
             self.config.model.patch_voxels)
-        return Saliency(volume, score, plain, float(volume.sum(dtype=np.float64)) - score + plain)
+        smooth = smoothed(volume, is_brain(codes), SMOOTH * self.config.model.patch_voxels)
+        return Saliency(smooth, score, plain, float(smooth.sum(dtype=np.float64)) - score + plain)
 
     def embedding(self, codes: np.ndarray, modality: int) -> np.ndarray:
         """float32 [D], as ``embed`` gives it."""
@@ -177,6 +185,16 @@ def usual_scan(codes: np.ndarray, priors: np.ndarray) -> np.ndarray:
     found = codes.copy()
     found[brain] = np.clip(np.rint(design @ bright), 1, 254)
     return found
+
+
+def smoothed(volume: np.ndarray, brain: np.ndarray, sd: float) -> np.ndarray:
+    """float32: a map [X, Y, Z] smoothed within the brain by a Gaussian of ``sd`` voxels; its sum
+    stays."""
+    from scipy.ndimage import gaussian_filter
+
+    weight = gaussian_filter(brain.astype(np.float64), sd, mode="constant")
+    spread = np.divide(volume, weight, out=np.zeros(volume.shape), where=brain)
+    return (brain * gaussian_filter(spread, sd, mode="constant")).astype(np.float32)
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
