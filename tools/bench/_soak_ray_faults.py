@@ -137,7 +137,8 @@ def _stopped(run: RayField, draw: random.Random) -> Times:
     noticed = time.monotonic() - began
     if (last := run.events("stop")[-1])["step"] != run.committed() or run.committed() < committed:
         raise Failed(f"stopped at {last['step']}, committed: {run.committed()}")
-    run.until("nothing is left of it", lambda: not run.processes(), 30)
+    # Ray may kill the job before the ranks have stopped; then the keeper waits a minute for another
+    run.until("nothing is left of it", lambda: not run.processes(), 90)
     began = time.monotonic()
     run.submit()
     run.until("training goes on", lambda: run.trained_since(begin))
