@@ -107,7 +107,7 @@ def runs_of(quality: float, seeds: int = 2) -> list[dict[str, np.ndarray]]:
 def test_the_better_method_is_ahead_by_more_than_noise():
     found = {"random init": runs_of(0.2), _compare_table.REFERENCE: runs_of(0.5),
              "ours": runs_of(0.8), "the same": runs_of(0.5)}
-    rows = _compare_table.compared(found)
+    rows = _compare_table.compared(found)["primary endpoint"]
     value, low, high = rows["ours"][_compare_table.REFERENCE]
     assert 0 < low < value < high
     assert rows["the same"][_compare_table.REFERENCE] == pytest.approx([0, 0, 0])
@@ -118,9 +118,20 @@ def test_the_better_method_is_ahead_by_more_than_noise():
 def test_a_method_that_lacks_a_part_has_no_primary_endpoint():
     lacking = [{key: value for key, value in run.items() if not key.startswith("retrieval")}
                for run in runs_of(0.9)]
-    rows = _compare_table.compared({"random init": runs_of(0.2), "ours": runs_of(0.5),
-                                    "volumes": lacking})
-    assert set(rows) == {"random init", "ours"}
+    endpoints = _compare_table.compared({"random init": runs_of(0.2), "ours": runs_of(0.5),
+                                         "volumes": lacking})
+    for rows in endpoints.values():
+        assert set(rows) == {"random init", "ours"}
+
+
+def test_who_only_retrieves_is_ahead_with_retrieval_alone():
+    retrieving = [run | {"retrieval/predicted": np.full(60, 0.9)} for run in runs_of(0.4)]
+    endpoints = _compare_table.compared({_compare_table.REFERENCE: runs_of(0.4),
+                                         "worse": runs_of(0.3), "retrieving": retrieving})
+    above = {title: rows["retrieving"][_compare_table.REFERENCE]
+             for title, rows in endpoints.items()}
+    assert above["primary endpoint"][1] > 0
+    assert above["without retrieval"] == pytest.approx([0, 0, 0])
 
 
 def test_arms_share_no_folder_and_a_teacher_costs_a_part_of_the_budget(tmp_path: Path):

@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="smaller, for a first look")
     parser.add_argument("--official", type=Path, metavar="DIR")
     parser.add_argument("--work", metavar="DIR", help="compare, explain, quality, readout, soak: "
-                        "where runs are kept (default: build/bench-NAME)")
+                        "where runs are kept (default: build/bench-NAME); codes: the folder of "
+                        "compare")
     parser.add_argument("--feed", help="compare, explain: your own packed feed in place of "
                         "synthetic people")
     parser.add_argument("--weights", help="explain: exported weights (default: untrained)")
@@ -47,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     if official is not None and not (official / "src/neurojepa").is_dir():
         raise ConfigError(f"--official {official}: holds no src/neurojepa; name a checkout of the "
                           "official repository")
-    if arguments.work and arguments.name not in ("compare", "explain", "quality", "readout",
-                                                    "soak"):
+    if arguments.work and arguments.name not in ("codes", "compare", "explain", "quality",
+                                                    "readout", "soak"):
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
     for option, *owners in (("feed", "compare", "explain"), ("weights", "explain"),
                             ("finished", "compare"), ("rehearse", "gpu"), ("faults", "soak"),

@@ -57,10 +57,11 @@ def main(folder: Path, cost: bool) -> None:
     if changes.get("code"):
         began = time.process_time()
         model = load(changes["teacher"]).model
-        code = _session.fit(model, config, feed, changes["code"])
-        code_s = time.process_time() - began
+        kept = _session.remember(model, Path(changes["teacher"]).parent / "latents")
+        code = _session.fit(model, config, feed, _session.KINDS[changes["code"]])
+        code_s = time.process_time() - began + kept.saved_s
         _session.read_through(model, code)
-        active = {"active": np.array(code.active)} if code.sparse else {}
+        active = {"active": np.array(code.active)} if code.kind.sparse else {}
     scores = read(model, config, feed) | active
     if isinstance(model, SparseJEPA) and model.visible:
         scores |= {ATOMS + name: value for name, value in read(

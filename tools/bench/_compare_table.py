@@ -23,7 +23,8 @@ from tools.bench.common import print_table
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 REFERENCE = "MAE with tissue head"
-CONTROLS = ("random init", "tissue head alone", REFERENCE)  # that others are compared with
+CONTROLS = ("random init", "tissue head alone", REFERENCE,  # that others are compared with
+            "session code, wide dense")
 DRAWS = 1000
 DIVERGED = "diverged.txt"  # in the folder of a run that came to nothing, with its last line
 ZONES = {"ventricles": codes.VENTRICLES, "hippocampi": codes.HIPPOCAMPI, "cortex": codes.CORTEX,
@@ -38,6 +39,9 @@ def _mean_of_second(_: np.ndarray, value: np.ndarray) -> float:
 PRIMARY: dict[str, tuple[str, Metric]] = {
     "age R2": ("age", r_squared), "diagnosis AUROC": ("diagnosis", auroc),
     "Dice": ("segmentation", _mean_of_second), "retrieval": ("retrieval", _mean_of_second)}
+# retrieval is near to what codes of a session are taught
+ENDPOINTS = {"primary endpoint": tuple(PRIMARY),
+             "without retrieval": tuple(name for name in PRIMARY if name != "retrieval")}
 COLUMNS = PRIMARY | {
     "age R2, 100 people": ("age, 100 people", r_squared),
     "diagnosis AUROC, 100": ("diagnosis, 100 people", auroc),
@@ -71,10 +75,11 @@ def tables(runs: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
         (name, len((found | beside)[name]), _mean_cpu((found | beside)[name]), *row.values())
         for name, row in show.items()])
     primary = compared(found)
-    print("\nprimary endpoint, in standard deviations between methods, and 95 % intervals")
-    print_table(("", "seeds", "value", *(f"above {name}" for name in CONTROLS)), [
-        (name, len(found[name]), *(_interval(row.get(key)) for key in ("value", *CONTROLS)))
-        for name, row in primary.items()])
+    for title, endpoint in primary.items():
+        print(f"\n{title}, in standard deviations between methods, and 95 % intervals")
+        print_table(("", "seeds", "value", *(f"above {name}" for name in CONTROLS)), [
+            (name, len(found[name]), *(_interval(row.get(key)) for key in ("value", *CONTROLS)))
+            for name, row in endpoint.items()])
     figures = {name: {title: _mean([scores[key] for scores in each if key in scores])
                       for title, key in FIGURES.items()} for name, each in found.items()}
     print("\nwhat tokens and people differ by: shares of the variance of brain tokens, and ranks")
@@ -115,9 +120,9 @@ def mean_of(runs: list[Arrays], way: str, metric: Metric) -> float | None:
 
 # ---- the primary endpoint ------------------------------------------------------------------------
 
-def compared(found: dict[str, list[Arrays]]) -> dict[str, dict[str, Any]]:
-    """The primary endpoint of each method that has its four parts: value, low and high, alone and
-    above others.  Spreads between methods are those of all people and seeds, also in draws."""
+def compared(found: dict[str, list[Arrays]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The endpoints of each method that has all their parts: value, low and high, alone and above
+    others.  Spreads between methods are those of all people and seeds, also in draws."""
     methods = [name for name, runs in found.items() if all(
         mean_of(runs, way, metric) is not None for way, metric in PRIMARY.values())]
     if len(methods) < 2:
@@ -125,16 +130,20 @@ def compared(found: dict[str, list[Arrays]]) -> dict[str, dict[str, Any]]:
     parts = np.array([[mean_of(found[name], *column) for column in PRIMARY.values()]
                       for name in methods], float)
     spread = parts.std(0, ddof=1) + 1e-9
-    value = (parts / spread).mean(1)
-    drawn = np.stack([(each / spread).mean(1) for each in draws(found, methods)])
-    rows: dict[str, dict[str, Any]] = {}
-    for k, name in enumerate(methods):
-        rows[name] = {"value": _with_interval(value[k], drawn[:, k])}
-        for other in CONTROLS:
-            if other in methods and other != name:
-                j = methods.index(other)
-                rows[name][other] = _with_interval(value[k] - value[j], drawn[:, k] - drawn[:, j])
-    return rows
+    every_draw = np.stack(draws(found, methods)) / spread
+    endpoints: dict[str, dict[str, dict[str, Any]]] = {}
+    for title, names in ENDPOINTS.items():
+        taken = [list(PRIMARY).index(name) for name in names]
+        value, drawn = (each[..., taken].mean(-1) for each in (parts / spread, every_draw))
+        rows = endpoints[title] = {}
+        for k, name in enumerate(methods):
+            rows[name] = {"value": _with_interval(value[k], drawn[:, k])}
+            for other in CONTROLS:
+                if other in methods and other != name:
+                    j = methods.index(other)
+                    rows[name][other] = _with_interval(value[k] - value[j],
+                                                       drawn[:, k] - drawn[:, j])
+    return endpoints
 
 
 def draws(found: dict[str, list[Arrays]], methods: list[str], seed: int = 0) -> list[np.ndarray]:

@@ -83,6 +83,8 @@ ARMS = {
     # added after the first results
     "session code": Arm(MAE, trained=False, code="sparse"),
     "session code, dense": Arm(MAE, trained=False, code="dense"),
+    "session code, wide dense": Arm(MAE, trained=False, code="wide"),
+    "session code, split": Arm(MAE, trained=False, code="split"),
     "code of own tokens": Arm(MAE, trained=False, code="own"),
 }
 
