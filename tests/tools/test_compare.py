@@ -115,7 +115,8 @@ def test_the_better_method_is_ahead_by_more_than_noise():
     assert "random init" not in rows["random init"]
 
 
-def test_a_method_that_lacks_a_part_has_no_primary_endpoint():
+def test_a_method_that_lacks_a_part_has_no_primary_endpoint(monkeypatch):
+    monkeypatch.setattr(_compare_table, "DRAWS", 100)
     lacking = [{key: value for key, value in run.items() if not key.startswith("retrieval")}
                for run in runs_of(0.9)]
     endpoints = _compare_table.compared({"random init": runs_of(0.2), "ours": runs_of(0.5),
@@ -124,7 +125,8 @@ def test_a_method_that_lacks_a_part_has_no_primary_endpoint():
         assert set(rows) == {"random init", "ours"}
 
 
-def test_who_only_retrieves_is_ahead_with_retrieval_alone():
+def test_who_only_retrieves_is_ahead_with_retrieval_alone(monkeypatch):
+    monkeypatch.setattr(_compare_table, "DRAWS", 100)
     retrieving = [run | {"retrieval/predicted": np.full(60, 0.9)} for run in runs_of(0.4)]
     endpoints = _compare_table.compared({_compare_table.REFERENCE: runs_of(0.4),
                                          "worse": runs_of(0.3), "retrieving": retrieving})

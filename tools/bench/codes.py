@@ -1,15 +1,16 @@
 """codes: how sparse a code of a session may be, and what it costs; on the weights of compare.
 
-Codes are learnt on the tokens of finished first stages of `compare` (MAE with the head at three
-quarters of the budget), as its second stages are, and read on people of val alone, so that the key
-of compare stays unread.  The table has a row a code:
+Codes are learnt on the tokens of the first of the finished first stages of `compare` (MAE with the
+head at three quarters of the budget), as its second stages are, and read on people of val alone, so
+that the key of compare stays unread.  The table has a row a code:
 
     active         share of its atoms that are active in a token of brain
     variance told  share of the variance of its target between these tokens
     age ... T2w    probes from T1w on T1w, learnt on the people that the code was learnt on
     retrieval      the T2w scan of the same session among 100 of val
     same atoms     mean over atoms of the highest correlation with any atom of a code that was
-                   learnt from another seed: on the same tokens, and on those of another encoder
+                   learnt from another seed: on the same tokens, and on those of the second first
+                   stage, at the same patches of the same scans
 
 `own` is a sparse autoencoder after the fact.  Latents of scans are kept beside the weights.
 """
@@ -46,7 +47,6 @@ CODES: dict[str, Kind] = {
     **{f"session, L1 {l1:g}": Kind(l1=l1) for l1 in (1e-3, 2e-3, 4e-3, 1e-2)},
     **{f"session, top {top}": Kind(top=top) for top in (8, 16, 32)},
     "split, top 16 and 8": KINDS["split"],
-    "split, top 16 and 16": replace(KINDS["split"], own_atoms=384, own_top=16),
     "own, L1 0.002": KINDS["own"],
     "own, top 16": Kind(own=True, top=16)}
 COLUMNS = {"age R2": ("age", "T1w"), "diagnosis AUROC": ("diagnosis", "T1w"),
@@ -64,35 +64,30 @@ def run(quick: bool, official: str | None, work: str | None = None) -> dict[str,
     if not first:
         raise ConfigError(f"--work {folder}: no finished first stage in {runs}; run compare there")
     print(machine())
-    for folder in first:
-        missing = [name for name in CODES if not file_of(folder, name).exists()]
-        if missing:
-            made = Encoded.of(folder)
-            for name in missing:
-                found = made.read(made.learnt(CODES[name]))
-                write_bytes(str(file_of(folder, name)), json.dumps(found).encode())
-                print(f"{folder.name}, {name}: {found}", flush=True)
+    if missing := [name for name in CODES if not file_of(first[0], name).exists()]:
+        made = Encoded.of(first[0])
+        for name in missing:
+            found = made.read(made.learnt(CODES[name]))
+            write_bytes(str(file_of(first[0], name)), json.dumps(found).encode())
+            print(f"{name}: {found}", flush=True)
     if not (same := runs / "same-atoms.json").exists():
-        write_bytes(str(same), json.dumps(agreements(first)).encode())
-    return tables(first, json.loads(same.read_text()))
+        write_bytes(str(same), json.dumps(agreements(first[:2])).encode())
+    return table(first[0], json.loads(same.read_text()))
 
 
 def file_of(folder: Path, name: str) -> Path:
     return folder / f"code-{name.replace(' ', '-').replace(',', '')}.json"
 
 
-def tables(first: list[Path], same: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Means over the seeds of first stages."""
-    rows: dict[str, dict[str, float]] = {}
-    for name in CODES:
-        found = [json.loads(file_of(folder, name).read_text()) for folder in first]
-        rows[name] = {key: float(np.mean([each[key] for each in found])) for key in found[0]}
-        rows[name] |= same.get(name, {})
+def table(folder: Path, same: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Print and return what was read on the tokens of a first stage."""
+    rows = {name: json.loads(file_of(folder, name).read_text()) | same.get(name, {})
+            for name in CODES}
     titles = list(dict.fromkeys(key for row in rows.values() for key in row))
-    print(f"\npeople of val, mean over {len(first)} encoders")
+    print(f"\npeople of val, tokens of {folder.name}")
     print_table(("", *titles), [(name, *(row.get(key) for key in titles))
                                 for name, row in rows.items()])
-    return {"codes": rows, "encoders": len(first)}
+    return {"codes": rows}
 
 
 @dataclass
@@ -184,14 +179,15 @@ def only(tokens: list[Tokens], chosen: np.ndarray) -> Iterator[Tokens]:
 # ---- the same atoms from another seed ------------------------------------------------------------
 
 def agreements(first: list[Path]) -> dict[str, dict[str, float]]:
-    """``same_atoms`` of a session's code and of a sparse autoencoder, seed 0 and others."""
-    made = [Encoded.of(folder) for folder in first[:2]]
+    """``same_atoms`` of a session's code and of a sparse autoencoder, of the first encoder and of
+    others."""
+    made = [Encoded.of(folder) for folder in first]
     placed = [each.placed() for each in made]
     both = sorted(set.intersection(*(set(each) for each in placed)))
     drawn = np.random.default_rng(0).permutation(len(both))[:COMPARED]
     z_QD = [torch.stack([each[both[k]] for k in drawn.tolist()]) for each in placed]
     found: dict[str, dict[str, float]] = {}
-    for name in ("session, L1 0.002", "session, top 16", "own, L1 0.002", "own, top 16"):
+    for name in ("session, L1 0.002", "own, L1 0.002"):
         kind = CODES[name]
         h = made[0].learnt(kind)(z_QD[0])
         found[name] = {"same atoms, other draw": same_atoms(
