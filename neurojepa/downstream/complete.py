@@ -50,6 +50,7 @@ PLAIN, LATENT = "network", "network with latents"
 PAIRS = ((PLAIN, "polynomial and mean map"), (LATENT, PLAIN), (LATENT, "polynomial"))
 EPOCHS = 10
 CROP = 32  # voxels
+CROPS = 4  # of a visit in each epoch, a step each
 RATE = 2e-3
 SEED = 0
 LEAST_LESIONS = 10  # people of train and of test whose lesions are known
@@ -241,15 +242,17 @@ class Teacher:
                 source, target = self.volumes(k)
                 patch_T, latent_TD = next(told) if told else (torch.zeros(0), None)
                 where = source.brain_XYZ & target.brain_XYZ
-                x, y, z = _crop(where, rng)
-                laid = net.laid(where.shape, patch_T, latent_TD)
-                found = net(net.planes(source)[:, :, x, y, z], laid[:, :, x, y, z])[0]
-                truth = torch.from_numpy(target.value_XYZ[x, y, z]).to(found)
-                mask = torch.from_numpy(where[x, y, z]).to(found)
-                loss = ((found - truth).square() * mask).sum() / mask.sum().clamp(min=1)
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
+                planes = net.planes(source)
+                for _ in range(CROPS):
+                    x, y, z = _crop(where, rng)
+                    laid = net.laid(where.shape, patch_T, latent_TD)
+                    found = net(planes[:, :, x, y, z], laid[:, :, x, y, z])[0]
+                    truth = torch.from_numpy(target.value_XYZ[x, y, z]).to(found)
+                    mask = torch.from_numpy(where[x, y, z]).to(found)
+                    loss = ((found - truth).square() * mask).sum() / mask.sum().clamp(min=1)
+                    adam.zero_grad()
+                    loss.backward()
+                    adam.step()
             losses.append(self.loss(net, latents))
             if losses[-1] == min(losses):
                 best = copy.deepcopy(net.state_dict())

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from neurojepa.downstream import complete
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.complete import Pairs, Teacher, pairs_of
 from neurojepa.downstream.completion import Completion, Volume, bright_ml, psnr, ssim, volume_of
@@ -127,7 +128,9 @@ def test_a_network_begins_at_the_first_guess_and_latents_reach_their_place() -> 
 
 
 @pytest.mark.slow(8)
-def test_the_command_tests_it_and_marks_what_it_makes(pairs: Path) -> None:
+def test_the_command_tests_it_and_marks_what_it_makes(pairs: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(complete, "CROPS", 1)
     line = ["complete", "fit", str(pairs / "feed"), "--weights", str(pairs / "weights"), "--from",
             "T1w", "--out", str(pairs / "c"), "--epochs", "1", "--to"]
     with pytest.raises(NeurojepaError, match="name two modalities"):
