@@ -10,7 +10,6 @@ from neurojepa.downstream.fuse import (
     BOTH,
     GAPS,
     IMAGE,
-    SHUFFLED,
     TABLES,
     Fusion,
     alone,
@@ -19,7 +18,7 @@ from neurojepa.downstream.output import Figures, bootstrap, gains_table, how_don
 from neurojepa.downstream.scoring import gains_record, known, scores_record
 from neurojepa.downstream.study_checks import SHUFFLES, group_metric
 from neurojepa.downstream.study_page import NAMES
-from neurojepa.report import BLUE, GREY, ORANGE, grid, page, paragraph, section, table, tiles
+from neurojepa.report import BLUE, GREY, ORANGE, heading, page, paragraph, section, table, tiles
 
 
 def fuse_page(found: Fusion, record: dict[str, Any], figures: Figures) -> str:
@@ -40,9 +39,9 @@ def fuse_page(found: Fusion, record: dict[str, Any], figures: Figures) -> str:
                   f"of one repeat. Covariates ({', '.join(found.covariates)}) count among "
                   "the tables."),
         *gains_table(record["gains"], NAMES[metric]),
-        grid([figures.show("rows", _rows(found), (
+        figures.show("rows", _rows(found), (
             f"{NAMES[metric]} of each row with its 95 % interval: both together (orange), image "
-            "and tables (blue), and the others."))])),
+            "and tables (blue), and the others."))),
         section("Who has what", _blocks(found), *_among(found))]
     parts.append(how_done(record, found.notes))
     return page(f"{name} from images and tables", lead, parts)
@@ -73,9 +72,10 @@ def _among(found: Fusion) -> list[str]:
     rows = [[f"{'with' if each.there else 'without'} {each.block}",
              *("too few people" if score is None else str(score)
                for score in each.scores.values()), each.people] for each in found.among]
-    return [table(["people", *(f"{metric}, {row}" for row in found.among[0].scores), "tested"],
-                  rows), paragraph("Scores among those who have a block and those who lack it, by "
-                                   "models that were taught on all.")]
+    return [heading("Those who have a block, and those who lack it"),
+            table(["people", *(f"{metric}, {row}" for row in found.among[0].scores), "tested"],
+                  rows),
+            paragraph("Scores by models that were taught on all.")]
 
 
 def record_of(found: Fusion) -> dict[str, Any]:
@@ -124,5 +124,5 @@ def methods(found: Fusion, record: dict[str, Any]) -> str:
         "to the mean of those who taught, and indicators of what was missing added (Van Ness et "
         "al. 2023); each column weighed as much as the whole embedding. The penalty was chosen by "
         f"inner cross-validation.{gaps} Covariates ({', '.join(found.covariates)}) counted among "
-        f"the tables ({alone('covariates')} is a row of its own). {SHUFFLED.capitalize()}: "
-        f"{SHUFFLES} times. {bootstrap()}")
+        f"the tables ({alone('covariates')} is a row of its own). Labels shuffled among people, "
+        f"{SHUFFLES} times, show chance. {bootstrap()}")
