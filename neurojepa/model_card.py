@@ -20,6 +20,11 @@ from neurojepa.methods import METHODS
 from neurojepa.storage import join, read_bytes, write_bytes
 
 SPLITS = ("train", "val", "test")
+USE = """```bash
+neurojepa embed SCANS --weights DIR --out OUT
+```
+
+In Python: `neurojepa.load("DIR").embed("t1.nii.gz")`."""
 NOT_MEASURED = """None yet. `neurojepa probe --weights DIR --feed FEED --out P` measures some, and
 `neurojepa weights card DIR --results P/results.json` writes them here."""
 NO_LICENCE = """Not stated. The code is under Apache-2.0; weights follow the terms of the data they
@@ -101,12 +106,9 @@ def card(record: dict[str, Any]) -> str:
 - trained for {record['step']} steps of {config['train']['global_batch']} scans
 - an embedding says how the target encoder's tokens differ from what is usual at the same places,
   adjusted for head size; {_pooling(record)}""",
-        "Use": """```bash
-neurojepa embed SCANS --weights DIR --out OUT
-```
-
-In Python: `neurojepa.load("DIR").embed("t1.nii.gz")`.""",
-        "Data and splits": _data(record),
+        **({"Fine-tuning": _finetuned(record["finetuned"])} if "finetuned" in record else {}),
+        "Use": USE,
+        "Data and splits": ("Of the pretraining. " * ("finetuned" in record)) + _data(record),
         "Results": _results(record["results"]) if "results" in record else NOT_MEASURED,
         "Limits": LIMITS,
         "Licence": record.get("licence", NO_LICENCE)}
@@ -119,6 +121,19 @@ In Python: `neurojepa.load("DIR").embed("t1.nii.gz")`.""",
 def _method(config: dict[str, Any]) -> str:
     objective = validate(config, where="config.json").objective
     return METHODS[objective.method].describe(objective)
+
+
+def _finetuned(about: dict[str, Any]) -> str:
+    what = f" ({', '.join(about['classes'])})" if about["classes"] else ""
+    of = "a visit" if about["by_session"] else "a person"
+    people = about["people"]
+    return f"""- tells {about['label']}{what} of {of} from {', '.join(about['modalities'])} scans,
+  some of which may be missing
+- fine-tuned from {about['weights_from']} on {people['train']} people, stopped by {people['val']},
+  tested on {people['test']}: evaluation/report.html
+- use: `neurojepa finetune apply DIR SCANS --out O`, in Python
+  `neurojepa.load("DIR").predict(FILES)`
+- evaluation/predictions.csv holds your own ids: leave it out when you hand the model on"""
 
 
 def _counts(scans: dict[str, int]) -> str:

@@ -134,6 +134,17 @@ def test_results_of_something_else_are_refused(copied: Path, tmp_path: Path,
     assert (copied / "config.json").read_bytes() == before
 
 
+def test_the_card_of_fine_tuned_weights_says_what_they_tell() -> None:
+    record = record_of(SHIPPED / small_weights.NAME) | {"finetuned": {
+        "label": "dx", "classes": ["CN", "AD"], "by_session": False, "modalities": ["T1w", "FLAIR"],
+        "weights_from": "synthetic-tiny", "people": {"train": 30, "val": 7, "test": 9}}}
+    text = card(record)
+    assert "tells dx (CN, AD) of a person from T1w, FLAIR scans" in text
+    assert "synthetic-tiny on 30 people, stopped by 7" in text and "tested on 9" in text
+    assert text.index("## Fine-tuning") < text.index("## Data and splits\n\nOf the pretraining.")
+    assert "Of the pretraining" not in card(record_of(SHIPPED / small_weights.NAME))
+
+
 def test_a_folder_without_weights_has_no_card(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"config.json: not found"):
         command(["card", str(tmp_path)])
