@@ -1,8 +1,8 @@
 """The model card of exported weights: README.md, told from config.json alone.
 
 What it says of data and splits is counted at the export.  Results, a licence and what else there is
-to say come from ``neurojepa weights card``, which writes them into config.json first, so that the
-page can always be made again.
+to say come from ``neurojepa weights card``, which writes them into config.json too, so that the
+page can always be made again.  Weights that learnt a task on top have its ``purpose`` there.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def card(record: dict[str, Any]) -> str:
 - trained for {record['step']} steps of {config['train']['global_batch']} scans
 - an embedding says how the target encoder's tokens differ from what is usual at the same places,
   adjusted for head size; {_pooling(record)}""",
-        **({"Fine-tuning": _finetuned(record["finetuned"])} if "finetuned" in record else {}),
+        **({"Purpose": record["purpose"]} if "purpose" in record else {}),
         "Use": USE,
-        "Data and splits": ("Of the pretraining. " * ("finetuned" in record)) + _data(record),
+        "Data and splits": ("Of the pretraining. " * ("purpose" in record)) + _data(record),
         "Results": _results(record["results"]) if "results" in record else NOT_MEASURED,
         "Limits": LIMITS,
         "Licence": record.get("licence", NO_LICENCE)}
@@ -121,19 +121,6 @@ def card(record: dict[str, Any]) -> str:
 def _method(config: dict[str, Any]) -> str:
     objective = validate(config, where="config.json").objective
     return METHODS[objective.method].describe(objective)
-
-
-def _finetuned(about: dict[str, Any]) -> str:
-    what = f" ({', '.join(about['classes'])})" if about["classes"] else ""
-    of = "a visit" if about["by_session"] else "a person"
-    people = about["people"]
-    return f"""- tells {about['label']}{what} of {of} from {', '.join(about['modalities'])} scans,
-  some of which may be missing
-- fine-tuned from {about['weights_from']} on {people['train']} people, stopped by {people['val']},
-  tested on {people['test']}: evaluation/report.html
-- use: `neurojepa finetune apply DIR SCANS --out O`, in Python
-  `neurojepa.load("DIR").predict(FILES)`
-- evaluation/predictions.csv holds your own ids: leave it out when you hand the model on"""
 
 
 def _counts(scans: dict[str, int]) -> str:

@@ -32,7 +32,8 @@ hand, anatomies made from the MNI152 template take their place. Preparation was 
 errors drawn instead. The weights know T1w, T2w and FLAIR. As the table below shows, probes tell no
 more from them than from the same network untrained: do not use them in a study.
 
-`python -m tools.small_weights` makes them."""
+They are a run of `python -m tools.bench compare` ("shared code", seed 0);
+`python -m tools.small_weights` trains by the same recipe on the same people."""
 
 
 def main(argv: list[str] | None = None) -> int:

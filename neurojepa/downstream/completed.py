@@ -46,14 +46,11 @@ def write_completion(out: str, weights: Weights, source: str, places: Places,
     data = save({name: tensor.contiguous().cpu()
                  for name, tensor in completion.state_dict().items()})
     write_with(out, weights, source, places, taught, {"completion": (FILE, data)},
-               {"completes": about}, f"""# neurojepa weights that complete {about['to']}
-
-- make a synthetic {about['to']} from a {about['from']}; how good it is on people who taught
-  nothing: evaluation/report.html
+               {"completes": about}, f"""- make a synthetic {about['to']} from a {about['from']}
+- how good it is on people who taught nothing: evaluation/report.html
 - use: `neurojepa complete apply C SCANS --out O`
 - what they make is not acquired: use it to fill a gap for a method that needs {about['to']}, never
-  to look for findings
-""")
+  to look for findings""")
 
 
 def read_completion(uri: str, weights: Weights) -> tuple[Completion, dict[str, Any]]:

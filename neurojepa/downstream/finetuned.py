@@ -25,6 +25,7 @@ from neurojepa.downstream.targets import Kind
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import MODALITIES, Feed
 from neurojepa.model.averaged import Averaged
+from neurojepa.model_card import card
 from neurojepa.storage import join, read_bytes, sha256, write_bytes
 from neurojepa.weights import Weights, hashed, place_of
 
@@ -82,11 +83,11 @@ def write_finetuned(out: str, weights: Weights, source: str, places: Places, hea
     parts = {"head": (HEAD, save({name: tensor.cpu() for name, tensor
                                   in head.state_dict().items()}))}
     about = {**record, **vars(task), "modalities": [MODALITIES[m] for m in head.modalities]}
-    write_with(out, weights, source, places, taught, parts, {"finetuned": about}, _card(about))
+    write_with(out, weights, source, places, taught, parts, {"finetuned": about}, _purpose(about))
 
 
 def write_with(out: str, weights: Weights, source: str, places: Places, taught: Sequence[str],
-               parts: dict[str, tuple[str, bytes]], about: dict[str, Any], card: str) -> None:
+               parts: dict[str, tuple[str, bytes]], about: dict[str, Any], purpose: str) -> None:
     """Write weights as ``export`` does, with what was learnt on top of them.
 
     Parameters
@@ -94,6 +95,7 @@ def write_with(out: str, weights: Weights, source: str, places: Places, taught: 
     source, taught : as of ``write_finetuned``
     parts : more files, by their name in config.json, where their hash comes to stand
     about : more of config.json
+    purpose : for the model card: what they tell or make, and how they are used
     """
     from safetensors.torch import save
 
@@ -105,12 +107,14 @@ def write_with(out: str, weights: Weights, source: str, places: Places, taught: 
     if weights.seen is not None:
         parts["seen"] = ("seen.json", json.dumps(
             sorted(weights.seen | {hashed(name) for name in taught})).encode())
-    config = {**began, "sha256": sha256(data), **about}
+    kept = {name: value for name, value in began.items()
+            if name not in ("results", "licence", "about")}  # which are of the weights before
+    config = {**kept, "sha256": sha256(data), **about, "purpose": purpose}
     write_bytes(join(out, "model.safetensors"), data)
     for name, (file, content) in parts.items():
         write_bytes(join(out, file), content)
         config[name] = {**began.get(name, {}), "sha256": sha256(content)}
-    write_bytes(join(out, "README.md"), card.encode())
+    write_bytes(join(out, "README.md"), card(config).encode())
     write_bytes(join(out, "config.json"), json.dumps(config, indent=1).encode())
 
 
@@ -153,15 +157,12 @@ def read_head(uri: str, weights: Weights) -> tuple[Head, Task]:
     return head.to(device).requires_grad_(False), task
 
 
-def _card(about: dict[str, Any]) -> str:
+def _purpose(about: dict[str, Any]) -> str:
     what = f" ({', '.join(about['classes'])})" if about["classes"] else ""
-    return f"""# neurojepa weights, fine-tuned
-
-- tells {about['label']}{what} of {'a visit' if about['by_session'] else 'a person'} from
-  {', '.join(about['modalities'])} scans, some of which may be missing
+    of = "a visit" if about["by_session"] else "a person"
+    scans = f"{', '.join(about['modalities'])} scans"
+    return f"""- tells {about['label']}{what} of {of} from {scans}, some of which may be missing
 - fine-tuned from {about['weights_from']} on {about['people']['train']} people, stopped by
   {about['people']['val']}, tested on {about['people']['test']}: evaluation/report.html
 - use: `neurojepa finetune apply M SCANS --out O`, in Python `neurojepa.load(M).predict(FILES)`
-- evaluation/predictions.csv holds your own ids: leave it out when you hand the model on
-- not a medical device; check on your own scanners and people before drawing conclusions
-"""
+- evaluation/predictions.csv holds your own ids: leave it out when you hand the model on"""

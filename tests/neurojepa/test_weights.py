@@ -134,15 +134,11 @@ def test_results_of_something_else_are_refused(copied: Path, tmp_path: Path,
     assert (copied / "config.json").read_bytes() == before
 
 
-def test_the_card_of_fine_tuned_weights_says_what_they_tell() -> None:
-    record = record_of(SHIPPED / small_weights.NAME) | {"finetuned": {
-        "label": "dx", "classes": ["CN", "AD"], "by_session": False, "modalities": ["T1w", "FLAIR"],
-        "weights_from": "synthetic-tiny", "people": {"train": 30, "val": 7, "test": 9}}}
-    text = card(record)
-    assert "tells dx (CN, AD) of a person from T1w, FLAIR scans" in text
-    assert "synthetic-tiny on 30 people, stopped by 7" in text and "tested on 9" in text
-    assert text.index("## Fine-tuning") < text.index("## Data and splits\n\nOf the pretraining.")
-    assert "Of the pretraining" not in card(record_of(SHIPPED / small_weights.NAME))
+def test_the_card_of_weights_that_learnt_more_says_what_for() -> None:
+    record = record_of(SHIPPED / small_weights.NAME)
+    text = card(record | {"purpose": "- tells dx"})
+    assert text.index("## Purpose\n\n- tells dx\n") < text.index("\n\nOf the pretraining. Feed ")
+    assert "Of the pretraining" not in card(record) and "Purpose" not in card(record)
 
 
 def test_a_folder_without_weights_has_no_card(tmp_path: Path) -> None:

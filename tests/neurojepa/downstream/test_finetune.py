@@ -228,6 +228,8 @@ def test_what_is_written_tells_people_as_it_was_tested(tuned: Path) -> None:
     new = sorted(row["probability"] for row in applied if row["taught"] == "no")
     assert new == sorted(row["probability"] for row in tested)  # the same by the loaded model
     assert "24 of them taught this model" in (tuned / "applied/report.html").read_text()
+    text = (tuned / "m/README.md").read_text()
+    assert "tells dx (CN, AD) of a person from T1w, T2w scans" in text and "## Licence" in text
     model = neurojepa.load(tuned / "m")
     assert model.embed(str(tuned / "feed"), modality="T1w").values.shape == (25, 96)
     alone = model.predict(str(tuned / "feed"), modality="T1w")
