@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from neurojepa.downstream.api import Model
+    from neurojepa.downstream.segmenter import Model as SegmentModel
 
 __version__ = "0.2.0"
 
@@ -37,3 +38,17 @@ def load(weights: str | PathLike[str], device: str | None = None) -> Model:
     from neurojepa.downstream.api import load_model
 
     return load_model(weights, device)
+
+
+def load_segmenter(model: str | PathLike[str], device: str | None = None) -> SegmentModel:
+    """What ``neurojepa segment fit`` wrote: ``load_segmenter("model").segment("t1.nii.gz")``.
+
+    See ``neurojepa.downstream.segmenter``.
+    """
+    from os import fspath
+
+    from neurojepa.downstream.api import device_named
+    from neurojepa.downstream.segment import load_segmenter as load_model
+    from neurojepa.downstream.segmenter import Model
+
+    return Model(load_model(fspath(model)), device_named(device))

@@ -15,7 +15,8 @@ import sys
 from neurojepa.errors import run_command
 
 TASKS = ("embed", "probe", "reliability", "survive", "change",
-         "transfer", "fuse", "explain", "depart", "finetune", "complete", "atoms")
+         "transfer", "fuse", "explain", "depart", "finetune", "complete",
+         "register", "segment", "atoms")
 
 
 def main(argv: list[str] | None = None) -> int:

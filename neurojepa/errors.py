@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 # Packages that not every command needs, by the extra of pyproject.toml that brings them.
 EXTRAS = {"deepspeed": "train", "ray": "train", "prometheus_client": "train",
-          "tensorboard": "train", "webdataset": "train", "s3fs": "s3", "huggingface_hub": "hub"}
+          "tensorboard": "train", "webdataset": "train", "s3fs": "s3", "huggingface_hub": "hub",
+          "monai": "segment"}
 
 
 class NeurojepaError(Exception):

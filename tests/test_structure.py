@@ -23,8 +23,10 @@ ARROWS = {
     "cluster": ("neurojepa.storage", "neurojepa.errors", "neurojepa.ports", "neurojepa.recipes",
                 "neurojepa.feed.samples", "neurojepa.messages"),
 }
-# Raw scans become a feed, and ids pseudonyms, by the one way there is, called inside functions.
+# Raw scans become a feed or an image, and ids pseudonyms, by the one way there is, called inside
+# functions.
 EXCEPTIONS = {"neurojepa.downstream.scans": "data_prep",
+              "neurojepa.downstream.images": "data_prep",
               "neurojepa.downstream.labels": "data_prep"}
 OWN = ("neurojepa", "data_prep", "cluster", "tools", "tests")
 

@@ -16,6 +16,9 @@
     python -m neurojepa.downstream depart SCAN --weights DIR --reference FEED --out DIR
     python -m neurojepa.downstream complete fit FEED --weights DIR --from T1w --to FLAIR --out C
     python -m neurojepa.downstream complete apply C SCANS... --out DIR
+    python -m neurojepa.downstream register MOVING FIXED --out DIR [--moving-labels FILE]
+    python -m neurojepa.downstream segment fit SCANS... --labels FILES... --out M
+    python -m neurojepa.downstream segment apply M SCANS... --out DIR
     python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
 
 ``embed`` takes a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of
@@ -28,6 +31,8 @@ label from images and columns of a table, with gaps (fuse.py), and ``explain`` m
 it is read from (explain.py).  ``depart`` maps where a person's atoms depart from those of people of
 the same age (depart.py).  ``finetune`` fits the encoder itself to a label, on a feed (finetune.py),
 and ``complete`` makes images of a modality that was not scanned (complete.py).
+``register`` lays a scan over another one (register.py) and ``segment`` finds regions in scans by a
+network of its own (segment.py); neither needs weights.
 ``probe --feed`` is a quick check of a run: it fits labels of the feed on its split ``train`` and
 scores its split ``test``, beside the same architecture at random initialisation.  All of them write
 results.json and report.html.  ``atoms`` shows in a report.html where in the brain each atom of the
@@ -57,6 +62,7 @@ from neurojepa.downstream.depart_command import add_depart, run_depart
 from neurojepa.downstream.explain_command import add_explain, run_explain
 from neurojepa.downstream.finetune_command import add_finetune, run_finetune
 from neurojepa.downstream.fuse_command import add_fuse, run_fuse
+from neurojepa.downstream.image_commands import IMAGE_RUN, add_image_commands
 from neurojepa.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
@@ -94,13 +100,14 @@ def main(argv: list[str] | None = None) -> int:
                                  help="of the scans shown (default: test)")
             command.add_argument("--atlas", help="label map in MNI152 space (NIfTI; names in a "
                                  ".tsv beside it); default: lobes by coordinates")
-    for add in (add_commands, add_fuse, add_explain, add_depart, add_finetune, add_complete):
+    for add in (add_commands, add_fuse, add_explain, add_depart, add_finetune, add_complete,
+                add_image_commands):
         add(commands)
     arguments = parser.parse_args(argv)
     arguments.words = sys.argv[1:] if argv is None else argv  # for the ranks that it may start
     run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms, "fuse": run_fuse,
            "explain": run_explain, "depart": run_depart, "finetune": run_finetune,
-           "complete": run_complete, **RUN}[arguments.task]
+           "complete": run_complete, **RUN, **IMAGE_RUN}[arguments.task]
     return run(arguments)
 
 

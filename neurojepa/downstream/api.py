@@ -74,7 +74,7 @@ class Model:
 
     def __init__(self, weights: Weights, name: str, device: str | None = None) -> None:
         self.weights, self.name = weights, name
-        self.device = _device(device)
+        self.device = device_named(device)
         weights.model.to(self.device)
 
     def embed(self, scans: Path | Sequence[Path], *, out: str | None = None,
@@ -242,7 +242,14 @@ def seen_of(taught: AbstractSet[str] | None, people: Sequence[str],
     return [person in known for person in people]
 
 
-def _device(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """The device of this name; None: the first GPU, or the CPU where there is none.
+
+    Raises
+    ------
+    ConfigError
+        It cannot be used here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

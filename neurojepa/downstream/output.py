@@ -95,30 +95,34 @@ def how_done(record: dict[str, Any], more: Sequence[str] = ()) -> str:
 def write_task(out: str, schema: str, record: dict[str, Any], *,
                methods: Callable[[dict[str, Any]], str],
                page: Callable[[dict[str, Any], Figures], str],
-               predictions: Sequence[Sequence[Any]]) -> None:
+               predictions: Sequence[Sequence[Any]] = ()) -> None:
     """Write all of it, and say where.
 
     Parameters
     ----------
     schema : of the record, such as probe/1
     methods, page : the paragraph and the page of the whole record
-    predictions : rows of a table, from its header on
+    predictions : rows of a table, from its header on; none of a task that predicts nobody
     """
     record = {"schema": f"neurojepa/{schema}", "version": __version__, **record}
     record["methods"], figures = methods(record), Figures()
     html = page(record, figures)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(predictions)
-    uri = join(out, "predictions.csv")
-    write_bytes(uri, text.getvalue().encode())
-    if os.path.exists(uri):
-        os.chmod(uri, 0o600)  # it holds the user's own ids
+    if predictions:
+        _write_predictions(join(out, "predictions.csv"), predictions)
     for name, data in figures.files.items():
         write_bytes(join(out, "figures", name), data)
     write_bytes(join(out, "report.html"), html.encode())
     write_bytes(join(out, "results.json"), json.dumps(
         finite(record), indent=1, allow_nan=False).encode())
     print(f"read {join(out, 'report.html')}")
+
+
+def _write_predictions(uri: str, predictions: Sequence[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(predictions)
+    write_bytes(uri, text.getvalue().encode())
+    if os.path.exists(uri):
+        os.chmod(uri, 0o600)  # it holds the user's own ids
 
 
 def finite(value: Any) -> Any:

@@ -93,11 +93,19 @@ def _of_atlas(path: str, grid: Grid) -> tuple[np.ndarray, list[str]]:
     if not len(values):
         raise ConfigError(f"--atlas {path}: no label lies in the feed's grid; it must be in MNI152 "
                           "space")
-    names = _names(path)
+    names = names_beside(path)
     return codes, [names.get(int(value), str(value)) for value in values]
 
 
-def _names(path: str) -> dict[int, str]:
+def names_beside(path: str) -> dict[int, str]:
+    """Names of codes from the .tsv that lies beside a label map under its name, with columns index
+    and name; empty where there is none.
+
+    Raises
+    ------
+    ConfigError
+        It has other columns.
+    """
     table = Path(path.removesuffix(".gz").removesuffix(".nii") + ".tsv")
     if not table.exists():
         return {}

@@ -49,7 +49,8 @@ def test_the_extras_are_those_of_the_project() -> None:
     base = {re.split(r"[\[<>=~]", each)[0] for each in PROJECT["dependencies"]}
     assert all(package in extras[extra] for package, extra in EXTRAS.items())
     programs = {"py-spy"}  # run, never imported
-    assert extras["train"] | extras["s3"] | extras["hub"] == EXTRAS.keys() | programs
+    own = set.union(*(extras[name] for name in ("train", "s3", "hub", "segment")))
+    assert own == EXTRAS.keys() | programs
     assert not base & EXTRAS.keys()
 
 

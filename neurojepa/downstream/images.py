@@ -1,0 +1,184 @@
+"""Single images in their own space: read and checked as preparation does, aligned, written back.
+
+Arrays are turned to the axes closest to R, A, S while they are worked on, and files are written in
+the order in which the scan was stored, so a result lies voxel on voxel over its scan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import nibabel as nib
+import numpy as np
+
+from neurojepa.errors import DataError
+from neurojepa.storage import write_bytes
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+MAX_LABELS = 1000  # a label map of more is an image
+DISPLACEMENT = 1007  # NIfTI's intent "vector", by which ITK and ANTs know a displacement field
+LPS = np.array([-1, -1, 1], np.float32)  # of a vector in RAS, as ITK counts
+
+
+@dataclass(frozen=True)
+class Image:
+    """A 3D image in RAS order."""
+
+    name: str  # its file
+    data: np.ndarray  # float32 [x, y, z]; int32 of a label map
+    affine: np.ndarray  # float64 [4, 4], voxels to world mm (RAS)
+    orientation: str = "RAS"  # as stored, such as "LPS"
+    brain: np.ndarray | None = None  # bool [x, y, z], where it was asked for
+    notes: tuple[str, ...] = ()  # what reading it had to mend
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """[3] mm."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+
+def read_image(path: str) -> Image:
+    """A scan and its brain: a mask as preparation finds one, or what is left of a stripped scan.
+
+    Raises
+    ------
+    DataError
+        It cannot be read, is no 3D image, is empty, or shows no whole brain.
+    """
+    from data_prep.volumes.preset import PRESETS
+    from data_prep.volumes.reading.volume import read_scan
+    from data_prep.volumes.structural.brain import brain_mask
+
+    found = read_scan(path)
+    brain, _ = brain_mask(found, PRESETS["default"])
+    notes = tuple(f"{path}: {flag}" for flag in (*found.flags, *found.notes))
+    return Image(path, found.data, found.affine, found.orientation, brain, notes)
+
+
+def read_labels(path: str) -> Image:
+    """A label map: int32 codes, 0 for none.
+
+    Raises
+    ------
+    DataError
+        It cannot be read, holds something else than whole numbers from 0 on, or no label at all.
+    """
+    from data_prep.volumes.reading.volume import read_scan
+
+    found = read_scan(path, label=True)
+    data = found.data
+    wrong = data[(data != np.rint(data)) | (data < 0)]
+    if wrong.size:
+        raise DataError(f"{path}: holds {wrong[0]:g}, a label map holds whole numbers from 0 on; "
+                        "is it an image, or a map of probabilities?")
+    labels = data.astype(np.int32)
+    number = len(np.unique(labels[labels > 0]))
+    if not 1 <= number <= MAX_LABELS:
+        raise DataError(f"{path}: holds {number} labels, 1 to {MAX_LABELS} are expected; is it a "
+                        "label map?")
+    return Image(path, labels, found.affine, found.orientation)
+
+
+def stored(data: np.ndarray, like: Image) -> nib.Nifti1Image:
+    """An array on an image's grid, [x, y, z, ...] in RAS order, as NIfTI in the image's own."""
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(like.affine), nib.orientations.axcodes2ornt(tuple(like.orientation)))
+    affine = like.affine @ nib.orientations.inv_ornt_aff(turn, data.shape[:3])
+    image = nib.Nifti1Image(nib.apply_orientation(data, turn), affine)
+    image.set_qform(affine, "aligned")  # ITK and ANTs go by it where rounding sheared the other
+    return image
+
+
+def write_image(uri: str, data: np.ndarray, like: Image, description: str = "") -> None:
+    """Write an array on an image's grid as .nii.gz; ``description`` has up to 79 letters."""
+    _write(uri, stored(data, like), description)
+
+
+def write_field(uri: str, field_mm: np.ndarray, like: Image) -> None:
+    """Write a displacement field [x, y, z, 3], RAS mm, as ITK, ANTs and SimpleITK read it.
+
+    The file has five axes, the intent "vector", and vectors in LPS mm.
+    """
+    image = stored((field_mm * LPS)[:, :, :, None], like)
+    image.header.set_intent(DISPLACEMENT)
+    _write(uri, image, "displacement, LPS mm")
+
+
+def _write(uri: str, image: nib.Nifti1Image, description: str) -> None:
+    import gzip
+
+    image.header["descrip"] = description.encode()
+    image.header.set_xyzt_units("mm")
+    write_bytes(uri, gzip.compress(image.to_bytes(), 4, mtime=0))
+
+
+def itk_image(data: np.ndarray, affine: np.ndarray) -> sitk.Image:
+    """As SimpleITK has it, in RAS mm; [x, y, z, 3] becomes an image of vectors."""
+    import SimpleITK as sitk
+
+    from data_prep.volumes.placing.geometry import to_itk
+
+    if data.ndim == 3:
+        return to_itk(data, affine)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(data.transpose(2, 1, 0, 3)), isVector=True)
+    image.CopyInformation(to_itk(np.zeros(data.shape[:3], np.uint8), affine))
+    return image
+
+
+def itk_array(image: sitk.Image) -> np.ndarray:
+    """[x, y, z], or [x, y, z, 3] of vectors."""
+    import SimpleITK as sitk
+
+    return np.moveaxis(sitk.GetArrayFromImage(image), (0, 1, 2), (2, 1, 0))
+
+
+def linear(matrix: np.ndarray) -> sitk.Transform:
+    """A 4x4 matrix as SimpleITK has it."""
+    from data_prep.volumes.placing.geometry import to_transform
+
+    return to_transform(matrix)
+
+
+def stripped(image: Image) -> np.ndarray:
+    """The brain alone, scaled to [0, 1]; float32."""
+    from data_prep.volumes.placing.matching import stripped
+
+    assert image.brain is not None
+    return stripped(image.data, image.brain)
+
+
+def affine_between(fixed: Image, moving: Image) -> np.ndarray:
+    """[4, 4], fixed mm to moving mm: of 12 degrees of freedom, by correlation of the two brains.
+
+    Raises
+    ------
+    DataError
+        The search left the images, or ended in a mirror image or upside down.
+    """
+    import SimpleITK as sitk
+
+    from data_prep.volumes.placing.align import upright
+    from data_prep.volumes.placing.geometry import centre_of, to_transform
+    from data_prep.volumes.placing.matching import register, shrunk
+
+    assert fixed.brain is not None and moving.brain is not None
+    pair = [shrunk(stripped(each), each.affine, 2.0) for each in (fixed, moving)]
+    centre = centre_of(fixed.brain, fixed.affine)
+    start = sitk.Euler3DTransform()
+    start.SetCenter(centre.tolist())
+    start.SetTranslation((centre_of(moving.brain, moving.affine) - centre).tolist())
+    metric = sitk.ImageRegistrationMethod.SetMetricAsCorrelation
+    try:
+        rigid = register(*pair, start, shrink=(4, 2), sampling=0.5, set_metric=metric).matrix
+        found = register(*pair, to_transform(rigid, tuple(centre.tolist())), shrink=(4, 2),
+                         sampling=0.5, set_metric=metric).matrix
+    except RuntimeError as error:  # SimpleITK: the images no longer overlap
+        raise DataError(f"{moving.name}: cannot be laid over {fixed.name}, the search left it; are "
+                        "both whole heads?") from error
+    if not upright(found):
+        raise DataError(f"{moving.name}: over {fixed.name} it came to lie mirrored or turned over; "
+                        "check the orientation in both headers")
+    return found

@@ -1,0 +1,200 @@
+"""Deformable registration of two scans of one modality, without training.
+
+    brains --affine by correlation--> laid over one another --diffeomorphic demons--> displacement
+
+The affine is that of preparation.  Demons compose updates that are exponentials of smooth
+velocities (Vercauteren et al., NeuroImage 2009; SimpleITK's filter), coarse to fine on a grid of
+2 mm (of coarser scans up to 4) around the fixed brain; the inverse is found by fixed-point
+iteration.  Tokens of the encoder as further channels were measured and bring nothing
+(docs/results/register.md), so there are none.  One thread, no random numbers: repeatable to the
+bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neurojepa.downstream import warps
+from neurojepa.downstream.images import (
+    Image,
+    affine_between,
+    itk_array,
+    itk_image,
+    linear,
+    stripped,
+)
+from neurojepa.errors import DataError
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+WORK_MM = (2.0, 4.0)  # finest and coarsest working grid; between them the coarser scan's voxel
+MARGIN_MM = 14.0  # of the working grid around the fixed brain
+LEVELS = ((4, 60), (2, 60), (1, 60))  # shrinking of the working grid, iterations
+SMOOTH = 1.0  # sd of the displacement after each update, voxels of its level
+STEP = 2.0  # longest update, voxels
+MIN_DICE = 0.7  # of the brains after the affine; of any two whole brains it is .9 and more
+MIN_CORRELATION = 0.15  # within both brains; two T1w scans have .5 and more, T1w and T2w below 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The working grid: fixed's axes, isotropic voxels, around its brain."""
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    mm: float
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Two scans, and how the fixed one's points are found in the moving one."""
+
+    fixed: Image
+    moving: Image
+    matrix: np.ndarray  # [4, 4] affine, fixed mm to moving mm
+    grid: Grid
+    field: np.ndarray  # float32 [x, y, z, 3] on the working grid, RAS mm; before the affine
+    inverse: np.ndarray  # the same, of its inverse
+    dice: tuple[float, float]  # of the brains after the affine, and after all
+    correlation: tuple[float, float]  # of intensities within both brains, likewise
+
+    def warp(self) -> np.ndarray:
+        """[x, y, z, 3] RAS mm on the fixed grid: the moving scan is read at x + d(x)."""
+        return warps.total(self.field, self.grid.affine, self.fixed, self.matrix)
+
+    def inverse_warp(self) -> np.ndarray:
+        """[x, y, z, 3] RAS mm on the moving grid: the fixed scan is read at x + d(x)."""
+        return warps.inverse_total(self.inverse, self.grid.affine, self.moving, self.matrix)
+
+    def inverse_error_mm(self) -> np.ndarray:
+        """[n] mm by which points of the fixed brain, there and back, miss themselves."""
+        assert self.fixed.brain is not None
+        points = warps.points_of(self.grid.shape, self.grid.affine)
+        inside = warps.sample(self.fixed.brain.astype(np.float32), self.fixed.affine, points) > 0.5
+        gone = (points + self.field)[inside]
+        back = np.stack([warps.sample(self.inverse[..., axis], self.grid.affine, gone)
+                         for axis in range(3)], -1)
+        return np.linalg.norm(gone + back - points[inside], axis=-1)
+
+
+def register(moving: Image, fixed: Image) -> Registration:
+    """Find the deformation that lays the moving scan over the fixed one.
+
+    Raises
+    ------
+    DataError
+        The brains do not come to lie over one another, or their intensities have nothing to do with
+        each other, as those of two modalities.
+    """
+    import SimpleITK as sitk
+
+    matrix = affine_between(fixed, moving)
+    grid = _grid(fixed, moving)
+    target = _soft(fixed, grid, np.eye(4))
+    laid = _soft(moving, grid, matrix)
+    brains = [_brain(each, grid, through) for each, through in (
+        (fixed, np.eye(4)), (moving, matrix))]
+    dice, correlation = _alike(*brains, target, laid)
+    _check(fixed, moving, dice, correlation)
+    field = _demons(itk_image(target, grid.affine), itk_image(laid, grid.affine))
+    inverse = sitk.InvertDisplacementField(
+        sitk.Cast(field, sitk.sitkVectorFloat64), maximumNumberOfIterations=50,
+        maxErrorToleranceThreshold=0.05, meanErrorToleranceThreshold=0.001,
+        enforceBoundaryCondition=False)
+    displacement = itk_array(field).astype(np.float32)
+    read = warps.read_through(Image("", laid, grid.affine), displacement, grid.affine)
+    brain = warps.read_through(Image("", brains[1].astype(np.float32), grid.affine), displacement,
+                               grid.affine) > 0.5
+    after = _alike(brains[0], brain, target, read)
+    return Registration(fixed, moving, matrix, grid, displacement,
+                        itk_array(inverse).astype(np.float32), (dice, after[0]),
+                        (correlation, after[1]))
+
+
+def _check(fixed: Image, moving: Image, dice: float, correlation: float) -> None:
+    if dice < MIN_DICE:
+        raise DataError(f"{moving.name}: its brain does not come to lie over that of {fixed.name} "
+                        f"(Dice {dice:.2f} after the affine, {MIN_DICE} is needed); are both whole "
+                        "heads?")
+    if correlation < MIN_CORRELATION:
+        raise DataError(f"{moving.name}: within the brain its intensities do not go with those of "
+                        f"{fixed.name} (correlation {correlation:.2f}, {MIN_CORRELATION} is "
+                        "needed); register scans of one modality")
+
+
+def _grid(fixed: Image, moving: Image) -> Grid:
+    assert fixed.brain is not None
+    mm = float(np.clip(max(np.cbrt(np.prod(each.spacing)) for each in (fixed, moving)), *WORK_MM))
+    axes = fixed.affine[:3, :3] / fixed.spacing
+    where = np.argwhere(fixed.brain)
+    low = where.min(0) * fixed.spacing - MARGIN_MM
+    extent = where.max(0) * fixed.spacing + MARGIN_MM - low
+    affine = np.eye(4)
+    affine[:3, :3] = axes * mm
+    affine[:3, 3] = fixed.affine[:3, 3] + axes @ low
+    x, y, z = (np.ceil(extent / mm) + 1).astype(int).tolist()
+    return Grid((x, y, z), affine, mm)
+
+
+def _soft(image: Image, grid: Grid, matrix: np.ndarray) -> np.ndarray:
+    """The stripped brain on the working grid, smoothed to its voxels; float32 [x, y, z]."""
+    import SimpleITK as sitk
+    from scipy import ndimage
+
+    sd = np.sqrt(np.maximum(grid.mm**2 - image.spacing**2, 0)) / 2.355 / image.spacing
+    smooth = ndimage.gaussian_filter(stripped(image), sd)
+    like = itk_image(np.zeros(grid.shape, np.uint8), grid.affine)
+    return itk_array(sitk.Resample(itk_image(smooth, image.affine), like, linear(matrix),
+                                   sitk.sitkLinear, 0.0))
+
+
+def _brain(image: Image, grid: Grid, matrix: np.ndarray) -> np.ndarray:
+    import SimpleITK as sitk
+
+    assert image.brain is not None
+    like = itk_image(np.zeros(grid.shape, np.uint8), grid.affine)
+    return itk_array(sitk.Resample(itk_image(image.brain.astype(np.float32), image.affine), like,
+                                   linear(matrix), sitk.sitkLinear, 0.0)) > 0.5
+
+
+def _alike(brain: np.ndarray, other: np.ndarray, image: np.ndarray,
+           read: np.ndarray) -> tuple[float, float]:
+    """Dice of two brains, and the correlation of two images within both."""
+    both = brain & other
+    dice = 2 * both.sum() / max(brain.sum() + other.sum(), 1)
+    if not both.any():
+        return 0.0, 0.0
+    return float(dice), float(np.corrcoef(image[both], read[both])[0, 1])
+
+
+def _demons(fixed: sitk.Image, moving: sitk.Image) -> sitk.Image:
+    import SimpleITK as sitk
+
+    moving = sitk.HistogramMatching(moving, fixed, 256, 15, True)
+    field = None
+    for factor, iterations in LEVELS:
+        target, source = (_shrunk(each, factor) for each in (fixed, moving))
+        demons = sitk.DiffeomorphicDemonsRegistrationFilter()
+        demons.SetNumberOfThreads(1)
+        demons.SetNumberOfIterations(iterations)
+        demons.SetStandardDeviations(SMOOTH)
+        demons.SmoothDisplacementFieldOn()
+        demons.SmoothUpdateFieldOff()
+        demons.SetMaximumUpdateStepLength(STEP)
+        start = () if field is None else (sitk.Resample(
+            field, target, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkVectorFloat64, True),)
+        field = demons.Execute(target, source, *start)
+    return field
+
+
+def _shrunk(image: sitk.Image, factor: int) -> sitk.Image:
+    import SimpleITK as sitk
+
+    if factor == 1:
+        return image
+    width = factor * image.GetSpacing()[0] / 2
+    return sitk.Shrink(sitk.SmoothingRecursiveGaussian(image, width), [factor] * 3)

@@ -1,0 +1,215 @@
+"""segment: regions found in heads that taught nothing, from 3 and from 10 labelled ones.
+
+Heads at 3 mm are those of register.py; two anatomies (with --quick one) are tested, others teach.
+Rows: every labelled head laid over the tested one by ``register`` and a vote of their labels (an
+atlas vote); the network of ``segment``; the same network with maps of an encoder's tokens at its
+bottleneck, pretrained (--weights DIR) and with the weights drawn anew.  All networks have the same
+steps, windows and seed.  What is finished is kept in --work (default build/bench-segment).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from torch.nn import functional as F
+
+from data_prep.synth.anatomy import anatomy_names
+from neurojepa.downstream import register as registering
+from neurojepa.downstream import warps
+from neurojepa.downstream.images import itk_array, itk_image, linear, stripped
+from neurojepa.downstream.segment import Recipe, build, highest, predict
+from neurojepa.downstream.segment_fit import Taught, fit, taught
+from neurojepa.downstream.segment_score import SCORES, score
+from neurojepa.feed.format import MNI_CENTRE_MM
+from neurojepa.storage import write_bytes
+from tools.bench._mixing import label_folder
+from tools.bench.common import ROOT, machine, print_table
+from tools.bench.register import Head, make_head
+
+REGIONS = {2: "white matter", 3: "cortex", 4: "lateral ventricle", 7: "cerebellar white matter",
+           8: "cerebellar cortex", 10: "thalamus", 11: "caudate", 12: "putamen",
+           13: "pallidum", 17: "hippocampus", 18: "amygdala"}  # of the left; the right ones below
+RIGHT = {2: 41, 3: 42, 4: 43, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54}
+CODES = np.array(sorted([*REGIONS, *RIGHT.values(), 16]))  # and the brainstem
+COMPONENTS, DRAWS = 8, 2000
+FULL, QUICK = Recipe(mm=3, window=32, filters=8, steps=400, lr=3e-3), 40
+VOTE = "atlas vote by register"
+SCRATCH, TRAINED, DRAWN = "network", "network, tokens", "network, tokens of random weights"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Maps of an encoder's tokens of one head on its working grid, float32 [COMPONENTS, ...]."""
+
+    maps: np.ndarray
+
+
+def run(quick: bool, official: str | None, weights: str | None = None,
+        work: str | None = None) -> dict[str, Any]:
+    """Fit what is missing and print the table; returns it."""
+    folder = Path(work or ROOT / "build" / "bench-segment") / ("quick" if quick else "full")
+    recipe = replace(FULL, steps=QUICK) if quick else FULL
+    names = anatomy_names(label_folder())
+    heads = [_with_regions(make_head(name, number)) for number, name in enumerate(names[:12])]
+    tested, teachers = heads[:1 if quick else 2], heads[2:]
+    people = [taught(head.image, head.labels, CODES, recipe.mm) for head in (*tested, *teachers)]
+    tokens = {} if weights is None else _tokens(weights, [*tested, *teachers], people)
+    found: dict[str, dict[str, Any]] = {}
+    for count in (3, 10):
+        for row in (VOTE, SCRATCH, *tokens):
+            file = folder / f"{count} {row}.json"
+            if not file.exists():
+                start = time.process_time()
+                scores = (_vote(tested, teachers[:count]) if row == VOTE else
+                          _network(tested, people, count, recipe, tokens.get(row),
+                               str(folder / f"{count} {row}")))
+                write_bytes(str(file), json.dumps(
+                    {"scores": scores, "cpu_s": time.process_time() - start}).encode())
+                print(f"{count} labelled: {row}", flush=True)
+            found[f"{count} {row}"] = json.loads(file.read_text())
+    return _report(found, recipe, len(tested))
+
+
+def _with_regions(head: Head) -> Head:
+    data = np.where(np.isin(head.labels.data, CODES), head.labels.data, 0)
+    return replace(head, labels=replace(head.labels, data=data))
+
+
+def _scores(found: np.ndarray, head: Head) -> dict[str, dict[str, float]]:
+    scores = score(found, head.labels.data, CODES.tolist(), head.image.spacing)
+    return {str(code): each for code, each in scores.items()}
+
+
+def _vote(tested: list[Head], teachers: list[Head]) -> list[dict[str, dict[str, float]]]:
+    """The label that most of the laid heads have; of equals the lowest."""
+    results = []
+    for head in tested:
+        votes = np.zeros((len(CODES) + 1, *head.labels.data.shape), np.uint8)
+        for other in teachers:
+            warp = registering.register(other.image, head.image).warp()
+            carried = warps.labels_through(other.labels, warp, head.image.affine)
+            for number, code in enumerate([0, *CODES]):
+                votes[number] += carried == code
+        results.append(_scores(np.array([0, *CODES])[votes.argmax(0)], head))
+    return results
+
+
+# ---- networks ------------------------------------------------------------------------------------
+
+class WithTokens(torch.nn.Module):
+    """The same network, to whose bottleneck a projection of token maps is added."""
+
+    def __init__(self, network: Any, channels: int) -> None:
+        super().__init__()
+        self.network = network
+        self.project = torch.nn.Conv3d(COMPONENTS, channels, 1)
+
+    def forward(self, x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        deep, down = self.network.encode(x)
+        shape = deep.shape[2:]
+        maps = F.adaptive_avg_pool3d(maps, tuple(shape))
+        return self.network.decode(deep + self.project(maps), down[::-1])
+
+
+def _network(tested: list[Head], people: list[Taught], count: int, recipe: Recipe,
+             tokens: list[Tokens] | None, kept: str) -> list[dict[str, dict[str, float]]]:
+    """Scores of each tested head; ``people`` and ``tokens`` are of the tested ones, then of those
+    who teach.  A fit that was stopped goes on from ``kept``."""
+    torch.manual_seed(recipe.seed)
+    network = build(recipe, len(CODES))
+    taught_ones = people[len(tested):len(tested) + count]
+    if tokens is None:
+        fit(network, taught_ones, recipe, kept)
+        calls: list[Any] = [None] * len(tested)
+    else:
+        both = WithTokens(network, recipe.filters * 4)
+        own = tokens[len(tested):]
+
+        def cut(maps: np.ndarray, corner: np.ndarray) -> torch.Tensor:
+            box = maps[:, *(slice(c, c + recipe.window) for c in corner)]
+            pad = [(0, recipe.window - n) for n in box.shape[1:]]
+            return torch.from_numpy(np.pad(box, [(0, 0), *pad]))[None]
+
+        fit(both, taught_ones, recipe, kept, call=lambda x, where: both(
+            x, torch.cat([cut(own[number].maps, corner) for number, corner in where])))
+        network = both
+        calls = [lambda x, corner, maps=each.maps: both(x, cut(maps, corner))
+                 for each in tokens[:len(tested)]]
+    results = []
+    for head, person, call in zip(tested, people, calls, strict=False):
+        maps = predict(network, person.scan, recipe, call)
+        ranks = highest(maps, person.scan.affine, head.image)
+        results.append(_scores(np.array([0, *CODES])[ranks], head))
+    return results
+
+
+def _tokens(uri: str, heads: list[Head], people: list[Taught]) -> dict[str, list[Tokens]]:
+    """Of each head, maps of the encoder's tokens, trained and untrained, on its working grid."""
+    from neurojepa.weights import load, untrained
+    from tools.bench._register_tokens import token_maps
+
+    trained = load(uri)
+    grid, found = trained.grid, {}
+    for name, weights in ((TRAINED, trained), (DRAWN, untrained(trained.config, trained.grid))):
+        brains, places = [], []
+        for head in heads:
+            assert head.image.brain is not None
+            middle = head.image.affine @ [*np.argwhere(head.image.brain).mean(0), 1]
+            affine = grid.affine.copy()
+            affine[:3, 3] += middle[:3] - np.array(MNI_CENTRE_MM)
+            like = itk_image(np.zeros(grid.shape, np.uint8), affine)
+            brains.append(itk_array(sitk.Resample(itk_image(
+                stripped(head.image), head.image.affine), like, linear(np.eye(4)), sitk.sitkLinear,
+                0.0)))
+            places.append(affine)
+        found[name] = [
+            Tokens(np.stack([warps.sample(channel, place, warps.points_of(
+                person.target.shape, person.scan.affine)) for channel in maps]).astype(np.float32))
+            for maps, place, person in zip(token_maps(weights, brains, COMPONENTS), places, people,
+                                           strict=True)]
+    return found
+
+
+# ---- table ---------------------------------------------------------------------------------------
+
+def _report(found: dict[str, dict[str, Any]], recipe: Recipe, tested: int) -> dict[str, Any]:
+    source = "real label maps" if label_folder() else "anatomies built from the template"
+    print(f"{machine()}\n{source} at 3 mm, {len(CODES)} regions, {tested} tested, "
+          f"{recipe.steps} steps of {recipe.batch} windows")
+    table, lines = {}, []
+    for name, each in found.items():
+        means = {metric: float(np.nanmean([region[metric] for person in each["scores"]
+                                           for region in person.values()])) for metric in SCORES}
+        table[name] = {**means, "cpu_s": each["cpu_s"]}
+        count, row = name.split(" ", 1)
+        lines.append([row, count, *(f"{means[metric]:.3f}" for metric in SCORES),
+                      f"{each['cpu_s']:.0f}"])
+    print_table(["", "labelled", "Dice", "HD95, mm", "surface Dice", "volume bias, %", "CPU s"],
+                lines)
+    gains = {}
+    for count in (3, 10):
+        for row in (TRAINED, DRAWN):
+            if f"{count} {row}" in found:
+                gains[f"{count} {row}"] = _gain(found[f"{count} {row}"],
+                                                found[f"{count} {SCRATCH}"])
+                print(f"{count} labelled, {row} less network: "
+                      "{value:+.3f} [{low:+.3f}, {high:+.3f}] Dice".format(
+                          **gains[f"{count} {row}"]))
+    return {"table": table, "gains": gains}
+
+
+def _gain(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Paired difference in Dice; regions are resampled, as one or two people are too few to be."""
+    codes = sorted(set.intersection(*(set(person) for person in one["scores"])))
+    difference = np.array([[a[code]["dice"] - b[code]["dice"] for code in codes]
+                           for a, b in zip(one["scores"], other["scores"], strict=True)]).mean(0)
+    drawn = np.random.default_rng(0).integers(0, len(codes), (DRAWS, len(codes)))
+    low, high = np.percentile(difference[drawn].mean(1), [2.5, 97.5])
+    return {"value": float(difference.mean()), "low": float(low), "high": float(high)}
