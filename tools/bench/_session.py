@@ -163,7 +163,8 @@ def without_rare(code: Code, z_QD: Tensor) -> Code:
 
     People's means of such atoms are noise with long tails, which a probe takes for signal.
     """
-    use_A = sum((code(z) > 0).float().sum(0) for z in z_QD.split(10_000)) / len(z_QD)
+    use_A = torch.stack([(code(z) > 0).float().sum(0) for z in z_QD.split(10_000)]).sum(0)
+    use_A /= len(z_QD)
     used_A = use_A >= LEAST_USE
     code.active, last = float(use_A[used_A].mean()), code.encode[-1]
     shared_A, own_A = used_A.split([code.kind.atoms, code.kind.own_atoms])
