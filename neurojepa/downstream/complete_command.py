@@ -12,7 +12,7 @@ from neurojepa.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import numpy as np
 
-    from neurojepa.downstream.complete import Pairs
+    from neurojepa.downstream.teacher import Pairs
     from neurojepa.feed.format import Feed
 
 
@@ -54,10 +54,11 @@ def _fit(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream import complete_page as pages
     from neurojepa.downstream.api import load_model, seen_of
     from neurojepa.downstream.commands import print_rows
-    from neurojepa.downstream.complete import learn, pairs_of
+    from neurojepa.downstream.complete import learn
     from neurojepa.downstream.completed import write_completion
     from neurojepa.downstream.embed import select_rows
     from neurojepa.downstream.output import write_task
+    from neurojepa.downstream.teacher import pairs_of
     from neurojepa.feed.format import open_feed
     from neurojepa.storage import join
 

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from neurojepa.downstream import complete
+from neurojepa.downstream import teacher as module
 from neurojepa.downstream.__main__ import main as downstream
-from neurojepa.downstream.complete import Pairs, Teacher, pairs_of
 from neurojepa.downstream.completion import Completion, Volume, bright_ml, psnr, ssim, volume_of
+from neurojepa.downstream.teacher import Pairs, Teacher, pairs_of
 from neurojepa.errors import NeurojepaError
 from neurojepa.feed.format import is_brain, open_feed
 from neurojepa.weights import hashed, load
@@ -130,7 +130,7 @@ def test_a_network_begins_at_the_first_guess_and_latents_reach_their_place() -> 
 @pytest.mark.slow(8)
 def test_the_command_tests_it_and_marks_what_it_makes(pairs: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(complete, "CROPS", 1)
+    monkeypatch.setattr(module, "CROPS", 1)
     line = ["complete", "fit", str(pairs / "feed"), "--weights", str(pairs / "weights"), "--from",
             "T1w", "--out", str(pairs / "c"), "--epochs", "1", "--to"]
     with pytest.raises(NeurojepaError, match="name two modalities"):
