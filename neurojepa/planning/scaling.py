@@ -41,7 +41,7 @@ def render_scaling(config: RootConfig, grid: Grid, device: Device, network: str,
         raise ConfigError(f"--network {network}: not known; one of {', '.join(NETWORKS)}")
     config = config.model_copy(update={"run": config.run.model_copy(update={"network": network})})
     train, model = config.train, hollow_model(config, grid)
-    compiled = train.compile == "auto" and train.zero != 3  # as train/compiling.py chooses
+    compiled = train.compile == "auto"
     kernels = step_kernels(config, grid, label)
     phases = tabulate(fused(kernels) if compiled else kernels, Rates.of(device)).phases
     micro_s = sum(cost.seconds for name, cost in phases.items() if name != "update")

@@ -55,7 +55,8 @@ def prepare(config: RootConfig, model: nn.Module, device: torch.device
     if choice.backend is None:
         return None, choice
     keep_compiled(config)
-    return compile_regions(model, choice.backend), choice
+    # DeepSpeed gathers ZeRO-3's weights around regions, but inside of losses
+    return compile_regions(model, choice.backend, losses=config.train.zero != 3), choice
 
 
 def choose(config: RootConfig, device: torch.device) -> Choice:
@@ -65,8 +66,6 @@ def choose(config: RootConfig, device: torch.device) -> Choice:
         return Choice(None, "train.compile is off")
     if backend is None:
         return Choice(None, f"nothing to gain on {device.type}")
-    if config.train.zero == 3:
-        return Choice(None, "train.zero 3 fetches weights inside of blocks; use 1 or 2")
     missing = _missing(backend)
     if missing:
         return Choice(None, f"{missing}, so steps run uncompiled and slower; install it, or set "
@@ -89,7 +88,7 @@ def _missing(backend: str) -> str:
     return ""
 
 
-def compile_regions(model: nn.Module, backend: str) -> Build:
+def compile_regions(model: nn.Module, backend: str, losses: bool = True) -> Build:
     """Compile a model's regions in place; returns what makes its views, compiled too."""
     torch._dynamo.config.recompile_limit = GRAPHS
 
@@ -100,9 +99,8 @@ def compile_regions(model: nn.Module, backend: str) -> Build:
         if isinstance(module, REGIONS):
             # not module.compile(), which would take in the hooks around it
             module.forward = region(module.forward)  # type: ignore[method-assign]
-    losses = getattr(model, "losses", None)  # of a method that keeps them apart
-    if losses is not None:
-        model.losses = region(losses)
+    if losses and hasattr(model, "losses"):  # of a method that keeps them apart
+        model.losses = region(model.losses)
     built: Build = region(build_views)
     return built
 

@@ -29,6 +29,7 @@ from neurojepa.config import RootConfig
 from neurojepa.errors import ConfigError
 from neurojepa.planning.network import PARTS
 from neurojepa.planning.reduction import Reduction, stage_run
+from neurojepa.train.compiling import REGIONS
 from neurojepa.train.health import Guard
 from neurojepa.train.world import World, bounded_groups
 
@@ -70,6 +71,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: RootConfig, world: World,
                  micro_steps: int, way: Reduction) -> None:
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_modules
 
         if not deepspeed.__version__.startswith(KNOWN_VERSION):
             raise ConfigError(f"deepspeed {deepspeed.__version__}: this version of neurojepa knows "
@@ -79,6 +81,9 @@ class Engine:
         torch.backends.cuda.matmul.allow_tf32 = config.train.dtype == "bf16"
         optimizer = torch.optim.AdamW(param_groups(model, config.optim.weight_decay),
                                       lr=config.optim.lr, betas=config.optim.betas, fused=True)
+        if config.train.zero == 3:
+            # gathered whole, before they run: so they can be compiled, with no hooks inside
+            set_z3_leaf_modules(model, list(REGIONS))
         with bounded_groups(), _nothing_compiled():
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer,

@@ -169,3 +169,41 @@ def test_balance_of_known_loads():
     assert half["expert_max_load"] == 2 and float(half["expert_entropy"]) == pytest.approx(0.5)
     none = expert_balance(torch.zeros(1, 4))  # only samples of weight zero
     assert all(value == 0 for value in none.values())
+
+
+def router_gradient(dtype: torch.dtype, chosen: torch.Tensor | None = None
+                    ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a layer with close choices, which are also returned; ``chosen`` takes their place."""
+    layer, (x, valid) = make_moe(torch.float32, experts=16, top_k=6), some_tokens()
+    layer, x, said = layer.to(dtype), x.to(dtype), []
+    layer.bias = layer.bias.float()
+    route = layer.route
+
+    def routed(x_QD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if chosen is not None:  # a bias that leaves no other choice, token by token
+            layer.bias = F.one_hot(chosen, 16).sum(1) * 10.0
+        weight_Qk, expert_Qk = route(x_QD)
+        said.append(expert_Qk)
+        return weight_Qk, expert_Qk
+
+    layer.route = routed  # type: ignore[method-assign]
+    target = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    (layer(x, valid)[0].float() - target).square().sum().backward()
+    assert layer.router.grad is not None
+    return layer.router.grad.float(), said[0]
+
+
+def some_tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    """Few enough for two that choose otherwise to count, as they do with this seed."""
+    generator = torch.Generator().manual_seed(6)
+    return torch.randn(1, 48, 16, generator=generator), torch.ones(1, 48, dtype=torch.bool)
+
+
+def test_bf16_differs_where_tokens_choose_other_experts_and_else_by_rounding() -> None:
+    exact, choices = router_gradient(torch.float32)
+    own, others = router_gradient(torch.bfloat16)
+    same, _ = router_gradient(torch.bfloat16, choices)
+    assert (choices.sort(-1).values != others.sort(-1).values).any(-1).sum() == 2
+    by_choice, by_rounding = (float((found - exact).norm() / exact.norm())
+                              for found in (own, same))
+    assert by_rounding < 2**-7 and by_choice > 4 * by_rounding

@@ -126,14 +126,17 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 def test_compiled_training_equals_plain_and_continues_to_the_bit(run_cli: Any,
                                                                  tmp_path: Path) -> None:
     feed, off, on = write_feed(str(tmp_path / "feed")), tmp_path / "off", tmp_path / "on"
-    plain, compiled = trained(run_cli, feed, {
-        str(off): {"compile": "off", "zero": 1}, str(on): {"zero": 2}})
+    three = tmp_path / "three"
+    plain, *compiled = trained(run_cli, feed, {
+        str(off): {"compile": "off", "zero": 1}, str(on): {"zero": 2}, str(three): {"zero": 3}})
     assert plain["graphs"] == [0] * 6
-    assert compiled["breaks"] == 0 and compiled["graphs"][0] > 0
-    assert len(set(compiled["graphs"][1:])) == 1, compiled
-    before, losses = ([row["loss"] for row in rows_of(folder, "metrics.jsonl")]
-                      for folder in (off, on))
-    assert len(losses) == 6 and losses == pytest.approx(before, abs=1e-5)
+    before, *others = ([row["loss"] for row in rows_of(folder, "metrics.jsonl")]
+                       for folder in (off, on, three))
+    for found, losses in zip(compiled, others, strict=True):
+        assert found["breaks"] == 0 and found["graphs"][0] > 0
+        assert len(set(found["graphs"][1:])) == 1, found
+        assert len(losses) == 6 and losses == pytest.approx(before, abs=1e-5)
+    assert compiled[1]["graphs"][0] > compiled[0]["graphs"][-1]  # ZeRO-3 has graphs of its own
     start = rows_of(on, "events.jsonl")[0]
     assert start["compiled"] == "eager, by region"
 
