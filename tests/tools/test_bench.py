@@ -16,7 +16,7 @@ import torch
 
 from tests.helpers import ROOT
 from tools.bench import _many_ranks as many
-from tools.bench import gpu, ranks
+from tools.bench import downstream, gpu, ranks
 
 
 def bench(*arguments: str, limit_s: float = 200) -> subprocess.CompletedProcess[str]:
@@ -39,6 +39,22 @@ def test_a_folder_without_the_official_code_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"--official {tmp_path}" in done.stderr
     assert bench("nothing").returncode == 2
+
+
+# ---- downstream ----------------------------------------------------------------------------------
+
+@pytest.mark.slow(6)
+def test_our_way_and_monai_embed_the_same_scan(tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    downstream.pack_brains(tmp_path, 1, downstream.GRID)
+    downstream.write_files(tmp_path, 1)
+    monkeypatch.chdir(tmp_path)
+    assert downstream.ours(1)().values.shape == (1, 96)
+    work = downstream.monai(1, cached=True)
+    assert len(list(tmp_path.glob("cache/*.pt"))) == 1
+    assert torch.cat(work()).shape == (1, 96)
+    spent = downstream.spent_by_all()
+    assert spent["cpu_s"] > 1 and spent["peak_mib"] > 100
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

@@ -73,6 +73,16 @@ def run(quick: bool, official: str | None) -> dict[str, Any]:
 
 def _pack(folder: Path, count: int) -> dict[str, Any]:
     """An archive of ``count`` scans, packed; and what other types and compressions would cost."""
+    writing, packing = pack_brains(folder, count, "1.5mm")
+    _codecs()
+    print(f"\nArchive: {1e3 * writing.cpu_s / count:.0f} CPU ms a scan written; pack: "
+          f"{1e3 * packing.cpu_s / count:.0f} CPU ms, {count / packing.wall_s:.1f} scans/s")
+    return {"pack_scans_per_s": count / packing.wall_s,
+            "archive_write_cpu_s": writing.cpu_s / count}
+
+
+def pack_brains(folder: Path, count: int, grid: str) -> tuple[Spent, Spent]:
+    """Make folder/feed of ``count`` brains; what writing their archive took, and packing."""
     import pyarrow as pa
 
     from data_prep.archive import commit_tables, slot, write_volume
@@ -81,7 +91,6 @@ def _pack(folder: Path, count: int) -> dict[str, Any]:
     from neurojepa.feed.format import LABELS_SCHEMA
 
     archive, rows = str(folder / "archive"), []
-    sizes: list[tuple[str, list[bytes], Spent, Spent]] = []
     writing = Spent()
     for number, (image, mask) in enumerate(brains(count)):
         scan_id, person = f"{number:024x}", f"{number:016x}"
@@ -93,17 +102,11 @@ def _pack(folder: Path, count: int) -> dict[str, Any]:
                      "family": person, "session": "1", "modality": "T1w", "split": "train",
                      "scan_id": scan_id, "status": Status.ACCEPTED, "voxels_sha256": digest,
                      "figures": {}})
-        if number < 4:
-            sizes.append(("", [], Spent(), Spent()))
     commit_tables(archive, scans=scan_table(rows), labels=LABELS_SCHEMA.empty_table(),
                   review=pa.table({}))
     with clock() as packing:
-        pack(archive, out=str(folder / "feed"), grid=TRAINING_GRIDS["1.5mm"], shard_bytes=256 << 20)
-    _codecs()
-    print(f"\nArchive: {1e3 * writing.cpu_s / count:.0f} CPU ms a scan written; pack: "
-          f"{1e3 * packing.cpu_s / count:.0f} CPU ms, {count / packing.wall_s:.1f} scans/s")
-    return {"pack_scans_per_s": count / packing.wall_s,
-            "archive_write_cpu_s": writing.cpu_s / count}
+        pack(archive, out=str(folder / "feed"), grid=TRAINING_GRIDS[grid], shard_bytes=256 << 20)
+    return writing, packing
 
 
 def _codecs() -> None:
