@@ -99,8 +99,9 @@ def compile_regions(model: nn.Module, backend: str, losses: bool = True) -> Buil
         if isinstance(module, REGIONS):
             # not module.compile(), which would take in the hooks around it
             module.forward = region(module.forward)  # type: ignore[method-assign]
-    if losses and hasattr(model, "losses"):  # of a method that keeps them apart
-        model.losses = region(model.losses)
+    apart = getattr(model, "losses", None) if losses else None  # of a method that keeps them so
+    if apart is not None:
+        model.losses = region(apart)
     built: Build = region(build_views)
     return built
 

@@ -468,7 +468,7 @@ def part_of(name: str, model: nn.Module) -> int:
     _, kind, number, *_ = [*name.split("."), ""]
     if kind != "blocks":
         return 0
-    return int(number) * PARTS // len(model.get_submodule("encoder.blocks"))
+    return int(number) * PARTS // len(list(model.get_submodule("encoder.blocks").children()))
 
 
 def deepspeed_config(config: RootConfig, *, world_size: int, micro_steps: int,
