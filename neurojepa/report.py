@@ -26,6 +26,7 @@ main { max-width: 1180px; margin: 0 auto; padding: 2rem clamp(.8rem, 3vw, 2rem) 
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.25rem; margin: 0 0 .5rem }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
 p { margin: .3rem 0 .7rem; max-width: 72ch } .soft, .lead { color: var(--soft) }
+.lead { overflow-wrap: anywhere }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
           margin: 1.1rem 0; padding: 1.2rem clamp(.8rem, 2.5vw, 1.5rem) }
 .tiles { display: grid; gap: .7rem; margin: 1.2rem 0;

@@ -165,16 +165,17 @@ def affine_between(fixed: Image, moving: Image) -> np.ndarray:
     from data_prep.volumes.placing.matching import register, shrunk
 
     assert fixed.brain is not None and moving.brain is not None
-    pair = [shrunk(stripped(each), each.affine, 2.0) for each in (fixed, moving)]
+    target, source = (shrunk(stripped(each), each.affine, 2.0) for each in (fixed, moving))
     centre = centre_of(fixed.brain, fixed.affine)
     start = sitk.Euler3DTransform()
     start.SetCenter(centre.tolist())
     start.SetTranslation((centre_of(moving.brain, moving.affine) - centre).tolist())
     metric = sitk.ImageRegistrationMethod.SetMetricAsCorrelation
     try:
-        rigid = register(*pair, start, shrink=(4, 2), sampling=0.5, set_metric=metric).matrix
-        found = register(*pair, to_transform(rigid, tuple(centre.tolist())), shrink=(4, 2),
-                         sampling=0.5, set_metric=metric).matrix
+        rigid = register(target, source, start, shrink=(4, 2), sampling=0.5,
+                         set_metric=metric).matrix
+        found = register(target, source, to_transform(rigid, tuple(centre.tolist())),
+                         shrink=(4, 2), sampling=0.5, set_metric=metric).matrix
     except RuntimeError as error:  # SimpleITK: the images no longer overlap
         raise DataError(f"{moving.name}: cannot be laid over {fixed.name}, the search left it; are "
                         "both whole heads?") from error

@@ -96,9 +96,8 @@ def register(moving: Image, fixed: Image) -> Registration:
     grid = _grid(fixed, moving)
     target = _soft(fixed, grid, np.eye(4))
     laid = _soft(moving, grid, matrix)
-    brains = [_brain(each, grid, through) for each, through in (
-        (fixed, np.eye(4)), (moving, matrix))]
-    dice, correlation = _alike(*brains, target, laid)
+    own, other = _brain(fixed, grid, np.eye(4)), _brain(moving, grid, matrix)
+    dice, correlation = _alike(own, other, target, laid)
     _check(fixed, moving, dice, correlation)
     field = _demons(itk_image(target, grid.affine), itk_image(laid, grid.affine))
     inverse = sitk.InvertDisplacementField(
@@ -107,9 +106,9 @@ def register(moving: Image, fixed: Image) -> Registration:
         enforceBoundaryCondition=False)
     displacement = itk_array(field).astype(np.float32)
     read = warps.read_through(Image("", laid, grid.affine), displacement, grid.affine)
-    brain = warps.read_through(Image("", brains[1].astype(np.float32), grid.affine), displacement,
+    brain = warps.read_through(Image("", other.astype(np.float32), grid.affine), displacement,
                                grid.affine) > 0.5
-    after = _alike(brains[0], brain, target, read)
+    after = _alike(own, brain, target, read)
     return Registration(fixed, moving, matrix, grid, displacement,
                         itk_array(inverse).astype(np.float32), (dice, after[0]),
                         (correlation, after[1]))
@@ -175,7 +174,7 @@ def _demons(fixed: sitk.Image, moving: sitk.Image) -> sitk.Image:
     import SimpleITK as sitk
 
     moving = sitk.HistogramMatching(moving, fixed, 256, 15, True)
-    field = None
+    field: sitk.Image | None = None
     for factor, iterations in LEVELS:
         target, source = (_shrunk(each, factor) for each in (fixed, moving))
         demons = sitk.DiffeomorphicDemonsRegistrationFilter()
@@ -188,6 +187,7 @@ def _demons(fixed: sitk.Image, moving: sitk.Image) -> sitk.Image:
         start = () if field is None else (sitk.Resample(
             field, target, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkVectorFloat64, True),)
         field = demons.Execute(target, source, *start)
+    assert field is not None
     return field
 
 

@@ -87,7 +87,7 @@ def prepare(scan: Image, mm: float) -> Working:
 
 def build(recipe: Recipe, num_labels: int) -> torch.nn.Module:
     """The network, [B, 4, x, y, z] -> [B, num_labels + 1, x, y, z]."""
-    from monai.networks.nets import SegResNet
+    from monai.networks.nets.segresnet import SegResNet
 
     return SegResNet(init_filters=recipe.filters, in_channels=4, out_channels=num_labels + 1,
                      blocks_down=(1, 2, 2), blocks_up=(1, 1))

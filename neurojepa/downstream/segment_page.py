@@ -42,7 +42,8 @@ def _mean(values: Sequence[float]) -> float:
 def segment_page(shown: Sequence[Segmentation], record: dict[str, Any], figures: Figures) -> str:
     """results.json's content as a page that needs no network."""
     names = list(shown[0].names.values())
-    told = [(str(len(record["scans"])), "scans", ""), (str(len(names)), "regions", "")]
+    count = len(record["scans"])
+    told = [(str(count), "scan" if count == 1 else "scans", ""), (str(len(names)), "regions", "")]
     if record["scores"]:
         told += [(f"{record['scores']['all'][metric]:.3g}", f"{HEAD[metric]}, mean of regions", "")
                  for metric in SCORES]
@@ -52,8 +53,8 @@ def segment_page(shown: Sequence[Segmentation], record: dict[str, Any], figures:
         "right, A is the front."), grid([figures.show(
             f"scan {number + 1}", _overlay(each), f"{each.scan.name}: {len(names)} regions.")
             for number, each in enumerate(shown)])))
-    if len(record["scans"]) > len(shown):
-        parts.append(paragraph(f"The first {len(shown)} of {len(record['scans'])} scans."))
+    if count > len(shown):
+        parts.append(paragraph(f"The first {len(shown)} of {count} scans."))
     if record["scores"]:
         parts.append(_scores(record["scores"]))
     volumes = [[name, f"{np.mean(ml):.2f}", f"{np.min(ml):.2f}", f"{np.max(ml):.2f}"]
@@ -61,7 +62,7 @@ def segment_page(shown: Sequence[Segmentation], record: dict[str, Any], figures:
                                 for name in names)]
     parts += [section("Volumes", table(["region", "mean, ml", "least", "most"], volumes),
                       paragraph("Each scan's volumes are in volumes.csv.")), how_done(record)]
-    return page("Segmentation", f"{len(record['scans'])} scans by {record['model']}", parts)
+    return page("Segmentation", f"{count} {told[0][1]} by {record['model']}", parts)
 
 
 def _scores(scores: dict[str, Any]) -> str:

@@ -121,7 +121,8 @@ def run_apply(model: str, scans: Sequence[str], out: str, *, truth: Sequence[str
                           "its truth, in the same order")
     places = places_of(scans)
     loaded = Model(load_segmenter(model), device)
-    rows, shown, scores = [], [], []
+    rows, scores = [], []
+    shown: list[Segmentation] = []
     for number, path in enumerate(scans):
         found = loaded.segment(path)
         if truth is not None:

