@@ -4,9 +4,11 @@
     -> the head as a linear probe -> epochs over train, until val gets no better -> the best epoch
 
 A person (or visit) is all scans that are there of the modalities that were asked for; see
-attentive.py.  Scans go through the encoder one by one, with all their brain, augmented as in
-pretraining.  What is drawn follows from seed, epoch and scan alone, and the state is written after
-each epoch in one piece, so that a killed run goes on to the same bits.  Over several ranks each one
+attentive.py.  Scans go through the encoder one by one, with all their brain, and as they are: the
+augmentation of pretraining moves embeddings by more than people differ, so that the first epochs
+went into undoing what it did to the probe.  The order of people follows from seed and epoch alone,
+and the state is written after each epoch in one piece, so that a killed run goes on to the same
+bits.  Over several ranks each one
 takes its part of every batch and gradients are summed: all have the same head, which is checked.
 """
 
@@ -118,10 +120,7 @@ class Trainer:
         self.model, self.feed, self.places, self.head = model, feed, places, head
         self.target, self.cohort, self.world, self.epochs = target, cohort, world, epochs
         self.weights = class_weights(target.kind, cohort.truth[cohort.of("train")])
-        self.plain = config
-        still = without_augmentation(config)
-        self.config = still.model_copy(update={"objective": still.objective.model_copy(
-            update={"augment": config.objective.augment})})
+        self.plain, self.config = config, without_augmentation(config)
         self.reader, self.device = SampleReader(feed), next(head.parameters()).device
         self.named = dict([*((f"encoder.{name}", each) for name, each
                              in adapt(model.target, RANK, SEED)),
@@ -195,7 +194,7 @@ class Trainer:
             rows = [row for k in mine for row in self.cohort.units[k]]
             images = dict(zip(rows, pool.map(self.reader.image, rows), strict=True))
         for k in mine:
-            scans = [self._scan(images[row], row, epoch) for row in self.cohort.units[k]]
+            scans = [self._scan(images[row], row) for row in self.cohort.units[k]]
             loss = cost(self.target.kind, self.head(scans)[None],
                         torch.from_numpy(self.cohort.truth[[k]]), self.weights)
             (loss / len(batch)).backward()
@@ -216,12 +215,12 @@ class Trainer:
         self.adam.zero_grad()
         return float(gradient[0])
 
-    def _scan(self, image: np.ndarray, row: int, epoch: int) -> Scan:
-        """A scan's tokens with their gradient, augmented by draws of its own in each epoch."""
+    def _scan(self, image: np.ndarray, row: int) -> Scan:
+        """A scan's tokens with their gradient."""
         modality = MODALITIES.index(self.reader.value("modality", row))
         batch = Batch(
             voxels=torch.from_numpy(image)[None], modality=torch.tensor([modality]),
-            position=torch.tensor([epoch * self.feed.index.num_rows + row]),
+            position=torch.zeros(1, dtype=torch.int64),
             weight=torch.ones(1), scan_ids=[self.reader.value("scan_id", row)]).to(self.device)
         views = make_views(batch, with_all_brain(self.config, batch.voxels), self.feed.grid, SEED)
         z_BND = self.model.target(views.tokens_BNP, views.coords_BN3, views.valid_BN,

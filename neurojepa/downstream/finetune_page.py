@@ -149,8 +149,8 @@ def methods(found: Finding, record: dict[str, Any]) -> str:
         f"low-rank adapters of rank {RANK} in all linear layers of its blocks (LoRA, Hu et al. "
         f"2021), with a head of attentive pooling over the tokens of {_listed(found.modalities)} "
         "scans; the tokens of missing scans had no part in it. The head began as a linear probe. "
-        f"Loss: {loss}. AdamW, rate {RATE:g}, {BATCH} people a step, augmentation as in "
-        f"pretraining. Families shared a part: {parts['train']} people taught, the loss of "
+        f"Loss: {loss}. AdamW, rate {RATE:g}, {BATCH} people a step, no augmentation. "
+        f"Families shared a part: {parts['train']} people taught, the loss of "
         f"{parts['val']} others said when to stop (epoch {found.best_epoch} of "
         f"{len(found.history) - 1}), {parts['test']} were tested once." + (
             " Probabilities were moved back to the classes' shares of those who taught."
