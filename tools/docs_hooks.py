@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP_LEVEL = {"README.md": "index.md"} | {name: name for name in (
     "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}
 COMMANDS = {"data_prep.__main__": "neurojepa-data", "neurojepa.pretrain": "neurojepa-pretrain",
-            "cluster.__main__": "neurojepa-cluster", "neurojepa.downstream.__main__": "neurojepa",
+            "cluster.__main__": "neurojepa-cluster", "neurojepa.__main__": "neurojepa",
             "neurojepa.weights": "neurojepa weights"}
 
 

@@ -1,42 +1,32 @@
 """Use exported weights: on scans as they are, or on a feed.
 
-    python -m neurojepa.downstream embed SCANS... --weights DIR --out DIR
-    python -m neurojepa.downstream probe EMBEDDINGS --labels TABLE --id COLUMN --label COLUMN
-    python -m neurojepa.downstream probe --weights DIR --feed FEED --out DIR [--labels age sex]
-    python -m neurojepa.downstream reliability EMBEDDINGS --out DIR [--labels TABLE --label COLUMN]
-    python -m neurojepa.downstream survive EMBEDDINGS --out DIR --labels TABLE --time C --event C
-    python -m neurojepa.downstream change EMBEDDINGS --out DIR --labels TABLE --session C --time C
-    python -m neurojepa.downstream transfer EMBEDDINGS --out DIR --from T1w --to PET --labels TABLE
-    python -m neurojepa.downstream fuse EMBEDDINGS --out DIR --labels TABLE --label COLUMN
+    neurojepa embed SCANS... --weights DIR --out DIR
+    neurojepa probe EMBEDDINGS --labels TABLE --id COLUMN --label COLUMN
+    neurojepa probe --weights DIR --feed FEED --out DIR [--labels age sex]
+    neurojepa reliability EMBEDDINGS --out DIR [--labels TABLE --label COLUMN]
+    neurojepa survive EMBEDDINGS --out DIR --labels TABLE --time C --event C
+    neurojepa change EMBEDDINGS --out DIR --labels TABLE --session C --time C
+    neurojepa transfer EMBEDDINGS --out DIR --from T1w --to PET --labels TABLE
+    neurojepa fuse EMBEDDINGS --out DIR --labels TABLE --label COLUMN
         --block NAME=COLUMN,COLUMN
-    python -m neurojepa.downstream explain SCANS... --weights DIR --embeddings EMBEDDINGS
+    neurojepa explain SCANS... --weights DIR --embeddings EMBEDDINGS
         --labels TABLE --label COLUMN --out DIR
-    python -m neurojepa.downstream finetune fit FEED --weights DIR --labels TABLE --label C --out M
-    python -m neurojepa.downstream finetune apply M SCANS... --out DIR
-    python -m neurojepa.downstream depart SCAN --weights DIR --reference FEED --out DIR
-    python -m neurojepa.downstream complete fit FEED --weights DIR --from T1w --to FLAIR --out C
-    python -m neurojepa.downstream complete apply C SCANS... --out DIR
-    python -m neurojepa.downstream register MOVING FIXED --out DIR [--moving-labels FILE]
-    python -m neurojepa.downstream segment fit SCANS... --labels FILES... --out M
-    python -m neurojepa.downstream segment apply M SCANS... --out DIR
-    python -m neurojepa.downstream atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
+    neurojepa finetune fit FEED --weights DIR --labels TABLE --label C --out M
+    neurojepa finetune apply M SCANS... --out DIR
+    neurojepa depart SCAN --weights DIR --reference FEED --out DIR
+    neurojepa complete fit FEED --weights DIR --from T1w --to FLAIR --out C
+    neurojepa complete apply C SCANS... --out DIR
+    neurojepa register MOVING FIXED --out DIR [--moving-labels FILE]
+    neurojepa segment fit SCANS... --labels FILES... --out M
+    neurojepa segment apply M SCANS... --out DIR
+    neurojepa atoms --weights DIR --feed FEED --out DIR [--atlas FILE]
+    neurojepa weights export RUN --out DIR
 
-``embed`` takes a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of
-files or a feed; it writes embeddings.parquet and more (table.py).  ``probe EMBEDDINGS`` says how
-well labels of a table of yours are told from embeddings, by nested cross-validation (study.py), and
-``reliability`` how alike rescans are (reliability.py).  ``survive`` does so of an event that comes
-sooner or later, or was not seen to come (survive.py), and ``change`` of what differs between visits
-(change.py); ``transfer`` tells one modality from another (transfer.py).  ``fuse`` reads a
-label from images and columns of a table, with gaps (fuse.py), and ``explain`` maps where in a scan
-it is read from (explain.py).  ``depart`` maps where a person's atoms depart from those of people of
-the same age (depart.py).  ``finetune`` fits the encoder itself to a label, on a feed (finetune.py),
-and ``complete`` makes images of a modality that was not scanned (complete.py).
-``register`` lays a scan over another one (register.py) and ``segment`` finds regions in scans by a
-network of its own (segment.py); neither needs weights.
-``probe --feed`` is a quick check of a run: it fits labels of the feed on its split ``train`` and
-scores its split ``test``, beside the same architecture at random initialisation.  All of them write
-results.json and report.html.  ``atoms`` shows in a report.html where in the brain each atom of the
-sparse code fires and which places each expert gets, and writes both as tables by region.
+SCANS are a file, files, a folder of scans or of DICOM slices, a BIDS dataset, a table of files or
+a feed.  EMBEDDINGS is a folder that ``embed`` wrote.  ``probe --feed`` is a quick check of a run:
+it fits labels of the feed on its split ``train`` and scores its split ``test``, beside the same
+architecture at random initialisation.  All write results.json, most of them a report.html, too.
+``neurojepa COMMAND --help`` says more about one.
 """
 
 from __future__ import annotations
@@ -74,7 +64,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="neurojepa.downstream", description=__doc__,
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["weights"]:
+        from neurojepa import weights
+
+        return weights.main(words[1:])
+    parser = argparse.ArgumentParser(prog="neurojepa", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="task", required=True)
     for task, text in (("embed", "write frozen embeddings"), ("probe", "linear probes"),
@@ -103,8 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     for add in (add_commands, add_fuse, add_explain, add_depart, add_finetune, add_complete,
                 add_image_commands):
         add(commands)
-    arguments = parser.parse_args(argv)
-    arguments.words = sys.argv[1:] if argv is None else argv  # for the ranks that it may start
+    commands.add_parser("weights", help="verify, export and describe weights")
+    arguments = parser.parse_args(words)
+    arguments.words = words  # for the ranks that it may start
     run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms, "fuse": run_fuse,
            "explain": run_explain, "depart": run_depart, "finetune": run_finetune,
            "complete": run_complete, **RUN, **IMAGE_RUN}[arguments.task]
