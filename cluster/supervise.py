@@ -345,11 +345,11 @@ class Supervisor:
             if seen.lost:
                 self._journal.event("host_lost", progress.step, hosts=seen.lost)
                 return False
+            if self._stop_signals > 1 or (asked_at and now - asked_at > self.grace_s):
+                return False
             if self._stop_signals and not asked_at:
                 world.signal(signal.SIGTERM)
                 asked_at = now
-            if asked_at and (self._stop_signals > 1 or now - asked_at > self.grace_s):
-                return False
             if now - looked_at > look_every_s:
                 looked_at = now
                 if progress.step != said:

@@ -28,4 +28,4 @@ fi
 
 .venv/bin/ruff check .
 .venv/bin/mypy
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

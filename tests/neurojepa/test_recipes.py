@@ -44,7 +44,7 @@ def test_a_recipe_must_be_a_mapping(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "shown"), [
-    (["--help"], "embed,probe,reliability,survive,change,transfer,atoms,weights"),
+    (["--help"], "    weights             verify, export"),
     (["probe", "--help"], "--labels"),
     (["weights", "export", "--help"], "--step")])
 def test_one_command_leads_to_all_tasks(run_cli, words: list[str], shown: str) -> None:
