@@ -21,7 +21,7 @@ def run_demo(out: Path, scans: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "tools/demo.sh", "--out", str(out), "--scans", str(scans),
          "--participants", PARTICIPANTS], cwd=ROOT, capture_output=True, text=True,
-        timeout=880, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
 
 @pytest.mark.slow(200)
 @pytest.mark.cluster
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1600)
 def test_the_killed_run_is_bit_equal_and_the_summary_says_what_happened(demo) -> None:
     out, scans, printed = demo
     summary = json.loads((out / "summary.json").read_text())
