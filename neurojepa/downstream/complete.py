@@ -21,10 +21,10 @@ from functools import partial
 
 import numpy as np
 
-from neurojepa.downstream.completion import Completion, bright_ml, psnr, ssim
+from neurojepa.downstream.completion import Completion, psnr, ssim
 from neurojepa.downstream.pooling import Places
 from neurojepa.downstream.scoring import Gain
-from neurojepa.downstream.stats import Score, difference, of_people, r_squared
+from neurojepa.downstream.stats import Score, difference, of_people
 from neurojepa.downstream.teacher import Pairs, Teacher
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Feed
@@ -35,7 +35,6 @@ GUESSES = {"mean map": "mean map", "polynomial": "cubic",
 PLAIN, LATENT = "network", "network with latents"
 PAIRS = ((PLAIN, "polynomial and mean map"), (LATENT, PLAIN), (LATENT, "polynomial"))
 EPOCHS = 10
-LEAST_LESIONS = 10  # people of train and of test whose lesions are known
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,14 @@ class Found:
     rows: dict[str, Row]
     gains: list[Gain]
     latent_scores: dict[str, Score]  # shares told
-    lesions: dict[str, float]  # R2 of what is read from each row's images, and the true ones'
     losses: dict[str, list[float]]  # of val, by network and epoch
     shown: dict[str, np.ndarray]  # volumes of one person tested
     warnings: list[str]
 
 
 def learn(weights: Weights, places: Places, feed: Feed, pairs: Pairs, *, epochs: int = EPOCHS,
-          lesions: np.ndarray | None = None, warnings: Sequence[str] = ()) -> Found:
+          warnings: Sequence[str] = ()) -> Found:
     """Fit on train, choose on val, score on test.
-
-    Parameters
-    ----------
-    lesions : float64 [n] ml, nan where not known; None: nobody's are
 
     Raises
     ------
@@ -98,33 +92,30 @@ def learn(weights: Weights, places: Places, feed: Feed, pairs: Pairs, *, epochs:
             for k in test:
                 yield teacher.completion.guess(teacher.volumes(k)[0], GUESSES[name])
 
-    rows, bright, shown = {}, {}, {}
+    rows, shown = {}, {}
     for name in (*GUESSES, *nets):
-        rows[name], bright[name], shown[name] = _row(teacher, test, images(name))
+        rows[name], shown[name] = _row(teacher, test, images(name))
     source, target = teacher.volumes(int(test[0]))
     shown |= {"source": source.value_XYZ, "true": target.value_XYZ}
     return Found(nets[kept], kept == LATENT, pairs, rows, _gains(pairs, test, rows),
-                 teacher.latent_scores(), _lesions(teacher, lesions, bright), losses, shown,
-                 list(warnings))
+                 teacher.latent_scores(), losses, shown, list(warnings))
 
 
 def _row(teacher: Teacher, test: np.ndarray, images: Iterator[np.ndarray]
-         ) -> tuple[Row, np.ndarray, np.ndarray]:
-    """Scores of completed images, how much of each is bright, and the first one."""
-    ratio, alike, bright, first = [], [], [], None
-    mean, voxel = teacher.completion.mean_map.cpu().numpy(), _voxel_ml(teacher.feed)
+         ) -> tuple[Row, np.ndarray]:
+    """Scores of completed images, and the first one."""
+    ratio, alike, first = [], [], None
     for k, told in zip(test, images, strict=True):
         source, target = teacher.volumes(k)
         where = source.brain_XYZ & target.brain_XYZ
         ratio.append(psnr(target.value_XYZ, told, where))
         alike.append(ssim(np.where(where, target.value_XYZ, 0), np.where(where, told, 0), where))
-        bright.append(bright_ml(told, mean, source.brain_XYZ, voxel))
         first = told if first is None else first
     assert first is not None
     scores = {name: of_people(partial(_mean, np.array(each)), np.arange(len(test)),
                               teacher.pairs.participant[test], teacher.pairs.family[test])
               for name, each in (("psnr", ratio), ("ssim", alike))}
-    return Row(np.array(ratio), np.array(alike), scores), np.array(bright), first
+    return Row(np.array(ratio), np.array(alike), scores), first
 
 
 def _gains(pairs: Pairs, test: np.ndarray, rows: dict[str, Row]) -> list[Gain]:
@@ -138,29 +129,3 @@ def _gains(pairs: Pairs, test: np.ndarray, rows: dict[str, Row]) -> list[Gain]:
 
 def _mean(values: np.ndarray, drawn: np.ndarray) -> float:
     return float(values[drawn].mean())
-
-
-def _lesions(teacher: Teacher, lesions: np.ndarray | None,
-             bright: dict[str, np.ndarray]) -> dict[str, float]:
-    """R2 of lesions read by a line in what is bright, which the true images of train teach."""
-    pairs = teacher.pairs
-    test = pairs.of("test")
-    if lesions is None:
-        return {}
-    train = pairs.of("train")[np.isfinite(lesions[pairs.of("train")])]
-    there = np.isfinite(lesions[test])
-    if min(len(train), there.sum()) < LEAST_LESIONS or not np.ptp(lesions[test][there]):
-        return {}
-    mean, voxel = teacher.completion.mean_map.cpu().numpy(), _voxel_ml(teacher.feed)
-
-    def of_true(whom: np.ndarray) -> np.ndarray:
-        return np.array([bright_ml(target.value_XYZ, mean, source.brain_XYZ, voxel)
-                         for source, target in map(teacher.volumes, whom)])
-
-    slope, start = np.polyfit(of_true(train), lesions[train], 1)
-    return {name: r_squared(lesions[test][there], start + slope * values[there])
-            for name, values in {"true image": of_true(test), **bright}.items()}
-
-
-def _voxel_ml(feed: Feed) -> float:
-    return feed.grid.spacing_mm**3 / 1000

@@ -5,15 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
-from typing import TYPE_CHECKING
 
 from neurojepa.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from neurojepa.downstream.teacher import Pairs
-    from neurojepa.feed.format import Feed
 
 
 def add_complete(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -83,7 +76,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         seen[:] = False
     pairs = pairs_of(feed, rows, arguments.source, arguments.to, seen)
     found = learn(model.weights, model.weights.places.to(model.device), feed, pairs,
-                  epochs=arguments.epochs, lesions=_lesions(feed, pairs), warnings=warnings)
+                  epochs=arguments.epochs, warnings=warnings)
     print_rows(arguments.to, found.rows, warnings)
     record = {"input": arguments.feed, "weights": arguments.weights, "from": arguments.source,
               "to": arguments.to, "notes": [], **pages.record_of(found)}
@@ -99,26 +92,6 @@ def _fit(arguments: argparse.Namespace) -> int:
                methods=partial(pages.methods, found), page=partial(pages.complete_page, found),
                predictions=pages.predictions_of(found))
     return 0
-
-
-def _lesions(feed: Feed, pairs: Pairs) -> np.ndarray | None:
-    """Millilitres of lesions of each visit, nan where the feed's labels do not say."""
-    import numpy as np
-
-    from neurojepa.feed.labels import as_numbers, scan_labels
-
-    table = feed.labels()
-    if "lesion_ml" not in table["name"].to_pylist():
-        return None
-    sessions = np.array(feed.index["session"].to_pylist())[pairs.target]
-    values = scan_labels(table, "lesion_ml", people=pairs.participant.tolist(),
-                         sessions=sessions.tolist())
-    found = np.full(len(values), np.nan)
-    if (numbers := as_numbers(values[values != ""])) is None:
-        raise DataError(f"{feed.uri}: a label lesion_ml is no number; correct it where the feed's "
-                        "labels come from, and pack again")
-    found[values != ""] = numbers
-    return found
 
 
 def _apply(arguments: argparse.Namespace) -> int:

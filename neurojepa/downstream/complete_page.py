@@ -25,8 +25,8 @@ def record_of(found: Found) -> dict[str, Any]:
         "visits": {part: len(found.pairs.of(part)) for part in ("train", "val", "test")},
         "scores": scores_record(found.rows), "gains": gains_record(found.gains),
         "latents": {name: score.as_dict() for name, score in found.latent_scores.items()},
-        "lesion_r2": found.lesions, "losses": found.losses,
-        "kept": LATENT if found.latents else PLAIN, "warnings": found.warnings}
+        "losses": found.losses, "kept": LATENT if found.latents else PLAIN,
+        "warnings": found.warnings}
 
 
 def predictions_of(found: Found) -> list[list[str]]:
@@ -46,25 +46,18 @@ def complete_page(found: Found, record: dict[str, Any], figures: Figures) -> str
     kept, target, source = record["kept"], record["to"], record["from"]
     told = [(f"{found.rows[name].scores['psnr'].value:.1f} dB", f"PSNR, {name}", "")
             for name in (kept, "polynomial and mean map", "polynomial", "mean map")]
-    lesions = ["lesion R²"] if found.lesions else []
-    rows = [[name, *map(str, row.scores.values()),
-             *([f"{found.lesions[name]:.2f}"] if lesions else [])]
-            for name, row in found.rows.items()]
+    rows = [[name, *map(str, row.scores.values())] for name, row in found.rows.items()]
     visits = record["visits"]
     words = (f"Mean over {visits['test']} visits tested [95 % interval over families and people], "
              f"at voxels that are brain in both scans. {visits['train']} visits taught, "
              f"{visits['val']} chose epoch and network: kept is the {kept}.")
-    if lesions:
-        words += (" Lesion R²: the lesions of people tested, by a line in the volume that is "
-                  "brighter than usual, which true images taught; read from true images it is "
-                  f"{found.lesions['true image']:.2f}.")
     tokens, whole = found.latent_scores.values()
     return page(f"{target} completed from {source}",
                 f"{record['input']}, weights {record['weights']}", [
         tiles(told),  # type: ignore[arg-type]
         section("Synthetic images against true ones",
                 *(paragraph(f"Look out: {each}.") for each in found.warnings),
-                table(["by", *NAMES.values(), *lesions], rows), paragraph(words),
+                table(["by", *NAMES.values()], rows), paragraph(words),
                 *gains_table(record["gains"], NAMES["psnr"])),
         section("Latents", paragraph(
             f"Of what the tokens of {target} differ by from their place and head size, those of "

@@ -136,9 +136,3 @@ def ssim(truth: np.ndarray, told: np.ndarray, where: np.ndarray, width: int = 7)
     found = ((2 * m1 * m2 + 0.01**2) * (2 * both + 0.03**2)
              / ((m1**2 + m2**2 + 0.01**2) * (v1 + v2 + 0.03**2)))
     return float(found[where].mean())
-
-
-def bright_ml(told: np.ndarray, mean: np.ndarray, where: np.ndarray, voxel_ml: float,
-              above: float = 0.12) -> float:
-    """Millilitres that are brighter than the mean map by ``above``, as lesions are on FLAIR."""
-    return float(((told - mean > above) & where).sum() * voxel_ml)

@@ -14,7 +14,7 @@ import torch
 
 from neurojepa.downstream import teacher as module
 from neurojepa.downstream.__main__ import main as downstream
-from neurojepa.downstream.completion import Completion, Volume, bright_ml, psnr, ssim, volume_of
+from neurojepa.downstream.completion import Completion, Volume, psnr, ssim, volume_of
 from neurojepa.downstream.teacher import Pairs, Teacher, pairs_of
 from neurojepa.errors import NeurojepaError
 from neurojepa.feed.format import is_brain, open_feed
@@ -106,9 +106,6 @@ def test_scores_by_hand() -> None:
     assert psnr(truth, truth + 0.1 * where, where) == pytest.approx(20)
     assert ssim(truth, truth, where) == pytest.approx(1)
     assert ssim(truth, 1 - truth, where) < 0
-    told = np.full((9, 9, 9), 0.5)
-    told[3, 3, :5] = 0.8
-    assert bright_ml(told, np.full((9, 9, 9), 0.5), where, 2.0) == 6  # voxels 2, 3 and 4
 
 
 def test_a_network_begins_at_the_first_guess_and_latents_reach_their_place() -> None:
