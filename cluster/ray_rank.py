@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -152,13 +153,15 @@ class RankActor:
         now, ended = time.monotonic(), self._rank.status is not None
         alone = Path(self._ranks.messages.path + ALONE)
         if now - self._looked_at > ALONE_S:
-            alone.touch()  # then the rank says in the run directory what it does
+            with suppress(OSError):  # a full or cleared /tmp: the rank trains on, only unseen
+                alone.touch()  # then the rank says in the run directory what it does
         else:
             alone.unlink(missing_ok=True)
         if now - self._looked_at <= (ENDED_S if ended else ORPHAN_S):
             return
         if not ended and not self._asked_at:
-            self._ranks.signal(signal.SIGTERM)
+            with self._turn:
+                self._ranks.signal(signal.SIGTERM)
             self._asked_at = now
         if ended or now - self._asked_at > GRACE_S:
             _leave_cluster()
