@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,10 +38,17 @@ AWAY_S = 180.0  # Ray brings a keeper back on another node within a minute
 
 
 class Keeper:
-    """Runs a command and runs it again when it is killed."""
+    """Runs a command and runs it again when it is killed.
 
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        self._command, self._environment = command, environment
+    Parameters
+    ----------
+    leave
+        Called a while after the command has ended: nobody asks any more.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str],
+                 leave: Callable[[], None]) -> None:
+        self._command, self._environment, self._leave = command, environment, leave
         self._id = uuid.uuid4().hex
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._printed = 0
@@ -85,7 +93,7 @@ class Keeper:
                     continue
             self._status = code if code >= 0 else 128 - code
         time.sleep(ENDED_S)
-        _end_this_actor()
+        self._leave()
 
     def _run(self) -> int:
         with self._turn:
@@ -174,23 +182,26 @@ def find_or_start(run: str, arguments: list[str]) -> Any:
 
     name = f"keeper-{run_key(run)}"
     command = [sys.executable, "-u", "-m", "cluster", "supervise", "--ray", "--", *arguments]
-    if (found := _there(name)) is not None:
-        theirs: list[str] = ray.get(found.command.remote(), timeout=AWAY_S)
-        if theirs != command:
-            raise ClusterError(
-                f"{run}: is supervised on this cluster with other arguments "
-                f"({' '.join(theirs[theirs.index('--') + 1:])}); give the same, or stop it first: "
-                f"python -m cluster stop {run}")
+    there = keeper = _there(name)
+    if keeper is None:
+        context = ray.get_runtime_context()
+        environment = exported() | {"RAY_ADDRESS": context.gcs_address}
+        # here and not on a worker, which may be lost or scaled away; elsewhere if here is no more
+        place = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True)
+        kind: Any = ray.remote(num_cpus=0, max_restarts=-1)(Keeper)
+        keeper = kind.options(
+            name=name, lifetime="detached", get_if_exists=True,
+            scheduling_strategy=place).remote(command, environment, _end_this_actor)
+    # asked in any case: another job may have started it just now
+    theirs: list[str] = ray.get(keeper.command.remote(), timeout=AWAY_S)
+    if theirs != command:
+        raise ClusterError(
+            f"{run}: is supervised on this cluster with other arguments "
+            f"({' '.join(theirs[theirs.index('--') + 1:])}); give the same, or stop it first: "
+            f"python -m cluster stop {run}")
+    if there is not None:
         print(f"{run}: watching the supervisor that is on the cluster already", flush=True)
-        return found
-    context = ray.get_runtime_context()
-    environment = exported() | {"RAY_ADDRESS": context.gcs_address}
-    # here and not on a worker, which may be lost or scaled away; elsewhere if here is no more
-    place = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True)
-    kind: Any = ray.remote(num_cpus=0, max_restarts=-1)(Keeper)
-    return kind.options(
-        name=name, lifetime="detached", get_if_exists=True,
-        scheduling_strategy=place).remote(command, environment)
+    return keeper
 
 
 def _there(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import shutil
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from multiprocessing import get_context
 from multiprocessing.managers import BaseManager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -88,6 +90,19 @@ def test_a_rank_obeys_no_earlier_supervisor(rank: RankActor) -> None:
     assert not socket.exists()
     assert not psutil.pid_exists(rank.look(6)["pid"])
     assert rank.end(7) == []  # nothing is left to end
+
+
+def test_a_rank_that_nobody_asks_for_trains_on_where_tmp_was_cleared(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor, path = RankActor(), tmp_path / "messages"
+    actor._ranks = SimpleNamespace(messages=SimpleNamespace(path=str(path)))
+    actor._rank = SimpleNamespace(status=None)
+    actor._go_on_alone()
+    monkeypatch.setattr("cluster.ray_rank.ALONE_S", 0.0)
+    actor._go_on_alone()
+    assert Path(f"{path}{ALONE}").exists()
+    shutil.rmtree(tmp_path)
+    actor._go_on_alone()  # its thread goes on
 
 
 def test_what_killed_actors_have_left_is_removed(tmp_path: Path) -> None:
@@ -178,16 +193,16 @@ def test_a_cluster_without_room_for_all_gets_fewer_where_that_is_enough(
 
 # ---- the keeper of the supervisor ----------------------------------------------------------------
 
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_job, "_end_this_actor", lambda: None)
+def keep(command: list[str], environment: dict[str, str] | None = None) -> Keeper:
+    """A keeper that is no actor, and stays."""
+    return Keeper(command, environment or {}, lambda: None)
 
 
 def test_a_supervisor_that_is_killed_is_started_again(tmp_path: Path) -> None:
     count = (f"import os, sys; path = {str(tmp_path / 'starts')!r}; open(path, 'a').write('x'); "
              "print(open(path).read(), flush=True); "
              "len(open(path).read()) < 2 and os.kill(os.getpid(), 9); sys.exit(75)")
-    keeper = Keeper([sys.executable, "-c", count], {})
+    keeper = keep([sys.executable, "-c", count])
     wait_until(lambda: keeper.look(0)["status"] is not None, 20)
     row = keeper.look(1)
     assert row["status"] == 75 and row["printed"] == 3
@@ -197,18 +212,24 @@ def test_a_supervisor_that_is_killed_is_started_again(tmp_path: Path) -> None:
 def test_one_that_is_killed_all_the_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_job, "MAX_DEATHS", 1)
     monkeypatch.setattr(ray_job, "DEATHS_S", 0.0)
-    keeper = Keeper([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], {})
+    keeper = keep([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
     wait_until(lambda: keeper.look(0)["status"] == 137, 20)
 
 
-def test_one_that_cannot_be_started_is_told_and_not_watched_for_ever() -> None:
-    keeper = Keeper(["/no/such/python"], {})
+def test_one_that_cannot_be_started_is_told_and_the_keeper_leaves(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_job, "ENDED_S", 0.2)
+    left: list[float] = []
+    began = time.monotonic()
+    keeper = Keeper(["/no/such/python"], {}, lambda: left.append(time.monotonic()))
     wait_until(lambda: keeper.look(0)["status"] == 126, 20)
     assert "cannot be started: [Errno 2]" in keeper.look(0)["lines"][0]
+    wait_until(lambda: left, 5)
+    assert left[0] - began > 0.2  # somebody may ask how it ended
 
 
 def test_a_signal_reaches_the_supervisor() -> None:
-    keeper = Keeper([sys.executable, "-c", RANK], {"RANK": "0"})
+    keeper = keep([sys.executable, "-c", RANK], {"RANK": "0"})
     wait_until(lambda: keeper.look(0)["lines"] == ["rank 0"], 20)
     keeper.signal(signal.SIGTERM)
     wait_until(lambda: keeper.look(0)["status"] == 75, 20)
@@ -222,7 +243,7 @@ def test_a_signal_while_it_is_down_stops_the_next_one_when_it_can_hear(tmp_path:
                  "from cluster.processes import signals_to\n"
                  "with signals_to(lambda *_: heard.append(1)): time.sleep(0.1)\n"
                  "print(heard, flush=True); raise SystemExit(75)")
-    keeper = Keeper([sys.executable, "-c", supervise], {"PYTHONPATH": str(ROOT)})
+    keeper = keep([sys.executable, "-c", supervise], {"PYTHONPATH": str(ROOT)})
     wait_until(lambda: any("starting it again" in line for line in keeper.look(0)["lines"]), 20)
     keeper.signal(signal.SIGTERM)
     wait_until(lambda: keeper.look(0)["status"] is not None, 20)
