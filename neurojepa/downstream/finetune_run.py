@@ -145,8 +145,7 @@ def _prepare(asked: Request, model: Model, feed: Feed, rows: np.ndarray,
                   session_column=asked.session, missing=asked.missing, several=True)
     people, notes = complete(people, [asked.label])
     target = target_of(asked.label, people.column(asked.label), asked.positive)
-    if target.kind == "regression":
-        notes += suspected_codes(asked.label, people.column(asked.label))
+    notes += suspected_codes(asked.label, people.column(asked.label))
     may, warnings = may_test(people, f"label {asked.label!r}", asked.allow_seen)
     parts = split_people(target, people.family, may)
     row_of = {scan: number for number, scan in enumerate(found.scan_id.tolist())}

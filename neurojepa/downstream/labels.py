@@ -21,7 +21,7 @@ from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.labels import as_numbers
 from neurojepa.storage import read_bytes
 
-CODES = {"-9", "-99", "-999", "-9999", "-7", "-8", "-77", "-88", "99", "999", "9999", "-4", "-1"}
+CODES = {-9, -99, -999, -9999, -7, -8, -77, -88, 99, 999, 9999, -4, -1}
 WORKBOOK = b"PK"  # how .xlsx and .ods begin
 FAR = 6  # median absolute deviations from the median: a code among numbers, not a value
 # covariates that embed tells
@@ -69,13 +69,15 @@ class People:
                         for each in (self.volumes, self.sessions, self.scans)))
 
 
-def read_rows(uri: str, missing: Sequence[str], notes: list[str]) -> list[dict[str, str]]:
+def read_rows(uri: str, missing: Sequence[str], notes: list[str],
+              ids: Sequence[str | None] = ()) -> list[dict[str, str]]:
     """Rows of a table, read as ``index`` reads tables; "" is a missing value.
 
     Parameters
     ----------
     missing : values that stand for nothing, beside those that do so in any table
     notes : is added what had to be mended
+    ids : columns where such a value is a name, and stays: a person may be called 99
 
     Raises
     ------
@@ -90,7 +92,7 @@ def read_rows(uri: str, missing: Sequence[str], notes: list[str]) -> list[dict[s
         raise DataError(f"{uri}: no table of text with a header and rows; save it as .csv")
     notes += [f"{count} x {note}" for note, count in sorted(mended.items())]
     codes = {code.lower() for code in missing}
-    return [{name: "" if cell is None or cell.lower() in codes else cell
+    return [{name: "" if cell is None or (cell.lower() in codes and name not in ids) else cell
              for name, cell in row.items()} for row in rows]
 
 
@@ -117,7 +119,7 @@ def join(embeddings: pa.Table, uri: str, *, key: str | None, id_column: str,
         Nobody is in both, or an id stands twice with different values.
     """
     notes = list[str]()
-    rows = read_rows(uri, missing, notes)
+    rows = read_rows(uri, missing, notes, (id_column, session_column))
     for name in (id_column, session_column):
         if name and name not in rows[0]:
             raise ConfigError(f"{uri}: no column {name!r}; it has {', '.join(rows[0])}")
@@ -331,11 +333,14 @@ def numbers_of(people: People, name: str, why: str) -> np.ndarray:
 
 
 def suspected_codes(name: str, values: np.ndarray) -> list[str]:
-    """A note for each number that looks like a missing-value code among the others."""
-    numbers = values.astype(float)
-    middle = np.median(numbers)
-    spread = np.median(np.abs(numbers - middle)) or 1.0
-    return [f"{name}: {int((values == code).sum())} values {code} look like a code for missing; "
-            f"add --missing {code} if so"
-            for code in sorted(CODES & set(values.tolist()))
-            if abs(float(code) - middle) > FAR * spread]
+    """A note for each number that looks like a missing-value code: far from the other numbers, or
+    among names of classes."""
+    numbers = {value: float(value) for value in np.unique(values).tolist()
+               if as_numbers(np.array([value])) is not None}
+    middle, far = 0.0, -1.0
+    if (of_all := as_numbers(values)) is not None:
+        middle = float(np.median(of_all))
+        far = FAR * (float(np.median(np.abs(of_all - middle))) or 1.0)
+    return [f"{name}: {int((values == value).sum())} values {value} look like a code for missing; "
+            f"add --missing {value} if so" for value, number in numbers.items()
+            if number in CODES and abs(number - middle) > far]

@@ -107,8 +107,7 @@ def study(people: People, label: str, design: Design, tokens: Tokens | None = No
     """
     people, notes = complete(people, [label, *design.covariates])
     target = target_of(label, people.column(label), design.positive, design.order)
-    if target.kind == "regression":
-        notes += suspected_codes(label, people.column(label))
+    notes += suspected_codes(label, people.column(label))
     tested, warnings = may_test(people, f"label {label!r}", design.allow_seen)
     plan = plan_folds(target, people.family, design.folds, design.repeats).testing(tested)
     run = Runner(target, people, plan)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.identity import pseudonym
-from neurojepa.downstream.labels import People, join
+from neurojepa.downstream.labels import People, join, suspected_codes
 from neurojepa.downstream.table import read_embeddings
 from neurojepa.downstream.targets import target_of
 from neurojepa.errors import DataError, NeurojepaError
@@ -58,9 +58,6 @@ def test_a_label_that_cannot_be_told_says_why(values: list[str], how: dict, word
 
 # ---- joining -------------------------------------------------------------------------------------
 
-
-# ---- joining -------------------------------------------------------------------------------------
-
 def joined(folder: Path, text: str, **how: object) -> People:
     write(folder, {"labels.csv": text})
     return join(read_embeddings(str(folder)), str(folder / "labels.csv"), key=str(folder / "key"),
@@ -88,6 +85,23 @@ def test_visits_meet_by_session(embedded: Path) -> None:
 def test_codes_are_missing_values(embedded: Path) -> None:
     found = joined(embedded, "id\tx\np1\t-9\np2\tNaN\np3\t4\n", missing=["-9"])
     assert found.columns["x"].tolist() == ["", "", "4"]
+
+
+def test_a_code_is_a_value_no_id_or_visit(embedded: Path) -> None:
+    found = joined(embedded, "id,visit,x\np1,1,1\np2,2,7\n", missing=["p1", "2", "1"],
+                   session_column="visit")
+    assert found.ids.tolist() == ["p1", "p2"] and found.columns["x"].tolist() == ["", "7"]
+
+
+@pytest.mark.parametrize(("values", "codes"), [
+    (["70", "71.5", "-9.0", "68", "-9.0"], ["2 values -9.0"]),  # as pandas writes it
+    (["CN", "AD", "-9", "CN"], ["1 values -9"]), (["0", "1", "-9", "0", "1"], ["1 values -9"]),
+    (["-1", "1", "1", "-1"], []), (["99", "98", "100"], []), (["CN", "AD"], []),
+])
+def test_codes_are_suspected_among_numbers_and_names(values: list[str], codes: list[str]) -> None:
+    assert suspected_codes("x", np.array(values)) == [
+        f"x: {each} look like a code for missing; add --missing {each.split()[-1]} if so"
+        for each in codes]
 
 
 def test_a_table_is_read_as_index_reads_tables(embedded: Path) -> None:
