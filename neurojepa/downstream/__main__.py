@@ -273,7 +273,10 @@ def _probe_feed(arguments: argparse.Namespace) -> int:
     from neurojepa.weights import untrained
 
     feed, weights = _open(arguments)
-    rows = select_rows(feed, arguments.modality, arguments.cohort)
+    rows, notes = _testable(weights, feed, select_rows(feed, arguments.modality, arguments.cohort),
+                            arguments.allow_seen)
+    for note in notes:
+        print(note)
     models = {"neurojepa": weights, "random init": untrained(weights.config, weights.grid)}
     if arguments.weights == "random":
         del models["neurojepa"]
@@ -287,7 +290,7 @@ def _probe_feed(arguments: argparse.Namespace) -> int:
             print(f"{name}: {result.target}: {scores}", flush=True)
     record = {
         "weights": arguments.weights, "step": weights.step, "feed": feed.fingerprint,
-        "modality": arguments.modality, "cohort": arguments.cohort,
+        "modality": arguments.modality, "cohort": arguments.cohort, "notes": notes,
         "results": {name: {result.target: {
             **{metric: value.as_dict() for metric, value in result.scores.items()},
             "num_train_people": result.num_train_people} for result in each}
@@ -297,6 +300,28 @@ def _probe_feed(arguments: argparse.Namespace) -> int:
     write_bytes(join(arguments.out, "results.json"),
                 json.dumps(record, indent=1, default=float).encode())
     return 0
+
+
+def _testable(weights: Weights, feed: Feed, rows: np.ndarray,
+              allowed: bool) -> tuple[np.ndarray, list[str]]:
+    """Rows of the feed without people of split test who were seen in the pretraining, if they are
+    not ``allowed``; and what is to be said of them."""
+    from neurojepa.downstream.api import seen_of
+
+    if weights.seen is None:
+        return rows, ["who was in the pretraining of the weights is not known, as they were "
+                      "exported without its feed: if people of split test were, scores may be too "
+                      "good"]
+    person, scan, split = (np.array(feed.index[name].to_pylist())[rows]
+                           for name in ("participant", "scan_id", "split"))
+    seen = np.array(seen_of(weights.seen, person.tolist(), scan.tolist())) & (split == "test")
+    if not seen.any():
+        return rows, []
+    told = (f"{len(set(person[seen]))} of {len(set(person[split == 'test']))} people of split test "
+            "were seen in the pretraining of the weights and ")
+    if allowed:
+        return rows, [told + "tested all the same (--allow-seen): scores may be too good"]
+    return rows[~seen], [told + "are not tested; --allow-seen tests them"]
 
 
 def run_atoms(arguments: argparse.Namespace) -> int:

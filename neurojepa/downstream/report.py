@@ -17,7 +17,9 @@ def probe_page(results: Results, record: dict[str, Any]) -> str:
     which = ", ".join(f"{name} {record[name]}" for name in ("modality", "cohort") if record[name])
     return page("Linear probes on frozen embeddings",
                 f"Step {record['step']}, feed {record['feed']}" + (f", {which}" if which else ""),
-                [section("Scores on people of the test split", probe_table(results),
+                [section("Scores on people of the test split",
+                         *(paragraph(f"Look out: {note}.") for note in record["notes"]),
+                         probe_table(results),
                          paragraph("95 % intervals resample families, then people with "
                                    "all their scans.")),
                  section("Predictions", figure(probe_figure(results),

@@ -166,6 +166,26 @@ def test_the_probe_command_writes_scores_of_both_models(trained: Path) -> None:
     assert "random init" in page and page.count("data:image/png") == 1
 
 
+@pytest.mark.parametrize(("allow", "tested", "said"), [
+    ([], 8, "8 of 16 people of split test were seen .* are not tested"),
+    (["--allow-seen"], 16, "8 of 16 people of split test were seen .* tested all the same")])
+def test_a_probe_of_another_feed_leaves_out_who_was_seen(
+        trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], allow: list[str],
+        tested: int, said: str) -> None:
+    labels = by_size(trained / "raw")
+    relabel(trained / "raw", tmp_path / "feed", lambda number, row: (
+        "test" if number % 3 else "train", labels(number, row)[1]))
+    assert downstream(["probe", "--weights", str(trained / "weights"), "--feed",
+                       str(tmp_path / "feed"), "--out", str(tmp_path / "out"), "--labels", "size",
+                       *allow]) == 0
+    record = json.loads((tmp_path / "out/results.json").read_text())
+    for targets in record["results"].values():
+        assert targets["size"]["mae"]["num_people"] == tested
+        assert targets["size"]["num_train_people"] == 8
+    assert re.search(said, capsys.readouterr().out) and re.search(said, record["notes"][0])
+    assert re.search(said, (tmp_path / "out/report.html").read_text())
+
+
 def test_the_embed_command_writes_one_row_a_scan(trained: Path) -> None:
     import pyarrow.parquet as pq
 
