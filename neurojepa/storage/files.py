@@ -217,7 +217,7 @@ def _naming(uri: str, deed: str) -> Iterator[None]:
         yield
     except store_errors() as error:
         local = is_local(open_store(uri)[0])
-        said = (error.strerror if local and isinstance(error, OSError) else None) or error
+        said = (error.strerror if local and isinstance(error, OSError) else None) or str(error)
         raise DataError(f"{uri}: cannot be {deed} ({said or type(error).__name__}); "
                         f"{_CHECK_DISK if local else _CHECK_STORE}") from error
 

@@ -64,6 +64,15 @@ def test_what_is_missing_or_unknown_is_named(folder: str) -> None:
         open_store("nowhere://x")
 
 
+def test_an_error_without_words_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(self: object, path: str, **options: object) -> bytes:
+        raise TimeoutError
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", silent)
+    with pytest.raises(DataError, match=r"memory://x: cannot be read \(TimeoutError\)"):
+        read_bytes("memory://x")
+
+
 def test_a_store_that_refuses_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=f"{tmp_path}/file/x: cannot be written"):
