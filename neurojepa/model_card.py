@@ -65,9 +65,9 @@ def complete_card(uri: str, *, results: str | None = None, licence: str | None =
         A file is not there, is none of these, or tells results of other weights.
     """
     place = join(uri, "config.json")
-    record = _read(place, "an export's config.json", "sha256")
+    record = read_record(place, "an export's config.json", "sha256")
     if results is not None:
-        found = _read(results, "a results.json of probe --feed", "results")
+        found = read_record(results, "a results.json of probe --feed", "results")
         for name in ("step", "feed"):
             if found.get(name) != record[name]:
                 raise DataError(f"{results}: is of {name} {found.get(name)}, the weights of "
@@ -76,12 +76,22 @@ def complete_card(uri: str, *, results: str | None = None, licence: str | None =
     if licence is not None:
         record["licence"] = licence
     if about is not None:
-        record["about"] = read_bytes(about).decode().strip()
+        try:
+            record["about"] = read_bytes(about).decode().strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{about}: is no text in UTF-8 ({error})") from error
     write_bytes(join(uri, "README.md"), card(record).encode())
     write_bytes(place, json.dumps(record, indent=1).encode())
 
 
-def _read(uri: str, what: str, key: str) -> dict[str, Any]:
+def read_record(uri: str, what: str, key: str) -> dict[str, Any]:
+    """A JSON object that has this key.
+
+    Raises
+    ------
+    DataError
+        It is not there, or something else; the message says that it is not ``what``.
+    """
     try:
         record = json.loads(read_bytes(uri))
     except ValueError as error:

@@ -30,7 +30,7 @@ from neurojepa.errors import CheckpointError, ConfigError, DataError, run_comman
 from neurojepa.feed.format import Feed, Grid, grid_from_record, open_feed
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.build import build_model
-from neurojepa.model_card import card, complete_card, describe_feed
+from neurojepa.model_card import card, complete_card, describe_feed, read_record
 from neurojepa.storage import exists, join, read_bytes, sha256, write_bytes
 
 SHIPPED = Path(__file__).parent / "pretrained"  # weights that come with the package, by name
@@ -91,6 +91,8 @@ def export(run_dir: str, out: str, step: int | None = None, compare_with: Feed |
     config = validate(record["config"], where=run_dir)
     # places on the machine that trained are nobody's concern
     record["config"]["data"]["feed"], record["config"]["run"]["dir"] = record["feed"], "run"
+    if config.objective.regions:
+        record["config"]["objective"]["regions"] = Path(config.objective.regions).name
     write_bytes(join(out, "model.safetensors"), data)
     if compare_with is not None:
         record["seen"] = _write_seen(out, compare_with)
@@ -187,8 +189,8 @@ def load(uri: str) -> Weights:
 
     uri = place_of(uri)
     try:
-        record = json.loads(read_bytes(join(uri, "config.json")))
-    except (DataError, ValueError) as error:
+        record = read_record(join(uri, "config.json"), "of an export", "sha256")
+    except DataError as error:
         raise DataError(f"{uri}: no exported weights here ({error}); make them with: "
                         "python -m neurojepa.weights export RUN --out DIR, or take those that come "
                         f"with the package: {', '.join(shipped())}") from error

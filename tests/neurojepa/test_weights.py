@@ -95,6 +95,13 @@ def test_weights_that_are_not_there_name_those_that_are_shipped(name: str) -> No
         load(name)
 
 
+@pytest.mark.parametrize("text", ['{"model_type": "vit"}', "[1]", "no JSON"])
+def test_weights_of_something_else_are_refused(copied: Path, text: str) -> None:
+    (copied / "config.json").write_text(text)
+    with pytest.raises(DataError, match=r"no exported weights here .*config.json: is not of an"):
+        load(str(copied))
+
+
 # ---- the card ------------------------------------------------------------------------------------
 
 def results(folder: Path, record: dict[str, Any], **changed: Any) -> Path:
@@ -132,6 +139,14 @@ def test_results_of_something_else_are_refused(copied: Path, tmp_path: Path,
     with pytest.raises(DataError, match=rf"results.json: .*{words}"):
         command(["card", str(copied), "--results", str(file)])
     assert (copied / "config.json").read_bytes() == before
+
+
+def test_a_text_that_is_no_text_is_refused(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "about.md").write_bytes("Köpfe".encode("latin-1"))
+    before = (copied / "README.md").read_bytes()
+    with pytest.raises(DataError, match=r"about.md: is no text in UTF-8"):
+        command(["card", str(copied), "--about", str(tmp_path / "about.md")])
+    assert (copied / "README.md").read_bytes() == before
 
 
 def test_the_card_of_weights_that_learnt_more_says_what_for() -> None:

@@ -111,6 +111,18 @@ def test_the_card_of_an_export_counts_its_data_and_tells_no_paths(trained: Path)
     assert str(trained) not in text + (trained / "weights" / "config.json").read_text()
 
 
+def test_an_export_names_an_atlas_without_its_folder(trained: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    run = str(trained / "run")
+    checkpoint = open_checkpoint(run, latest_step(run))
+    objective = checkpoint.manifest["config"]["objective"]
+    objective["masks"]["region_share"], objective["regions"] = 0.5, "/home/me/atlas.nii.gz"
+    monkeypatch.setattr("neurojepa.train.checkpoint.open_checkpoint", lambda *_: checkpoint)
+    export(run, str(tmp_path))
+    assert "/home" not in (tmp_path / "config.json").read_text()
+    assert load(str(tmp_path)).config.objective.regions == "atlas.nii.gz"
+
+
 def test_weights_without_pooling_open_and_are_compared_with_the_feed(trained: Path,
                                                                       tmp_path: Path) -> None:
     export(str(trained / "run"), str(tmp_path))
