@@ -22,7 +22,7 @@ import torch
 from neurojepa.downstream import warps
 from neurojepa.downstream.images import Image, itk_array, itk_image, linear, stripped
 from neurojepa.errors import DataError
-from neurojepa.storage import exists, join, read_bytes, write_bytes
+from neurojepa.storage import exists, join, read_bytes, read_if_there, sha256, write_bytes
 
 KIND = "neurojepa/segment-model/1"
 MARGIN_MM = 8.0  # of the working grid around the brain
@@ -175,11 +175,11 @@ def save_model(out: str, model: Segmenter, about: dict[str, Any]) -> None:
 
     from neurojepa.storage import remove
 
-    write_bytes(join(out, "model.safetensors"), save(
-        {name: value.contiguous() for name, value in model.network.state_dict().items()}))
+    data = save({name: value.contiguous() for name, value in model.network.state_dict().items()})
+    write_bytes(join(out, "model.safetensors"), data)
     write_bytes(join(out, "config.json"), json.dumps({
         "schema": KIND, "recipe": asdict(model.recipe), "codes": model.codes, "names": model.names,
-        **about}, indent=1).encode())
+        "sha256": sha256(data), **about}, indent=1).encode())
     if exists(join(out, "state.safetensors")):
         remove(join(out, "state.safetensors"))
 
@@ -197,11 +197,15 @@ def load_segmenter(uri: str) -> Segmenter:
     config = read_config(uri)
     if config is None:
         raise DataError(f"{uri}: no segmentation model here; name a folder that segment fit wrote")
+    data = read_bytes(join(uri, "model.safetensors"))
+    if config.get("sha256") not in (None, sha256(data)):  # the first models had none
+        raise DataError(f"{join(uri, 'model.safetensors')}: does not match the sha256 in "
+                        "config.json; fit again")
     recipe = Recipe(**config["recipe"])
     network = build(recipe, len(config["codes"]))
     try:
-        network.load_state_dict(load(read_bytes(join(uri, "model.safetensors"))))
-    except (RuntimeError, ValueError) as error:
+        network.load_state_dict(load(data))
+    except RuntimeError as error:
         raise DataError(f"{uri}: model.safetensors does not hold this network ({error}); fit it "
                         "again") from error
     network.eval()
@@ -210,8 +214,9 @@ def load_segmenter(uri: str) -> Segmenter:
 
 def read_config(uri: str) -> dict[str, Any] | None:
     """config.json of a segmentation model; None where there is none, or one of something else."""
-    place = join(uri, "config.json")
-    if not exists(place):
-        return None
-    found = json.loads(read_bytes(place))
+    data = read_if_there(join(uri, "config.json"))
+    try:
+        found = json.loads(data or b"{}")
+    except ValueError as error:
+        raise DataError(f"{join(uri, 'config.json')}: is no JSON ({error}); fit again") from error
     return found if found.get("schema") == KIND else None

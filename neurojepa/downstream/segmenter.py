@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike, fspath
 
 import numpy as np
 import torch
@@ -31,13 +32,13 @@ class Segmentation:
 
 
 class Model:
-    """A segmentation model on a device: ``neurojepa.load(folder)`` gives one."""
+    """A segmentation model on a device: ``neurojepa.load_segmenter(folder)`` gives one."""
 
     def __init__(self, model: Segmenter, device: torch.device) -> None:
         self.model, self.device = model, device
         model.network.to(device)
 
-    def segment(self, scan: str) -> Segmentation:
+    def segment(self, scan: str | PathLike[str]) -> Segmentation:
         """Find the regions in a scan's file.
 
         Raises
@@ -45,6 +46,6 @@ class Model:
         DataError
             It cannot be read, or shows no brain.
         """
-        image = read_image(str(scan))
+        image = read_image(fspath(scan))
         return Segmentation(image, self.model.segment(image),
                             dict(zip(self.model.codes, self.model.names, strict=True)))

@@ -17,7 +17,17 @@ from neurojepa.downstream import segment_fit as fitting
 from neurojepa.downstream import segment_task as task
 from neurojepa.downstream.__main__ import main
 from neurojepa.downstream.images import Image, stored
-from neurojepa.downstream.segment import Recipe, Working, build, highest, predict, prepare
+from neurojepa.downstream.segment import (
+    Recipe,
+    Segmenter,
+    Working,
+    build,
+    highest,
+    load_segmenter,
+    predict,
+    prepare,
+    save_model,
+)
 from neurojepa.downstream.segment_score import score
 from neurojepa.downstream.segmenter import Segmentation
 from neurojepa.errors import ConfigError, DataError, NeurojepaError
@@ -160,6 +170,23 @@ def test_both_commands_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert json.loads((out / "dataset_description.json").read_text())["DatasetType"] == "derivative"
     with pytest.raises(ConfigError, match="a model lies there already"):
         main(["segment", "fit", *scans[:2], "--labels", *truths[:2], "--out", model])
+    _a_scan_that_fails_stops_no_other(model, scans, out, truths[2])
+
+
+def _a_scan_that_fails_stops_no_other(model: str, scans: list[str], out: Path, truth: str) -> None:
+    gone = str(out / "gone_T1w.nii")
+    assert main(["segment", "apply", model, gone, scans[2], "--out", str(out)]) == 0
+    record = json.loads((out / "results.json").read_text())
+    assert record["scans"] == scans[2:] and record["files"] == ["sub-2/anat/sub-2_T1w_dseg.nii.gz"]
+    assert [note for note in record["notes"] if note.startswith(f"left out: {gone}: ")]
+    assert len(list(csv.DictReader((out / "volumes.csv").open()))) == 1
+    with pytest.raises(DataError, match="gone_T1w"):
+        main(["segment", "apply", model, gone, "--out", str(out / "none")])
+    other = nib.load(truth)
+    nib.save(nib.Nifti1Image(np.asarray(other.dataobj) * 0 + 9, other.affine), truth)
+    with pytest.raises(DataError, match="holds no region that the model knows"):
+        main(["segment", "apply", model, scans[2], "--truth", truth, "--out", str(out / "none")])
+    assert not (out / "none").exists()
 
 
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:
@@ -175,6 +202,10 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
         (["apply", out, scan, str(tmp_path / "x" / "a.nii.gz"), "--out", out],
          "both would be written to a_dseg.nii.gz"),
         (["apply", out, scan, "--truth", labels, labels, "--out", out], "--truth of 2 files"),
+        (["fit", "sub-1_T1w.nii", "--labels", "sub-2_dseg.nii", "--out", out],
+         "--labels sub-2_dseg.nii: is of sub-2, its scan sub-1_T1w.nii of sub-1; name label maps"),
+        (["apply", out, "sub-1_ses-a_T1w.nii", "--truth", "sub-1_ses-b.nii", "--out", out],
+         "--truth sub-1_ses-b.nii: is of ses-b"),
     ]
     for words, message in cases:
         with pytest.raises(NeurojepaError, match=message):
@@ -193,11 +224,44 @@ def test_labels_and_truths_elsewhere_are_told(tmp_path: Path) -> None:
         task._scored(found, other)
 
 
-def test_another_fit_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    task._start(str(tmp_path), {"recipe": 1, "codes": [3]})
-    task._start(str(tmp_path), {"recipe": 1, "codes": [3]})
+def test_a_folder_that_holds_something_else_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "fit.json").write_text(json.dumps({"recipe": 1, "codes": [3]}))
+    task._check_free(str(tmp_path), {"recipe": 1, "codes": [3]})
     with pytest.raises(ConfigError, match="holds a fit of other codes"):
-        task._start(str(tmp_path), {"recipe": 1, "codes": [3, 4]})
+        task._check_free(str(tmp_path), {"recipe": 1, "codes": [3, 4]})
+    (tmp_path / "config.json").write_text("{}")  # as exported weights have it
+    with pytest.raises(ConfigError, match="a model lies there already"):
+        task._check_free(str(tmp_path), {"recipe": 1, "codes": [3]})
+
+
+def test_a_fit_whose_scan_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
+    image = blob(0)
+    labels = str(save(tmp_path / "b.nii.gz", labels_of(image).data, image.affine))
+    with pytest.raises(DataError, match=r"gone\.nii"):
+        main(["segment", "fit", str(tmp_path / "gone.nii"), "--labels", labels, "--out",
+              str(tmp_path / "model")])
+    assert not (tmp_path / "model").exists()
+
+
+def test_regions_of_one_name_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("index\tname\n17\thippocampus\n53\thippocampus\n3\tcortex\n")
+    labels = str(tmp_path / "a.nii.gz")
+    assert task._names(labels, [3, 4, 17]) == ["cortex", "4", "hippocampus"]
+    with pytest.raises(ConfigError, match="codes 17 and 53 are both named 'hippocampus'"):
+        task._names(labels, [3, 17, 53])
+
+
+def test_a_damaged_model_is_told(tmp_path: Path) -> None:
+    model = str(tmp_path)
+    save_model(model, Segmenter(build(RECIPE, 1), RECIPE, [3], ["left"]), {})
+    assert load_segmenter(model).codes == [3]
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"model\.safetensors: does not match the sha256"):
+        load_segmenter(model)
+    (tmp_path / "config.json").write_text('{"schema": ')
+    with pytest.raises(DataError, match=r"config\.json: is no JSON"):
+        load_segmenter(model)
 
 
 def test_a_label_map_is_written_as_the_scan_was_stored() -> None:
