@@ -14,7 +14,7 @@ def add_image_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
                          "same modality")
     command.add_argument("--out", required=True, help="folder for what is written")
     command.add_argument("--moving-labels", metavar="FILE", help="label map in MOVING's space, on "
-                         "any grid, to be carried along")
+                         "any grid, to be carried along; names in a .tsv beside it")
 
     command = commands.add_parser("segment", help="teach a network regions, and find them in scans")
     kinds = command.add_subparsers(dest="kind", required=True)
@@ -40,15 +40,18 @@ def add_image_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 def run_register(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.images import read_image, read_labels
+    from neurojepa.downstream.regions import names_beside
     from neurojepa.downstream.register import register
     from neurojepa.downstream.register_page import write_registration
 
-    labels = read_labels(arguments.moving_labels) if arguments.moving_labels else None
+    labels, names = None, {}
+    if arguments.moving_labels:
+        labels, names = read_labels(arguments.moving_labels), names_beside(arguments.moving_labels)
     moving, fixed = read_image(arguments.moving), read_image(arguments.fixed)
     for note in (*moving.notes, *fixed.notes):
         print(note)
     found = register(moving, fixed)
-    record = write_registration(arguments.out, found, labels)
+    record = write_registration(arguments.out, found, labels, names)
     alike, error = record["correlation"], record["inverse_error_mm"]
     print(f"correlation within the brain {alike['affine']:.3f} after the affine, "
           f"{alike['deformed']:.3f} after the deformation; {record['folds']} voxels fold; there "

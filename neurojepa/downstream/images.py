@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import SimpleITK as sitk
 
 MAX_LABELS = 1000  # a label map of more is an image
+MAX_CODE = 1 << 24  # files are read as float32, which holds whole numbers up to it
 DISPLACEMENT = 1007  # NIfTI's intent "vector", by which ITK and ANTs know a displacement field
 LPS = np.array([-1, -1, 1], np.float32)  # of a vector in RAS, as ITK counts
 
@@ -64,7 +65,8 @@ def read_labels(path: str) -> Image:
     Raises
     ------
     DataError
-        It cannot be read, holds something else than whole numbers from 0 on, or no label at all.
+        It cannot be read, holds something else than whole numbers from 0 on, codes of
+        ``MAX_CODE`` and more, no label at all, or too many.
     """
     from data_prep.volumes.reading.volume import read_scan
 
@@ -74,6 +76,9 @@ def read_labels(path: str) -> Image:
     if wrong.size:
         raise DataError(f"{path}: holds {wrong[0]:g}, a label map holds whole numbers from 0 on; "
                         "is it an image, or a map of probabilities?")
+    if data.max() >= MAX_CODE:
+        raise DataError(f"{path}: holds label {data.max():.0f}, only codes below {MAX_CODE} can be "
+                        "told apart; give its regions smaller codes")
     labels = data.astype(np.int32)
     number = len(np.unique(labels[labels > 0]))
     if not 1 <= number <= MAX_LABELS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ import numpy as np
 from neurojepa.downstream import warps
 from neurojepa.downstream.images import Image, stripped, write_field, write_image
 from neurojepa.downstream.output import Figures, how_done, write_task
-from neurojepa.downstream.regions import names_beside
 from neurojepa.downstream.register import LEVELS, SMOOTH, Registration
 from neurojepa.downstream.slices import show_slices
 from neurojepa.errors import DataError
@@ -17,11 +17,11 @@ from neurojepa.report import grid, page, section, table, tiles
 from neurojepa.storage import join
 
 
-def write_registration(out: str, found: Registration, labels: Image | None = None
-                       ) -> dict[str, Any]:
+def write_registration(out: str, found: Registration, labels: Image | None = None,
+                       names: Mapping[int, str] | None = None) -> dict[str, Any]:
     """Write everything into a folder; returns the record of results.json.
 
-    ``labels`` is a label map in the moving scan's space, on any grid.
+    ``labels`` is a label map in the moving scan's space, on any grid; ``names`` are of its codes.
 
     Raises
     ------
@@ -41,7 +41,7 @@ def write_registration(out: str, found: Registration, labels: Image | None = Non
               "notes": [*fixed.notes, *moving.notes], **_figures_of(found, growth)}
     if labels is not None and carried is not None:
         write_image(join(out, "moved_labels.nii.gz"), carried, fixed, "carried labels")
-        record["labels"] = _volumes(labels, carried, fixed)
+        record["labels"] = _volumes(labels, carried, fixed, names or {})
         record["moving_labels"] = labels.name
     write_task(out, "register/1", record, methods=methods,
                page=lambda record, figures: _page(found, warp, growth, record, figures))
@@ -73,9 +73,9 @@ def _figures_of(found: Registration, growth: np.ndarray) -> dict[str, Any]:
         "displacement": "RAS in memory, LPS mm in files; the moving scan is read at x + d(x)"}
 
 
-def _volumes(labels: Image, carried: np.ndarray, fixed: Image) -> list[dict[str, Any]]:
+def _volumes(labels: Image, carried: np.ndarray, fixed: Image,
+             names: Mapping[int, str]) -> list[dict[str, Any]]:
     """Millilitres of each label before and after."""
-    names = names_beside(labels.name)
     before, after = (abs(np.linalg.det(each.affine[:3, :3])) / 1000 for each in (labels, fixed))
     top = int(labels.data.max()) + 1
     counts = [np.bincount(each.ravel(), minlength=top) for each in (labels.data, carried)]

@@ -17,7 +17,7 @@ from neurojepa.downstream import warps
 from neurojepa.downstream.__main__ import main
 from neurojepa.downstream.images import Image, read_image, read_labels, stored, write_field
 from neurojepa.downstream.register import register
-from neurojepa.errors import DataError
+from neurojepa.errors import ConfigError, DataError
 from tests.helpers.blobs import blob, save
 
 OBLIQUE = np.eye(4)  # turned by 20, -10 and 5 degrees, voxels of 2, 3 and 4 mm
@@ -141,6 +141,8 @@ def test_brains_that_have_nothing_in_common_are_refused(pair: tuple[Image, Image
         module._check(fixed, turned, 0.9, -0.4)
     with pytest.raises(DataError, match="does not come to lie over that of"):
         module._check(fixed, turned, 0.5, 0.6)
+    with pytest.raises(DataError, match="correlation nan"):  # a mask in place of a scan
+        module._check(fixed, turned, 0.9, float("nan"))
 
 
 @pytest.mark.parametrize(("data", "message"), [
@@ -160,6 +162,7 @@ def test_images_that_are_none_are_told(tmp_path: Path, data: np.ndarray, message
     (np.full((30, 30, 30), 0.5), "holds 0.5, a label map holds whole numbers"),
     (np.full((30, 30, 30), -2), "holds -2"),
     (np.arange(27000).reshape(30, 30, 30), "holds 26999 labels"),
+    (np.full((30, 30, 30), 2.0**32 - 1), "holds label 4294967296, only codes below 16777216"),
 ])
 def test_label_maps_that_are_none_are_told(tmp_path: Path, data: np.ndarray, message: str) -> None:
     with pytest.raises(DataError, match=message):
@@ -194,6 +197,11 @@ def test_the_command_writes_files_that_lie_over_the_fixed_scan(
     assert [each["label"] for each in record["labels"]] == [1, 2]
     page = (out / "report.html").read_text()
     assert page.count("<img") == 4 and "Dice of the brains" in page
+    (tmp_path / "labels.tsv").write_text("code\tname\n1\touter\n")
+    with pytest.raises(ConfigError, match=r"labels.tsv: expected columns index and name"):
+        main(["register", str(tmp_path / "gone"), *words[1:],
+              "--moving-labels", str(tmp_path / "labels.nii.gz")])  # before any scan is read
+    (tmp_path / "labels.tsv").unlink()
     far = np.array(moving.affine)
     far[0, 3] += 1000
     save(tmp_path / "labels.nii.gz", np.ones(moving.data.shape, int), far)
