@@ -88,8 +88,7 @@ def how_done(record: dict[str, Any], more: Sequence[str] = ()) -> str:
     """The section of the methods, and of notes: the record's and ``more``."""
     notes = [*record["notes"], *more]
     return section("How it was done", paragraph(record["methods"]), *(
-        [paragraph("From the table and the embeddings: " + "; ".join(notes) + ".")]
-        if notes else []))
+        [paragraph("Notes: " + "; ".join(notes) + ".")] if notes else []))
 
 
 def write_task(out: str, schema: str, record: dict[str, Any], *,
