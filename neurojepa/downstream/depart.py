@@ -2,7 +2,7 @@
 
     reference feed -> mean activation of each atom in each region, scan by scan (atoms.py)
     -> at the person's age: a line through the people around it, and how they spread
-    -> the person's mean less the line's, over the spread: z of each region and atom
+    -> the person's mean less the line's, over the spread of a new person: z of each region and atom
     -> size of a region's departure: root mean square of z over its atoms
 
 How unusual a size is, is told by the reference people themselves, each taken for the person and
@@ -28,7 +28,8 @@ from neurojepa.weights import Weights
 DRAWS = 4  # of masks: which places of a scan are predicted, and so have atoms
 WIDTH_YEARS = 10.0  # sd of the weights of people around an age
 LEAST_PEOPLE = 20
-ACTIVE = 0.25  # share of reference people in whom an atom must be active in a region
+LEAST_NEAR = 5  # people around an age, in effect
+ACTIVE = 0.25  # share of those in whom a region was seen in whom an atom must be active there
 LEAST_SPREAD = 0.1  # of an atom's mean in a region: below it z would blow up on nothing
 
 
@@ -89,43 +90,54 @@ def departures(own_RA: np.ndarray, age: float, others_SRA: np.ndarray,
     if not ages_S.min() - WIDTH_YEARS <= age <= ages_S.max() + WIDTH_YEARS:
         raise DataError(f"the person is {age:g} years old, the reference {ages_S.min():g} to "
                         f"{ages_S.max():g}; nobody there is of that age")
-    told_RA = np.nanmean(others_SRA > 0, 0) >= ACTIVE
-    z_RA, expected_RA = _z(own_RA, age, others_SRA, ages_S)
-    z_RA = np.where(told_RA, z_RA, np.nan)
+    z_RA = np.full(own_RA.shape, np.nan)
+    expected_RA, usual_SR = z_RA.copy(), np.full(others_SRA.shape[:2], np.nan)
+    for region, own_A in enumerate(own_RA):
+        seen_S = np.isfinite(others_SRA[:, region]).all(1)
+        others_SA, years_S = others_SRA[seen_S, region], ages_S[seen_S]
+        told_A = (others_SA > 0).sum(0) >= ACTIVE * max(len(others_SA), 1)
+        others_SA = others_SA[:, told_A]
+        z_RA[region, told_A], expected_RA[region, told_A] = _z(
+            own_A[told_A], age, others_SA, years_S)
+        usual_SR[seen_S, region] = [_size(_z(
+            others_SA[one], years_S[one], np.delete(others_SA, one, 0),
+            np.delete(years_S, one))[0]) for one in range(len(years_S))]
     size_R = _size(z_RA)
-    everyone = np.arange(len(ages_S))
-    usual_SR = np.stack([_size(np.where(told_RA, _z(
-        others_SRA[one], float(ages_S[one]), others_SRA[everyone != one],
-        ages_S[everyone != one])[0], np.nan)) for one in everyone])
     larger_R = (usual_SR >= size_R).sum(0)
     p_R = np.where(np.isfinite(size_R), (1 + larger_R) / (1 + np.isfinite(usual_SR).sum(0)), np.nan)
     return Departures(z_RA, own_RA, expected_RA, size_R, p_R, np.array(holm(p_R.tolist())),
                       len(ages_S))
 
 
-def _z(own_RA: np.ndarray, age: float, others_SRA: np.ndarray,
+def _z(own_A: np.ndarray, age: float, others_SA: np.ndarray,
        ages_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """z and what is expected at an age, by a local line."""
-    near_S = np.exp(-0.5 * ((ages_S - age) / WIDTH_YEARS) ** 2)
-    seen_SRA = np.isfinite(others_SRA)
-    weight_SRA = near_S[:, None, None] * seen_SRA
-    value_SRA, years_S11 = np.where(seen_SRA, others_SRA, 0), (ages_S - age)[:, None, None]
-    total_RA = np.maximum(weight_SRA.sum(0), 1e-9)
-    middle_RA, years_RA = ((weight_SRA * each).sum(0) / total_RA
-                           for each in (value_SRA, years_S11))
-    apart_SRA = years_S11 - years_RA
-    slope_RA = (weight_SRA * apart_SRA * (value_SRA - middle_RA)).sum(0) / np.maximum(
-        (weight_SRA * apart_SRA**2).sum(0), 1e-9)
-    rest_SRA = value_SRA - middle_RA - slope_RA * apart_SRA
-    spread_RA = np.sqrt((weight_SRA * rest_SRA**2).sum(0) / total_RA)
-    enough_RA = total_RA**2 / np.maximum((weight_SRA**2).sum(0), 1e-9) > 5  # people, in effect
-    expected_RA = np.where(enough_RA, middle_RA - slope_RA * years_RA, np.nan)
-    floor_RA = np.maximum(LEAST_SPREAD * np.abs(middle_RA), 1e-12)
-    return (own_RA - expected_RA) / np.maximum(spread_RA, floor_RA), expected_RA
+    """z of a region's atoms and what is expected at an age, by a local line; nan with too few
+    people around the age.
+
+    The spread is that of a new person around the line: away from most people, as at the ages where
+    the reference ends, the line itself is less sure, and z would be too large without.
+    """
+    weight_S = np.exp(-0.5 * ((ages_S - age) / WIDTH_YEARS) ** 2)
+    if weight_S.sum()**2 <= LEAST_NEAR * np.square(weight_S).sum():
+        return np.full(len(own_A), np.nan), np.full(len(own_A), np.nan)
+    weight_S /= weight_S.sum()
+    years = weight_S @ ages_S
+    apart_S = ages_S - years
+    slope_S = weight_S * apart_S / max(weight_S @ apart_S**2, 1e-9)
+    line_SS = weight_S + np.outer(apart_S, slope_S)  # what each is told, by whom
+    at_age_S = weight_S + (age - years) * slope_S
+    rest_SA = others_SA - line_SS @ others_SA
+    # the share of the variance that the line leaves of people who taught it
+    left = weight_S @ (1 - 2 * np.diag(line_SS) + np.square(line_SS).sum(1))
+    spread_A = np.sqrt(weight_S @ np.square(rest_SA) / max(left, 1e-9))
+    floor_A = np.maximum(LEAST_SPREAD * np.abs(weight_S @ others_SA), 1e-12)
+    expected_A = at_age_S @ others_SA
+    unsure = np.sqrt(1 + np.square(at_age_S).sum())
+    return (own_A - expected_A) / (np.maximum(spread_A, floor_A) * unsure), expected_A
 
 
-def _size(z_RA: np.ndarray) -> np.ndarray:
-    """[R]: root mean square over atoms that can be told; nan without any."""
-    told_RA = np.isfinite(z_RA)
-    square_R = np.square(np.where(told_RA, z_RA, 0)).sum(1)
-    return np.where(told_RA.any(1), np.sqrt(square_R / np.maximum(told_RA.sum(1), 1)), np.nan)
+def _size(z_A: np.ndarray) -> np.ndarray:
+    """Root mean square over the last axis' atoms that can be told; nan without any."""
+    told_A = np.isfinite(z_A)
+    square = np.square(np.where(told_A, z_A, 0)).sum(-1)
+    return np.where(told_A.any(-1), np.sqrt(square / np.maximum(told_A.sum(-1), 1)), np.nan)

@@ -84,7 +84,8 @@ def methods(found: Departures, record: dict[str, Any]) -> str:
     return (
         f"Activations of the atoms of a sparse code (neurojepa {record['version']}) were averaged "
         f"by region and compared with those of {found.people} other people, by a line in age "
-        f"weighted around the person's age (Gaussian, sd {WIDTH_YEARS:g} years). Atoms active in "
-        f"at least {ACTIVE:.0%} of these people counted. The root mean square of z over atoms was "
-        "compared with that of each reference person against the others; p values were adjusted "
-        "for all regions by Holm's method.")
+        f"weighted around the person's age (Gaussian, sd {WIDTH_YEARS:g} years); z is the distance "
+        "from the line over the spread of a new person, which counts in how unsure the line is. "
+        f"Atoms active in at least {ACTIVE:.0%} of those in whom the region was seen counted. The "
+        "root mean square of z over atoms was compared with that of each reference person against "
+        "the others; p values were adjusted for all regions by Holm's method.")

@@ -61,6 +61,17 @@ def test_p_values_of_reference_people_are_even() -> None:
     assert 0.4 < p.mean() < 0.6 and (p < 0.1).mean() < 0.2
 
 
+def test_whoever_is_older_than_all_others_is_no_more_unusual() -> None:
+    """Where the reference ends the line is less sure, and z counts that in."""
+    rng, p, sizes = np.random.default_rng(0), [], []
+    for _ in range(40):
+        ages, everyone = rng.uniform(50, 80, 25), 1 + 0.15 * rng.normal(size=(26, R, A))
+        found = departures(everyone[25], float(ages.max() + 9), everyone[:25], ages)
+        p.append(found.p_R)
+        sizes.append(found.size_R)
+    assert (np.stack(p) < 0.1).mean() < 0.2 and 0.9 < np.nanmean(sizes) < 1.15
+
+
 def test_regions_that_were_not_seen_and_silent_atoms_tell_nothing() -> None:
     others, ages = reference()
     others[:, 1], others[:, 0, :20] = np.nan, 0.0
