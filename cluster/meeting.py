@@ -53,8 +53,9 @@ def meet(visit: Visit, key: bytes) -> dict[str, str]:
     -------
     dict
         By neighbour that cannot be reached, why.  One that refuses the connection counts as
-        reached, for it may have begun late or ended already, and so does one whose name is not
-        known here, for it may be an alias of the caller's ssh.
+        reached, for it may have begun late or ended already, and so does one where another server
+        has the port.  One whose name is not known here, or not within seconds, is no complaint: it
+        may be an alias of the caller's ssh.
     """
     end, missed, came = time.monotonic() + MEET_S, dict[str, str](), threading.Semaphore(0)
     with suppress(OSError), closing(socket.create_server(("", visit.port))) as door:
@@ -62,9 +63,9 @@ def meet(visit: Visit, key: bytes) -> dict[str, str]:
         _call_all(visit, key, end, missed)
         for _ in range(visit.callers):
             came.acquire(timeout=max(0.0, end - time.monotonic()))
-        return missed
+        return dict(missed)
     _call_all(visit, key, end, missed)  # the port is taken here: nobody is answered
-    return missed
+    return dict(missed)
 
 
 def _answer(door: socket.socket, key: bytes, came: threading.Semaphore) -> None:
@@ -83,8 +84,8 @@ def _call_all(visit: Visit, key: bytes, end: float, missed: dict[str, str]) -> N
                               daemon=True) for peer, place in visit.peers.items()]
     for call in calls:
         call.start()
-    for call in calls:
-        call.join()
+    for call in calls:  # a name server that is away would take longer than the asker waits
+        call.join(max(0.0, end + 2 * CONNECT_S - time.monotonic()))
 
 
 def _call(peer: str, place: tuple[str, int], key: bytes, end: float,
@@ -92,14 +93,17 @@ def _call(peer: str, place: tuple[str, int], key: bytes, end: float,
     why = ""
     while True:
         try:
-            with socket.create_connection(place, CONNECT_S) as there:
-                there.sendall(key)
-                if there.recv(1):
-                    return
+            there = socket.create_connection(place, CONNECT_S)
         except (ConnectionError, socket.gaierror):
             why = ""
         except OSError as error:
             why = error.strerror or str(error)
+        else:
+            why = ""
+            with there, suppress(OSError):  # another server does not answer
+                there.sendall(key)
+                if there.recv(1):
+                    return
         if time.monotonic() > end:
             break
         time.sleep(0.1)

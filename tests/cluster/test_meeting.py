@@ -48,6 +48,8 @@ def deaf() -> Iterator[tuple[str, int]]:
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_everyone_is_called_and_calls(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"h{number}" for number in range(count)]
+    drawn = {free_port() for _ in range(4 * count)}  # here all hosts are one: no port twice
+    monkeypatch.setattr(meeting, "free_port", drawn.pop)
     planned = visits(names)
     assert {host: own["callers"] for host, own in planned.items()} == {
         host: sum(host in other["peers"] for other in planned.values()) for host in names}
@@ -75,6 +77,25 @@ def test_a_port_that_drops_is_told_and_one_that_refuses_may_be_late(
     with deaf() as (_, port):
         assert meet(Visit(free_port(), 0, {"b": ("127.0.0.1", port)}), KEY) == {"b": "timed out"}
     assert meet(Visit(free_port(), 0, {"b": ("127.0.0.1", free_port())}), KEY) == {}
+    with socket.create_server(("127.0.0.1", 0)) as other:  # which says nothing
+        assert meet(Visit(free_port(), 0, {"b": other.getsockname()}), KEY) == {}
+
+
+def test_a_name_server_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "MEET_S", 0.1)
+    monkeypatch.setattr(meeting, "CONNECT_S", 0.1)
+    back, began = threading.Event(), time.monotonic()
+
+    def ask(*_: object) -> None:
+        back.wait(20)
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "create_connection", ask)
+    try:
+        assert meet(Visit(free_port(), 0, {"b": ("alias", free_port())}), KEY) == {}
+        assert time.monotonic() - began < 10
+    finally:
+        back.set()
 
 
 def test_a_caller_without_the_key_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
