@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def change(found: dict[str, Any], place: list[Any], value: Any) -> None:
     (["rows", 4, 1], 0.2000001, [[0, 3], [10, 2]], "step 5: "),
     (["rows", 14, 1], 1 / 15 + 1e-4, [[0, 3], [10, 2]], ""),
     (["rows", 14, 1], 1 / 15 + 1e-2, [[0, 3], [10, 2]], "0.01 apart"),
+    (["rows", 14, 1], math.nan, [[0, 3], [10, 2]], "losses nan apart"),
+    (["rows", 4, 1], math.nan, [[0, 3], [10, 2]], "step 5: "),
     (["states", "20"], "cc", [[0, 3]], "weights of step 20 differ"),
     (["states", "20"], "cc", [[0, 3], [10, 2]], ""),
     (["states", "10"], "cc", [[0, 3], [10, 2]], "weights of step 10 differ"),

@@ -49,15 +49,18 @@ def restarted(run: Field, harm: Callable[[], object], *signs: str,
     return Times(noticed, time.monotonic() - began)
 
 
-def survived(run: Field, harm: Callable[[], object]) -> Times:
-    """Harm that the attempt outlives: back with the next checkpoint."""
+def survived(run: Field, harm: Callable[[], float | None]) -> Times:
+    """Harm that the attempt outlives: back with the next checkpoint.
+
+    ``harm`` returns the seconds until it was noticed, where it has to be.
+    """
     starts = len(run.events("started"))
-    harm()
+    noticed = harm()
     committed, began = run.committed(), time.monotonic()
     run.until("the next checkpoint", lambda: run.committed() > committed)
     if len(run.events("started")) != starts:
         raise Failed("the attempt was started again")
-    return Times(None, time.monotonic() - began)
+    return Times(noticed, time.monotonic() - began)
 
 
 def any_rank(run: Field, draw: random.Random) -> psutil.Process:
@@ -89,13 +92,16 @@ def rank_slow(run: Field, draw: random.Random) -> Times:
     victim, known = draw.choice(sorted(run.ranks())), len(run.events("straggler"))
     file = run.folder / "slow" / str(victim)
     file.parent.mkdir(exist_ok=True)
-    file.touch()
-    try:
-        noticed = run.until("the slow rank is named", lambda: [
-            row["rank"] for row in run.events("straggler")[known:]] == [victim])
-    finally:
-        file.unlink()
-    return Times(noticed, survived(run, lambda: None).back)
+
+    def slow() -> float:
+        file.touch()
+        try:
+            return run.until("the slow rank is named", lambda: [
+                row["rank"] for row in run.events("straggler")[known:]] == [victim])
+        finally:
+            file.unlink()
+
+    return survived(run, slow)
 
 
 def killed_in_commit(run: Field, draw: random.Random) -> Times:
@@ -126,7 +132,7 @@ def parent_killed(run: Field, draw: random.Random) -> Times:
 # ---- disks and stores ----------------------------------------------------------------------------
 
 def disk_full(run: Field, draw: random.Random) -> Times:
-    filler, begin, said = Path(run.run_dir.uri).parent / "filler", time.monotonic(), run.screen()
+    filler, said = Path(run.run_dir.uri).parent / "filler", run.screen()
 
     def told() -> bool:
         return any(words in run.screen()[len(said):]

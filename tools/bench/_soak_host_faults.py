@@ -47,14 +47,13 @@ def _connection_killed(run: HostField, draw: random.Random) -> Times:
     relays = _relays(run)
     ends = [*relays.values(), *(child for child in psutil.Process(run.supervisor.pid).children()
                                 if child.name() == "ssh")]
-    starts = len(run.events("started"))
-    draw.choice(ends).kill()
-    connected = run.until("a new connection", lambda: _relays(run).keys() - relays.keys()
-                          and len(_relays(run)) == len(relays))
-    back = survived(run, lambda: None).back
-    if len(run.events("started")) != starts:
-        raise Failed("the attempt was started again")
-    return Times(connected, back)
+
+    def killed() -> float:
+        draw.choice(ends).kill()
+        return run.until("a new connection", lambda: _relays(run).keys() - relays.keys()
+                         and len(_relays(run)) == len(relays))
+
+    return survived(run, killed)
 
 
 def _relays(run: HostField) -> dict[int, psutil.Process]:
@@ -150,10 +149,9 @@ def _supervisor_killed(run: HostField, draw: random.Random) -> Times:
 
 def _second_owner(run: HostField, draw: random.Random) -> Times:
     """The same command again on another host, and a plain training: both are turned away."""
-    at, first, turned_away = run.at, run.supervisor, 0.0
+    at, first = run.at, run.supervisor
 
-    def refused() -> None:
-        nonlocal turned_away
+    def refused() -> float:
         second = run.start(_other(run, draw))
         run.supervisors.pop()
         run.at = at
@@ -169,9 +167,9 @@ def _second_owner(run: HostField, draw: random.Random) -> Times:
                                "train.global_batch=6")
         if plain.returncode != 2 or str(first.pid) not in plain.stderr:
             raise Failed(f"a plain training ended with {plain.returncode}: {plain.stderr[-300:]}")
+        return turned_away
 
-    back = survived(run, refused).back
-    return Times(turned_away, back)
+    return survived(run, refused)
 
 
 def _stop_and_start(run: HostField, draw: random.Random) -> Times:

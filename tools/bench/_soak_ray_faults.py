@@ -65,34 +65,27 @@ def _cluster_killed(run: RayField, draw: random.Random) -> Times:
 
 def _driver_killed(run: RayField, draw: random.Random) -> Times:
     """The job that watches; the same job again watches on."""
-    found = 0.0
-
-    def harm() -> None:
-        nonlocal found
+    def harm() -> float:
         run.one("cluster.ray_job").kill()
         time.sleep(5 * draw.random())
         began = time.monotonic()
         run.submit()
         run.until("the new job finds the supervisor",
                   lambda: "watching the supervisor" in run.said_by(run.jobs[-1]))
-        found = time.monotonic() - began
+        return time.monotonic() - began
 
-    back = survived(run, harm).back
-    return Times(found, back)
+    return survived(run, harm)
 
 
 def _adopted(run: RayField, victim: Callable[[], psutil.Process]) -> Times:
     """A kill after which the cluster brings a supervisor back, which goes on with the ranks."""
-    noticed = 0.0
-
-    def harm() -> None:
-        nonlocal noticed
+    def harm() -> float:
         known = len(run.events("takeover"))
         victim().kill()
-        noticed = run.until("takeover", lambda: len(run.events("takeover")) > known)
+        return run.until("takeover", lambda: len(run.events("takeover")) > known)
 
-    back = survived(run, harm).back
-    return Times(noticed, noticed + back)
+    times = survived(run, harm)
+    return Times(times.noticed, (times.noticed or 0.0) + times.back)
 
 
 def _supervisor_killed(run: RayField, draw: random.Random) -> Times:
@@ -105,14 +98,11 @@ def _keeper_killed(run: RayField, draw: random.Random) -> Times:
 
 def _second_owner(run: RayField, draw: random.Random) -> Times:
     """A job with other settings, a supervisor of one's own, a plain training: all turned away."""
-    first, turned_away = run.jobs[-1], 0.0
-
-    def refused() -> None:
-        nonlocal turned_away
+    def refused() -> float:
         began = time.monotonic()
         run.submit("optim.lr=2.0e-5")
         second = run.jobs.pop()
-        run.jobs.append(f"{first}-again")  # names are used once
+        run.jobs.insert(0, second)  # its name is used up; the last one is the job that watches
         run.until("the second job is turned away",
                   lambda: "is supervised on this cluster with other arguments"
                   in run.said_by(second))
@@ -122,9 +112,9 @@ def _second_owner(run: RayField, draw: random.Random) -> Times:
             done = run.command("-m", *words)
             if done.returncode != 2 or str(run.one("supervise").pid) not in done.stderr:
                 raise Failed(f"{words[0]} ended with {done.returncode}: {done.stderr[-300:]}")
+        return turned_away
 
-    back = survived(run, refused).back
-    return Times(turned_away, back)
+    return survived(run, refused)
 
 
 def _stopped(run: RayField, draw: random.Random) -> Times:

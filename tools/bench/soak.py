@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from neurojepa.config import dump_config
@@ -252,17 +253,17 @@ def compare(found: dict[str, Any], plain: dict[str, Any], ranks: int = 3) -> dic
     it losses have to be close.  Samples have to be the same throughout.
     """
     other = min([step for step, world in found["begins"] if world != ranks], default=10**9)
-    wrong, apart = [], 0.0
-    for mine, theirs in zip(found["rows"], plain["rows"], strict=False):
-        apart = max(apart, abs(mine[1] - theirs[1]) if mine[0] > other else 0.0)
-        if mine[0] <= other and mine != theirs:
-            wrong.append(f"step {mine[0]}: {mine[1:]} instead of {theirs[1:]}")
-            break
+    pairs = list(zip(found["rows"], plain["rows"], strict=False))
+    wrong = [f"step {mine[0]}: {mine[1:]} instead of {theirs[1:]}" for mine, theirs in pairs
+             if mine[0] <= other and mine != theirs][:1]
+    # np.max keeps a NaN, which max would pass over
+    apart = float(np.max([abs(mine[1] - theirs[1]) for mine, theirs in pairs if mine[0] > other],
+                         initial=0.0))
     states = {step: state for step, state in found["states"].items()
               if int(step) <= other and step in plain["states"]}
     wrong += [f"weights of step {step} differ" for step, state in states.items()
               if state != plain["states"][step]][:1]
-    if apart > CLOSE:
+    if not apart <= CLOSE:
         wrong.append(f"losses {apart:.2g} apart at another world size")
     moved = [position for position, scans in found["samples"].items()
              if scans != plain["samples"].get(position, scans)]
