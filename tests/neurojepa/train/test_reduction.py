@@ -8,16 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from neurojepa.baselines.cnn import LabelledViews
 from neurojepa.config import RootConfig
 from neurojepa.feed.format import open_feed
 from neurojepa.methods import METHODS
+from neurojepa.model.build import build_model
+from neurojepa.objective.views import make_views
 from neurojepa.planning.network import PARTS
 from neurojepa.planning.reduction import Reduction, arriving
 from neurojepa.planning.scaling import messages_of
 from neurojepa.planning.step import hollow_model
 from neurojepa.train.engine import param_groups, part_of
-from tests.helpers.batches import GRID, make_config
+from tests.helpers.batches import GRID, make_batch, make_config
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.worker import job, run_module
 
@@ -92,6 +98,40 @@ def test_parts_of_the_encoder_follow_its_blocks(method: str) -> None:
              for i in range(len(model.get_submodule("encoder.blocks")))]
     assert parts == sorted(parts) and parts[0] == part_of("encoder.norm.weight", model) == 0
     assert len(set(parts)) == min(PARTS, len(parts))
+
+
+class Weights(TorchFunctionMode):
+    """Notes the weights that operations take, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.taken += [id(leaf) for leaf in tree_leaves((args, kwargs))
+                       if isinstance(leaf, nn.Parameter)]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_takes_other_trained_weights_before_the_encoder_has_waited(method: str) -> None:
+    """They are all on their way until its forward begins."""
+    whole = METHODS[method].whole_volumes
+    config = make_config(None if whole else 256, objective={"method": method})
+    model = build_model(config, GRID)
+    views = make_views(make_batch(2), config, GRID, 0)
+    if whole:
+        views = LabelledViews(**vars(views), label_B=torch.tensor([-1.0, 1.0]), is_binary=False)
+    weights = Weights()
+    model.encoder.register_forward_pre_hook(lambda *_: weights.taken.append(0))
+    with weights:
+        model(views, 0.0)
+    names = {0: "waited"} | {id(p): name for name, p in model.named_parameters()}
+    order = [names[taken] for taken in weights.taken]
+    before = order[:order.index("waited")]
+    assert all(name.startswith("target.") for name in before)
+    assert {name for name, _ in model.encoder.named_parameters()} <= {
+        name.removeprefix("encoder.") for name in order[len(before):]}
 
 
 def test_travelling_beside_the_backward_changes_no_bit(found: dict[str, dict[str, Any]]) -> None:
