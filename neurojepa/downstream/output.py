@@ -12,7 +12,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -119,9 +118,7 @@ def write_task(out: str, schema: str, record: dict[str, Any], *,
 def _write_predictions(uri: str, predictions: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(predictions)
-    write_bytes(uri, text.getvalue().encode())
-    if os.path.exists(uri):
-        os.chmod(uri, 0o600)  # it holds the user's own ids
+    write_bytes(uri, text.getvalue().encode(), private=True)  # it holds the user's own ids
 
 
 def finite(value: Any) -> Any:

@@ -164,8 +164,7 @@ def _linked(paths: list[str], place: str, modality: str | None) -> tuple[str, li
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     table = join(place, "files.csv")
-    write_bytes(table, text.getvalue().encode())
-    os.chmod(str(local_path(table)), 0o600)  # names may hold ids
+    write_bytes(table, text.getvalue().encode(), private=True)  # names may hold ids
     return join(place, "source"), [table]
 
 

@@ -102,10 +102,7 @@ def write_scans_csv(out: str, scans: Scans, embedded: Sequence[str]) -> None:
         writer.writerow([scans.ids[row["participant"]], row["session"], row["modality"], file,
                          *(row[name] for name in _TOLD),
                          "yes" if row["scan_id"] in done and row["status"] != "rejected" else "no"])
-    uri = join(out, "scans.csv")
-    write_bytes(uri, text.getvalue().encode())
-    if os.path.exists(uri):
-        os.chmod(uri, 0o600)
+    write_bytes(join(out, "scans.csv"), text.getvalue().encode(), private=True)
 
 
 def read_embeddings(out: str) -> pa.Table:

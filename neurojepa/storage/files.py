@@ -85,14 +85,15 @@ def local_path(uri: str) -> str | None:
     return path if is_local(fs) else None
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes, private: bool = False) -> None:
     """Write a whole object: it appears complete or not at all.
 
-    Locally: temporary file, fsync, rename.  Object stores publish a PUT atomically.
+    Locally: temporary file, fsync, rename; if ``private``, nobody else can read it at any time.
+    Object stores publish a PUT atomically.
     """
     fs, path = open_store(uri)
     if is_local(fs):
-        _write_local(path, [data])
+        _write_local(path, [data], private)
         return
     with _naming(uri, "written"):
         fs.pipe_file(path, data)
@@ -110,11 +111,13 @@ def write_parts(uri: str, parts: Iterable[bytes | memoryview]) -> None:
             file.write(part)
 
 
-def _write_local(path: str, parts: Iterable[bytes | memoryview]) -> None:
+def _write_local(path: str, parts: Iterable[bytes | memoryview], private: bool = False) -> None:
     temporary, size = f"{path}.{uuid.uuid4().hex[:8]}.tmp", 0
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             for part in parts:
                 size += file.write(part)
             file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 
@@ -71,6 +72,21 @@ def test_an_error_without_words_is_named_by_its_kind(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", silent)
     with pytest.raises(DataError, match=r"memory://x: cannot be read \(TimeoutError\)"):
         read_bytes("memory://x")
+
+
+def test_what_is_private_is_so_before_it_appears(tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    file, before = tmp_path / "ids.csv", []
+    file.write_text("others could read this one")
+    replace = os.replace
+
+    def looked_at(one: str, other: str) -> None:
+        before.append(os.stat(one).st_mode & 0o777)
+        replace(one, other)
+
+    monkeypatch.setattr(os, "replace", looked_at)
+    write_bytes(str(file), b"1", private=True)
+    assert before == [0o600] and file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_store_that_refuses_is_named(tmp_path: Path) -> None:
