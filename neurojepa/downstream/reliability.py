@@ -53,7 +53,7 @@ class Reliability:
     people: int
     sites: list[str]
     told_apart: int  # sites of enough families to be told
-    readouts: dict[str, np.ndarray]  # [n, R] or [n, R, K] predictions of each label
+    readouts: dict[str, np.ndarray]  # float64 [n] of each label, nan for scans without it
     warnings: list[str]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from neurojepa.downstream.labels import People
 from neurojepa.downstream.output import write_task
-from neurojepa.downstream.scoring import known
+from neurojepa.downstream.scoring import known, scores_record
 from neurojepa.downstream.stats import holm
 from neurojepa.downstream.study import ALONE, Study
 from neurojepa.downstream.study_checks import calibration, corrected
@@ -46,8 +46,7 @@ def record_of(found: Study) -> dict[str, Any]:
         "people": len(set(found.people.participant.tolist())), "rows": len(found.people.ids),
         "counts": {name: int((target.truth == k).sum()) for k, name in enumerate(target.classes)},
         "covariates": list(found.covariates), "adjusted_for": list(found.adjust),
-        "scores": {name: {metric: value.as_dict() for metric, value in row.scores.items()}
-                   for name, row in found.rows.items()},
+        "scores": scores_record(found.rows),
         "gains": [gain.as_dict() for gain in found.gains],
         "calibration": curve_of(target, predicted),
         "groups": [{"column": group.column, "group": group.name, "people": group.people,

@@ -115,7 +115,6 @@ class Code(nn.Module):
             loss = loss + (told.detach() + self.rest(h) - z).square().mean()
         return loss
 
-
     @torch.no_grad()
     def set_thresholds(self, z: Tensor, all_share: float, pace: float) -> None:
         """Move thresholds to where ``top`` atoms of a token in [Q, D] are active on average; while
