@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--out", required=task != "probe", help="folder for what is written"
                              + (" (default: of EMBEDDINGS)" if task == "probe" else ""))
         command.add_argument("--modality", help="only this modality; default: all"
-                             + ("; of files, what they are where names do not say it"
+                             + ("; files whose names do not say theirs are taken for it"
                                 if task == "embed" else ""))
         command.add_argument("--cohort", help="only this cohort; default: all")
         if task == "embed":

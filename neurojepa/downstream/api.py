@@ -92,8 +92,8 @@ class Model:
         out
             Folder where preparation keeps its work, to go on from there; None: it is not kept.
         modality
-            Only these scans of a dataset, a table or a feed; of files, what they all are, where
-            names do not say it.
+            Only these scans are embedded; files whose names do not say what they are are taken for
+            it.
         cohort
             Of a feed, only the scans of this cohort.
         regions, atlas

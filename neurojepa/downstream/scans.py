@@ -67,7 +67,7 @@ def prepare_scans(scans: Sequence[str], out: str, grid: Grid, *, key: str | None
     scans : files and folders, or one folder or table; local, or the folder or table on a store
     key : file of the pseudonym key, as data_prep.identity.load_key finds it
     preset : of data_prep.volumes.preset
-    modality : of all the files; None: as their names say
+    modality : of files whose names do not say it
 
     Raises
     ------
@@ -160,7 +160,7 @@ def _linked(paths: list[str], place: str, modality: str | None) -> tuple[str, li
         end = "/" if os.path.isdir(path) else ""
         person, session = people[path]
         rows.append((f"{folder.name}/{os.path.basename(path)}{end}", person, session,
-                     modality or _modality(path)))
+                     _modality(path, modality)))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     table = join(place, "files.csv")
@@ -207,13 +207,14 @@ def _says_nothing(name: str) -> bool:
     return not set(re.split(r"[^a-z0-9]+", name.lower())) - COMMON
 
 
-def _modality(path: str) -> str:
-    """What a file's name, or the name of its DICOM series, says.
+def _modality(path: str, otherwise: str | None = None) -> str:
+    """What a file's name, or the name of its DICOM series, says; ``otherwise`` where it says none,
+    or several.
 
     Raises
     ------
     ConfigError
-        It says none, or several.
+        Nothing says it.
     """
     told = [os.path.basename(path)]
     if os.path.isdir(path):
@@ -223,6 +224,8 @@ def _modality(path: str) -> str:
         found = [name for name, known in WORDS.items() if words & known]
         if found and (len(found) == 1 or found == ["FLAIR", "T2w"]):
             return found[0]
+    if otherwise:
+        return otherwise
     raise ConfigError(f"{path}: its name does not tell its modality; add --modality, one of "
                       + ", ".join(MODALITIES))
 

@@ -152,6 +152,16 @@ def test_of_a_dataset_one_modality_is_embedded(model: Model, quick: Path, tmp_pa
         model.embed(folder, modality="FLAIR", preset="quick", key=str(quick))
 
 
+def test_of_a_folder_a_modality_names_only_files_that_do_not_say_theirs(
+        model: Model, quick: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "some", {"a_T1w.nii.gz": "1", "b.nii.gz": "2", "c_T2w.nii.gz": "3"})
+    found = model.embed(folder, modality="T1w", preset="quick", key=str(quick))
+    assert found.scans is not None
+    people = [found.scans.ids[name] for name in found.table["participant"].to_pylist()]
+    assert sorted(people) == ["a", "b"]
+    assert found.table["modality"].to_pylist() == ["T1w", "T1w"]
+
+
 def test_a_table_of_files_brings_ids_and_modalities(model: Model, quick: Path,
                                                     tmp_path: Path) -> None:
     write(tmp_path / "scans", {"x.nii.gz": "1", "y.mgz": "2", "files.csv":
