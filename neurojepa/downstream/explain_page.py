@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from neurojepa.downstream.explain import CHECKED, Explained, OfScan
+from neurojepa.downstream.explain import CHECKED, Explained, OfScan, like_random
 from neurojepa.downstream.output import Figures, how_done
 from neurojepa.downstream.planes import planes
-from neurojepa.downstream.saliency import SMOOTH, STEPS
+from neurojepa.downstream.saliency import DRAWN, SMOOTH, STEPS
 from neurojepa.feed.format import Grid
 from neurojepa.report import page, paragraph, section, table, tiles
 
@@ -21,12 +21,9 @@ def explain_page(found: Explained, grid: Grid, record: dict[str, Any], figures: 
     """results.json's content as a page that needs no network."""
     lead = (f"{len(found.scans)} scans, weights {record['weights']}; scores in "
             f"{found.unit}, read by a linear model of {record['embeddings']}")
-    whole = [each for each in found.checks if each.part == "all of it"]
-    head = [(str(len(found.scans)), "scans", "")]
-    if whole:
-        head.append((f"{np.mean([each.rank for each in whole]):.2f}",
-                     "rank correlation with maps of a random encoder", ""))
-    parts = [tiles(head)]  # type: ignore[arg-type]
+    parts = [tiles([(str(len(found.scans)), "scans", ""), (
+        f"{like_random(found.checks):.2f}",
+        "size of rank correlations with maps of random encoders", "")])]
     parts += [paragraph(f"Look out: {each}.") for each in found.warnings]
     parts.append(section("Maps", paragraph(
         f"What each voxel adds to the score, in {found.unit}: orange raises it, blue lowers it, "
@@ -84,9 +81,11 @@ def _checks(found: Explained) -> str:
             for each in found.checks]
     return paragraph(
         f"Maps of the first scans ({CHECKED} at most), made again with the encoder's weights drawn "
-        "anew, from the last block to the first (Adebayo et al. 2018). A map of the model changes: "
-        "the rank correlation with its values falls to about 0. That of absolute values stays "
-        "above it, since any weights have large effects where the scan is unusual.") + table(
+        f"anew, from the last block to the first, and all of them {DRAWN} times (Adebayo et al. "
+        "2018). What random weights make has a sign by chance, so the last rows count by their "
+        "size: a map of the model has less in common with them than one of the image. The rank "
+        "correlation of absolute values stays above 0, since any weights have large effects where "
+        "the scan is unusual.") + table(
         ["participant", "drawn anew", "rank correlation", "of absolute values"], rows)
 
 
@@ -128,5 +127,6 @@ def methods(found: Explained, record: dict[str, Any]) -> str:
         "the smoothed tissue maps of the MNI152 template, and maps were smoothed within the brain "
         f"(Gaussian, sd {SMOOTH:g} of a patch's edge). The readout of a scan was taught by "
         "people of other families, its penalty chosen by inner cross-validation. Maps were "
-        f"compared with those of encoders whose weights were drawn anew, block by block, in "
-        f"{checked} scan{'s' if checked > 1 else ''} (Adebayo et al. 2018).")
+        f"compared with those of encoders whose weights were drawn anew, block by block, and all "
+        f"of them {DRAWN} times, in {checked} scan{'s' if checked > 1 else ''} (Adebayo et al. "
+        "2018).")

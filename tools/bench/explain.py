@@ -34,6 +34,7 @@ from neurojepa.config import validate
 from neurojepa.downstream.embed import embed, fit_places
 from neurojepa.downstream.readout import Readout, readout
 from neurojepa.downstream.saliency import (
+    ALL,
     SMOOTH,
     Explainer,
     rank_correlation,
@@ -160,7 +161,7 @@ def _areas(scans: Scans, read: Readout,
            planted: Iterator[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     """Areas under the curve over scans with where something was planted, by column."""
     explainer, rng = Explainer(scans.weights, read), np.random.default_rng(0)
-    *_, (_, other) = explainer.randomised()
+    other = next(each for part, each in explainer.randomised() if part == ALL)
     rows = []
     for codes, truth in planted:
         brain = is_brain(codes)

@@ -3,6 +3,7 @@ where the scan lies."""
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,23 @@ import nibabel as nib
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.api import Model
 from neurojepa.downstream.crossval import linear
 from neurojepa.downstream.embed import fit_places
-from neurojepa.downstream.explain import Teachers, check_weights
+from neurojepa.downstream.explain import (
+    FOLLOWS_IMAGE,
+    Check,
+    Teachers,
+    check_weights,
+    like_random,
+)
 from neurojepa.downstream.features import plain
 from neurojepa.downstream.native import Maps, Shown, resampled
 from neurojepa.downstream.readout import Readout, readout
-from neurojepa.downstream.saliency import Explainer, rank_correlation, usual_scan
+from neurojepa.downstream.saliency import ALL, DRAWN, Explainer, rank_correlation, usual_scan
 from neurojepa.downstream.scans import Scans
 from neurojepa.downstream.stats import auroc
 from neurojepa.downstream.table import read_embeddings, vectors, write_tables
@@ -124,9 +132,33 @@ def test_maps_change_with_the_weights_block_by_block(explainer: Explainer) -> No
     own = explainer(codes, 0).map[brain]
     parts, ranks = zip(*((part, rank_correlation(own, other(codes, 0).map[brain]))
                          for part, other in explainer.randomised()), strict=True)
-    assert parts == ("from block 3", "from block 2", "from block 1", "from block 0", "all of it")
-    assert abs(ranks[-1]) < 0.5 and rank_correlation(own, explainer(codes, 0).map[brain]) == 1
+    assert parts == ("from block 3", "from block 2", "from block 1", "from block 0", *[ALL] * DRAWN)
+    assert len(set(ranks[-DRAWN:])) == DRAWN and np.abs(ranks[-DRAWN:]).mean() < 0.5
+    assert rank_correlation(own, explainer(codes, 0).map[brain]) == 1
     assert rank_correlation(own, np.zeros_like(own)) == 0
+
+
+def test_nothing_of_the_encoder_is_kept_where_all_of_it_is_drawn_anew(weights: Weights) -> None:
+    trained = replace(weights, model=copy.deepcopy(weights.model))
+    with torch.no_grad():
+        for parameter in trained.model.parameters():
+            parameter.fill_(torch.nan)
+    wholly = [other for part, other in Explainer(trained, Readout(np.zeros(1), 0)).randomised()
+              if part == ALL]
+    assert len(wholly) == DRAWN
+    assert all(each.isfinite().all() for other in wholly
+               for each in (*other.model.encoder.parameters(), *other.model.target.parameters()))
+
+
+def test_maps_that_follow_the_image_are_told_whatever_their_sign() -> None:
+    who = Shown("s", "p", "1", "T1w")
+
+    def checks(*ranks: float) -> list[Check]:
+        return [Check(who, "from block 3", 0.99, 0.99), *(
+            Check(who, ALL, rank, 0.3) for rank in ranks)]
+
+    assert like_random(checks(-0.8, 0.7, -0.6)) == pytest.approx(0.7) and FOLLOWS_IMAGE < 0.7
+    assert like_random(checks(0.59, -0.1, 0.2)) < FOLLOWS_IMAGE  # one draw is no evidence
 
 
 @pytest.mark.parametrize("axes", [(1, 1, 1), (-1, 1, 1), (-1, -1, 1)])
@@ -210,7 +242,7 @@ def test_the_command_writes_maps_and_a_page(embedded: list[str], tmp_path: Path,
         data = nib.load(tmp_path / "out" / path).get_fdata()
         assert data.sum() == pytest.approx(scan["score"] - scan["usual"], abs=1e-3)
         assert scan["taught_by"] == 23
-    assert len(record["other_weights"]) == 10
+    assert len(record["other_weights"]) == 2 * (4 + DRAWN)
     lines = (tmp_path / "out/predictions.csv").read_text().splitlines()
     assert lines[0].startswith("participant_id,session_id,modality") and len(lines) == 3
     facts = look(tmp_path / "out/report.html", tmp_path)
@@ -256,3 +288,7 @@ def test_a_scans_own_family_does_not_teach_its_readout() -> None:
     apart, count = teachers.without("s0", "stranger", "stranger")  # known by the scan alone
     assert count == 29 and not np.allclose(everyone.weight_D, apart.weight_D)
     assert teachers.without("elsewhere", "p003", "p004")[1] == 28
+    # a new scan, whose source knows of no family; embeddings know of one
+    siblings = replace(whom, family=np.where(whom.family == "p004", "p003", whom.family))
+    scans = scans.set_column(0, "scan_id", pa.array(["another"]))
+    assert Teachers.of(siblings, "dx", ("1",), scans).without("new", "p003", "alone")[1] == 28
