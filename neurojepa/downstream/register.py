@@ -92,6 +92,8 @@ def register(moving: Image, fixed: Image) -> Registration:
     """
     import SimpleITK as sitk
 
+    # as in preparation: the affine's last bits depend on the number of threads
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     matrix = affine_between(fixed, moving)
     grid = _grid(fixed, moving)
     target = _soft(fixed, grid, np.eye(4))
@@ -178,7 +180,6 @@ def _demons(fixed: sitk.Image, moving: sitk.Image) -> sitk.Image:
     for factor, iterations in LEVELS:
         target, source = (_shrunk(each, factor) for each in (fixed, moving))
         demons = sitk.DiffeomorphicDemonsRegistrationFilter()
-        demons.SetNumberOfThreads(1)
         demons.SetNumberOfIterations(iterations)
         demons.SetStandardDeviations(SMOOTH)
         demons.SmoothDisplacementFieldOn()
