@@ -12,6 +12,7 @@ Finished pairs are kept in --work (default build/bench-register).
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ MM = 3
 NOISE, BIAS, CONTRAST_SD = 0.03, 0.05, 0.03
 LEAST_VOXELS = 20
 PAIRS, QUICK_PAIRS, DRAWS = 10, 2, 2000
+INTENSITY = "demons on channels: intensity"
+TOKENS = "demons on channels: intensity and tokens"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def dice(carried: np.ndarray, fixed: np.ndarray, moving: np.ndarray) -> float:
 def run(quick: bool, official: str | None, weights: str | None = None,
         work: str | None = None) -> dict[str, Any]:
     """Measure the pairs that are missing and print the table; returns it."""
-    folder = Path(work or ROOT / "build" / "bench-register") / ("tokens" if weights else "plain")
+    folder = Path(work or ROOT / "build" / "bench-register") / kind_of(weights)
     names = anatomy_names(label_folder())
     count = QUICK_PAIRS if quick else min(PAIRS, len(names))
     loaded = None
@@ -106,6 +109,11 @@ def run(quick: bool, official: str | None, weights: str | None = None,
         for name, value in json.loads(file.read_text()).items():
             rows.setdefault(name, []).append(tuple(value))
     return _report(rows, count)
+
+
+def kind_of(weights: str | None) -> str:
+    """Folder of what is measured with these weights: what others gave is not theirs."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", f"tokens-{weights}") if weights else "plain"
 
 
 def _pair(moving: Head, fixed: Head, weights: Any) -> dict[str, tuple[float, int, float]]:
@@ -150,8 +158,7 @@ def _channels(moving: Head, fixed: Head, matrix: np.ndarray, weights: Any,
     matched = itk_array(sitk.HistogramMatching(*(itk_image(each, affine) for each in brains[::-1]),
                                                256, 15, True))
     found = {}
-    for name, tokens in (("demons on channels: intensity", False),
-                         ("demons on channels: intensity and tokens", True)):
+    for name, tokens in ((INTENSITY, False), (TOKENS, True)):
         start = time.process_time()
         channels = [brains[0][None], matched[None]]
         if tokens:
@@ -181,10 +188,9 @@ def _report(rows: dict[str, list[tuple[float, int, float]]], count: int) -> dict
     source = (label_folder() and "real label maps") or "anatomies built from the template"
     print(f"{machine()}\n{count} pairs of {source} at {MM} mm")
     print_table(["", "Dice", "over affine", "folded voxels", "CPU s a pair"], lines)
-    names = list(rows)
     gain = None
-    if len(names) == 5:
-        more = np.array([a[0] - b[0] for a, b in zip(rows[names[4]], rows[names[3]], strict=True)])
+    if TOKENS in rows:
+        more = np.array([a[0] - b[0] for a, b in zip(rows[TOKENS], rows[INTENSITY], strict=True)])
         low, high = np.percentile(more[drawn].mean(1), [2.5, 97.5])
         gain = {"value": float(more.mean()), "low": float(low), "high": float(high)}
         print(f"tokens beside intensity: {more.mean():+.4f} [{low:+.4f}, {high:+.4f}] Dice, pairs "

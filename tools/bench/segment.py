@@ -31,7 +31,7 @@ from neurojepa.feed.format import MNI_CENTRE_MM
 from neurojepa.storage import write_bytes
 from tools.bench._mixing import label_folder
 from tools.bench.common import ROOT, machine, print_table
-from tools.bench.register import Head, make_head
+from tools.bench.register import Head, kind_of, make_head
 
 REGIONS = {2: "white matter", 3: "cortex", 4: "lateral ventricle", 7: "cerebellar white matter",
            8: "cerebellar cortex", 10: "thalamus", 11: "caudate", 12: "putamen",
@@ -54,7 +54,8 @@ class Tokens:
 def run(quick: bool, official: str | None, weights: str | None = None,
         work: str | None = None) -> dict[str, Any]:
     """Fit what is missing and print the table; returns it."""
-    folder = Path(work or ROOT / "build" / "bench-segment") / ("quick" if quick else "full")
+    folder = Path(work or ROOT / "build" / "bench-segment") / (
+        f"{'quick' if quick else 'full'}-{kind_of(weights)}")
     recipe = replace(FULL, steps=QUICK) if quick else FULL
     names = anatomy_names(label_folder())
     heads = [_with_regions(make_head(name, number)) for number, name in enumerate(names[:12])]
