@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
                            help="ranks on this machine (default: run.ranks)")
     supervise.add_argument("--max-restarts", type=int, default=3, metavar="K",
                            help="restarts in a row without a new checkpoint (default 3)")
-    supervise.add_argument("--retry-minutes", type=float, default=30, metavar="M",
+    supervise.add_argument("--retry-minutes", type=seconds, default=30, metavar="M",
                            help="and for how long it is tried without one before giving up "
                            "(default 30)")
     supervise.add_argument("--hang-seconds", type=seconds, default=60, metavar="S",
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     stop = commands.add_parser("stop", help="end a run, with a checkpoint, from any machine")
     stop.add_argument("run", help="run directory, local or URI")
     stop.add_argument("--now", action="store_true", help="without a checkpoint")
-    stop.add_argument("--wait", type=float, default=180, metavar="S",
+    stop.add_argument("--wait", type=seconds, default=180, metavar="S",
                       help="how long to wait for it (default 180)")
     export = commands.add_parser("export", help="metrics of runs for Prometheus, over HTTP")
     export.add_argument("runs", nargs="+", metavar="run", help="run directories, local or URIs")
@@ -236,7 +236,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _cannot_listen(options: argparse.Namespace, error: OSError) -> ConfigError:
     return ConfigError(f"--address {options.address} --port {options.port}: cannot listen there "
-                       f"({error.strerror}); choose another port")
+                       f"({error.strerror}); choose another address or port")
 
 
 def command() -> None:

@@ -139,7 +139,9 @@ def ask(said: dict[str, str], module: str, words: list[str],
         By host (empty for this machine), a line for the standard input there.
     """
     calls = {host: subprocess.Popen(module_on(host, module, words), stdin=subprocess.PIPE,
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                    # a banner there may be in any encoding
+                                    encoding="utf-8", errors="backslashreplace")
              for host in said}
     for host, call in calls.items():
         assert call.stdin

@@ -29,6 +29,7 @@ host=$1; shift
 case $host in
   dead*) echo "ssh: connect to host $host port 22: No route to host" >&2; exit 255;;
   deaf*) exec sleep 60;;
+  latin*) printf 'Gr\\374\\337e\\n'; printf 'gesch\\374tzt\\n' >&2; exit 255;;
   bare*) cd / && exec /bin/sh -c "cd /no/such/checkout && $*";;
   other*) echo '{"code": "old", "devices": 0, "time": 0, "free": null}';;
   *) exec /bin/sh -c "$*";;
@@ -51,11 +52,12 @@ def test_each_host_with_a_problem_is_named_and_the_good_one_is_not(
         ssh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "ANSWER_S", 6.0)
     began = time.monotonic()
-    found = problems(dict.fromkeys(("good", "dead", "bare", "other", "deaf"), 1), None)
+    found = problems(dict.fromkeys(("good", "dead", "bare", "other", "deaf", "latin"), 1), None)
     assert time.monotonic() - began < 30
     assert found == {
         "dead": "cannot be reached by ssh (ssh: connect to host dead port 22: No route to host)",
         "bare": found["bare"], "other": found["other"],
+        "latin": r"cannot be reached by ssh (gesch\xfctzt)",
         "deaf": "has not answered by ssh within 6 s"}
     assert f"cannot run {sys.executable} in {os.getcwd()}" in found["bare"]
     assert "no/such/checkout" in found["bare"]

@@ -414,6 +414,8 @@ def test_supervise_refuses_in_one_line(run_cli, tmp_path: Path) -> None:
     (["supervise", "--max-hosts", "two"], "--max-hosts: invalid count value: 'two'"),
     (["supervise", "--hang-seconds", "nan"], "--hang-seconds: nan is no time of 0 seconds"),
     (["watch", "run", "--every", "-1"], "--every: -1 is no time of 0 seconds"),
+    (["supervise", "--retry-minutes", "-5"], "--retry-minutes: -5 is no time of 0 seconds"),
+    (["stop", "run", "--wait", "nan"], "--wait: nan is no time of 0 seconds"),
     (["dashboard", "run", "--port", "65536"], "--port: 65536 is no port"),
     (["export", "run", "--port", "-5"], "--port: -5 is no port")])
 def test_numbers_that_cannot_be_meant_are_refused(words: list[str], says: str,
