@@ -69,9 +69,11 @@ def _apply(arguments: argparse.Namespace) -> int:
 
 def _fit(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.finetune_run import Request, tune
+    from neurojepa.train.slurm import slurm_ranks
 
     if arguments.ranks < 1 or arguments.epochs < 1:
         raise ConfigError(f"--ranks {arguments.ranks}, --epochs {arguments.epochs}: take 1 or more")
+    os.environ.update(slurm_ranks(os.environ, "env"))
     if arguments.ranks > 1 and "RANK" not in os.environ:
         return _launch(arguments)
     tune(Request(**{name: getattr(arguments, name) for name in Request.__annotations__}), _world())
