@@ -92,8 +92,8 @@ def _without(task: Task, scans: Scans | None, told: set[tuple[str, str]],
     for row in scans.about.to_pylist() if scans else ():
         key = row["participant"], row["session"] if task.by_session else ""
         if key not in told:
-            why = (f"{row['modality']} {row['status']}: {row['reason']}"
-                   if row["status"] == "rejected" or row["modality"] in known
+            why = (f"{row['modality']} rejected: {row['reason']}" if row["status"] == "rejected"
+                   else f"{row['modality']} was not asked for" if row["modality"] in known
                    else f"no {' or '.join(known)}")
             reasons.setdefault(key, why)
     assert scans is not None or not reasons
