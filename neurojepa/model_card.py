@@ -140,6 +140,8 @@ def _counts(scans: dict[str, int]) -> str:
 def _pooling(record: dict[str, Any]) -> str:
     if "pooling" not in record:
         return "usual is what split train of the embedded feed has"
+    if "scans" not in record["pooling"]:  # learnt with a task, as the weights had none
+        return "usual is what scans of the people who taught it have"
     return f"usual is what these scans of split train have: {_counts(record['pooling']['scans'])}"
 
 

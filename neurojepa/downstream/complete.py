@@ -34,7 +34,6 @@ GUESSES = {"mean map": "mean map", "polynomial": "cubic",
            "polynomial and mean map": "first guess"}
 PLAIN, LATENT = "network", "network with latents"
 PAIRS = ((PLAIN, "polynomial and mean map"), (LATENT, PLAIN), (LATENT, "polynomial"))
-EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Found:
     warnings: list[str]
 
 
-def learn(weights: Weights, places: Places, feed: Feed, pairs: Pairs, *, epochs: int = EPOCHS,
+def learn(weights: Weights, places: Places, feed: Feed, pairs: Pairs, *, epochs: int,
           warnings: Sequence[str] = ()) -> Found:
     """Fit on train, choose on val, score on test.
 

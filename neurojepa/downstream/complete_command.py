@@ -50,6 +50,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.complete import learn
     from neurojepa.downstream.completed import write_completion
     from neurojepa.downstream.embed import select_rows
+    from neurojepa.downstream.finetuned import check_out
     from neurojepa.downstream.output import write_task
     from neurojepa.downstream.teacher import pairs_of
     from neurojepa.feed.format import open_feed
@@ -57,6 +58,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     if arguments.source == arguments.to:
         raise ConfigError(f"--from {arguments.source} --to {arguments.to}: name two modalities")
+    check_out(arguments.out, arguments.weights, "completes")
     model, feed = load_model(arguments.weights, arguments.device), open_feed(arguments.feed)
     if model.weights.places is None:
         raise ConfigError(f"{arguments.weights}: exported without what tokens are compared with; "

@@ -173,8 +173,13 @@ def reference_rows(feed: Feed, rows: np.ndarray) -> np.ndarray:
             raise DataError(f"{feed.uri}: {len(found)} {wanted} scan to compare with, embeddings "
                             f"need {LEAST_SCANS}; embed other modalities (--modality), pack more "
                             "such scans, or take weights that were exported with their feed")
-        chosen.append(found[::-(-len(found) // MAX_REFERENCE)])
+        chosen.append(spread(found))
     return np.concatenate(chosen)
+
+
+def spread(rows: np.ndarray) -> np.ndarray:
+    """At most ``MAX_REFERENCE`` of these rows, evenly spread."""
+    return rows[::-(-len(rows) // MAX_REFERENCE)]
 
 
 def teaching_rows(feed: Feed) -> np.ndarray:

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from neurojepa.config import RootConfig
 from neurojepa.downstream.attentive import Head, Scan, class_weights, cost
-from neurojepa.downstream.crossval import whole_families
 from neurojepa.downstream.embed import with_all_brain, without_augmentation
 from neurojepa.downstream.finetuned import outputs_of
 from neurojepa.downstream.lora import adapt, merge
@@ -43,7 +42,6 @@ from neurojepa.objective.views import make_views, patch_numbers
 from neurojepa.storage import join, read_if_there, sha256, write_bytes
 from neurojepa.train.world import World
 
-EPOCHS = 20
 PATIENCE = 5  # epochs without a better loss on val
 BATCH = 8  # people of a step, over all ranks
 RATE = 1e-3
@@ -51,46 +49,8 @@ DECAY = 0.01
 CLIP = 1.0
 RANK = 8  # of adapters
 SEED = 0
-FOLDS = 5  # a fifth is tested, and a fifth of the others says when to stop
 STATE = "state/finetune.safetensors"
 LOOK = "look for damaged scans: python -m data_prep verify FEED"
-
-
-def split_people(target: Target, family: np.ndarray, may: np.ndarray) -> np.ndarray:
-    """Str [n]: who is of train, val and test; families are whole, and only ``may`` are tested.
-
-    A fifth is tested, or all who may be where these are fewer.
-
-    Raises
-    ------
-    DataError
-        Too few people or families, or a class would be missing from a part.
-    """
-    everyone = len(set(family.tolist()))
-    if everyone < 2 * FOLDS:
-        raise DataError(f"label {target.name!r}: known for {everyone} people or families, "
-                        f"fine-tuning needs {2 * FOLDS}")
-    parts = np.full(len(family), "train", dtype="<U5")
-    pool = np.flatnonzero(~np.isin(family, family[~may]))
-    folds = round(len(set(family[pool].tolist())) * FOLDS / everyone)
-    parts[_first_fold(target, family, pool, folds)] = "test"
-    parts[_first_fold(target, family, np.flatnonzero(parts == "train"), FOLDS)] = "val"
-    for part in ("train", "val", "test"):
-        there = target.truth[parts == part]
-        missing = [name for k, name in enumerate(target.classes) if k not in there]
-        if missing or len(there) < 2:
-            raise DataError(
-                f"label {target.name!r}: of {len(there)} people of part {part} "
-                + (f"none is {missing[0]!r}" if missing else "nothing can be told")
-                + "; bring more people" + (" who were not seen in the pretraining of the weights, "
-                "or add --allow-seen" if not may.all() else ""))
-    return parts
-
-
-def _first_fold(target: Target, family: np.ndarray, pool: np.ndarray, folds: int) -> np.ndarray:
-    if folds < 2:
-        return pool
-    return pool[next(whole_families(target.kind, target.truth[pool], family[pool], folds, SEED))[1]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +80,7 @@ class Trainer:
         self.model, self.feed, self.places, self.head = model, feed, places, head
         self.target, self.cohort, self.world, self.epochs = target, cohort, world, epochs
         self.weights = class_weights(target.kind, cohort.truth[cohort.of("train")])
-        self.plain, self.config = config, without_augmentation(config)
+        self.config = without_augmentation(config)
         self.reader, self.device = SampleReader(feed), next(head.parameters()).device
         self.named = dict([*((f"encoder.{name}", each) for name, each
                              in adapt(model.target, RANK, SEED)),
@@ -128,7 +88,7 @@ class Trainer:
         self.adam = torch.optim.AdamW(self.named.values(), lr=RATE, weight_decay=DECAY)
         self.history: list[dict[str, float]] = []  # of each epoch; the first is the probe
         self.best = self._copied()
-        self.settings = {**settings, "epochs": epochs, "batch": BATCH, "rate": RATE, "rank": RANK}
+        self.settings = settings
 
     @property
     def best_epoch(self) -> int:
@@ -231,11 +191,11 @@ class Trainer:
         return Scan(*self.places.values(tokens, 0), modality)
 
     def _validate(self) -> float:
-        """Mean loss of val, without augmentation."""
+        """Mean loss of val."""
         val = self.cohort.of("val")
         mine, total = val[self.world.rank::self.world.size], torch.zeros((), dtype=torch.float64)
         if len(mine):
-            outputs = outputs_of(self.model, self.plain, self.feed,
+            outputs = outputs_of(self.model, self.config, self.feed,
                                  [self.cohort.units[k] for k in mine], self.places, self.head)
             total += cost(self.target.kind, torch.from_numpy(outputs),
                           torch.from_numpy(self.cohort.truth[mine]), self.weights)
@@ -266,29 +226,59 @@ class Trainer:
             write_bytes(uri, data)
 
     def _resume(self, uri: str) -> None:
-        from safetensors.torch import load
-
-        if (data := read_if_there(uri)) is None:
+        state = read_state(uri, self.settings)
+        self.world.settle(state[0]["history"] if state else None, _one_state)
+        if state is None:
             return
-        length = int.from_bytes(data[:8], "little")  # of safetensors' header, which is JSON
-        record = json.loads(json.loads(data[8:8 + length])["__metadata__"]["record"])
-        for name, now in self.settings.items():
-            if (then := record["settings"].get(name)) != now:
-                raise ConfigError(f"{uri}: is the state of a fine-tuning with {name} {then}, now "
-                                  f"it is {now}; choose another --out, or give what was given then")
-        tensors = load(data)
+        record, tensors = state
         with torch.no_grad():
             for name, each in self.named.items():
                 each.copy_(tensors[f"last.{name}"])
                 self.best[name] = tensors[f"best.{name}"].to(self.device)
-                state = {key.removeprefix(f"adam.{name}."): value for key, value in tensors.items()
-                         if key.startswith(f"adam.{name}.")}
-                if state:
+                of_adam = {key.removeprefix(f"adam.{name}."): value for key, value
+                           in tensors.items() if key.startswith(f"adam.{name}.")}
+                if of_adam:
                     self.adam.state[each] = {key: value if key == "step" else value.to(self.device)
-                                             for key, value in state.items()}
+                                             for key, value in of_adam.items()}
         self.history = record["history"]
         if self.world.rank == 0:
             print(f"goes on after epoch {len(self.history) - 1}", flush=True)
+
+
+def read_state(uri: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
+                                                           dict[str, Tensor]] | None:
+    """The record and tensors of a state; None where there is none yet.
+
+    Raises
+    ------
+    ConfigError
+        It is of a run with other settings.
+    DataError
+        It is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if (data := read_if_there(uri)) is None:
+        return None
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")  # of safetensors' header, which is JSON
+        record = json.loads(json.loads(data[8:8 + length])["__metadata__"]["record"])
+    except (SafetensorError, KeyError) as error:
+        raise DataError(f"{uri}: is no state of a fine-tuning, or a damaged one ({error}); remove "
+                        "it to begin anew") from error
+    for name, now in settings.items():
+        if (then := record["settings"].get(name)) != now:
+            raise ConfigError(f"{uri}: is the state of a fine-tuning with {name} {then}, now "
+                              f"it is {now}; choose another --out, or give what was given then")
+    return record, tensors
+
+
+def _one_state(histories: list[Any]) -> None:
+    if any(each != histories[0] for each in histories):
+        raise DataError(f"{len(histories)} ranks read different states of --out; name a folder "
+                        "that all hosts share")
 
 
 def _same(hashes: list[str]) -> None:

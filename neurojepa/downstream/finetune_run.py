@@ -21,17 +21,25 @@ import torch
 from neurojepa.downstream import finetune_page as pages
 from neurojepa.downstream import table as tables
 from neurojepa.downstream.api import Model, load_model, seen_of
-from neurojepa.downstream.attentive import Head, begin, class_weights
+from neurojepa.downstream.attentive import Head, begin
 from neurojepa.downstream.commands import print_rows
-from neurojepa.downstream.embed import describe, embed, fit_places, reference_rows, select_rows
-from neurojepa.downstream.finetune import Cohort, Trainer, split_people
-from neurojepa.downstream.finetuned import Task, outputs_of, record_of, write_finetuned
+from neurojepa.downstream.embed import describe, embed, fit_places, select_rows, spread
+from neurojepa.downstream.finetune import (
+    BATCH,
+    RANK,
+    RATE,
+    STATE,
+    Cohort,
+    Trainer,
+    read_state,
+)
+from neurojepa.downstream.finetuned import Task, check_out, outputs_of, record_of, write_finetuned
 from neurojepa.downstream.labels import People, join, suspected_codes
 from neurojepa.downstream.output import write_task
 from neurojepa.downstream.pooling import Places
 from neurojepa.downstream.scans import is_feed
 from neurojepa.downstream.targets import Target, target_of
-from neurojepa.downstream.tested import complete, may_test
+from neurojepa.downstream.tested import complete, may_test, split_people
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import MODALITIES, Feed, open_feed
 from neurojepa.model.sizes import SIZES
@@ -63,24 +71,24 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """All that is known before training."""
+class _Who:
+    """Who is fine-tuned on, which is known before any scan is read."""
 
-    people: People  # with the features of the probe
+    people: People  # without features
     target: Target
-    parts: np.ndarray
-    units: list[list[int]]
-    head: Head
-    task: Task
-    truth: np.ndarray  # as Cohort.truth
+    cohort: Cohort
+    modalities: list[int]  # indices into MODALITIES, of those that are read
+    mean: float  # of numbers who teach
+    sd: float
     warnings: list[str]
     notes: list[str]
 
     def fingerprint(self) -> str:
         """Of who is in which part, with which scans and label."""
         assert self.people.scans is not None
-        return sha256(json.dumps([self.people.ids.tolist(), self.people.scans.tolist(),
-                                  self.truth.tolist(), self.parts.tolist()]).encode())[:16]
+        return sha256(json.dumps([
+            self.people.ids.tolist(), self.people.scans.tolist(), self.cohort.truth.tolist(),
+            self.cohort.parts.tolist()]).encode())[:16]
 
 
 def tune(asked: Request, world: World) -> None:
@@ -89,24 +97,29 @@ def tune(asked: Request, world: World) -> None:
     Raises
     ------
     ConfigError
-        No such feed, column or modality, no positive class, or a state with other settings.
+        No such feed, column or modality, no positive class, a state with other settings, or ``out``
+        holds weights.
     DataError
         Too few people, all of them seen in pretraining, or a scan that cannot be read.
     """
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
             nowhere) if world.rank else contextlib.nullcontext():
+        check_out(asked.out, asked.weights, "finetuned")
         model = load_model(asked.weights, str(world.device))
         feed, rows = _scans(asked, model)
-        places, ready = _prepare(asked, model, feed, rows, world)
+        who = _people(asked, model, feed, rows)
         settings = {"weights": record_of(asked.weights)["sha256"], "feed": feed.fingerprint,
-                    "label": asked.label, "people": ready.fingerprint()}
-        trainer = Trainer(model.weights.model, model.weights.config, feed, places, ready.head,
-                          ready.target, Cohort(ready.truth, ready.units, ready.parts), world,
-                          epochs=asked.epochs, settings=settings)
+                    "label": asked.label, "people": who.fingerprint(), "epochs": asked.epochs,
+                    "batch": BATCH, "rate": RATE, "rank": RANK}
+        read_state(path_of(asked.out, STATE), settings)  # to refuse it before scans are read
+        places = _places(model, feed, who)
+        head, features = _probe(model, feed, who, places, world)
+        trainer = Trainer(model.weights.model, model.weights.config, feed, places, head, who.target,
+                          who.cohort, world, epochs=asked.epochs, settings=settings)
         trainer.fit(asked.out)
         world.leave()
         if world.rank == 0:
-            _finish(asked, model, feed, places, ready, trainer)
+            _finish(asked, model, feed, places, who, features, trainer)
 
 
 def _scans(asked: Request, model: Model) -> tuple[Feed, np.ndarray]:
@@ -132,15 +145,11 @@ def _scans(asked: Request, model: Model) -> tuple[Feed, np.ndarray]:
     return feed, rows
 
 
-def _prepare(asked: Request, model: Model, feed: Feed, rows: np.ndarray,
-             world: World) -> tuple[Places, _Ready]:
-    weights = model.weights
-    places = (weights.places.to(model.device) if weights.places else fit_places(
-        weights.model, weights.config, feed, reference_rows(feed, rows)))
-    values = _embedded(model, feed, rows, places, world)
-    found = describe(feed, rows, values)
+def _people(asked: Request, model: Model, feed: Feed, rows: np.ndarray) -> _Who:
+    """Who has the label and scans, who teaches it, and what is read of them; notes are printed."""
+    found = describe(feed, rows, np.zeros((len(rows), 1), np.float32))  # nothing is embedded yet
     table = tables.embedding_table(found, feed, rows, seen_of(
-        weights.seen, found.participant.tolist(), found.scan_id.tolist()))
+        model.weights.seen, found.participant.tolist(), found.scan_id.tolist()))
     people = join(table, asked.labels, key=asked.key, id_column=asked.id,
                   session_column=asked.session, missing=asked.missing, several=True)
     people, notes = complete(people, [asked.label])
@@ -148,34 +157,63 @@ def _prepare(asked: Request, model: Model, feed: Feed, rows: np.ndarray,
     notes += suspected_codes(asked.label, people.column(asked.label))
     may, warnings = may_test(people, f"label {asked.label!r}", asked.allow_seen)
     parts = split_people(target, people.family, may)
-    row_of = {scan: number for number, scan in enumerate(found.scan_id.tolist())}
+    row_of = dict(zip(found.scan_id.tolist(), rows.tolist(), strict=True))
+    of_row = {row: MODALITIES.index(name)
+              for row, name in zip(rows.tolist(), found.modality.tolist(), strict=True)}
     assert people.scans is not None
-    scans = [[row_of[scan] for scan in each] for each in people.scans]
-    modality = np.array([MODALITIES.index(name) for name in found.modality.tolist()])
-    read = _read_modalities(scans, modality, parts, notes)
-    scans = [[number for number in each if modality[number] in read] for each in scans]
-    if some := sum(not each for each in scans):
+    units = [[row_of[scan] for scan in each] for each in people.scans]
+    read = _read_modalities([{of_row[row] for row in unit} for unit in units], parts, notes)
+    units = [[row for row in unit if of_row[row] in read] for unit in units]
+    if some := sum(not each for each in units):
         raise DataError(f"{some} people have only scans of modalities that fewer than {LEAST} of "
                         "those who teach have; leave these modalities out (--modality "
                         + " ".join(MODALITIES[m] for m in read) + ")")
-    teach = np.flatnonzero(parts == "train")
-    mean, sd = ((float(target.truth[teach].mean()), float(target.truth[teach].std()))
+    taught = target.truth[parts == "train"]
+    mean, sd = ((float(taught.mean()), float(taught.std()) or 1.0)
                 if target.kind == "regression" else (0.0, 1.0))
-    truth = (target.truth - mean) / sd
-    outputs = len(target.classes) if target.kind == "multiclass" else 1
-    size = SIZES[weights.config.model.size]
-    head = Head(read, size.dim, size.heads, outputs).to(model.device)
-    features = begin(head, target.kind, [[(int(modality[k]), values[k]) for k in each]
-                                         for each in scans], truth, teach,
-                     np.flatnonzero(parts == "val"))
     for line in (*people.notes, *notes, *warnings):
         print(line)
-    task = Task(target.name, target.kind, target.classes,
-                tuple(class_weights(target.kind, truth[teach])), mean, sd,
-                asked.session is not None)
-    return places, _Ready(people.replaced(features), target, parts,
-                          [[int(rows[k]) for k in each] for each in scans], head, task, truth,
-                          warnings, [*people.notes, *notes])
+    return _Who(people, target, Cohort((target.truth - mean) / sd, units, parts), read, mean, sd,
+                warnings, [*people.notes, *notes])
+
+
+def _read_modalities(have: Sequence[set[int]], parts: np.ndarray, notes: list[str]) -> list[int]:
+    """The modalities that enough people of part train ``have``."""
+    number_of = {m: sum(m in each for each, part in zip(have, parts, strict=True)
+                        if part == "train") for m in sorted(set().union(*have))}
+    read = [m for m, number in number_of.items() if number >= LEAST]
+    notes += [f"{MODALITIES[m]} is not read: {number} of those who teach have it, {LEAST} are "
+              "needed" for m, number in number_of.items() if number < LEAST]
+    if not read:
+        raise DataError(f"no modality is had by {LEAST} of those who teach: " + ", ".join(
+            f"{MODALITIES[m]} by {number}" for m, number in number_of.items()))
+    return read
+
+
+def _places(model: Model, feed: Feed, who: _Who) -> Places:
+    """Of the weights; where they were exported without, of scans of people of part train."""
+    weights = model.weights
+    if weights.places is not None:
+        return weights.places.to(model.device)
+    names = np.array(feed.index["modality"].to_pylist())
+    train = np.array([row for k in who.cohort.of("train") for row in who.cohort.units[k]])
+    return fit_places(weights.model, weights.config, feed, np.concatenate(
+        [spread(train[names[train] == MODALITIES[m]]) for m in who.modalities]))
+
+
+def _probe(model: Model, feed: Feed, who: _Who, places: Places,
+           world: World) -> tuple[Head, np.ndarray]:
+    """A head that is a linear probe of embeddings, and the features that this reads."""
+    rows = np.unique([row for unit in who.cohort.units for row in unit])
+    names = feed.index["modality"].take(rows).to_pylist()
+    scan = {row: (MODALITIES.index(name), value) for row, name, value in zip(
+        rows.tolist(), names, _embedded(model, feed, rows, places, world), strict=True)}
+    size = SIZES[model.weights.config.model.size]
+    outputs = len(who.target.classes) if who.target.kind == "multiclass" else 1
+    head = Head(who.modalities, size.dim, size.heads, outputs).to(model.device)
+    return head, begin(head, who.target.kind, [[scan[row] for row in unit]
+                                               for unit in who.cohort.units],
+                       who.cohort.truth, who.cohort.of("train"), who.cohort.of("val"))
 
 
 def _embedded(model: Model, feed: Feed, rows: np.ndarray, places: Places,
@@ -190,38 +228,26 @@ def _embedded(model: Model, feed: Feed, rows: np.ndarray, places: Places,
     return world.sum_(values).cpu().numpy()
 
 
-def _read_modalities(scans: Sequence[Sequence[int]], modality: np.ndarray, parts: np.ndarray,
-                     notes: list[str]) -> list[int]:
-    """The modalities that enough people of part train have."""
-    have = {m: sum(m in modality[each] for each, part in zip(scans, parts, strict=True)
-                   if part == "train") for m in sorted(set(modality.tolist()))}
-    read = [m for m, number in have.items() if number >= LEAST]
-    notes += [f"{MODALITIES[m]} is not read: {number} of those who teach have it, {LEAST} are "
-              "needed" for m, number in have.items() if number < LEAST]
-    if not read:
-        raise DataError(f"no modality is had by {LEAST} of those who teach: " + ", ".join(
-            f"{MODALITIES[m]} by {number}" for m, number in have.items()))
-    return read
-
-
-def _finish(asked: Request, model: Model, feed: Feed, places: Places, ready: _Ready,
-            trainer: Trainer) -> None:
+def _finish(asked: Request, model: Model, feed: Feed, places: Places, who: _Who,
+            features: np.ndarray, trainer: Trainer) -> None:
     """Test the best epoch, and write model and page."""
-    target, people, parts = ready.target, ready.people, ready.parts
-    test = np.flatnonzero(parts == "test")
+    target, people, head = who.target, who.people.replaced(features), trainer.head
+    units, parts, test = who.cohort.units, who.cohort.parts, who.cohort.of("test")
     outputs = outputs_of(model.weights.model, model.weights.config, feed,
-                         [ready.units[k] for k in test], places, ready.head)
-    told = ready.task.predictions(outputs)
+                         [units[k] for k in test], places, head)
+    task = Task(target.name, target.kind, target.classes, tuple(trainer.weights), who.mean, who.sd,
+                asked.session is not None)
+    told = task.predictions(outputs)
     predicted = np.full((len(parts), 1, *told.shape[1:]), np.nan)
     predicted[test, 0] = told
     rows, gains = pages.scored(target, people, parts, predicted)
     names = feed.index["modality"].to_pylist()
-    of_each = [{names[row] for row in unit} for unit in ready.units]
-    read = [MODALITIES[m] for m in ready.head.modalities]
+    of_each = [{names[row] for row in unit} for unit in units]
+    read = [MODALITIES[m] for m in who.modalities]
     found = pages.Finding(
         target, people, parts, rows, gains, trainer.history, trainer.best_epoch,
         {name: sum(name in each for each in of_each) for name in read},
-        sum(len(each) == len(read) for each in of_each), ready.warnings, ready.notes)
+        sum(len(each) == len(read) for each in of_each), who.warnings, who.notes)
     print_rows(target.name, rows, ())
     record: dict[str, Any] = {
         "input": asked.feed, "weights": asked.weights, "labels": asked.labels,
@@ -230,7 +256,7 @@ def _finish(asked: Request, model: Model, feed: Feed, places: Places, ready: _Re
     assert people.scans is not None
     taught = [name for k in np.flatnonzero(parts != "test")
               for name in (people.participant[k], *people.scans[k])]
-    write_finetuned(asked.out, model.weights, asked.weights, places, ready.head, ready.task, taught,
+    write_finetuned(asked.out, model.weights, asked.weights, places, head, task, taught,
                     {"weights_from": os.path.basename(asked.weights.rstrip("/")),
                      "began_at": record_of(asked.weights)["sha256"], "people": record["people"],
                      "scores": record["scores"], "best_epoch": trainer.best_epoch})

@@ -10,6 +10,7 @@ too.  seen.json knows the people who taught the label, beside those of the pretr
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,12 @@ from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import MODALITIES, Feed
 from neurojepa.model.averaged import Averaged
 from neurojepa.model_card import card
-from neurojepa.storage import join, read_bytes, sha256, write_bytes
+from neurojepa.storage import join, local_path, read_bytes, read_if_there, sha256, write_bytes
 from neurojepa.weights import Weights, hashed, place_of
 
 HEAD = "head.safetensors"
+# of config.json, what is told of the weights before, or of what was learnt on top of them
+OF_BEFORE = ("results", "licence", "about", "finetuned", "head", "completes", "completion")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def write_with(out: str, weights: Weights, source: str, places: Places, taught: 
         parts["seen"] = ("seen.json", json.dumps(
             sorted(weights.seen | {hashed(name) for name in taught})).encode())
     kept = {name: value for name, value in began.items()
-            if name not in ("results", "licence", "about")}  # which are of the weights before
+            if name not in OF_BEFORE}
     config = {**kept, "sha256": sha256(data), **about, "purpose": purpose}
     write_bytes(join(out, "model.safetensors"), data)
     for name, (file, content) in parts.items():
@@ -116,6 +119,24 @@ def write_with(out: str, weights: Weights, source: str, places: Places, taught: 
         config[name] = {**began.get(name, {}), "sha256": sha256(content)}
     write_bytes(join(out, "README.md"), card(config).encode())
     write_bytes(join(out, "config.json"), json.dumps(config, indent=1).encode())
+
+
+def check_out(out: str, source: str, task: str) -> None:
+    """Refuse to write over the weights that are learnt from, or over others that do not have this
+    task in their config.json.
+
+    Raises
+    ------
+    ConfigError
+        ``out`` holds such weights.
+    """
+    there = read_if_there(join(out, "config.json"))
+    if there is None:
+        return
+    one, other = (os.path.realpath(local_path(uri) or uri) for uri in (out, source))
+    if one == other or task not in json.loads(there):
+        raise ConfigError(f"--out {out}: holds weights, which would be written over; choose "
+                          "another folder")
 
 
 def record_of(uri: str) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from neurojepa.downstream.completion import Completion, Volume, terms, volume_of
 from neurojepa.downstream.embed import tokens_of
-from neurojepa.downstream.finetune import split_people
 from neurojepa.downstream.pooling import Places
 from neurojepa.downstream.stats import Score, of_people
 from neurojepa.downstream.targets import Target
+from neurojepa.downstream.tested import split_people
 from neurojepa.errors import DataError
 from neurojepa.feed.format import Feed
 from neurojepa.feed.loader import SampleReader

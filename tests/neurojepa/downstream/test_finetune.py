@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,20 +19,24 @@ import torch
 from safetensors.torch import load_file
 
 import neurojepa
-from neurojepa.downstream import stats
+from data_prep.identity import pseudonym
+from neurojepa.downstream import finetune_run, stats
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.attentive import Head, Scan, begin, class_weights, cost, told
-from neurojepa.downstream.finetune import split_people
-from neurojepa.downstream.finetuned import read_head
+from neurojepa.downstream.finetune import _one_state, read_state
+from neurojepa.downstream.finetuned import read_head, write_with
 from neurojepa.downstream.lora import LowRank, adapt, merge
 from neurojepa.downstream.predicted import predict
 from neurojepa.downstream.predicted_page import write_predicted
 from neurojepa.downstream.scans import Scans
 from neurojepa.downstream.targets import Target, target_of
+from neurojepa.downstream.tested import split_people
 from neurojepa.errors import NeurojepaError
 from neurojepa.feed.format import open_feed
 from neurojepa.model.build import build_model
+from neurojepa.ports import free_port
 from tests.helpers import ROOT
+from tests.helpers.embedded import KEY
 from tests.helpers.feeds import GRID, tiny_config
 from tests.helpers.tuning import write_tuning, write_weights
 
@@ -195,7 +200,7 @@ def test_parts_keep_families_whole_and_test_nobody_who_was_seen() -> None:
 
 
 def test_too_few_people_are_told() -> None:
-    with pytest.raises(NeurojepaError, match="known for 8 people or families, fine-tuning needs"):
+    with pytest.raises(NeurojepaError, match="known for 8 people or families, 10 are needed"):
         split_people(label(8), np.arange(8).astype(str), np.ones(8, bool))
     may = np.zeros(60, bool)
     may[[1, 2, 4]] = True  # all CN
@@ -245,31 +250,35 @@ def test_who_has_no_usable_scan_is_listed_with_the_reason(tuned: Path) -> None:
     about = [{"participant": people[0], "session": "1", "modality": "T1w", "status": "accepted",
               "reason": ""}]
     about += [{**about[0], "participant": "gone", "status": "rejected", "reason": "no_brain"},
-              {**about[0], "participant": "other", "modality": "PET"}]
-    ids = {people[0]: "own-1", "gone": "own-2", "other": "own-3"}
+              {**about[0], "participant": "other", "modality": "PET"},
+              {**about[0], "participant": "more", "modality": "T2w"}]
+    ids = {people[0]: "own-1", "gone": "own-2", "other": "own-3", "more": "own-4"}
     model = neurojepa.load(tuned / "m")
     rows = np.flatnonzero(np.array(feed.index["participant"].to_pylist()) == people[0])
     found = predict(model.weights, *read_head(model.name, model.weights), feed, rows, {"PET": 1},
                     Scans(feed, pa.Table.from_pylist(about), ids))
     told = {row["participant_id"]: (bool(row["predicted"]), row["why_not"]) for row in found.rows}
     assert told == {"own-1": (True, ""), "own-2": (False, "T1w rejected: no_brain"),
-                    "own-3": (False, "no T1w or T2w")}
+                    "own-3": (False, "no T1w or T2w"), "own-4": (False, "T2w was not asked for")}
     write_predicted(str(tuned / "listed"), found, {"model": "M", "scans": ["x"]})
     record = json.loads((tuned / "listed/results.json").read_text())
-    assert record["without_prediction"] == {"T1w rejected: no_brain": 1, "no T1w or T2w": 1}
+    assert record["without_prediction"] == {
+        "T1w rejected: no_brain": 1, "no T1w or T2w": 1, "T2w was not asked for": 1}
     assert record["predicted"] == 1 and record["skipped"] == {"PET": 1}
 
 
 @pytest.mark.slow(8)
-def test_a_killed_run_goes_on_to_the_same_bits(tuned: Path,
+def test_a_killed_run_goes_on_to_the_same_bits(tuned: Path, monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     killed = subprocess.run([sys.executable, "-c", KILL, *words(tuned, tuned / "k")], cwd=ROOT,
                             env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
                             capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(path.name for path in (tuned / "k").iterdir()) == ["state"]
-    with pytest.raises(NeurojepaError, match="is the state of a fine-tuning with epochs 2, now "):
-        downstream([*words(tuned, tuned / "k"), "--epochs", "4"])
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_run, "embed", None)  # it is refused before scans are read
+        with pytest.raises(NeurojepaError, match="the state of a fine-tuning with epochs 2, now "):
+            downstream([*words(tuned, tuned / "k"), "--epochs", "4"])
     assert downstream(words(tuned, tuned / "k")) == 0
     assert "goes on after epoch 1" in capsys.readouterr().out
     for name in ("model.safetensors", "head.safetensors", "state/finetune.safetensors"):
@@ -290,6 +299,80 @@ def test_two_ranks_have_the_head_of_one(tuned: Path, run_cli) -> None:
         assert apart < 1e-3 * size, (part, apart, size)
     one, two = (neurojepa.load(tuned / name).predict(str(tuned / "feed")) for name in ("m", "two"))
     assert np.allclose(one.values, two.values, atol=1e-3)
+
+
+@pytest.mark.slow(10)
+def test_tasks_of_srun_are_ranks_of_one_run(tuned: Path) -> None:
+    command = [sys.executable, "-m", "neurojepa.downstream", *words(tuned, tuned / "srun"),
+               "--epochs", "1"]
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost",
+            "MASTER_PORT": str(free_port())}
+    tasks = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, env={
+        **os.environ, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        for rank in range(2)]
+    told = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert "epoch 1:" in told[0] and not told[1]
+
+
+def test_a_state_that_is_damaged_or_not_of_all_ranks_is_said(tuned: Path, tmp_path: Path) -> None:
+    data = (tuned / "m/state/finetune.safetensors").read_bytes()
+    (tmp_path / "s").write_bytes(data[:-8])
+    with pytest.raises(NeurojepaError, match=r"or a damaged one .*; remove it to begin anew"):
+        read_state(str(tmp_path / "s"), {})
+    (tmp_path / "s").write_bytes(data)
+    state = read_state(str(tmp_path / "s"), {"epochs": 2})
+    assert state is not None and len(state[0]["history"]) == 3
+    with pytest.raises(NeurojepaError, match="2 ranks read different states of --out"):
+        _one_state([state[0]["history"], None])
+
+
+@pytest.mark.slow(4)
+def test_weights_without_places_learn_them_from_none_who_are_tested(
+        tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(tuned / "weights", tmp_path / "weights")
+    record = json.loads((tmp_path / "weights/config.json").read_text())
+    del record["pooling"]
+    (tmp_path / "weights/config.json").write_text(json.dumps(record))
+    fit, read = finetune_run.fit_places, []
+
+    def noted(model, config, feed, rows):
+        read.extend(feed.index["participant"].take(rows).to_pylist())
+        return fit(model, config, feed, rows)
+
+    monkeypatch.setattr(finetune_run, "fit_places", noted)
+    assert downstream([*words(tuned, tmp_path / "m"), "--epochs", "1", "--weights",
+                       str(tmp_path / "weights")]) == 0
+    rows = csv.DictReader((tmp_path / "m/evaluation/predictions.csv").open())
+    tested = {pseudonym(KEY, "clinic", row["participant_id"]) for row in rows}
+    assert len(tested) == 6 and len(set(read)) == 19 and not tested & set(read)
+    assert neurojepa.load(tmp_path / "m").weights.places is not None
+    assert "scans of the people who taught it have" in (tmp_path / "m/README.md").read_text()
+
+
+def test_weights_are_not_written_over_and_another_task_is_not_kept(tuned: Path,
+                                                                   tmp_path: Path) -> None:
+    for out in ("weights", "m"):
+        with pytest.raises(NeurojepaError, match="holds weights, which would be written over"):
+            downstream([*words(tuned, tuned / out), "--weights", str(tuned / out)])
+    weights = neurojepa.load(tuned / "m").weights
+    assert weights.places is not None
+    write_with(str(tmp_path / "c"), weights, str(tuned / "m"), weights.places, [], {},
+               {"completes": {}}, "none")
+    with pytest.raises(NeurojepaError, match="these weights were not fine-tuned"):
+        read_head(str(tmp_path / "c"), weights)
+
+
+def test_a_scan_that_cannot_be_read_is_named(tuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(tuned / "feed", tmp_path / "feed")
+    index = open_feed(str(tmp_path / "feed")).index.to_pylist()
+    with (tmp_path / "feed" / index[7]["shard"]).open("r+b") as shard:
+        shard.seek(index[7]["offset"])
+        shard.write(bytes(index[7]["length"]))
+    line = words(tuned, tmp_path / "m")
+    with pytest.raises(NeurojepaError, match=index[7]["scan_id"]):
+        downstream([*line[:2], str(tmp_path / "feed"), *line[3:]])
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.slow(6)
