@@ -184,7 +184,8 @@ def _drops(rows: dict[str, Row], site: str) -> list[str]:
 
 def few_shots(run: Runner, name: str, features: Features) -> list[Shot]:
     """Scores where 1, 2, 5, ... people teach, as far as there are so many."""
-    most = min(len(train) for folds in run.plan.repeats for train, _ in folds)
+    most = min(len(set(run.people.participant[train].tolist()))
+               for folds in run.plan.repeats for train, _ in folds)
     found = []
     for number in SHOTS:
         if number < most:
@@ -203,8 +204,8 @@ class Runner:
                 self.fold[test, r] = number
 
     def __call__(self, features: Features, few: int | None = None) -> Row:
-        """Of features; with ``few``, of so many of those who teach in each fold, drawn anew in
-        each.  Truths stay less the mean of all of them, so not to know it costs R2."""
+        """Of features; with ``few``, of so many people of those who teach, drawn anew in each fold.
+        Truths stay less the mean of all of them, so not to know it costs R2."""
         target, family, size = self.target, self.people.family, self.target.shape[1]
         rng = np.random.default_rng(0)
 
@@ -214,7 +215,8 @@ class Runner:
             sd = np.where(sd > 1e-9 * max(sd.max(), 1e-30), sd, np.inf)
             truth = (target[train] - mean) / sd
             if few is not None:  # features are those of the few alone
-                chosen = rng.permutation(len(train))[:few]
+                person = self.people.participant[train]  # each with all visits
+                chosen = np.isin(person, rng.permutation(np.unique(person))[:few])
                 train, truth = train[chosen], truth[chosen]
                 taught, tested = features(train, test)
             if few is not None and len(set(family[train].tolist())) < 2:

@@ -116,6 +116,23 @@ def test_few_people_teach_less() -> None:
     assert transfer(source, target, folds=4, repeats=2).shots == found.shots
 
 
+def test_few_who_teach_are_people_and_not_visits() -> None:
+    source, target = linked(2.0)
+    person = np.repeat(source.participant[:40], 3)
+    visits = replace(source, participant=person, family=person)
+    found = transfer(visits, target, folds=4, repeats=1)
+    assert [shot.taught for shot in found.shots if shot.row == ALONE] == [1, 2, 5, 10, 20]
+    run = module.Runner(visits, target, module.Plan([[(np.arange(60), np.arange(60, 120))]]))
+    taught: list[np.ndarray] = []
+
+    def features(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        taught.append(train)
+        return source.values[train], source.values[test]
+
+    run(features, 5)
+    assert len(taught[-1]) == 15 and len(set(person[taught[-1]])) == 5
+
+
 @pytest.mark.parametrize("linked", [True, False])
 def test_function_of_synthetic_people_is_told_where_it_is_linked(linked: bool) -> None:
     """Embeddings that show what their scans show: grey matter and contrast; uptake."""
