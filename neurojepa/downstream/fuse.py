@@ -26,7 +26,7 @@ from neurojepa.downstream.features import design_of, plain
 from neurojepa.downstream.labels import People
 from neurojepa.downstream.scoring import Gain, Row, Runner, known
 from neurojepa.downstream.stats import Score
-from neurojepa.downstream.study_checks import LEAST_OF_GROUP, group_metric, shuffled
+from neurojepa.downstream.study_checks import enough, group_metric, shuffled
 from neurojepa.downstream.targets import Target, scorers, target_of
 from neurojepa.downstream.tested import complete, may_test
 from neurojepa.errors import ConfigError
@@ -92,6 +92,8 @@ def fuse(people: People, label: str, blocks: Mapping[str, Sequence[str]], *,
         A block that nobody has, one value alone, too few people of a class.
     """
     covariates = tuple(dict.fromkeys([*adjust, "brain_ml"]))
+    if label in covariates:
+        raise ConfigError(f"--adjust {label}: is the label itself; leave it out there")
     for name, columns in blocks.items():
         if label in columns or set(columns) & set(covariates):
             raise ConfigError(f"block {name!r}: has the label or a covariate among its columns "
@@ -149,16 +151,9 @@ def _among(run: Runner, rows: dict[str, Row], blocks: list[Block]) -> list[Among
             if block.known.all():
                 continue
             scores = {name: run.score(partial(run.value, metric, rows[name].predicted), whom)
-                      if _enough(run.target, whom) else None for name in (IMAGE, TABLES, BOTH)}
+                      if enough(run.target, whom) else None for name in (IMAGE, TABLES, BOTH)}
             found.append(Among(block.name, there, len(set(run.people.participant[whom])), scores))
     return found
-
-
-def _enough(target: Target, whom: np.ndarray) -> bool:
-    if target.kind == "regression":
-        return len(whom) >= LEAST_OF_GROUP
-    counts = np.unique(target.truth[whom], return_counts=True)[1]
-    return len(counts) > 1 and counts.min() >= LEAST_OF_GROUP // 2
 
 
 def _told_by_gaps(found: Fusion) -> list[str]:

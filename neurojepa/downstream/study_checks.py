@@ -92,7 +92,7 @@ def groups_of(run: Runner, predicted: np.ndarray, columns: list[str]) -> list[Gr
         told.add(same)
         for name in sorted(set(names.tolist()) - {""}):
             whom = np.flatnonzero((names == name) & known(predicted))
-            score = run.score(partial(run.value, metric, predicted), whom) if _enough(
+            score = run.score(partial(run.value, metric, predicted), whom) if enough(
                 run.target, whom) else None
             found.append(Group(column, name, len(set(run.people.participant[whom])), score))
     return found
@@ -103,7 +103,8 @@ def group_metric(kind: Kind) -> str:
     return "mean_absolute_error" if kind in ("regression", "ordinal") else "auroc"
 
 
-def _enough(target: Target, whom: np.ndarray) -> bool:
+def enough(target: Target, whom: np.ndarray) -> bool:
+    """Whether the people of these indices are enough for a score of their own."""
     if target.kind == "regression":
         return len(whom) >= LEAST_OF_GROUP and varies(target.truth[whom])
     counts = np.unique(target.truth[whom], return_counts=True)[1]

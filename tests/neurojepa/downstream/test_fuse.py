@@ -120,6 +120,8 @@ def test_a_block_is_no_label_and_no_covariate() -> None:
     for columns in (("dx",), ("age",)):
         with pytest.raises(NeurojepaError, match="the label or a covariate among its columns"):
             fuse(whom, "dx", {"a": columns}, adjust=("age",))
+    with pytest.raises(NeurojepaError, match="--adjust dx: is the label itself"):
+        fuse(whom, "dx", {"a": ("age",)}, adjust=("dx",))
 
 
 def test_the_command_writes_results_and_a_page(tmp_path: Path,
