@@ -209,6 +209,10 @@ def run_probe(arguments: argparse.Namespace) -> int:
         return _study(arguments)
     if not (arguments.feed and arguments.weights and arguments.out):
         raise ConfigError("probe needs EMBEDDINGS, or --weights, --feed and --out")
+    for name in ("label", "session", "positive", "order", "missing", "site", "adjust", "readout"):
+        if getattr(arguments, name) not in (None, [], "linear"):
+            raise ConfigError(f"--{name}: probe --feed has no use for it; name labels of the feed "
+                              "by --labels, or embed and study the EMBEDDINGS")
     return _probe_feed(arguments)
 
 

@@ -162,6 +162,9 @@ class Model:
                 self.check_grid(feed)
                 rows = select_rows(feed, modality, cohort)
             else:
+                if cohort:
+                    raise ConfigError(f"--cohort {cohort}: only a feed has cohorts to choose from; "
+                                      "name the scans that are wanted")
                 prepared = self._prepare(named, out or folder, modality, preset, key, workers)
                 feed = prepared.feed
                 rows = select_rows(feed, modality, None)

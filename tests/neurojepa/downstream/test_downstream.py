@@ -242,6 +242,8 @@ def test_atoms_are_embedded_where_the_code_reads_visible_tokens(trained: Path) -
     (["--weights", "WEIGHTS", "--modality", "PET"], ["PET", "T1w"]),
     (["--weights", "nowhere"], ["nowhere", "export RUN"]),
     (["--weights", "random"], ["--config"]),
+    (["--weights", "WEIGHTS", "--label", "kind"], ["--label:", "--labels"]),
+    (["--weights", "WEIGHTS", "--readout", "attentive"], ["--readout:", "EMBEDDINGS"]),
 ])
 def test_what_is_not_there_is_named(trained: Path, arguments: list[str],
                                     words: list[str]) -> None:

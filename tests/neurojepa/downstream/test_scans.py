@@ -150,6 +150,8 @@ def test_of_a_dataset_one_modality_is_embedded(model: Model, quick: Path, tmp_pa
     assert found.table["modality"].to_pylist() == ["T2w"]
     with pytest.raises(DataError, match=r"no scan with modality FLAIR; it has modality \['T1w'"):
         model.embed(folder, modality="FLAIR", preset="quick", key=str(quick))
+    with pytest.raises(ConfigError, match="--cohort x: only a feed has cohorts"):
+        model.embed(folder, cohort="x", preset="quick", key=str(quick))
 
 
 def test_of_a_folder_a_modality_names_only_files_that_do_not_say_theirs(
