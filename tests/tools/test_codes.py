@@ -57,6 +57,21 @@ def test_the_table_has_what_was_read_and_what_is_the_same(tmp_path: Path) -> Non
                                     "same atoms, other draw": 0.7}
 
 
+def test_atoms_are_compared_again_once_there_is_another_encoder(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def agreements(first: list[Path]) -> dict[str, dict[str, float]]:
+        made.append(len(first))
+        return {"own": {"draw": 0.5} | ({codes.OTHER: 0.4} if len(first) > 1 else {})}
+
+    monkeypatch.setattr(codes, "agreements", agreements)
+    one, two = [tmp_path / "0"], [tmp_path / "0", tmp_path / "1"]
+    for first in (one, one, two, two, one):
+        found = codes.agreed(tmp_path / "same.json", first)
+    assert made == [1, 2] and found["own"][codes.OTHER] == 0.4
+
+
 def test_without_a_first_stage_compare_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no finished first stage in"):
         codes.run(False, None, str(tmp_path))

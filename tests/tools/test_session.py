@@ -178,7 +178,7 @@ def test_latents_are_kept_for_other_codes_of_the_same_weights(tmp_path):
         kept = remember(model, tmp_path / "latents")
         found.append([model.latents(views(*scans)) for scans in ((1, 2), (3,), (2, 3), (4, 1))])
         assert model.calls == (3 if len(found) == 1 else 0)
-        assert kept.saved_s >= 0
+        assert kept.saved_s > 0  # the third batch has scans of the first two
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)
     moved = views(1)

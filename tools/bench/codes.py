@@ -52,6 +52,7 @@ CODES: dict[str, Kind] = {
 COLUMNS = {"age R2": ("age", "T1w"), "diagnosis AUROC": ("diagnosis", "T1w"),
            "lesions R2": ("lesion_ml", "T1w"), "contrast R2": ("t1w_contrast", "T1w"),
            "age R2 to T2w": ("age", "T2w")}
+OTHER = "same atoms, other encoder"
 COMPARED = 20_000  # tokens on which atoms are compared
 
 
@@ -70,9 +71,7 @@ def run(quick: bool, official: str | None, work: str | None = None) -> dict[str,
             found = made.read(made.learnt(CODES[name]))
             write_bytes(str(file_of(first[0], name)), json.dumps(found).encode())
             print(f"{name}: {found}", flush=True)
-    if not (same := runs / "same-atoms.json").exists():
-        write_bytes(str(same), json.dumps(agreements(first[:2])).encode())
-    return table(first[0], json.loads(same.read_text()))
+    return table(first[0], agreed(runs / "same-atoms.json", first[:2]))
 
 
 def file_of(folder: Path, name: str) -> Path:
@@ -178,6 +177,15 @@ def only(tokens: list[Tokens], chosen: np.ndarray) -> Iterator[Tokens]:
 
 # ---- the same atoms from another seed ------------------------------------------------------------
 
+def agreed(file: Path, first: list[Path]) -> dict[str, dict[str, float]]:
+    """``agreements`` as the file has them; made anew where there is another encoder since."""
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if not found or (len(first) > 1 and not all(OTHER in row for row in found.values())):
+        found = agreements(first)
+        write_bytes(str(file), json.dumps(found).encode())
+    return found
+
+
 def agreements(first: list[Path]) -> dict[str, dict[str, float]]:
     """``same_atoms`` of a session's code and of a sparse autoencoder, of the first encoder and of
     others."""
@@ -193,7 +201,7 @@ def agreements(first: list[Path]) -> dict[str, dict[str, float]]:
         found[name] = {"same atoms, other draw": same_atoms(
             h, made[0].learnt(kind, made[0].config.train.seed + 100)(z_QD[0]))}
         if len(made) > 1:
-            found[name]["same atoms, other encoder"] = same_atoms(
+            found[name][OTHER] = same_atoms(
                 h, made[1].learnt(kind)(z_QD[1]))
     return found
 
