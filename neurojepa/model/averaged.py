@@ -26,7 +26,7 @@ class Averaged(nn.Module, ABC):
     The class of a method (methods.py) adds what its loss needs.  Its ``forward(views, l1)`` returns
     the loss of a micro-batch, a sum over samples, and sums for the metrics: see ``SparseJEPA``.
     It runs ``encoder`` before it uses trained weights of its own: on several ranks all of them may
-    still be on their way, and the encoder's forward waits for them (train/engine.py).
+    still be on their way, and the encoder's forward waits for them (train/gathers.py).
     What follows the network is best a method ``losses``: it is compiled to one graph.
     """
 

@@ -7,7 +7,8 @@ checkpoints are written and read by fragments, at any world size and ZeRO stage.
 
 The EMA of the encoder is kept the same way: one fp32 copy of each encoder flat, updated
 elementwise on the owner, then published (cast and gathered) into ``target``.  Under
-``train.offload`` flats and EMA lie in host memory, and so does their arithmetic.
+``train.offload`` flats and EMA lie in host memory, and so does their arithmetic.  What is gathered
+arrives later: see gathers.py.
 
 All private attributes of DeepSpeed are touched in this file alone.
 """
@@ -18,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from neurojepa.errors import ConfigError
 from neurojepa.planning.network import PARTS
 from neurojepa.planning.reduction import Reduction, stage_run
 from neurojepa.train.compiling import REGIONS
+from neurojepa.train.gathers import Gathers, part_of
 from neurojepa.train.health import Guard
 from neurojepa.train.world import World, bounded_groups
 
@@ -106,10 +107,7 @@ class Engine:
         self.guard = Guard(config.train.health.spike_deviations, world)
         self._watch_norms()
         self._targets = {} if self._stage3 else {i: self._laid_out(i) for i in self._ema}
-        self._gathers: list[list[dist.Work]] = [[] for _ in range(PARTS)]  # of the target's weights
-        self._weights: list[dist.Work] = []  # gathers of the others
-        self._updated = False  # this rank's part of the weights, and not yet the others'
-        self._await_where_needed()
+        self._gathers = Gathers(self.module, self._send_weights)
         if way.overlap and not self._stage3:
             self._reduce_without_waiting()
         self._publish()
@@ -177,7 +175,7 @@ class Engine:
         from deepspeed.runtime.zero import stage_1_and_2 as below_3
 
         def later(**_: Any) -> None:
-            self._updated = True
+            self._gathers.updated = True
 
         gather, below_3.all_gather_dp_groups = below_3.all_gather_dp_groups, later
         try:
@@ -185,15 +183,17 @@ class Engine:
         finally:
             below_3.all_gather_dp_groups = gather
 
-    def _gather_weights(self) -> None:
-        if self._updated and self.world.size > 1:
-            parts = self._zero.parallel_partitioned_bit16_groups
-            self._weights += [
-                dist.all_gather_into_tensor(whole, parts[i][self.world.rank],
-                                            group=self._zero.real_dp_process_group[i],
-                                            async_op=True)
+    def _send_weights(self) -> list[dist.Work]:
+        if self.world.size == 1:
+            return []
+        parts = self._zero.parallel_partitioned_bit16_groups
+        return [self._gather(i, whole, parts[i][self.world.rank])
                 for i, whole in enumerate(self._zero.bit16_groups_flat)]
-        self._updated = False
+
+    def _gather(self, i: int, whole: Tensor, own: Tensor) -> dist.Work:
+        work: dist.Work = dist.all_gather_into_tensor(
+            whole, own, group=self._zero.real_dp_process_group[i], async_op=True)
+        return work
 
     def _reduce_without_waiting(self) -> None:
         """Where gradients travel beside the backward, let the device wait for them at its end, and
@@ -266,11 +266,11 @@ class Engine:
         flats = [self._flats[i].detach() for i in self._ema]
         torch._foreach_lerp_(list(self._ema.values()), flats, 1 - momentum)
         self._publish()
-        self._gather_weights()
+        self._gathers.send_weights()
 
     @torch.no_grad()
     def _publish(self) -> None:
-        self._await_target()
+        self._gathers.await_target()
         for i, ema in self._ema.items():
             if self._stage3:
                 self._publish_sharded(i, ema)
@@ -292,34 +292,8 @@ class Engine:
         own = whole.narrow(0, self.world.rank * ema.numel(), ema.numel())
         own.copy_(ema)
         if self.world.size > 1:
-            # on its way while the next batch becomes views; the target's forward waits
-            self._gathers[part_of(self._names[id(self._groups[i][0])], self.module)].append(
-                dist.all_gather_into_tensor(
-                    whole, own, group=self._zero.real_dp_process_group[i], async_op=True))
-
-    def _await_where_needed(self) -> None:
-        """The target's blocks wait for their part of its weights, the encoder for all others'."""
-        def before(module: nn.Module, wait: Callable[[], None]) -> None:
-            module.register_forward_pre_hook(lambda *_: wait())
-
-        target = self.module.get_submodule("target")
-        before(self.module.get_submodule("encoder"), self._await_weights)
-        before(target, partial(self._await_target, 0))
-        seen = {0}
-        for i, block in enumerate(getattr(target, "blocks", ())):
-            part = part_of(f"{SOURCE}blocks.{i}.", self.module)
-            if part not in seen:
-                seen.add(part)
-                before(block, partial(self._await_target, part))
-
-    def _await_target(self, *parts: int) -> None:
-        """Of all parts where none is named."""
-        for part in parts or range(PARTS):
-            _await(self._gathers[part])
-
-    def _await_weights(self) -> None:
-        self._gather_weights()  # of a step without an average
-        _await(self._weights)
+            part = part_of(self._names[id(self._groups[i][0])], self.module)
+            self._gathers.target[part].append(self._gather(i, whole, own))
 
     @torch.no_grad()
     def _laid_out(self, i: int) -> Tensor:
@@ -405,7 +379,7 @@ class Engine:
             As from ``buffers``.
         adam_step : int
         """
-        self._await_weights()
+        self._gathers.await_weights()
         for fragment in self.fragments:
             for key, tensor in self.tensors(fragment).items():
                 tensor.copy_(read(fragment, key))
@@ -424,8 +398,7 @@ class Engine:
 
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back."""
-        self._await_target()
-        _await(self._weights)  # without a new gather: the others may have ended
+        self._gathers.close()
         self._engine.destroy()
 
 
@@ -439,12 +412,6 @@ def _nothing_compiled() -> Iterator[None]:
         yield
     finally:
         torch.compile = compiler
-
-
-def _await(gathers: list[dist.Work]) -> None:
-    for gather in gathers:
-        gather.wait()
-    gathers.clear()
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -461,14 +428,6 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             groups.setdefault((part, decays), []).append(param)
     return [{"params": params, "weight_decay": weight_decay if decays else 0.0}
             for (_, decays), params in groups.items()]
-
-
-def part_of(name: str, model: nn.Module) -> int:
-    """Which part of the encoder a weight of that name lies in; 0 also for those of no block."""
-    _, kind, number, *_ = [*name.split("."), ""]
-    if kind != "blocks":
-        return 0
-    return int(number) * PARTS // len(list(model.get_submodule("encoder.blocks").children()))
 
 
 def deepspeed_config(config: RootConfig, *, world_size: int, micro_steps: int,

@@ -24,8 +24,7 @@ import torch.distributed as dist
 from neurojepa.config import load_config
 from neurojepa.errors import run_command
 from neurojepa.planning.reduction import Reduction
-from neurojepa.train import engine as engine_module
-from neurojepa.train import loop
+from neurojepa.train import gathers, loop
 from neurojepa.train.world import World, start_world
 
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor")
@@ -83,9 +82,9 @@ def _trained(job: dict[str, Any], world: World) -> dict[str, Any]:
 def _watched(engine: Any) -> Iterator[list[str]]:
     """What is waited for and what runs meanwhile, in order."""
     order: list[str] = []
-    names = {id(works): f"part {part}" for part, works in enumerate(engine._gathers)}
-    names[id(engine._weights)] = "weights"
-    awaited = engine_module._await
+    names = {id(works): f"part {part}" for part, works in enumerate(engine._gathers.target)}
+    names[id(engine._gathers.weights)] = "weights"
+    awaited = gathers._await
 
     def noted(works: list[dist.Work]) -> None:
         if works:
@@ -95,7 +94,7 @@ def _watched(engine: Any) -> Iterator[list[str]]:
     modules = {"encoder": engine.module.encoder, **{
         f"block {i}": block for i, block in enumerate(engine.module.target.blocks)}}
     with ExitStack() as watching:
-        watching.enter_context(mock.patch.object(engine_module, "_await", noted))
+        watching.enter_context(mock.patch.object(gathers, "_await", noted))
         for name, module in modules.items():  # behind the hooks that wait
             hook = module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
             watching.callback(hook.remove)

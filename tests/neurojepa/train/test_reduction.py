@@ -22,7 +22,8 @@ from neurojepa.planning.network import PARTS
 from neurojepa.planning.reduction import Reduction, arriving
 from neurojepa.planning.scaling import messages_of
 from neurojepa.planning.step import hollow_model
-from neurojepa.train.engine import param_groups, part_of
+from neurojepa.train.engine import param_groups
+from neurojepa.train.gathers import part_of
 from tests.helpers.batches import GRID, make_batch, make_config
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.worker import job, run_module
