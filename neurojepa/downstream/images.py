@@ -147,6 +147,46 @@ def linear(matrix: np.ndarray) -> sitk.Transform:
     return to_transform(matrix)
 
 
+def laid(data: np.ndarray, affine: np.ndarray, shape: tuple[int, ...], grid: np.ndarray,
+         matrix: np.ndarray | None = None, outside: float = 0.0) -> np.ndarray:
+    """An array [x, y, z] on another grid, read linearly; float32.
+
+    Parameters
+    ----------
+    affine : [4, 4] of ``data``
+    shape, grid : of the result; [4, 4]
+    matrix : [4, 4], where its points lie in the space of ``data``; None: where they are
+    outside : value beyond ``data``
+    """
+    import SimpleITK as sitk
+
+    like = itk_image(np.zeros(shape, np.uint8), grid)
+    through = linear(np.eye(4) if matrix is None else matrix)
+    return itk_array(sitk.Resample(itk_image(data.astype(np.float32), affine), like, through,
+                                   sitk.sitkLinear, outside))
+
+
+def smoothed(data: np.ndarray, spacing: np.ndarray, mm: float) -> np.ndarray:
+    """Float32 [x, y, z] of voxels of ``spacing`` [3] mm, blurred as voxels of ``mm`` see it."""
+    from scipy import ndimage
+
+    sd = np.sqrt(np.maximum(mm**2 - spacing**2, 0)) / 2.355 / spacing
+    return ndimage.gaussian_filter(data.astype(np.float32), sd)
+
+
+def around_brain(image: Image, mm: float, margin_mm: float) -> tuple[np.ndarray, np.ndarray]:
+    """A grid of ``mm`` along the image's axes from a margin before its brain on: its affine [4, 4],
+    and how far it has to reach to a margin behind, [3] mm."""
+    assert image.brain is not None
+    axes = image.affine[:3, :3] / image.spacing
+    where = np.argwhere(image.brain)
+    low = where.min(0) * image.spacing - margin_mm
+    affine = np.eye(4)
+    affine[:3, :3] = axes * mm
+    affine[:3, 3] = image.affine[:3, 3] + axes @ low
+    return affine, where.max(0) * image.spacing + margin_mm - low
+
+
 def stripped(image: Image) -> np.ndarray:
     """The brain alone, scaled to [0, 1]; float32."""
     from data_prep.volumes.placing.matching import stripped

@@ -21,9 +21,11 @@ from neurojepa.downstream import warps
 from neurojepa.downstream.images import (
     Image,
     affine_between,
+    around_brain,
     itk_array,
     itk_image,
-    linear,
+    laid,
+    smoothed,
     stripped,
 )
 from neurojepa.errors import DataError
@@ -97,17 +99,17 @@ def register(moving: Image, fixed: Image) -> Registration:
     matrix = affine_between(fixed, moving)
     grid = _grid(fixed, moving)
     target = _soft(fixed, grid, np.eye(4))
-    laid = _soft(moving, grid, matrix)
+    source = _soft(moving, grid, matrix)
     own, other = _brain(fixed, grid, np.eye(4)), _brain(moving, grid, matrix)
-    dice, correlation = _alike(own, other, target, laid)
+    dice, correlation = _alike(own, other, target, source)
     _check(fixed, moving, dice, correlation)
-    field = _demons(itk_image(target, grid.affine), itk_image(laid, grid.affine))
+    field = _demons(itk_image(target, grid.affine), itk_image(source, grid.affine))
     inverse = sitk.InvertDisplacementField(
         sitk.Cast(field, sitk.sitkVectorFloat64), maximumNumberOfIterations=50,
         maxErrorToleranceThreshold=0.05, meanErrorToleranceThreshold=0.001,
         enforceBoundaryCondition=False)
     displacement = itk_array(field).astype(np.float32)
-    read = warps.read_through(Image("", laid, grid.affine), displacement, grid.affine)
+    read = warps.read_through(Image("", source, grid.affine), displacement, grid.affine)
     brain = warps.read_through(Image("", other.astype(np.float32), grid.affine), displacement,
                                grid.affine) > 0.5
     after = _alike(own, brain, target, read)
@@ -128,38 +130,21 @@ def _check(fixed: Image, moving: Image, dice: float, correlation: float) -> None
 
 
 def _grid(fixed: Image, moving: Image) -> Grid:
-    assert fixed.brain is not None
     mm = float(np.clip(max(np.cbrt(np.prod(each.spacing)) for each in (fixed, moving)), *WORK_MM))
-    axes = fixed.affine[:3, :3] / fixed.spacing
-    where = np.argwhere(fixed.brain)
-    low = where.min(0) * fixed.spacing - MARGIN_MM
-    extent = where.max(0) * fixed.spacing + MARGIN_MM - low
-    affine = np.eye(4)
-    affine[:3, :3] = axes * mm
-    affine[:3, 3] = fixed.affine[:3, 3] + axes @ low
+    affine, extent = around_brain(fixed, mm, MARGIN_MM)
     x, y, z = (np.ceil(extent / mm) + 1).astype(int).tolist()
     return Grid((x, y, z), affine, mm)
 
 
 def _soft(image: Image, grid: Grid, matrix: np.ndarray) -> np.ndarray:
     """The stripped brain on the working grid, smoothed to its voxels; float32 [x, y, z]."""
-    import SimpleITK as sitk
-    from scipy import ndimage
-
-    sd = np.sqrt(np.maximum(grid.mm**2 - image.spacing**2, 0)) / 2.355 / image.spacing
-    smooth = ndimage.gaussian_filter(stripped(image), sd)
-    like = itk_image(np.zeros(grid.shape, np.uint8), grid.affine)
-    return itk_array(sitk.Resample(itk_image(smooth, image.affine), like, linear(matrix),
-                                   sitk.sitkLinear, 0.0))
+    return laid(smoothed(stripped(image), image.spacing, grid.mm), image.affine, grid.shape,
+                grid.affine, matrix)
 
 
 def _brain(image: Image, grid: Grid, matrix: np.ndarray) -> np.ndarray:
-    import SimpleITK as sitk
-
     assert image.brain is not None
-    like = itk_image(np.zeros(grid.shape, np.uint8), grid.affine)
-    return itk_array(sitk.Resample(itk_image(image.brain.astype(np.float32), image.affine), like,
-                                   linear(matrix), sitk.sitkLinear, 0.0)) > 0.5
+    return laid(image.brain, image.affine, grid.shape, grid.affine, matrix) > 0.5
 
 
 def _alike(brain: np.ndarray, other: np.ndarray, image: np.ndarray,

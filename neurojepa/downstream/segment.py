@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from neurojepa.downstream import warps
-from neurojepa.downstream.images import Image, itk_array, itk_image, linear, stripped
+from neurojepa.downstream.images import Image, around_brain, laid, smoothed, stripped
 from neurojepa.errors import DataError
 from neurojepa.storage import exists, join, read_bytes, read_if_there, sha256, write_bytes
 
@@ -56,28 +56,12 @@ class Working:
 
 def prepare(scan: Image, mm: float) -> Working:
     """Lay the brain on a grid of ``mm`` along the scan's axes."""
-    import SimpleITK as sitk
-    from scipy import ndimage
-
     assert scan.brain is not None
-    axes = scan.affine[:3, :3] / scan.spacing
-    where = np.argwhere(scan.brain)
-    low = where.min(0) * scan.spacing - MARGIN_MM
-    extent = where.max(0) * scan.spacing + MARGIN_MM - low
+    affine, extent = around_brain(scan, mm, MARGIN_MM)
     shape = tuple((np.ceil(extent / mm / 4) * 4).astype(int).tolist())
-    affine = np.eye(4)
-    affine[:3, :3] = axes * mm
-    affine[:3, 3] = scan.affine[:3, 3] + axes @ low
-    like = itk_image(np.zeros(shape, np.uint8), affine)
-
-    def laid(data: np.ndarray) -> np.ndarray:
-        sd = np.sqrt(np.maximum(mm**2 - scan.spacing**2, 0)) / 2.355 / scan.spacing
-        smooth = ndimage.gaussian_filter(data.astype(np.float32), sd)
-        return itk_array(sitk.Resample(itk_image(smooth, scan.affine), like, linear(np.eye(4)),
-                                       sitk.sitkLinear, 0.0))
-
-    brain = laid(scan.brain) > 0.5
-    image = laid(stripped(scan))
+    image, brain = (laid(smoothed(each, scan.spacing, mm), scan.affine, shape, affine)
+                    for each in (stripped(scan), scan.brain))
+    brain = brain > 0.5
     image = np.where(brain, (image - image[brain].mean()) / max(image[brain].std(), 1e-6), -3)
     points = warps.points_of(shape, affine)
     points = (points - points[brain].mean(0)) / COORDINATE_MM
@@ -153,15 +137,11 @@ def _corners(size: np.ndarray, edge: int) -> Iterator[np.ndarray]:
 def highest(maps: np.ndarray, grid: np.ndarray, scan: Image) -> np.ndarray:
     """int64 [x, y, z] on the scan's grid: which of the maps [m, ...] on the grid ``grid``,
     interpolated linearly, is highest; 0 outside it."""
-    import SimpleITK as sitk
-
-    like = itk_image(np.zeros(scan.data.shape, np.uint8), scan.affine)
     best = np.full(scan.data.shape, -np.inf, np.float32)
     found = np.zeros(scan.data.shape, np.int64)
     for number, each in enumerate(maps):
-        outside = 0.0 if number == 0 else -1e9
-        value = itk_array(sitk.Resample(itk_image(each, grid), like, linear(np.eye(4)),
-                                        sitk.sitkLinear, outside))
+        value = laid(each, grid, scan.data.shape, scan.affine,
+                     outside=-1e9 if number else 0.0)
         better = value > best
         found[better], best[better] = number, value[better]
     return found

@@ -32,10 +32,10 @@ from neurojepa.downstream.images import (
     affine_between,
     itk_array,
     itk_image,
-    linear,
+    laid,
     stripped,
 )
-from neurojepa.feed.format import MNI_CENTRE_MM
+from neurojepa.feed.format import MNI_CENTRE_MM, Grid
 from neurojepa.storage import write_bytes
 from tools.bench._mixing import brain_of, label_folder
 from tools.bench.common import ROOT, machine, print_table
@@ -141,20 +141,24 @@ def _pair(moving: Head, fixed: Head, weights: Any) -> dict[str, tuple[float, int
                                                                scored)
 
 
+def centred(grid: Grid, image: Image) -> np.ndarray:
+    """[4, 4] of the weights' grid, moved over the middle of an image's brain."""
+    assert image.brain is not None
+    middle = image.affine @ [*np.argwhere(image.brain).mean(0), 1]
+    affine = grid.affine.copy()
+    affine[:3, 3] += middle[:3] - np.array(MNI_CENTRE_MM)
+    return affine
+
+
 def _channels(moving: Head, fixed: Head, matrix: np.ndarray, weights: Any,
               scored: Any) -> dict[str, tuple[float, int, float]]:
     """Both rows of demons on channels, on the weights' grid around the fixed brain."""
     from tools.bench._register_tokens import demons, token_maps
 
     grid = weights.grid
-    assert fixed.image.brain is not None
-    middle = fixed.image.affine @ [*np.argwhere(fixed.image.brain).mean(0), 1]
-    affine = grid.affine.copy()
-    affine[:3, 3] += middle[:3] - np.array(MNI_CENTRE_MM)
-    like = itk_image(np.zeros(grid.shape, np.uint8), affine)
-    brains = [itk_array(sitk.Resample(itk_image(stripped(head.image), head.image.affine), like,
-                                      linear(through), sitk.sitkLinear, 0.0))
-              for head, through in ((fixed, np.eye(4)), (moving, matrix))]
+    affine = centred(grid, fixed.image)
+    brains = [laid(stripped(head.image), head.image.affine, grid.shape, affine, through)
+              for head, through in ((fixed, None), (moving, matrix))]
     matched = itk_array(sitk.HistogramMatching(*(itk_image(each, affine) for each in brains[::-1]),
                                                256, 15, True))
     found = {}

@@ -16,22 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from torch.nn import functional as F
 
 from data_prep.synth.anatomy import anatomy_names
 from neurojepa.downstream import register as registering
 from neurojepa.downstream import warps
-from neurojepa.downstream.images import itk_array, itk_image, linear, stripped
+from neurojepa.downstream.images import laid, stripped
 from neurojepa.downstream.segment import Recipe, build, highest, predict
 from neurojepa.downstream.segment_fit import Taught, fit, taught
 from neurojepa.downstream.segment_score import SCORES, score
-from neurojepa.feed.format import MNI_CENTRE_MM
 from neurojepa.storage import write_bytes
 from tools.bench._mixing import label_folder
 from tools.bench.common import ROOT, machine, print_table
-from tools.bench.register import Head, kind_of, make_head
+from tools.bench.register import Head, centred, kind_of, make_head
 
 REGIONS = {2: "white matter", 3: "cortex", 4: "lateral ventricle", 7: "cerebellar white matter",
            8: "cerebellar cortex", 10: "thalamus", 11: "caudate", 12: "putamen",
@@ -161,15 +159,8 @@ def _tokens(uri: str, heads: list[Head], people: list[Taught]) -> dict[str, list
     for name, weights in ((TRAINED, trained), (DRAWN, untrained(trained.config, trained.grid))):
         brains, places = [], []
         for head in heads:
-            assert head.image.brain is not None
-            middle = head.image.affine @ [*np.argwhere(head.image.brain).mean(0), 1]
-            affine = grid.affine.copy()
-            affine[:3, 3] += middle[:3] - np.array(MNI_CENTRE_MM)
-            like = itk_image(np.zeros(grid.shape, np.uint8), affine)
-            brains.append(itk_array(sitk.Resample(itk_image(
-                stripped(head.image), head.image.affine), like, linear(np.eye(4)), sitk.sitkLinear,
-                0.0)))
-            places.append(affine)
+            places.append(centred(grid, head.image))
+            brains.append(laid(stripped(head.image), head.image.affine, grid.shape, places[-1]))
         found[name] = [
             Tokens(np.stack([warps.sample(channel, place, warps.points_of(
                 person.target.shape, person.scan.affine)) for channel in maps]).astype(np.float32))
