@@ -27,7 +27,7 @@ from neurojepa.downstream.attentive import (
 )
 from neurojepa.downstream.crossval import INNER, Read, whole_families
 from neurojepa.downstream.features import Features
-from neurojepa.downstream.finetuned import scans_of
+from neurojepa.downstream.finetuned import check_tokens, scans_of
 from neurojepa.downstream.labels import People
 from neurojepa.downstream.table import vectors
 from neurojepa.downstream.targets import Target
@@ -61,6 +61,7 @@ def read_tokens(weights: Weights, feed: Feed, embeddings: pa.Table) -> Tokens:
     DataError
         A scan is not in the feed.
     """
+    check_tokens(weights.config, "--weights")
     if weights.places is None:
         raise ConfigError("the weights were exported without what tokens are compared with; export "
                           "them again, with their feed")

@@ -83,6 +83,20 @@ def table_arguments(command: argparse.ArgumentParser, required: bool = True) -> 
     command.add_argument("--key", help="file of the pseudonym key that embed used")
 
 
+def apply_arguments(command: argparse.ArgumentParser, model: str) -> None:
+    """What is applied to scans as they are; ``model`` is its name in the help."""
+    command.add_argument("model", metavar=model, help="folder that fit wrote")
+    command.add_argument("scans", nargs="+", metavar="SCANS", help="as of embed: files, a folder, "
+                         "a dataset, a table of files or a feed")
+    command.add_argument("--out", required=True, help="folder for what is written")
+    command.add_argument("--modality", help="only this one; of files, what they are where names do "
+                         "not say it")
+    command.add_argument("--preset", default="default", choices=["quick", "default", "paper"],
+                         help="how thoroughly scans are prepared (default: default)")
+    command.add_argument("--key", help="file of the pseudonym key")
+    command.add_argument("--device", help="of torch (default: the first GPU if there is one)")
+
+
 def cv_arguments(command: argparse.ArgumentParser) -> None:
     """How people are tested, and what with."""
     command.add_argument("--cv", default="5x5", help="repeats x folds of the outer "

@@ -6,6 +6,7 @@ import argparse
 import os
 from functools import partial
 
+from neurojepa.downstream.commands import apply_arguments
 from neurojepa.errors import ConfigError, DataError
 
 
@@ -26,15 +27,7 @@ def add_complete(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
                      "pretraining, too; the report says so")
     fit.add_argument("--device", help="of torch (default: the first GPU if there is one)")
     apply = parts.add_parser("apply", help="make synthetic images of scans")
-    apply.add_argument("model", metavar="C", help="folder that fit wrote")
-    apply.add_argument("scans", nargs="+", metavar="SCANS", help="as of embed: files, a folder, a "
-                       "dataset, a table of files or a feed")
-    apply.add_argument("--out", required=True, help="folder for images and the page")
-    apply.add_argument("--modality", help="of files, what they are where names do not say it")
-    apply.add_argument("--preset", default="default", choices=["quick", "default", "paper"],
-                       help="how thoroughly scans are prepared (default: default)")
-    apply.add_argument("--key", help="file of the pseudonym key")
-    apply.add_argument("--device", help="of torch (default: the first GPU if there is one)")
+    apply_arguments(apply, "C")
 
 
 def run_complete(arguments: argparse.Namespace) -> int:
@@ -50,7 +43,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.complete import learn
     from neurojepa.downstream.completed import write_completion
     from neurojepa.downstream.embed import select_rows
-    from neurojepa.downstream.finetuned import check_out
+    from neurojepa.downstream.finetuned import check_out, check_tokens
     from neurojepa.downstream.output import write_task
     from neurojepa.downstream.teacher import pairs_of
     from neurojepa.feed.format import open_feed
@@ -60,6 +53,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--from {arguments.source} --to {arguments.to}: name two modalities")
     check_out(arguments.out, arguments.weights, "completes")
     model, feed = load_model(arguments.weights, arguments.device), open_feed(arguments.feed)
+    check_tokens(model.weights.config, arguments.weights)
     if model.weights.places is None:
         raise ConfigError(f"{arguments.weights}: exported without what tokens are compared with; "
                           "export them again, with their feed")

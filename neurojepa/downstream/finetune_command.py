@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from neurojepa.downstream.commands import table_arguments
+from neurojepa.downstream.commands import apply_arguments, table_arguments
 from neurojepa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,16 +38,7 @@ def add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
                      "GPU where there are some (default: 1); torchrun, deepspeed and srun start "
                      "them, too")
     apply = parts.add_parser("apply", help="what a fine-tuned model tells of scans")
-    apply.add_argument("model", metavar="M", help="folder that fit wrote")
-    apply.add_argument("scans", nargs="+", metavar="SCANS", help="as of embed: files, a folder, a "
-                       "dataset, a table of files or a feed")
-    apply.add_argument("--out", required=True, help="folder for what is written")
-    apply.add_argument("--modality", help="only this one; of files, what they are where names do "
-                       "not say it")
-    apply.add_argument("--preset", default="default", choices=["quick", "default", "paper"],
-                       help="how thoroughly scans are prepared (default: default)")
-    apply.add_argument("--key", help="file of the pseudonym key")
-    apply.add_argument("--device", help="of torch (default: the first GPU if there is one)")
+    apply_arguments(apply, "M")
 
 
 def run_finetune(arguments: argparse.Namespace) -> int:

@@ -33,7 +33,14 @@ from neurojepa.downstream.finetune import (
     Trainer,
     read_state,
 )
-from neurojepa.downstream.finetuned import Task, check_out, outputs_of, record_of, write_finetuned
+from neurojepa.downstream.finetuned import (
+    Task,
+    check_out,
+    check_tokens,
+    outputs_of,
+    record_of,
+    write_finetuned,
+)
 from neurojepa.downstream.labels import People, join, suspected_codes
 from neurojepa.downstream.output import write_task
 from neurojepa.downstream.pooling import Places
@@ -124,9 +131,7 @@ def tune(asked: Request, world: World) -> None:
 
 def _scans(asked: Request, model: Model) -> tuple[Feed, np.ndarray]:
     """The feed, and its rows of modalities that are asked for and known."""
-    if model.weights.config.objective.method == "cnn":
-        raise ConfigError(f"{asked.weights}: a cnn has no tokens to attend to; "
-                          "take weights of a jepa or mae")
+    check_tokens(model.weights.config, asked.weights)
     inside = path_of(asked.feed, "scans", "feed")
     uri = next((each for each in (asked.feed, inside) if is_feed(each)), None)
     if uri is None:

@@ -139,6 +139,13 @@ def check_out(out: str, source: str, task: str) -> None:
                           "another folder")
 
 
+def check_tokens(config: RootConfig, name: str) -> None:
+    """Raise ConfigError where weights have no tokens to read; ``name`` is theirs."""
+    if config.objective.method == "cnn":
+        raise ConfigError(f"{name}: a cnn has no tokens to attend to; take weights of a jepa or "
+                          "mae")
+
+
 def record_of(uri: str) -> dict[str, Any]:
     """What config.json of exported weights says."""
     found: dict[str, Any] = json.loads(read_bytes(join(place_of(uri), "config.json")))

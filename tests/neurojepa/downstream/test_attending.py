@@ -105,5 +105,9 @@ def test_tokens_are_of_the_weights_that_embedded(tmp_path) -> None:
         weights.model.target.norm.weight.mul_(1 + torch.linspace(0, 1, 96))
     with pytest.raises(NeurojepaError, match="its embedding is not what these weights make of it"):
         read_tokens(weights, feed, table)
+    objective = weights.config.objective.model_copy(update={"method": "cnn"})
+    cnn = weights.config.model_copy(update={"objective": objective})
+    with pytest.raises(NeurojepaError, match="a cnn has no tokens"):
+        read_tokens(replace(weights, config=cnn, places=None), feed, table)
     with pytest.raises(NeurojepaError, match="were exported without what tokens are compared"):
         read_tokens(replace(weights, places=None), feed, table)
