@@ -109,10 +109,15 @@ def cv_arguments(command: argparse.ArgumentParser) -> None:
 
 def class_arguments(command: argparse.ArgumentParser) -> None:
     """What a label's values mean."""
-    command.add_argument("--positive", nargs="+", default=[], help="positive class of a label of "
-                         "two; of more, that one against the rest")
+    positive_argument(command)
     command.add_argument("--order", nargs="+", default=[], help="levels of an ordinal label, from "
                          "low to high")
+
+
+def positive_argument(command: argparse.ArgumentParser) -> None:
+    """What a label's values mean where levels have no order."""
+    command.add_argument("--positive", nargs="+", default=[], help="positive class of a label of "
+                         "two; of more, that one against the rest")
 
 
 def folds_of(cv: str) -> tuple[int, int]:

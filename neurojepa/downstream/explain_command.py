@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from neurojepa.downstream.commands import people_of, table_arguments
+from neurojepa.downstream.commands import people_of, positive_argument, table_arguments
 from neurojepa.errors import ConfigError
 
 
@@ -20,8 +20,7 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
                          "who teach the readout")
     table_arguments(command)
     command.add_argument("--label", required=True, help="its column that is read")
-    command.add_argument("--positive", nargs="+", default=[], help="positive class of a label of "
-                         "two; of more, that one against the rest")
+    positive_argument(command)
     command.add_argument("--out", required=True, help="folder for maps and the page")
     command.add_argument("--modality", help="only scans of this modality; the readout is taught by "
                          "embeddings of the same")

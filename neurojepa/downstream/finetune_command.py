@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from neurojepa.downstream.commands import apply_arguments, table_arguments
+from neurojepa.downstream.commands import apply_arguments, positive_argument, table_arguments
 from neurojepa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
                      "where it was killed")
     table_arguments(fit)
     fit.add_argument("--label", required=True, help="its column to be told")
-    fit.add_argument("--positive", nargs="+", default=[], help="positive class of a label of two; "
-                     "of more, that one against the rest")
+    positive_argument(fit)
     fit.add_argument("--session", help="its column of visits, where labels change with them")
     fit.add_argument("--modality", nargs="+", help="modalities that are read together where they "
                      "are there (default: all that the weights know)")

@@ -12,7 +12,7 @@ from data_prep.scan import TURN
 from data_prep.volumes.reading.decode import decode
 from data_prep.volumes.reading.headers import choose_affine, in_mm
 from data_prep.volumes.reading.turn import AS_STATED, turn_matrix
-from data_prep.volumes.reading.volume import MAX_SERIES_VOXELS
+from data_prep.volumes.reading.volume import MAX_SERIES_VOXELS, thickness_mm
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,11 @@ def own_grid(uri: str, member: str | None = None,
     ScanError, DataError
         As ``read_scan``.
     """
-    found, known = decode(uri, member, MAX_SERIES_VOXELS), facts or {}
+    found = decode(uri, member, MAX_SERIES_VOXELS)
     shape = found.shape[0], found.shape[1], found.shape[2]
     stored = affine = np.asarray(found.image.affine, np.float64)
     header = found.image.header
     if isinstance(header, nib.Nifti1Header):
-        thickness = {**found.facts, **known}.get("SliceThickness")
-        affine, _ = choose_affine(header, shape, found.name, float(thickness) if isinstance(
-            thickness, int | float) else None)
+        affine, _ = choose_affine(header, shape, found.name, thickness_mm(found, facts))
         affine, _ = in_mm(affine, header, shape)
-    return OwnGrid(shape, stored, turn_matrix(str(known.get(TURN, AS_STATED))) @ affine)
+    return OwnGrid(shape, stored, turn_matrix(str((facts or {}).get(TURN, AS_STATED))) @ affine)

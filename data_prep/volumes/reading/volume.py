@@ -239,7 +239,7 @@ def _canonical(found: Decoded, turn: str | None, facts: Mapping[str, object] | N
     nifti = isinstance(header, nib.Nifti1Header)
     affine, flags = np.asarray(image.affine, np.float64), list[str]()
     if nifti:
-        affine, flags = choose_affine(header, shape, name, _thickness(found, facts))
+        affine, flags = choose_affine(header, shape, name, thickness_mm(found, facts))
     size = np.prod(np.linalg.norm(affine[:3, :3], axis=0))
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * size:
         raise ScanError("singular_affine", f"{name}: affine {affine[:3].round(3).tolist()} maps "
@@ -272,7 +272,8 @@ def _canonical(found: Decoded, turn: str | None, facts: Mapping[str, object] | N
     return volume, axes
 
 
-def _thickness(found: Decoded, facts: Mapping[str, object] | None) -> float | None:
+def thickness_mm(found: Decoded, facts: Mapping[str, object] | None) -> float | None:
+    """Of a slice, as the sidecar or the DICOM series says it."""
     value = {**found.facts, **(facts or {})}.get("SliceThickness")
     return float(value) if isinstance(value, int | float) else None
 

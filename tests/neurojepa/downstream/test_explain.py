@@ -138,6 +138,16 @@ def test_maps_change_with_the_weights_block_by_block(explainer: Explainer) -> No
     assert rank_correlation(own, np.zeros_like(own)) == 0
 
 
+def test_experts_choose_freely_again_after_a_map_and_after_an_error(weights: Weights,
+                                                                    explainer: Explainer) -> None:
+    codes = heads(1)[0][0]
+    explainer(codes, 0)
+    assert not any("choose" in vars(layer) for layer in weights.model.modules())
+    with pytest.raises(RuntimeError):
+        Explainer(weights, Readout(np.zeros(3), 0))(codes, 0)  # of another width
+    assert not any("choose" in vars(layer) for layer in weights.model.modules())
+
+
 def test_nothing_of_the_encoder_is_kept_where_all_of_it_is_drawn_anew(weights: Weights) -> None:
     trained = replace(weights, model=copy.deepcopy(weights.model))
     with torch.no_grad():
