@@ -29,7 +29,7 @@ def explain_page(found: Explained, grid: Grid, record: dict[str, Any], figures: 
         f"What each voxel adds to the score, in {found.unit}: orange raises it, blue lowers it, "
         "against the usual scan. Planes through the place that adds or takes most. L is the "
         "person's left and R the right, A is the front."), *(
-            figures.show(f"scan {number + 1}", _figure(each, grid), _caption(
+            figures.show(f"scan {number + 1}", planes(each.codes, each.map, grid), _caption(
                 each, found.unit)) for number, each in enumerate(found.scans[:SHOWN]))))
     if len(found.scans) > SHOWN:
         parts.append(paragraph(f"Maps of the first {SHOWN} of {len(found.scans)} scans are shown; "
@@ -42,10 +42,6 @@ def explain_page(found: Explained, grid: Grid, record: dict[str, Any], figures: 
 def _caption(each: OfScan, unit: str) -> str:
     return (f"{each.who.participant}, visit {each.who.session}, {each.who.modality}: score "
             f"{each.score:.2f}, of the usual scan {each.usual:.2f} ({unit}).")
-
-
-def _figure(each: OfScan, grid: Grid) -> Any:
-    return planes(each.codes, each.map, grid)
 
 
 def _scans(found: Explained, record: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Teaching a segmentation network: windows of labelled scans, one step after another.
 
 Steps draw from (seed, step) alone, and optimiser and weights are kept on the way, so a fit that was
-stopped goes on and ends in the same bytes.
+stopped goes on, and on a CPU ends in the same bytes.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 
 from neurojepa.downstream.output import Figures, how_done
 from neurojepa.downstream.segment_score import SCORES, TOLERANCE_MM
-from neurojepa.downstream.slices import show_slices
+from neurojepa.downstream.slices import COLOURS, show_slices
 from neurojepa.report import grid, page, paragraph, section, table, tiles
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ def _overlay(found: Segmentation) -> Any:
     scan = found.scan
     assert scan.brain is not None
     high = float(np.percentile(scan.data[scan.brain], 99.5)) or 1.0
-    ranks = np.searchsorted(list(found.names), found.data) + 1
+    ranks = np.searchsorted(list(found.names), found.data)
     return show_slices(scan.data, scan.spacing, scan.brain, high=high,
-                       over=np.where(found.data > 0, (ranks - 1) % 20 + 1, 0))
+                       over=np.where(found.data > 0, ranks % COLOURS + 1, 0))
 
 
 def methods(record: dict[str, Any]) -> str:

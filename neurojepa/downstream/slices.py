@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 ROOM = 4  # voxels shown around the brain
+COLOURS = 20  # of matplotlib's tab20
 PLANES = ("axial", "coronal", "sagittal")
 
 
 def show_slices(data: np.ndarray, spacing: np.ndarray, brain: np.ndarray, *, cmap: Any = "gray",
-                low: float = 0.0, high: float = 1.0, over: np.ndarray | None = None,
-                over_cmap: Any = "tab20") -> Any:
+                low: float = 0.0, high: float = 1.0, over: np.ndarray | None = None) -> Any:
     """A figure of three slices of [x, y, z] in RAS order through the middle of a brain, cut to it;
     the person's left is on the left side.
 
@@ -21,7 +21,7 @@ def show_slices(data: np.ndarray, spacing: np.ndarray, brain: np.ndarray, *, cma
     spacing : [3] mm
     brain : bool [x, y, z]
     low, high : shown black and white, or as the ends of ``cmap``
-    over : bool or labels [x, y, z], laid over where it is not 0
+    over : numbers of ``COLOURS`` colours [x, y, z], from 1 on, laid over where it is not 0
     """
     import matplotlib
 
@@ -42,9 +42,8 @@ def show_slices(data: np.ndarray, spacing: np.ndarray, brain: np.ndarray, *, cma
                     vmax=high, aspect=shape, interpolation="nearest")
         if over is not None:
             flat = np.take(over, at[across], across).T
-            axis.imshow(np.ma.masked_equal(flat, 0), origin="lower", cmap=over_cmap, alpha=0.55,
-                        vmin=0, vmax=max(int(over.max()), 1), aspect=shape,
-                        interpolation="nearest")
+            axis.imshow(np.ma.masked_equal(flat, 0), origin="lower", cmap="tab20", alpha=0.55,
+                        vmin=1, vmax=COLOURS, aspect=shape, interpolation="nearest")
         left, right = ("P", "A") if plane == "sagittal" else ("L", "R")
         for text, x, side in ((left, 0.02, "left"), (right, 0.98, "right")):
             axis.text(x, 0.98, text, transform=axis.transAxes, ha=side, va="top", fontsize=9,

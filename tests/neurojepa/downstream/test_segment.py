@@ -16,7 +16,7 @@ import neurojepa
 from neurojepa.downstream import segment_fit as fitting
 from neurojepa.downstream import segment_task as task
 from neurojepa.downstream.__main__ import main
-from neurojepa.downstream.images import Image, stored
+from neurojepa.downstream.images import Image, read_image, stored
 from neurojepa.downstream.segment import (
     Recipe,
     Segmenter,
@@ -94,8 +94,15 @@ def test_windows_that_overlap_add_up_to_the_whole() -> None:
     assert np.allclose(found, scan.channels[:2], atol=1e-5)
 
 
-def test_coordinates_tell_left_from_right_however_a_scan_is_stored() -> None:
-    work = prepare(blob(0), 8.0)
+def test_coordinates_tell_left_from_right_however_a_scan_is_stored(tmp_path: Path) -> None:
+    scan = blob(0)
+    file = nib.load(save(tmp_path / "RAS.nii.gz", scan.data, scan.affine))
+    turn = nib.orientations.axcodes2ornt(("P", "S", "L"))
+    nib.save(file.as_reoriented(turn), tmp_path / "PSL.nii.gz")
+    work, turned = (prepare(read_image(str(tmp_path / f"{name}.nii.gz")), 8.0)
+                    for name in ("RAS", "PSL"))
+    assert np.array_equal(turned.channels, work.channels)
+    assert np.allclose(turned.affine, work.affine)
     points = work.affine[0, 0] * np.arange(work.brain.shape[0]) / 100
     assert np.allclose(np.diff(work.channels[1, :, 5, 5]), np.diff(points), atol=1e-4)
     assert abs(work.channels[1:, work.brain].mean()) < 1e-3
