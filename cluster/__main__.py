@@ -157,6 +157,8 @@ def _launcher(options: argparse.Namespace, arguments: list[str], run_dir: RunDir
     if not options.ray:
         from cluster.agents import AgentLauncher
 
+        if options.master_addr and not options.hostfile:
+            raise ConfigError("--master-addr is for the first of the hosts of --hostfile; give one")
         return AgentLauncher(arguments, ranks, options.hostfile, options.master_addr)
     if options.hostfile or options.master_addr:
         raise ConfigError("--hostfile and --master-addr are not for --ray, which chooses nodes and "

@@ -29,7 +29,7 @@ EXPORTED = ("PYTHON", "OMP_", "DS_", "GLOO_", "NCCL_", "UCX_", "FI_", "TORCH_", 
             "AWS_SESSION_TOKEN")
 
 
-@dataclass(frozen=True)
+@dataclass
 class AgentLauncher:
     """See launcher.Launcher.
 
@@ -42,7 +42,8 @@ class AgentLauncher:
     hostfile
         Lines ``HOST slots=N``.
     master_addr
-        Address of the hostfile's first host as the others see it; its name there by default.
+        Address of the hostfile's first host as the others see it; its name there by default.  It
+        stays that host's, whoever is the first one after a change of the file.
     """
 
     arguments: list[str]
@@ -50,6 +51,9 @@ class AgentLauncher:
     hostfile: str | None = None
     master_addr: str | None = None
     module: str = "neurojepa.pretrain"
+
+    def __post_init__(self) -> None:
+        self._addressed = next(iter(self.slots()), None)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
@@ -85,7 +89,11 @@ class AgentLauncher:
 
     def problems(self, slots: dict[str, int], folder: str | None,
                  odd: Callable[[dict[str, dict[str, Any]]], None]) -> dict[str, str]:
-        return hosts.problems(slots, folder, odd, self.master_addr)
+        return hosts.problems(slots, folder, odd, self._address_of(next(iter(slots))))
+
+    def _address_of(self, host: str) -> str | None:
+        """The address that was given for a host."""
+        return self.master_addr if host == self._addressed else None
 
     def lacks(self) -> str:
         return ""
@@ -103,10 +111,8 @@ class AgentLauncher:
         # not as the hostfile says by now: whoever edits it does so at any moment
         chosen = attempt.slots or {"": self.ranks}
         first = next(iter(chosen))
-        # the address that was given is that of the hostfile's first host
-        given = self.master_addr if attempt.slots and first == next(iter(self.slots())) else None
-        world = {"MASTER_ADDR": given or first or "127.0.0.1", "MASTER_PORT": str(free_port()),
-                 "WORLD_SIZE": str(sum(chosen.values()))}
+        world = {"MASTER_ADDR": self._address_of(first) or first or "127.0.0.1",
+                 "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(sum(chosen.values()))}
         environment = (_exported() if attempt.slots else {}) | {TOKEN: attempt.token}
         orders, rank = {}, 0
         for host, count in chosen.items():

@@ -196,7 +196,8 @@ def test_the_supervisor_waits_for_hosts_only_when_it_has_started_once(
 
 
 @pytest.mark.parametrize("words", [
-    ["--min-hosts", "2"], ["--max-hosts", "1"], ["--hostfile", "H", "--min-hosts", "4"],
+    ["--min-hosts", "2"], ["--max-hosts", "1"], ["--master-addr", "10.0.0.1"],
+    ["--hostfile", "H", "--min-hosts", "4"],
     ["--hostfile", "H", "--min-hosts", "2", "--max-hosts", "1"]])
 def test_hosts_that_cannot_be_chosen_are_refused(tmp_path: Path, words: list[str]) -> None:
     recipe = tmp_path / "c.yaml"
@@ -251,6 +252,21 @@ def test_a_hostfile_that_changes_counts_from_the_next_attempt_on(ssh: Path, tmp_
     hostfile.write_text("two slots=1\nthree slots=2\n")
     supervisor._choose_hosts(0.0)
     assert supervisor._slots == {"two": 1, "three": 2}
+
+
+def test_an_address_stays_that_of_the_host_that_it_was_given_for(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = AgentLauncher([], 1, hostfile(tmp_path), "10.0.0.1")
+    told: list[str | None] = []
+    monkeypatch.setattr(hosts, "problems", lambda *given: told.append(given[-1]) or {})
+    for text, slots in (("a slots=2\nb slots=2\n", {"a": 2, "b": 2}),
+                        ("b slots=2\n", {"b": 2}),  # a is broken
+                        ("", {"a": 2})):  # an editor is writing it just now
+        (tmp_path / "hosts").write_text(text)
+        launcher.problems(slots, None, lambda _: None)
+        (one, *_) = launcher.orders(attempt("t", **slots))[next(iter(slots))]["ranks"]
+        told.append(one["MASTER_ADDR"])
+    assert told == ["10.0.0.1", "10.0.0.1", None, "b", "10.0.0.1", "10.0.0.1"]
 
 
 def test_a_hostfile_that_is_edited_during_a_start_does_not_change_that_start(
