@@ -39,21 +39,22 @@ IMPATIENT = {"RAY_health_check_initial_delay_ms": "0", "RAY_health_check_period_
 
 @dataclass
 class Cluster:
-    """Addresses and the environment of clients, and the processes of its nodes, the head first."""
+    """Addresses and the environment of clients, and the processes of its nodes, the head first.
+
+    ``logs`` has what each node that was ever started prints, in that order.
+    """
 
     environment: dict[str, str]
     address: str
     folder: str
     dashboard: int  # its port
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    def log(self) -> Path:
-        """What the next node will print, or the last one to be started in its place has."""
-        return Path(self.folder) / f"node-{len(self.nodes)}.log"
+    logs: list[Path] = field(default_factory=list)
 
     def start(self, *arguments: str, num_cpus: int = 1) -> subprocess.Popen[bytes]:
         """Start a node; --block keeps its processes below the one that is returned."""
-        with self.log().open("wb") as log:
+        self.logs.append(Path(self.folder) / f"node-{len(self.logs)}.log")
+        with self.logs[-1].open("wb") as log:
             node = subprocess.Popen(
                 [sys.executable, "-c", START, "start", "--block", "--num-cpus", str(num_cpus),
                  "--object-store-memory", "100000000", *arguments], cwd=ROOT,
@@ -71,9 +72,9 @@ class Cluster:
 
     def add_node(self) -> subprocess.Popen[bytes]:
         """Another node; one after the other, as two of one address get in each other's way."""
-        log = self.log()
         node = self.start("--address", self.address, "--dashboard-agent-listen-port",
                           str(free_port()))
+        log = self.logs[-1]
         wait_until(lambda: "Ray runtime started" in log.read_text(), 60)
         return node
 
