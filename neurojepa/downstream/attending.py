@@ -73,8 +73,8 @@ def read_tokens(weights: Weights, feed: Feed, embeddings: pa.Table) -> Tokens:
     found, rows = {}, np.array([row_of[scan] for scan in names])
     scans = scans_of(weights.model, weights.config, feed, rows, weights.places)
     for name, row, scan in zip(names, vectors(embeddings), scans, strict=True):
-        mean = scan.value_TD.mean(0).cpu().numpy()
-        if mean.shape != row.shape or not np.allclose(mean, row, atol=1e-3):
+        mean, pooled = scan.mean(), len(scan.value_TD) > 0
+        if mean.shape != row.shape or (pooled and not np.allclose(mean, row, atol=1e-3)):
             raise ConfigError(f"scan {name}: its embedding is not what these weights make of it; "
                               "name the weights that embedded it (--weights), or embed again")
         found[name] = scan
@@ -111,7 +111,7 @@ def _fold(target: Target, teach: Sequence[Sequence[Scan]], test: Sequence[Sequen
     head = Head([modality], dim, heads, 1 if target.kind in ("binary", "regression")
                 else len(target.classes))
     head.to(teach[0][0].value_TD.device)
-    rows = [[(modality, scan.value_TD.mean(0).cpu().numpy()) for scan in unit] for unit in teach]
+    rows = [[(modality, scan.mean()) for scan in unit] for unit in teach]
     weights = class_weights(target.kind, truth)
 
     def learn(whom: np.ndarray, penalty: float, epochs: int) -> list[float]:

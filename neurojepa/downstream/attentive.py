@@ -35,6 +35,11 @@ class Scan:
     value_TD: Tensor  # how they differ from what is expected of them
     modality: int  # index into MODALITIES
 
+    def mean(self) -> np.ndarray:
+        """Float32 [D], as a head without queries pools it; zeros where none of its tokens is."""
+        found: np.ndarray = (self.value_TD.sum(0) / max(len(self.value_TD), 1)).cpu().numpy()
+        return found
+
 
 class Head(nn.Module):
     """From the scans of a session to K outputs.

@@ -105,7 +105,7 @@ def complete_scans(weights: Weights, completion: Completion, about: dict[str, An
             "Sources": [who.scan_id]}, MARK)
         middle = told.shape[2] // 2
         found.append(Completed(who, path, (source.value_XYZ[..., middle], told[..., middle])))
-        latents.append(latent_TD.mean(0).cpu().numpy())
+        latents.append((latent_TD.sum(0) / max(len(latent_TD), 1)).cpu().numpy())
         progress(len(found))
     names = ("participant", "session", "scan_id")
     columns: dict[str, Any] = {name: feed.index[name].take(rows).combine_chunks() for name in names}
