@@ -18,12 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from neurojepa import __version__
+from neurojepa.downstream.output import write_description
 from neurojepa.downstream.scans import Scans, own_grid_of
 from neurojepa.feed.format import Feed, Grid
 from neurojepa.storage import join, write_bytes
-
-BIDS_VERSION = "1.10.0"
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,7 @@ class Maps:
     def __init__(self, out: str, grid: Grid, scans: Scans | None) -> None:
         self.out, self.grid, self.scans = out, grid, scans
         self.taken: dict[str, int] = {}
-        write_bytes(join(out, "dataset_description.json"), _json({
-            "Name": "Maps by neurojepa", "BIDSVersion": BIDS_VERSION, "DatasetType": "derivative",
-            "GeneratedBy": [{"Name": "neurojepa", "Version": __version__}]}))
+        write_description(out, "Maps by neurojepa")
 
     def write(self, who: Shown, volume: np.ndarray, kind: str, label: str,
               about: dict[str, Any], says: str = "") -> str:

@@ -23,6 +23,8 @@ from neurojepa.downstream import stats
 from neurojepa.report import BLUE, GREY, figure, heading, paragraph, section, table
 from neurojepa.storage import join, write_bytes
 
+BIDS_VERSION = "1.10.0"
+
 
 class Figures:
     """Figures of a page, which are kept as files, too."""
@@ -88,6 +90,13 @@ def how_done(record: dict[str, Any], more: Sequence[str] = ()) -> str:
     notes = [*record["notes"], *more]
     return section("How it was done", paragraph(record["methods"]), *(
         [paragraph("Notes: " + "; ".join(notes) + ".")] if notes else []))
+
+
+def write_description(out: str, name: str) -> None:
+    """Say as BIDS does that a folder holds derivatives, made by neurojepa."""
+    write_bytes(join(out, "dataset_description.json"), json.dumps({
+        "Name": name, "BIDSVersion": BIDS_VERSION, "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "neurojepa", "Version": __version__}]}, indent=1).encode() + b"\n")
 
 
 def write_task(out: str, schema: str, record: dict[str, Any], *,

@@ -123,7 +123,7 @@ def _check(fixed: Image, moving: Image, dice: float, correlation: float) -> None
         raise DataError(f"{moving.name}: its brain does not come to lie over that of {fixed.name} "
                         f"(Dice {dice:.2f} after the affine, {MIN_DICE} is needed); are both whole "
                         "heads?")
-    if not correlation >= MIN_CORRELATION:  # NaN: one of them is the same everywhere, as a mask
+    if not correlation >= MIN_CORRELATION:  # NaN: one of them is the same everywhere
         raise DataError(f"{moving.name}: within the brain its intensities do not go with those of "
                         f"{fixed.name} (correlation {correlation:.2f}, {MIN_CORRELATION} is "
                         "needed); register scans of one modality")

@@ -23,7 +23,7 @@ import torch
 from neurojepa import __version__
 from neurojepa.downstream import segment_page as pages
 from neurojepa.downstream.images import read_image, read_labels
-from neurojepa.downstream.output import write_task
+from neurojepa.downstream.output import write_description, write_task
 from neurojepa.downstream.regions import names_beside
 from neurojepa.downstream.segment import (
     Recipe,
@@ -214,9 +214,7 @@ def _scored(found: Segmentation, path: str) -> dict[int, dict[str, float]]:
 
 def _write_tables(out: str, model: Segmenter,
                   rows: Sequence[tuple[str, str, dict[str, float]]]) -> None:
-    write_bytes(join(out, "dataset_description.json"), json.dumps({
-        "Name": "neurojepa segment", "BIDSVersion": "1.9.0", "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "neurojepa", "Version": __version__}]}, indent=1).encode())
+    write_description(out, "neurojepa segment")
     _write_csv(join(out, "dseg.tsv"), [("index", "name"), *zip(model.codes, model.names,
                                                               strict=True)], "\t")
     _write_csv(join(out, "volumes.csv"), [
