@@ -7,6 +7,7 @@ the order in which the scan was stored, so a result lies voxel on voxel over its
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import basename
 from typing import TYPE_CHECKING
 
 import nibabel as nib
@@ -39,6 +40,13 @@ class Image:
     def spacing(self) -> np.ndarray:
         """[3] mm."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+
+def stem_of(path: str) -> str:
+    """The name of a file or folder without an image's ending: sub-1_T1w of a/sub-1_T1w.nii.gz."""
+    from data_prep.filenames import stem
+
+    return stem(basename(path.rstrip("/")))
 
 
 def read_image(path: str) -> Image:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from neurojepa.downstream.images import stem_of
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Grid
 from neurojepa.objective.anatomy import by_patch, grid_mm, ranked, read_atlas, template, values_at
@@ -106,7 +107,7 @@ def names_beside(path: str) -> dict[int, str]:
     ConfigError
         It has other columns.
     """
-    table = Path(path.removesuffix(".gz").removesuffix(".nii") + ".tsv")
+    table = Path(path).with_name(f"{stem_of(path)}.tsv")
     if not table.exists():
         return {}
     with table.open(newline="") as file:

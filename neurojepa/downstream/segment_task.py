@@ -22,7 +22,7 @@ import torch
 
 from neurojepa import __version__
 from neurojepa.downstream import segment_page as pages
-from neurojepa.downstream.images import read_image, read_labels
+from neurojepa.downstream.images import read_image, read_labels, stem_of
 from neurojepa.downstream.output import write_description, write_task
 from neurojepa.downstream.regions import names_beside
 from neurojepa.downstream.segment import (
@@ -178,16 +178,14 @@ def _check_pairs(scans: Sequence[str], maps: Sequence[str], option: str) -> None
 
 def _entities(path: str) -> dict[str, str]:
     """BIDS's person and visit (sub, ses), as far as a file's name tells them."""
-    return dict(re.findall(r"(?:^|_)(sub|ses)-([A-Za-z0-9]+)", basename(path.rstrip("/"))))
+    return dict(re.findall(r"(?:^|_)(sub|ses)-([A-Za-z0-9]+)", stem_of(path)))
 
 
 def places_of(scans: Sequence[str]) -> list[str]:
     """Where each scan's label map is written, below the output's folder."""
     found = []
     for path in scans:
-        name = basename(path.rstrip("/"))
-        stem = re.sub(r"\.(nii|mgz|mgh|nii\.gz|hdr|img)$", "", name, flags=re.I)
-        entities = _entities(path)
+        stem, entities = stem_of(path), _entities(path)
         folder = "/".join(f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities)
         found.append(f"{folder}/anat/{stem}_dseg.nii.gz" if "sub" in entities
                      else f"{stem}_dseg.nii.gz")

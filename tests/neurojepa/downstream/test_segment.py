@@ -252,10 +252,17 @@ def test_a_fit_whose_scan_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
 
 def test_regions_of_one_name_are_told(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("index\tname\n17\thippocampus\n53\thippocampus\n3\tcortex\n")
-    labels = str(tmp_path / "a.nii.gz")
-    assert task._names(labels, [3, 4, 17]) == ["cortex", "4", "hippocampus"]
+    for ending in ("nii.gz", "nii", "NII.GZ", "mgz"):
+        labels = str(tmp_path / f"a.{ending}")
+        assert task._names(labels, [3, 4, 17]) == ["cortex", "4", "hippocampus"]
     with pytest.raises(ConfigError, match="codes 17 and 53 are both named 'hippocampus'"):
         task._names(labels, [3, 17, 53])
+
+
+def test_label_maps_are_named_after_their_scans() -> None:
+    assert task.places_of(["x/sub-1_ses-2_T1w.nii.gz", "sub-3.mgz", "head.nii.zst"]) == [
+        "sub-1/ses-2/anat/sub-1_ses-2_T1w_dseg.nii.gz", "sub-3/anat/sub-3_dseg.nii.gz",
+        "head_dseg.nii.gz"]
 
 
 def test_a_damaged_model_is_told(tmp_path: Path) -> None:
