@@ -135,6 +135,7 @@ def _epochs(found: Finding) -> Any:
     axis.plot(numbers, [each["val"] for each in found.history], "o-", color=BLUE, label="val")
     axis.axvline(found.best_epoch, color="#c5ccd6", zorder=0)
     axis.set(xlabel="epoch", ylabel="loss")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False)
     return plot
 
