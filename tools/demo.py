@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 # The demo's pseudonyms protect no one: its people are invented, or public as the real scans are.
 # A fixed key makes the split, and so the whole demo, the same everywhere.
-DEMO_KEY = "the demo cohort is invented; its key is public (288)"  # a split with all parts
+DEMO_KEY = "the demo cohort is invented; its key is public (4372)"  # a split with all parts
+SPACING_MM = "2"  # of the synthetic scans; the feed is 3 mm
 SCAN_SUFFIXES = ("_T1w", "_T2w", "_FLAIR")
 
 
@@ -62,7 +63,8 @@ class Demo:
         labels = self.scans / "labels" if self.scans else None
         anatomies = ["--anatomies", str(labels)] if labels and labels.is_dir() else []
         self.command("data_prep", "synth", "--out", str(self.out / "cohort"), "--participants",
-                     str(self.participants), "--workers", str(RANKS), *anatomies)
+                     str(self.participants), "--spacing-mm", SPACING_MM, "--workers", str(RANKS),
+                     *anatomies)
 
     def prepare(self) -> None:
         self.key.touch(mode=0o600)

@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 from tests.helpers.browser import look
 from tests.helpers.synthetic_head import brain, save
 
-PARTICIPANTS = "15"  # fewest for which every split has people of both diagnoses
+PARTICIPANTS = "12"  # fewest for which every split has people of both diagnoses
 
 
 def run_demo(out: Path, scans: Path) -> subprocess.CompletedProcess[str]:
