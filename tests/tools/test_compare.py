@@ -160,6 +160,13 @@ def test_a_feed_that_cannot_be_opened_claims_no_folder(tmp_path: Path):
 def test_where_nothing_was_made_nothing_is_finished(tmp_path: Path):
     with pytest.raises(ConfigError, match="holds no runs; leave --finished out"):
         compare.run(True, None, str(tmp_path / "work"), finished=True)
+
+
+def test_people_of_another_dose_have_a_folder_of_their_own(tmp_path: Path):
+    with pytest.raises(ConfigError, match="quick-large holds no runs"):
+        compare.run(True, None, str(tmp_path), finished=True, dose="large")
+    with pytest.raises(ConfigError, match="--dose large: of people that are made"):
+        compare.run(True, None, str(tmp_path), feed=str(tmp_path), dose="large")
     assert not (tmp_path / "work").exists()
 
 

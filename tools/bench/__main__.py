@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
                         "default untrained; the others: add rows that use their tokens)")
     parser.add_argument("--finished", action="store_true", help="compare: make no more runs, only "
                         "the tables of those that are there")
+    parser.add_argument("--dose", choices=("small", "medium", "large"), help="compare: of what "
+                        "scanners add to its people (default: medium)")
     parser.add_argument("--rehearse", action="store_true", help="gpu: every stage at a tiny size, "
                         "with or without a GPU")
     parser.add_argument("--faults", type=int, metavar="N", help="soak: how many (default: 60)")
@@ -54,14 +56,15 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
     for option, *owners in (("feed", "compare", "explain"), ("weights", "explain", "register",
                              "segment"),
-                            ("finished", "compare"), ("rehearse", "gpu"), ("faults", "soak"),
-                            ("seed", "soak"), ("minutes", "soak"), ("on", "soak")):
+                            ("finished", "compare"), ("dose", "compare"), ("rehearse", "gpu"),
+                            ("faults", "soak"), ("seed", "soak"), ("minutes", "soak"),
+                            ("on", "soak")):
         if _given(value := getattr(arguments, option)) and arguments.name not in owners:
             raise ConfigError(f"--{option} {value}: {arguments.name} has no use for it; only "
                               f"{' and '.join(owners)} {'do' if len(owners) > 1 else 'does'}")
     module = importlib.import_module(f"tools.bench.{arguments.name}")
-    options = {name: value for name in ("work", "feed", "weights", "finished", "rehearse", "faults",
-                                        "seed", "minutes", "on")
+    options = {name: value for name in ("work", "feed", "weights", "finished", "dose", "rehearse",
+                                        "faults", "seed", "minutes", "on")
                if _given(value := getattr(arguments, name))}
     print(json.dumps(module.run(arguments.quick, None if official is None else str(official),
                                 **options)))

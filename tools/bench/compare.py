@@ -2,7 +2,7 @@
 
 Frozen before the first result:
   people     _people.py: 500 to learn from, 200 to choose by, 500 tested, on the 3 mm grid; seed 14,
-             fold 0, nuisance of dose "medium" (others: small, large).  T1w and T2w of all, FLAIR of
+             fold 0, nuisance of dose "medium" (--dose: small, large).  T1w and T2w of all, FLAIR of
              a third.  Effect sizes are those of data_prep/synth/cohort.py
   sources    the twelve real label maps where they are at hand, else sixteen from the template;
              split first (7, 2, 3 and 10, 2, 4), then mixed within a split
@@ -11,7 +11,8 @@ Frozen before the first result:
              step of each recipe.  A frozen teacher's training counts: a quarter of the budget
   tuning     none here: rate 5e-4 for the present sparse JEPA and 2e-3 for all else, as val chose
              among 5e-4, 1e-3, 2e-3 for the table of quality.py; new recipes take MAE's rate
-  seeds      0, 1, 2 of weights, order and masks; of a first look 0 alone
+  seeds      0, 1, 2 of weights, order and masks; of a first look 0 alone.  3 and 4 were added
+             after the first results
   probes     on embeddings as users get them (downstream/pooling.py), or on atoms pooled alike:
              ridge and logistic, from 500 and from 100 people; nearest people; T1w to T2w and FLAIR;
              the T2w scan of the same session among 100; a linear token head for segmentation
@@ -37,7 +38,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -99,7 +100,7 @@ class Plan:
     arms: tuple[str, ...] = tuple(ARMS)
 
 
-FULL = Plan(Cohort(), 120.0, (0, 1, 2))
+FULL = Plan(Cohort(), 120.0, (0, 1, 2, 3, 4))
 QUICK = Plan(Cohort(train=16, val=6, test=10), 8.0, (0,), ("random init", "MAE with tissue head",
                                                          "frozen teacher", "shared code"))
 
@@ -117,10 +118,15 @@ class Job:
 
 
 def run(quick: bool, official: str | None, work: str | None = None, feed: str | None = None,
-        finished: bool = False) -> dict[str, Any]:
+        finished: bool = False, dose: str = "medium") -> dict[str, Any]:
     """Make what is missing, or nothing if ``finished``, and print the tables; returns them."""
+    if feed and dose != "medium":
+        raise ConfigError(f"--dose {dose}: of people that are made, and --feed {feed} has its own; "
+                          "leave one of them out")
     plan = QUICK if quick else FULL
-    folder = Path(work or ROOT / "build" / "bench-compare") / ("quick" if quick else "full")
+    plan = replace(plan, cohort=replace(plan.cohort, dose=dose))
+    name = ("quick" if quick else "full") + ("" if dose == "medium" else f"-{dose}")
+    folder = Path(work or ROOT / "build" / "bench-compare") / name
     if finished and not (folder / "plan.json").exists():
         raise ConfigError(f"--finished: {folder} holds no runs; leave --finished out to make them, "
                           "or name the folder of others by --work")
