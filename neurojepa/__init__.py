@@ -40,15 +40,16 @@ def load(weights: str | PathLike[str], device: str | None = None) -> Model:
     return load_model(weights, device)
 
 
-def load_segmenter(model: str | PathLike[str], device: str | None = None) -> SegmentModel:
+def load_segmenter(model: str | PathLike[str], device: str | None = None,
+                   workers: int = 1) -> SegmentModel:
     """What ``neurojepa segment fit`` wrote: ``load_segmenter("model").segment("t1.nii.gz")``.
 
+    A network runs on ``device``; of an atlas ``workers`` heads are laid over a scan at once.
     See ``neurojepa.downstream.segmenter``.
     """
     from os import fspath
 
     from neurojepa.downstream.api import device_named
-    from neurojepa.downstream.segment import load_segmenter as load_model
-    from neurojepa.downstream.segmenter import Model
+    from neurojepa.downstream.segmenter import load_model
 
-    return Model(load_model(fspath(model)), device_named(device))
+    return load_model(fspath(model), device_named(device), workers)

@@ -16,26 +16,33 @@ def add_image_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     command.add_argument("--moving-labels", metavar="FILE", help="label map in MOVING's space, on "
                          "any grid, to be carried along; names in a .tsv beside it")
 
-    command = commands.add_parser("segment", help="teach a network regions, and find them in scans")
+    command = commands.add_parser("segment", help="find regions in scans, as others are labelled")
     kinds = command.add_subparsers(dest="kind", required=True)
-    part = kinds.add_parser("fit", help="teach a network, from labelled scans")
+    part = kinds.add_parser("fit", help="make a model, from labelled scans")
     part.add_argument("scans", nargs="+", metavar="SCANS", help="scans (NIfTI, MGZ) to learn from")
+    part.add_argument("--method", choices=("atlas", "network"), default="atlas", help="atlas: "
+                      "labelled heads are laid over a scan and vote; network: one learns, for many "
+                      "labelled people (default: atlas)")
     part.add_argument("--labels", nargs="+", required=True, help="label map of each scan, in the "
-                      "same order and the scan's space, on any grid; names in a .tsv beside the "
-                      "first (columns index and name)")
+                      "same order and the scan's space, on any grid; names in a .tsv beside "
+                      "them (columns index and name)")
     part.add_argument("--out", required=True, help="folder of the model; the same command goes on "
                       "where it was stopped")
-    part.add_argument("--steps", type=int, default=2000, help="of two windows each (default: 2000)")
-    part.add_argument("--mm", type=float, default=1.5, help="voxels that the network sees "
-                      "(default: 1.5)")
-    part.add_argument("--device", help="of torch (default: the first GPU if there is one)")
+    part.add_argument("--steps", type=int, help="network: of two windows each (default: 2000)")
+    part.add_argument("--mm", type=float, help="network: voxels that it sees (default: 1.5)")
+    part.add_argument("--device", help="network: of torch (default: the first GPU if there is one)")
     part = kinds.add_parser("apply", help="find the regions in scans")
     part.add_argument("model", metavar="MODEL", help="folder that fit wrote")
     part.add_argument("scans", nargs="+", metavar="SCANS", help="scans (NIfTI, MGZ)")
     part.add_argument("--out", required=True, help="folder for what is written")
     part.add_argument("--truth", nargs="+", help="label map of each scan on its own grid, in the "
-                      "same order, to compare with")
-    part.add_argument("--device", help="of torch (default: the first GPU if there is one)")
+                      "same order, to compare with; scans of people whom the model learnt from "
+                      "are not")
+    part.add_argument("--allow-seen", action="store_true", help="compare those, too; the report "
+                      "says so")
+    part.add_argument("--workers", type=int, default=1, help="atlas: labelled heads laid over a "
+                      "scan at once (default: 1)")
+    part.add_argument("--device", help="network: of torch (default: the first GPU if there is one)")
 
 
 def run_register(arguments: argparse.Namespace) -> int:
@@ -65,11 +72,11 @@ def run_segment(arguments: argparse.Namespace) -> int:
 
     device = device_named(arguments.device)
     if arguments.kind == "fit":
-        task.run_fit(arguments.scans, arguments.labels, arguments.out, steps=arguments.steps,
-                     mm=arguments.mm, device=device)
+        task.run_fit(arguments.scans, arguments.labels, arguments.out, method=arguments.method,
+                     steps=arguments.steps, mm=arguments.mm, device=device)
     else:
         task.run_apply(arguments.model, arguments.scans, arguments.out, truth=arguments.truth,
-                       device=device)
+                       allow_seen=arguments.allow_seen, workers=arguments.workers, device=device)
     return 0
 
 

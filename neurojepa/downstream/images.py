@@ -6,7 +6,7 @@ the order in which the scan was stored, so a result lies voxel on voxel over its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import basename
 from typing import TYPE_CHECKING
 
@@ -49,8 +49,9 @@ def stem_of(path: str) -> str:
     return stem(basename(path.rstrip("/")))
 
 
-def read_image(path: str) -> Image:
+def read_image(path: str, brain: bool = True) -> Image:
     """A scan and its brain: a mask as preparation finds one, or what is left of a stripped scan.
+    With ``brain`` False the scan alone, which is quick.
 
     Raises
     ------
@@ -62,9 +63,9 @@ def read_image(path: str) -> Image:
     from data_prep.volumes.structural.brain import brain_mask
 
     found = read_scan(path)
-    brain, _ = brain_mask(found, PRESETS["default"])
+    mask = brain_mask(found, PRESETS["default"])[0] if brain else None
     notes = tuple(f"{path}: {flag}" for flag in (*found.flags, *found.notes))
-    return Image(path, found.data, found.affine, found.orientation, brain, notes)
+    return Image(path, found.data, found.affine, found.orientation, mask, notes)
 
 
 def read_labels(path: str) -> Image:
@@ -107,7 +108,7 @@ def stored(data: np.ndarray, like: Image) -> nib.Nifti1Image:
 
 def write_image(uri: str, data: np.ndarray, like: Image, description: str = "") -> None:
     """Write an array on an image's grid as .nii.gz; ``description`` has up to 79 letters."""
-    _write(uri, stored(data, like), description)
+    write_bytes(uri, encoded(stored(data, like), description))
 
 
 def write_field(uri: str, field_mm: np.ndarray, like: Image) -> None:
@@ -117,15 +118,16 @@ def write_field(uri: str, field_mm: np.ndarray, like: Image) -> None:
     """
     image = stored((field_mm * LPS)[:, :, :, None], like)
     image.header.set_intent(DISPLACEMENT)
-    _write(uri, image, "displacement, LPS mm")
+    write_bytes(uri, encoded(image, "displacement, LPS mm"))
 
 
-def _write(uri: str, image: nib.Nifti1Image, description: str) -> None:
+def encoded(image: nib.Nifti1Image, description: str) -> bytes:
+    """The bytes of a .nii.gz, the same each time."""
     import gzip
 
     image.header["descrip"] = description.encode()
     image.header.set_xyzt_units("mm")
-    write_bytes(uri, gzip.compress(image.to_bytes(), 4, mtime=0))
+    return gzip.compress(image.to_bytes(), 4, mtime=0)
 
 
 def itk_image(data: np.ndarray, affine: np.ndarray) -> sitk.Image:
@@ -180,6 +182,22 @@ def smoothed(data: np.ndarray, spacing: np.ndarray, mm: float) -> np.ndarray:
 
     sd = np.sqrt(np.maximum(mm**2 - spacing**2, 0)) / 2.355 / spacing
     return ndimage.gaussian_filter(data.astype(np.float32), sd)
+
+
+def box_around(image: Image, where: np.ndarray, margin_mm: float) -> tuple[slice, ...]:
+    """The box of an image around ``where``, bool [x, y, z], and a margin."""
+    margin = np.ceil(margin_mm / image.spacing).astype(int)
+    inside = np.argwhere(where)
+    return tuple(slice(max(low, 0), high) for low, high in zip(
+        (inside.min(0) - margin).tolist(), (inside.max(0) + margin + 1).tolist(), strict=True))
+
+
+def cut(image: Image, box: tuple[slice, ...]) -> Image:
+    """The part of an image in a box, where it lies."""
+    affine = image.affine.copy()
+    affine[:3, 3] += image.affine[:3, :3] @ [side.start for side in box]
+    brain = None if image.brain is None else image.brain[box]
+    return replace(image, data=image.data[box], affine=affine, brain=brain)
 
 
 def around_brain(image: Image, mm: float, margin_mm: float) -> tuple[np.ndarray, np.ndarray]:

@@ -158,8 +158,9 @@ def save_model(out: str, model: Segmenter, about: dict[str, Any]) -> None:
     data = save({name: value.contiguous() for name, value in model.network.state_dict().items()})
     write_bytes(join(out, "model.safetensors"), data)
     write_bytes(join(out, "config.json"), json.dumps({
-        "schema": KIND, "recipe": asdict(model.recipe), "codes": model.codes, "names": model.names,
-        "sha256": sha256(data), **about}, indent=1).encode())
+        "schema": KIND, "method": "network", "recipe": asdict(model.recipe),
+        "codes": model.codes, "names": model.names, "sha256": sha256(data), **about},
+        indent=1).encode())
     if exists(join(out, "state.safetensors")):
         remove(join(out, "state.safetensors"))
 

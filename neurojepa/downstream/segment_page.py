@@ -87,14 +87,30 @@ def _overlay(found: Segmentation) -> Any:
 
 def methods(record: dict[str, Any]) -> str:
     """A paragraph for the methods section."""
-    text = (f"Regions were found by a SegResNet (MONAI) that had learnt from {record['people']} "
-            f"labelled scans in {record['steps']} steps of two windows, at {record['mm']:g} mm "
-            f"(neurojepa {record['version']}). Its input was the brain, extracted with deepbet "
-            "where scans came with a skull, and three coordinates. Windows overlapped by half; "
-            "each region's map was interpolated linearly into the scan's own grid and the highest "
-            "was taken.")
+    how = _by_atlas if record["method"] == "atlas" else _by_network
+    text = how(record)
     if record["scores"]:
         text += (" It was compared with the truth at the scans' own resolution by Dice, the 95th "
                  "percentile of surface distances, surface Dice at "
                  f"{TOLERANCE_MM:g} mm and volume bias.")
     return text
+
+
+def _by_network(record: dict[str, Any]) -> str:
+    return (f"Regions were found by a SegResNet (MONAI) that had learnt from {record['people']} "
+            f"labelled scans in {record['steps']} steps of two windows, at {record['mm']:g} mm "
+            f"(neurojepa {record['version']}). Its input was the brain, extracted with deepbet "
+            "where scans came with a skull, and three coordinates. Windows overlapped by half; "
+            "each region's map was interpolated linearly into the scan's own grid and the highest "
+            "was taken.")
+
+
+def _by_atlas(record: dict[str, Any]) -> str:
+    heads = record["people"]
+    many = "each of {} labelled heads was" if heads > 1 else "one labelled head was"
+    return (f"Regions were found by the labels of other people (neurojepa {record['version']}): "
+            f"{many.format(heads)} laid over the scan by an affine and diffeomorphic demons "
+            "(SimpleITK), after brains had been extracted with deepbet where scans came with a "
+            "skull. Labels were carried along as shares, interpolated linearly in the scan's own "
+            "grid" + ("; the label with the highest mean share was taken."
+                      if heads > 1 else "; the label with the highest share was taken."))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike, fspath
+from typing import Any
 
 import numpy as np
 import torch
 
 from neurojepa.downstream.images import Image, read_image, write_image
-from neurojepa.downstream.segment import Segmenter
+from neurojepa.downstream.segment import Segmenter, load_segmenter, read_config
+from neurojepa.downstream.segment_atlas import Atlas, load_atlas
+from neurojepa.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Segmentation:
     scan: Image
     data: np.ndarray  # int32 [x, y, z], codes
     names: dict[int, str]  # of codes
+    notes: tuple[str, ...] = ()  # which labelled heads could not be laid over it
 
     @property
     def volumes(self) -> dict[str, float]:
@@ -34,9 +38,10 @@ class Segmentation:
 class Model:
     """A segmentation model on a device: ``neurojepa.load_segmenter(folder)`` gives one."""
 
-    def __init__(self, model: Segmenter, device: torch.device) -> None:
+    def __init__(self, model: Segmenter | Atlas, device: torch.device) -> None:
         self.model, self.device = model, device
-        model.network.to(device)
+        if isinstance(model, Segmenter):
+            model.network.to(device)
 
     def segment(self, scan: str | PathLike[str]) -> Segmentation:
         """Find the regions in a scan's file.
@@ -44,8 +49,38 @@ class Model:
         Raises
         ------
         DataError
-            It cannot be read, or shows no brain.
+            It cannot be read, shows no brain, or no labelled head can be laid over it.
         """
-        image = read_image(fspath(scan))
-        return Segmentation(image, self.model.segment(image),
-                            dict(zip(self.model.codes, self.model.names, strict=True)))
+        image, notes = read_image(fspath(scan)), list[str]()
+        if isinstance(self.model, Atlas):
+            data, notes = self.model.segment(image)
+        else:
+            data = self.model.segment(image)
+        return Segmentation(image, data,
+                            dict(zip(self.model.codes, self.model.names, strict=True)),
+                            tuple(notes))
+
+    def about(self) -> dict[str, Any]:
+        """How regions are found, for results.json."""
+        if isinstance(self.model, Atlas):
+            return {"method": "atlas"}
+        return {"method": "network", "mm": self.model.recipe.mm, "steps": self.model.recipe.steps}
+
+
+def load_model(uri: str, device: torch.device, workers: int = 1) -> Model:
+    """The model in a folder that ``segment fit`` wrote; ``workers`` heads of an atlas are laid at
+    once.
+
+    Raises
+    ------
+    ConfigError
+        ``workers`` is below 1.
+    DataError
+        There is none, or it is damaged.
+    """
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: at least 1")
+    config = read_config(uri)
+    if config is not None and config.get("method") == "atlas":
+        return Model(load_atlas(uri, config, workers), device)
+    return Model(load_segmenter(uri), device)

@@ -156,7 +156,7 @@ def test_both_commands_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                      for name in ("T1w", "dseg"))
     model, out = str(tmp_path / "model"), tmp_path / "out"
     assert main(["segment", "fit", *scans[:2], "--labels", *truths[:2], "--out", model,
-                 "--steps", "40", "--mm", "8"]) == 0
+                 "--method", "network", "--steps", "40", "--mm", "8"]) == 0
     assert not (tmp_path / "model/state.safetensors").exists()
     assert main(["segment", "apply", model, scans[2], "--truth", truths[2], "--out", str(out)]) == 0
     file = nib.load(out / "sub-2/anat/sub-2_T1w_dseg.nii.gz")
@@ -177,6 +177,8 @@ def test_both_commands_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert json.loads((out / "dataset_description.json").read_text())["DatasetType"] == "derivative"
     with pytest.raises(ConfigError, match="a model lies there already"):
         main(["segment", "fit", *scans[:2], "--labels", *truths[:2], "--out", model])
+    learnt = json.loads((tmp_path / "model/config.json").read_text())["learnt_from"]
+    assert [each["name"] for each in learnt] == ["sub-0_T1w.nii.gz", "sub-1_T1w.nii.gz"]
     _a_scan_that_fails_stops_no_other(model, scans, out, truths[2])
 
 
@@ -203,7 +205,8 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     out = str(tmp_path / "model")
     cases: list[tuple[list[str], str]] = [
         (["fit", scan, scan, "--labels", labels, "--out", out], "2 scans and --labels of 1 files"),
-        (["fit", scan, "--labels", labels, "--out", out, "--steps", "0"], "--steps 0"),
+        (["fit", scan, "--labels", labels, "--out", out, "--method", "network", "--steps",
+          "0"], "--steps 0"),
         (["fit", scan, "--labels", scan, "--out", out], "a label map holds whole numbers"),
         (["apply", out, scan, "--out", out], "no segmentation model here"),
         (["apply", out, scan, str(tmp_path / "x" / "a.nii.gz"), "--out", out],
@@ -248,15 +251,6 @@ def test_a_fit_whose_scan_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
         main(["segment", "fit", str(tmp_path / "gone.nii"), "--labels", labels, "--out",
               str(tmp_path / "model")])
     assert not (tmp_path / "model").exists()
-
-
-def test_regions_of_one_name_are_told(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_text("index\tname\n17\thippocampus\n53\thippocampus\n3\tcortex\n")
-    for ending in ("nii.gz", "nii", "NII.GZ", "mgz"):
-        labels = str(tmp_path / f"a.{ending}")
-        assert task._names(labels, [3, 4, 17]) == ["cortex", "4", "hippocampus"]
-    with pytest.raises(ConfigError, match="codes 17 and 53 are both named 'hippocampus'"):
-        task._names(labels, [3, 17, 53])
 
 
 def test_label_maps_are_named_after_their_scans() -> None:
