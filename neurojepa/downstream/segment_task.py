@@ -80,8 +80,8 @@ def _fit_atlas(scans: Sequence[str], labels: Sequence[str], out: str, steps: int
         learnt.append(learnt_from(scan))
         print(f"{number} of {len(scans)}: {path}, {each.name}", flush=True)
     if len(scans) == 1:
-        known.notes.append("one labelled head: its regions are laid over scans, and nobody outvotes "
-                           "their errors")
+        known.notes.append("one labelled head: its regions are laid over scans, and no other head "
+                           "outvotes their errors")
     save_atlas(out, heads, _about(known, learnt))
     print(f"{len(scans)} labelled heads with {len(known.codes)} regions, in {out}")
     for note in known.notes:

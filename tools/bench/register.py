@@ -50,31 +50,31 @@ TOKENS = "demons on channels: intensity and tokens"
 
 @dataclass(frozen=True)
 class Head:
-    """A stripped brain and its label map, both at MM."""
+    """A stripped brain and its label map, on one grid."""
 
     image: Image
     labels: Image
 
 
-def make_head(name: str, number: int) -> Head:
+def make_head(name: str, number: int, mm: int = MM) -> Head:
     """A T1w scan of an anatomy with a contrast, shading, noise and place of its own."""
     labels = load_anatomy(name, label_folder()).labels
     rng = np.random.default_rng([number, 5])
-    shape = tuple(n // MM * MM for n in labels.shape)
+    shape = tuple(n // mm * mm for n in labels.shape)
     labels = labels[tuple(slice(n) for n in shape)]
     table = tissue_table("T1w", {tissue: rng.normal(0, CONTRAST_SD) for tissue in TISSUES})
 
     def shrunk(values: np.ndarray) -> np.ndarray:
-        parts = [k for n in shape for k in (n // MM, MM)]
+        parts = [k for n in shape for k in (n // mm, mm)]
         return values.reshape(parts).mean((1, 3, 5)).astype(np.float32)
 
-    data = scan_signal(shrunk(table[labels]), voxel_mm=np.full(3, float(MM)), rng=rng, bias=BIAS,
+    data = scan_signal(shrunk(table[labels]), voxel_mm=np.full(3, float(mm)), rng=rng, bias=BIAS,
                        noise=NOISE)
-    brain = brain_of(shrunk(codes.inside(labels) & (labels != codes.FLUID)), MM)
-    affine = np.diag([MM, MM, MM, 1.0])
+    brain = brain_of(shrunk(codes.inside(labels) & (labels != codes.FLUID)), mm)
+    affine = np.diag([mm, mm, mm, 1.0])
     affine[:3, 3] = rng.uniform(-20, 20, 3) - np.array(shape) / 2
     return Head(Image(name, data * brain, affine, brain=brain),
-                Image(name, labels[1::MM, 1::MM, 1::MM].astype(np.int32), affine))
+                Image(name, labels[mm // 2::mm, mm // 2::mm, mm // 2::mm].astype(np.int32), affine))
 
 
 def dice(carried: np.ndarray, fixed: np.ndarray, moving: np.ndarray) -> float:

@@ -1,16 +1,18 @@
 """segment: regions found in heads that taught nothing, from 3 and from 10 labelled ones.
 
 Heads at 3 mm are those of register.py; two anatomies (with --quick one) are tested, others teach.
-Rows: every labelled head laid over the tested one by ``register`` and a vote of their labels (an
-atlas vote); the network of ``segment``; the same network with maps of an encoder's tokens at its
-bottleneck, pretrained (--weights DIR) and with the weights drawn anew.  All networks have the same
-steps, windows and seed.  What is finished is kept in --work (default build/bench-segment).
+Rows: the atlas vote of ``segment``; its network; the same network with maps of an encoder's tokens
+at its bottleneck, pretrained (--weights DIR) and with the weights drawn anew.  All networks have
+the same steps, windows and seed.  A second table has real people with a truth (_segment_real.py),
+if they are at hand; with --quick from 3 labelled heads alone.  What is finished is kept in --work
+(default build/bench-segment).
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,15 @@ import torch
 from torch.nn import functional as F
 
 from data_prep.synth.anatomy import anatomy_names
-from neurojepa.downstream import register as registering
 from neurojepa.downstream import warps
 from neurojepa.downstream.images import laid, stripped
 from neurojepa.downstream.segment import Recipe, build, highest, predict
+from neurojepa.downstream.segment_atlas import Atlas, head_of
 from neurojepa.downstream.segment_fit import Taught, fit, taught
 from neurojepa.downstream.segment_score import SCORES, score
 from neurojepa.storage import write_bytes
 from tools.bench._mixing import label_folder
+from tools.bench._segment_real import measure, report_real
 from tools.bench.common import ROOT, machine, print_table
 from tools.bench.register import Head, centred, kind_of, make_head
 
@@ -38,7 +41,7 @@ RIGHT = {2: 41, 3: 42, 4: 43, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 
 CODES = np.array(sorted([*REGIONS, *RIGHT.values(), 16]))  # and the brainstem
 COMPONENTS, DRAWS = 8, 2000
 FULL, QUICK = Recipe(mm=3, window=32, filters=8, steps=400, lr=3e-3), 200
-VOTE = "atlas vote by register"
+VOTE = "atlas vote"
 SCRATCH, TRAINED, DRAWN = "network", "network, tokens", "network, tokens of random weights"
 
 
@@ -63,17 +66,23 @@ def run(quick: bool, official: str | None, weights: str | None = None,
     found: dict[str, dict[str, Any]] = {}
     for count in (3, 10):
         for row in (VOTE, SCRATCH, *tokens):
-            file = folder / f"{count} {row}.json"
-            if not file.exists():
-                start = time.process_time()
-                scores = (_vote(tested, teachers[:count]) if row == VOTE else
-                          _network(tested, people, count, recipe, tokens.get(row),
-                               str(folder / f"{count} {row}")))
-                write_bytes(str(file), json.dumps(
-                    {"scores": scores, "cpu_s": time.process_time() - start}).encode())
-                print(f"{count} labelled: {row}", flush=True)
-            found[f"{count} {row}"] = json.loads(file.read_text())
-    return _report(found, recipe, len(tested))
+            name = f"{count} {row}"
+            found[name] = _kept(folder / f"{name}.json", lambda count=count, row=row, name=name: (
+                _vote(tested, teachers[:count]) if row == VOTE else
+                _network(tested, people, count, recipe, tokens.get(row), str(folder / name))))
+    real = measure((3,) if quick else (3, 10), recipe, folder, _kept)
+    return {**_report(found, recipe, len(tested)), "real": report_real(real)}
+
+
+def _kept(file: Path, work: Callable[[], Any]) -> dict[str, Any]:
+    """Scores and CPU seconds of a row, measured unless its file is there."""
+    if not file.exists():
+        start = time.process_time()
+        scores = work()
+        write_bytes(str(file), json.dumps(
+            {"scores": scores, "cpu_s": time.process_time() - start}).encode())
+        print(file.stem, flush=True)
+    return json.loads(file.read_text())
 
 
 def _with_regions(head: Head) -> Head:
@@ -87,17 +96,9 @@ def _scores(found: np.ndarray, head: Head) -> dict[str, dict[str, float]]:
 
 
 def _vote(tested: list[Head], teachers: list[Head]) -> list[dict[str, dict[str, float]]]:
-    """The label that most of the laid heads have; of equals the lowest."""
-    results = []
-    for head in tested:
-        votes = np.zeros((len(CODES) + 1, *head.labels.data.shape), np.uint8)
-        for other in teachers:
-            warp = registering.register(other.image, head.image).warp()
-            carried = warps.labels_through(other.labels, warp, head.image.affine)
-            for number, code in enumerate([0, *CODES]):
-                votes[number] += carried == code
-        results.append(_scores(np.array([0, *CODES])[votes.argmax(0)], head))
-    return results
+    atlas = Atlas([head_of(head.image, head.labels) for head in teachers], CODES.tolist(),
+                  [str(code) for code in CODES])
+    return [_scores(atlas.segment(head.image)[0], head) for head in tested]
 
 
 # ---- networks ------------------------------------------------------------------------------------
