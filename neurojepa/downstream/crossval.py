@@ -31,7 +31,15 @@ class Plan:
     """Outer folds: for each repeat, pairs of who teaches and who is tested (indices)."""
 
     repeats: list[list[tuple[np.ndarray, np.ndarray]]]
-    pooled: bool = True  # the folds of a repeat are scored together
+    pooled: bool = True  # scores that compare nobody with others are of all folds of a repeat
+
+    def folds(self, number: int) -> np.ndarray:
+        """int [n, R]: the fold of each repeat that tests each of ``number`` people, or -1."""
+        found = np.full((number, len(self.repeats)), -1)
+        for r, folds in enumerate(self.repeats):
+            for fold, (_, test) in enumerate(folds):
+                found[test, r] = fold
+        return found
 
     def testing(self, tested: np.ndarray) -> Plan:
         """The same folds, of which only the people of this mask [n] are tested."""
@@ -112,8 +120,8 @@ def predict(target: Target, features: Features, plan: Plan, family: np.ndarray,
     """float64 [n, R] or, of classes, [n, R, K]; nan where nobody predicted a person.
 
     Who is tested is missing from those who teach, so a fold with many positives is predicted from
-    fewer of them.  Where folds are scored together this alone puts chance below a half; therefore
-    each fold's predictions are moved from the share (or mean) that taught to that of all.
+    fewer of them.  Where folds are scored together each fold's predictions are therefore moved from
+    the share (or mean) that taught to that of all.  Ranks need more than that (scoring.py).
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ from functools import partial
 import numpy as np
 
 from neurojepa.downstream.blocks import Block, block_of, filled, gaps_alone
-from neurojepa.downstream.crossval import Plan, plan_folds
+from neurojepa.downstream.crossval import plan_folds
 from neurojepa.downstream.features import design_of, plain
 from neurojepa.downstream.labels import People
 from neurojepa.downstream.scoring import Gain, Row, Runner, known
@@ -126,21 +126,10 @@ def _rows(run: Runner, base: Block, blocks: list[Block]) -> dict[str, Row]:
     for block in blocks if len(blocks) > 1 else []:
         rest = [each for each in blocks if each is not block]
         rows[without(block.name)] = run(filled([base, *rest], image))
-    inside = _within_folds(run)
-    rows |= {alone(block.name): inside(filled([block])) for block in (base, *blocks)}
+    rows |= {alone(block.name): run(filled([block])) for block in (base, *blocks)}
     if (gaps := gaps_alone(blocks)) is not None:
-        rows[GAPS] = inside(gaps)
+        rows[GAPS] = run(gaps)
     return rows
-
-
-def _within_folds(run: Runner) -> Runner:
-    """Scores of the first repeat as means over folds.  Gaps and doses take a few values: what folds
-    differ by would decide between people of one value, and against the truth, as who is tested
-    teaches nothing."""
-    fold = np.full(len(run.people.ids), "")
-    for number, (_, test) in enumerate(run.plan.repeats[0]):
-        fold[test] = str(number)
-    return Runner(run.target, run.people, Plan(run.plan.repeats[:1], pooled=False), fold)
 
 
 def _among(run: Runner, rows: dict[str, Row], blocks: list[Block]) -> list[Among]:

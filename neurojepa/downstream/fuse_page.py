@@ -35,8 +35,8 @@ def fuse_page(found: Fusion, record: dict[str, Any], figures: Figures) -> str:
         name, *(paragraph(f"Look out: {each}.") for each in found.warnings),
         table(header, rows),
         paragraph("Mean over repeats [95 % interval over families and people]; of shuffled labels "
-                  "the least and the most. Rows of one block and of gaps are means over the folds "
-                  f"of one repeat. Covariates ({', '.join(found.covariates)}) count among "
+                  "the least and the most. AUROC and rank correlation are of people of one fold, "
+                  f"and then means. Covariates ({', '.join(found.covariates)}) count among "
                   "the tables."),
         *gains_table(record["gains"], NAMES[metric]),
         figures.show("rows", _rows(found), (
@@ -123,6 +123,8 @@ def methods(found: Fusion, record: dict[str, Any]) -> str:
         "a family shared a fold. Within each fold columns were standardised, missing values set "
         "to the mean of those who taught, and indicators of what was missing added (Van Ness et "
         "al. 2023); each column weighed as much as the whole embedding. The penalty was chosen by "
-        f"inner cross-validation.{gaps} Covariates ({', '.join(found.covariates)}) counted among "
-        f"the tables ({alone('covariates')} is a row of its own). Labels shuffled among people, "
+        "inner cross-validation. AUROC and rank correlation compared people within a fold and were "
+        f"averaged over folds (Parker et al. 2007).{gaps} Covariates "
+        f"({', '.join(found.covariates)}) counted among the tables "
+        f"({alone('covariates')} is a row of its own). Labels shuffled among people, "
         f"{SHUFFLES} times, show chance. {bootstrap()}")

@@ -1,11 +1,19 @@
 """Predictions of one set of features, scored, and paired differences between sets.
 
 Every score is a mean over repeats, with an interval that resamples families, then people.
+
+AUROC and rank correlation compare people with each other, and do so within folds alone; their mean
+over folds is told.  Between folds, who is tested in one teaches in the other.  A positive in one
+fold raises what people who are like it get in the other, so negatives come before it and chance
+lies below a half (Parker et al. 2007, who recommend this mean, and Forman & Scholz 2010).  It is
+worst for features of few values, as a site is, whose people tie within a fold but not between them.
+Other scores are sums over people, or, as AUPRC, need more people than a fold has: in a few people
+it lies far above the share of positives whatever predicts.  These are of all folds of a repeat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +25,8 @@ from neurojepa.downstream.features import Features
 from neurojepa.downstream.labels import People
 from neurojepa.downstream.stats import Score, difference, holm, of_people
 from neurojepa.downstream.targets import Target, scorers
+
+OF_RANKS = ("auroc", "rank_correlation")  # scored within folds
 
 
 @dataclass(frozen=True)
@@ -53,11 +63,11 @@ def gains_record(gains: Sequence[Gain]) -> list[dict[str, object]]:
 
 
 class Runner:
-    """Predicts and scores; with ``site``, scores are means over sites of those within each."""
+    """Predicts and scores by the folds of a plan."""
 
-    def __init__(self, target: Target, people: People, plan: Plan,
-                 site: np.ndarray | None = None) -> None:
-        self.target, self.people, self.plan, self.site = target, people, plan, site
+    def __init__(self, target: Target, people: People, plan: Plan) -> None:
+        self.target, self.people, self.plan = target, people, plan
+        self.fold = plan.folds(len(target.truth))
 
     def __call__(self, features: Features, model: Read | None = None) -> Row:
         predicted = predict(self.target, features, self.plan, self.people.family, model)
@@ -88,21 +98,32 @@ class Runner:
     def value(self, metric: str, predicted: np.ndarray, drawn: np.ndarray) -> float:
         """A score of the people drawn (indices)."""
         truth, scores, weights = self.target.truth, [], []
-        site = np.zeros(len(truth)) if self.site is None else self.site
-        for name in np.unique(site[drawn]):
-            part = drawn[site[drawn] == name]
+        scorer = scorers(self.target.kind)[metric]
+        for part, repeats, taught in self._parts(metric, drawn):
             if varies(truth[part]):
-                found = predicted[part]
+                found = predicted[part][:, repeats]
                 if metric == "balanced_accuracy":  # at the threshold that predictions are made for
-                    taught = truth if self.site is None else truth[site != name]
                     found = moved(self.target, found, taught, truth[part])
-                scores.append(scorers(self.target.kind)[metric](truth[part], found))
+                scores.append(scorer(truth[part], found))
                 weights.append(len(part))
         return float(np.average(scores, weights=weights)) if scores else float("nan")
 
+    def _parts(self, metric: str, drawn: np.ndarray
+               ) -> Iterator[tuple[np.ndarray, slice, np.ndarray]]:
+        """People who are scored together, in which repeats, and labels of the shares of classes
+        that their predictions know."""
+        truth = self.target.truth
+        if self.plan.pooled and metric not in OF_RANKS:
+            yield drawn, slice(None), truth
+            return
+        for r, folds in enumerate(self.plan.repeats):
+            fold = self.fold[drawn, r]
+            for number, (train, _) in enumerate(folds):
+                yield drawn[fold == number], slice(r, r + 1), truth[train]
+
 
 def varies(truth: np.ndarray) -> bool:
-    return len(truth) > 1 and np.ptp(truth) > 0
+    return len(truth) > 1 and bool((truth != truth[0]).any())
 
 
 def known(predicted: np.ndarray) -> np.ndarray:

@@ -137,14 +137,12 @@ def auroc(truth: np.ndarray, predicted: np.ndarray) -> float:
 
     Hanley & McNeil 1982.
     """
-    from scipy.stats import rankdata
-
-    positive = truth == 1
-    number, others = int(positive.sum()), int((~positive).sum())
-    if not number or not others:
+    chosen = truth == 1
+    positive, others = predicted[chosen], np.sort(predicted[~chosen])
+    if not len(positive) or not len(others):
         return float("nan")
-    above = rankdata(predicted)[positive].sum() - number * (number + 1) / 2
-    return float(above / (number * others))
+    below, not_above = (others.searchsorted(positive, side).sum() for side in ("left", "right"))
+    return float((below + not_above) / (2 * len(positive) * len(others)))
 
 
 def participation_ratio(values: np.ndarray) -> float:

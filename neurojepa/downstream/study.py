@@ -125,7 +125,7 @@ def study(people: People, label: str, design: Design, tokens: Tokens | None = No
         if len(set(site.tolist())) > 1:
             rows[SITE] = run(plain(design_of({design.site: site}, [design.site])))
             rows[LEFT_OUT] = Runner(target, people, plan_sites(
-                site, people.family).testing(tested), site)(plain(people.values))
+                site, people.family).testing(tested))(plain(people.values))
     rows[SHUFFLED] = shuffled(target, people, design.folds, tested)
     columns = [*dict.fromkeys([*GROUPS, *([design.site] if design.site else [])])]
     found = Study(target, people, rows, run.gains(rows, PAIRS), told, told_alike, sites,

@@ -37,22 +37,21 @@ class Group:
 
 def shuffled(target: Target, people: People, folds: int, tested: np.ndarray) -> Row:
     """Labels that were dealt out anew, a few times over: mean, least and most of their scores."""
-    rng, parts, truths = np.random.default_rng(0), [], []
+    rng, parts = np.random.default_rng(0), list[tuple[Runner, np.ndarray]]()
     one_each = np.arange(len(people.ids)).astype(str)  # dealt labels know no families
     for _ in range(SHUFFLES):
         dealt = replace(target, truth=rng.permutation(target.truth))
         plan = plan_folds(dealt, one_each, folds, 1).testing(tested)
-        parts.append(predict(dealt, plain(people.values), plan, one_each))
-        truths.append(dealt.truth)
+        parts.append((Runner(dealt, people, plan),
+                      predict(dealt, plain(people.values), plan, one_each)))
     scores = {}
-    for name, scorer in scorers(target.kind).items():
-        values = [scorer(truth[whom], part[whom])
-                  for truth, part in zip(truths, parts, strict=True)
-                  if (whom := known(part)).any() and varies(truth[whom])]
+    for name in scorers(target.kind):
+        told = [run.value(name, part, np.flatnonzero(known(part))) for run, part in parts]
+        values = [value for value in told if np.isfinite(value)]
         scores[name] = Score(float(np.mean(values)) if values else np.nan,
                              min(values, default=np.nan), max(values, default=np.nan),
                              len(target.truth), len(set(people.participant.tolist())))
-    return Row(parts[0], scores)
+    return Row(parts[0][1], scores)
 
 
 def large_sites(people: People, site: np.ndarray, folds: int) -> list[str]:

@@ -17,7 +17,6 @@ from neurojepa.downstream.output import (
     scatter,
 )
 from neurojepa.downstream.scoring import known
-from neurojepa.downstream.stats import auroc
 from neurojepa.downstream.study import ALIKE, ALONE, ATTENTIVE, VOLUMES, WITHOUT, Study
 from neurojepa.downstream.study_checks import SHUFFLES, corrected, group_metric
 from neurojepa.downstream.targets import SENSITIVITY, Target
@@ -106,7 +105,7 @@ def prediction_figures(target: Target, people: People, predicted: np.ndarray,
                 "score here does.")]
     parts = [figures.show(f"{target.name} roc", _roc(target, truth, mean), (
         f"How often those of each class of {target.name} are told from all others, as the "
-        f"threshold moves: ROC curves of {number} people."))]
+        f"threshold moves: ROC curves of {number} people, all folds together."))]
     if curve:
         parts.append(figures.show(f"{target.name} calibration", _calibration(curve), (
             f"How often people were {target.classes[1]}, by the probability that was predicted: "
@@ -134,8 +133,7 @@ def _roc(target: Target, truth: np.ndarray, mean: np.ndarray) -> Any:
         order = np.argsort(-score)
         axis.plot(np.r_[0, np.cumsum(~positive[order]) / max((~positive).sum(), 1)],
                   np.r_[0, np.cumsum(positive[order]) / max(positive.sum(), 1)], style,
-                  color=BLUE, label=f"{target.classes[number]} "
-                  f"{auroc(positive.astype(float), score):.2f}")
+                  color=BLUE, label=target.classes[number])
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
     axis.legend(frameon=False, loc="lower right")
     return plot
@@ -168,7 +166,9 @@ def methods(studies: Sequence[Study], record: dict[str, Any]) -> str:
         "nested cross-validation in which members of a family shared a fold. Within each outer "
         "fold, features were standardised and the penalty, or the number of neighbours, was chosen "
         "by inner cross-validation on "
-        "the other folds alone. Before the folds of a repeat were scored together, the predictions "
+        "the other folds alone. AUROC and rank correlation compared people within a fold and were "
+        "averaged over folds, as pooled folds put chance below a half (Parker et al. 2007). Before "
+        "other scores were taken over the folds of a repeat, the predictions "
         "of each were moved from the class shares (or mean) of those who taught it to those of all "
         f"people. Covariates alone ({', '.join(studies[0].covariates)}) were treated "
         + ("alike, and so were automatic volumes of fluid, grey and white matter by region, "

@@ -184,9 +184,10 @@ def _level_error(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _rank_r(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Spearman's correlation; nan where one side does not vary."""
+    """Spearman's correlation; nan where the truth does not vary, 0 where the prediction does not.
+    """
     from scipy.stats import rankdata
 
     if not np.ptp(truth) or not np.ptp(predicted):
-        return float("nan")
+        return 0.0 if np.ptp(truth) else float("nan")
     return float(np.corrcoef(rankdata(truth), rankdata(predicted))[0, 1])

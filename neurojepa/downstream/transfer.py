@@ -198,10 +198,7 @@ class Runner:
 
     def __init__(self, people: People, target: np.ndarray, plan: Plan) -> None:
         self.people, self.target, self.plan = people, target, plan
-        self.fold = np.full((len(target), len(plan.repeats)), -1)
-        for r, each in enumerate(plan.repeats):
-            for number, (_, test) in enumerate(each):
-                self.fold[test, r] = number
+        self.fold = plan.folds(len(target))
 
     def __call__(self, features: Features, few: int | None = None) -> Row:
         """Of features; with ``few``, of so many people of those who teach, drawn anew in each fold.

@@ -8,9 +8,10 @@ import pytest
 from neurojepa.downstream import crossval, targets
 from neurojepa.downstream.crossval import nearest, plan_folds, plan_sites, predict
 from neurojepa.downstream.features import plain
+from neurojepa.downstream.scoring import Runner
 from neurojepa.downstream.targets import scorers, target_of
 from neurojepa.errors import DataError
-from tests.helpers.embedded import cohort
+from tests.helpers.embedded import cohort, people
 
 
 def test_families_stay_whole_and_everyone_is_tested_once_a_repeat() -> None:
@@ -69,13 +70,12 @@ def test_levels_are_probabilities_in_order() -> None:
 
 def test_shuffled_labels_give_a_half() -> None:
     values, truth = cohort(60, signal=0)
-    scores = []
+    whom, scores = people(values), []
     for seed in range(12):
-        dealt = np.random.default_rng(seed).permutation(truth)
-        target = target_of("x", dealt.astype(str))
-        plan = plan_folds(target, np.arange(60).astype(str), 3, 1)
-        found = predict(target, plain(values), plan, np.arange(60).astype(str))
-        scores.append(scorers("binary")["auroc"](dealt, found))
+        target = target_of("x", np.random.default_rng(seed).permutation(truth).astype(str))
+        plan = plan_folds(target, whom.family, 3, 1)
+        found = predict(target, plain(values), plan, whom.family)
+        scores.append(Runner(target, whom, plan).value("auroc", found, np.arange(60)))
     assert abs(np.mean(scores) - 0.5) < 0.06
 
 
