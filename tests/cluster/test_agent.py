@@ -29,30 +29,24 @@ from cluster.world import AgentWorld
 from neurojepa.errors import ClusterError, LeaseLost
 from neurojepa.messages import private_folder
 from tests.helpers import ROOT
+from tests.helpers.waiting import wait_until
 
 # prints, and tells its agent a step; then does what the word says
 RANK = """
 import os, signal, subprocess, sys, time
 from neurojepa.messages import AGENT, Messages
 rank, word = int(os.environ["RANK"]), sys.argv[1]
+if word == "asked":
+    signal.signal(signal.SIGTERM, lambda *_: (print("asked", flush=True), sys.exit(75)))
 print("rank", rank, "says", os.environ.get("MY_SECRET_KEY"), flush=True)
 Messages(os.environ[AGENT]).send({"rank": rank, "host": "h", "pid": os.getpid(), "step": 5,
                                   "time": time.time(), "seen": time.time()})
 if word == "leave":  # a helper in a session of its own
     subprocess.Popen(["sleep", "300"], start_new_session=True)
-if word == "asked":
-    signal.signal(signal.SIGTERM, lambda *_: (print("asked", flush=True), sys.exit(75)))
 while not (rank == 1 or word == "all") or word in ("stay", "asked"):
     time.sleep(0.05)
 sys.exit(7 if word == "fail" else 0)
 """
-
-
-def soon(happened: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def orders(attempt: Attempt, word: str, count: int = 2) -> dict[str, dict[str, object]]:
@@ -60,6 +54,11 @@ def orders(attempt: Attempt, word: str, count: int = 2) -> dict[str, dict[str, o
                  "environment": {TOKEN: attempt.token, "MY_SECRET_KEY": "hidden"},
                  "ranks": [{"RANK": str(rank), "WORLD_SIZE": str(count)}
                            for rank in range(count)]}}
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.link.ASK_S", 120.0)
 
 
 @pytest.fixture
@@ -85,7 +84,7 @@ def start(log: IO[bytes]) -> Iterator[Callable[[str], AgentWorld]]:
 
 
 def seen_by(world: AgentWorld, condition: Callable[[Seen], object]) -> Seen:
-    soon(lambda: condition(world.look()))
+    wait_until(lambda: condition(world.look()))
     return world.look()
 
 
@@ -120,7 +119,7 @@ def test_no_command_line_has_a_secret_and_nobody_else_reaches_the_socket(start) 
 def test_helpers_of_ranks_that_have_ended_are_ended_too(start) -> None:
     world = start("leave")
     seen_by(world, lambda seen: 1 in seen.statuses)
-    soon(lambda: len(members(world.attempt.token)) == 3)  # rank 0 and two helpers
+    wait_until(lambda: len(members(world.attempt.token)) == 3)  # rank 0 and two helpers
     world.end()
     assert members(world.attempt.token) == []
 
@@ -171,7 +170,7 @@ def test_a_last_line_without_an_end_is_kept_and_empty_lines_take_room(
         "agent = serving.Agent(ranks, listener, 1); agent._read_out()\n"
         "print(len(agent._printed), agent._printed[-1])")
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path), str(newlines)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=120)
     assert done.stdout == f"{kept} (0, 'a')\n", done.stderr
 
 
@@ -179,9 +178,8 @@ def test_what_an_agent_that_was_killed_left_is_ended_though_nobody_takes_note(
         log: IO[bytes]) -> None:
     token = uuid.uuid4().hex
     left = subprocess.Popen(["sleep", "300"], env={**os.environ, TOKEN: token})
-    began = time.monotonic()
     AgentWorld(Attempt(token, 1), 0, None, log).end()
-    assert time.monotonic() - began < 10 and members(token) == []
+    assert members(token) == []
     assert psutil.Process(left.pid).status() == psutil.STATUS_ZOMBIE
     assert left.wait() == -signal.SIGKILL
 
@@ -195,7 +193,7 @@ def test_an_earlier_agent_that_is_stopped_does_not_keep_the_next_one_from_starti
     try:
         monkeypatch.setattr("cluster.agent.END_S", -4.0)  # it is asked for a second
         _end_earlier(world.attempt.token, "", 2)
-        soon(lambda: members(world.attempt.token) == [])  # killed, and not waited for
+        wait_until(lambda: members(world.attempt.token) == [])  # killed, and not waited for
     finally:
         os.kill(agent, signal.SIGCONT)
     world.leave()
@@ -216,7 +214,7 @@ def test_what_was_printed_while_nobody_listened_is_told_to_the_next(
     world.leave()
     for beat in seen.beats:
         os.kill(beat.pid, signal.SIGTERM)
-    soon(lambda: not members(world.attempt.token))
+    wait_until(lambda: not members(world.attempt.token))
     later = AgentWorld(Attempt(world.attempt.token, 1, 2), 0, None, log)
     assert status_of(seen_by(later, lambda seen: len(seen.statuses) == 2))[0] == 75
     later.end()
@@ -228,7 +226,7 @@ def test_ranks_die_with_their_agent_and_that_is_told(start) -> None:
     seen_by(world, lambda seen: len(seen.beats) == 2)
     os.kill(members(world.attempt.token)[0].ppid(), signal.SIGKILL)
     assert seen_by(world, lambda seen: len(seen.statuses) == 2).statuses == {0: 137, 1: 137}
-    soon(lambda: not members(world.attempt.token))
+    wait_until(lambda: not members(world.attempt.token))
     world.end()
 
 
@@ -243,21 +241,23 @@ def test_an_agent_that_cannot_start_its_ranks_says_why(log: IO[bytes], tmp_path:
 
 
 @pytest.mark.parametrize(("word", "orphan_s", "statuses"), [
-    ("asked", 1.5, "75 75"), ("stay", 1.5, "143 143"), ("all", 600.0, "0 0")])
+    ("asked", 0.5, "75 75"), ("stay", 0.5, "143 143"), ("all", 600.0, "0 0")])
 def test_without_a_supervisor_ranks_are_asked_to_stop_and_an_agent_without_ranks_leaves(
         tmp_path: Path, word: str, orphan_s: float, statuses: str) -> None:
     program = (
         "import socket, sys; from cluster import serving; from cluster.ranks import Ranks\n"
-        "serving.GRACE_S = serving.ALONE_S = 0.5; serving.ENDED_S = 1.0\n"
+        "import time; serving.ALONE_S = 0.2; serving.ENDED_S = 0.5\n"
         "listener = socket.socket(socket.AF_UNIX)\n"
         "listener.bind(sys.argv[1] + '/control'); listener.listen()\n"
         "ranks = Ranks([sys.executable, '-c', sys.argv[2], sys.argv[3]], {}, "
         "[{'RANK': str(r), 'WORLD_SIZE': '2'} for r in range(2)], sys.argv[1] + '/messages')\n"
+        "while sum(item.message is not None for item in ranks.ranks.values()) < 2:\n"
+        "    ranks.hear(); time.sleep(0.01)\n"  # from now on they can be asked
         "serving.Agent(ranks, listener, 1, float(sys.argv[4])).run()\n"
         "import os; assert os.path.exists(ranks.messages.path + '.alone')\n"
         "print(*[row['status'] for row in ranks.rows()])")
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path), RANK, word, str(orphan_s)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=60)
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == statuses
 
 
@@ -272,23 +272,23 @@ def test_a_host_is_gone_when_it_stays_away_and_not_when_it_flaps(
     order = {"do": "start", "token": attempt.token, "fence": 1, "host": "far",
              **orders(attempt, "stay")[""]}
     (tmp_path / "down").touch()  # at first, so that nobody hears of the start
-    link = Link("far", attempt, order, log, gone_s=3.0)
-    soon(lambda: link._lost_at is not None)
+    link = Link("far", attempt, order, log)
+    wait_until(lambda: link._lost_at is not None)
     (tmp_path / "down").unlink()
-    soon(lambda: len(link.ranks) == 2)
-    for away_s in (0.5, 60):
+    wait_until(lambda: len(link.ranks) == 2)
+    for gone_s in (300.0, 0.3):
+        link._gone_s = gone_s
         (tmp_path / "down").touch()
         assert link._relay is not None
         link._relay.kill()  # the connection breaks
-        end = time.monotonic() + away_s
-        while not link.gone and time.monotonic() < end:
-            time.sleep(0.02)
-        assert link.gone is (away_s > 3)
+        wait_until(lambda: link._lost_at is not None)
+        time.sleep(0.5)
+        assert link.gone is (gone_s < 0.5)
         (tmp_path / "down").unlink()
-        soon(lambda: link._relay is not None and link._lost_at is None)
+        wait_until(lambda: link._relay is not None and link._lost_at is None)
         assert not link.gone
     link.end()
-    soon(lambda: link.left == [])
+    wait_until(lambda: link.left == [])
     link.close()
     assert members(attempt.token) == []
 
@@ -304,14 +304,14 @@ def test_a_line_that_is_cut_or_not_the_agents_does_not_end_the_connection(
     attempt = Attempt(uuid.uuid4().hex, 1, 1, ["far"])
     link = Link("far", attempt, {"do": "start", "token": attempt.token, "fence": 1, "host": "far",
                                  **orders(attempt, "stay")[""]}, log)
-    soon(lambda: len(link.ranks) == 2)
+    wait_until(lambda: len(link.ranks) == 2)
     assert ask(["far"], attempt)
     (tmp_path / "cut").touch()
     assert link._relay is not None
     link._relay.kill()
-    soon(lambda: not (tmp_path / "cut").exists())
+    wait_until(lambda: not (tmp_path / "cut").exists())
     link.end()
-    soon(lambda: link.left == [])
+    wait_until(lambda: link.left == [])
     link.close()
     assert "welcome to far" in (tmp_path / "log").read_text()
 
@@ -332,11 +332,11 @@ def test_a_start_that_comes_twice_starts_one_agent(log: IO[bytes]) -> None:
     order = {"do": "start", "token": attempt.token, "fence": 1, "host": "",
              **orders(attempt, "stay")[""]}
     first, second = Link("", attempt, order, log), Link("", attempt, order, log)
-    soon(lambda: len(first.ranks) == len(second.ranks) == 2)
+    wait_until(lambda: len(first.ranks) == len(second.ranks) == 2)
     assert len(members(attempt.token)) == 2 and first.absent is second.absent is None
     first.close()
     second.end()
-    soon(lambda: second.left == [])
+    wait_until(lambda: second.left == [])
     second.close()
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from cluster.rundir import Heartbeat
 from cluster.stragglers import LASTING_S, Stragglers, stragglers
 from neurojepa.train import pace
 from neurojepa.train.pace import Pace
+from tests.helpers.waiting import wait_until
 
 GATHER = ["wait (/torch/distributed.py:9)", "any (/x/neurojepa/train/world.py:40)"]
 READ = ["read (/usr/ssl.py:3)", "image (/x/neurojepa/feed/loader.py:80)"]
@@ -63,7 +63,9 @@ def test_ranks_at_one_place_share_a_stack_in_the_report() -> None:
     assert text.count("    wait (") == 1 and "ranks 0, 1, 2, 3, 4, 6, 7 (sleeping), at any" in text
 
 
-def test_stacks_are_read_from_running_and_from_stopped_processes(tmp_path: Path) -> None:
+def test_stacks_are_read_from_running_and_from_stopped_processes(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "SPY_S", 60.0)
     script = tmp_path / "work.py"
     script.write_text("import time\ndef deep():\n    print(flush=True)\n    time.sleep(60)\n"
                       "deep()\n")
@@ -77,10 +79,8 @@ def test_stacks_are_read_from_running_and_from_stopped_processes(tmp_path: Path)
             pytest.skip(f"py-spy may not read processes here ({found.stack[0]})")
         assert found.stack[0].startswith(f"deep ({script}:") and found.where == found.stack[0]
         rank.send_signal(signal.SIGSTOP)
-        end = time.monotonic() + 10
-        while (found := here("cc33")[0]).state != "stopped":
-            assert time.monotonic() < end
-        assert found.stack[0].startswith("deep (")
+        wait_until(lambda: here("cc33")[0].state == "stopped")
+        assert here("cc33")[0].stack[0].startswith("deep (")
     finally:
         rank.kill()
         rank.wait()

@@ -18,6 +18,7 @@ from cluster.exporter import RunCollector
 from neurojepa.errors import ConfigError
 from neurojepa.ports import free_port
 from tests.helpers import ROOT
+from tests.helpers.waiting import wait_until
 
 RULES = yaml.safe_load((ROOT / "cluster/alerts.yaml").read_text())["groups"][0]["rules"]
 
@@ -114,12 +115,11 @@ def test_it_listens_on_loopback(run: str, capsys: pytest.CaptureFixture[str]) ->
     port = free_port()
     threading.Thread(target=command.main, args=(["export", run, "--port", str(port)],),
                      daemon=True).start()
-    end = time.monotonic() + 10
-    while "/metrics" not in (said := capsys.readouterr().out):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    assert said.strip() == f"http://127.0.0.1:{port}/metrics"
-    with urllib.request.urlopen(said.strip(), timeout=10) as answer:
+    said: list[str] = []
+    wait_until(lambda: said.append(capsys.readouterr().out) or "\n" in "".join(said))
+    url = "".join(said).strip()
+    assert url == f"http://127.0.0.1:{port}/metrics"
+    with urllib.request.urlopen(url, timeout=60) as answer:
         assert value(answer.read().decode(), "neurojepa_step", run=run) == 5
     with pytest.raises(ConfigError, match=f"--port {port}: cannot listen there"):
         command.main(["export", run, "--port", str(port)])

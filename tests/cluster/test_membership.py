@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,20 +45,20 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "ssh").write_text(SSH)
     (folder / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(hosts, "ANSWER_S", 120.0)
     return folder
 
 
 def test_each_host_with_a_problem_is_named_and_the_good_one_is_not(
         ssh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "ANSWER_S", 6.0)
-    began = time.monotonic()
-    found = problems(dict.fromkeys(("good", "dead", "bare", "other", "deaf", "latin"), 1), None)
-    assert time.monotonic() - began < 30
+    looks = iter([0.0] * 6 + [hosts.ANSWER_S])  # when the last one is asked for, time is up
+    monkeypatch.setattr(hosts, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+    found = problems(dict.fromkeys(("good", "dead", "bare", "other", "latin", "deaf"), 1), None)
     assert found == {
         "dead": "cannot be reached by ssh (ssh: connect to host dead port 22: No route to host)",
         "bare": found["bare"], "other": found["other"],
         "latin": r"cannot be reached by ssh (gesch\xfctzt)",
-        "deaf": "has not answered by ssh within 6 s"}
+        "deaf": "has not answered by ssh within 120 s"}
     assert f"cannot run {sys.executable} in {os.getcwd()}" in found["bare"]
     assert "no/such/checkout" in found["bare"]
     assert found["other"].startswith("runs other code (old, here ")

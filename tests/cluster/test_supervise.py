@@ -33,6 +33,7 @@ from neurojepa.storage import Patience, append_rows, lease, owners, read_rows, w
 from tests.helpers import ROOT
 from tests.helpers.proxy import Proxy
 from tests.helpers.toy_launch import toy_launcher
+from tests.helpers.waiting import wait_until
 
 
 @pytest.fixture
@@ -50,13 +51,6 @@ def toy(tmp_path: Path) -> Callable[..., tuple[Supervisor, RunDir]]:
 
 def names(run_dir: RunDir) -> list[str]:
     return [row["event"] for row in run_dir.events()]
-
-
-def soon(condition: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def in_background(action: Callable[[], object]) -> threading.Thread:
@@ -142,7 +136,7 @@ def test_a_stopped_rank_is_found_ended_and_restarted(toy, rank: int) -> None:
     frozen: list[int] = []
 
     def freeze() -> None:
-        soon(lambda: any(b.rank == rank and b.step >= 2 for b in run_dir.heartbeats()))
+        wait_until(lambda: any(b.rank == rank and b.step >= 2 for b in run_dir.heartbeats()))
         frozen.append(run_dir.heartbeats()[rank].pid)
         os.kill(frozen[0], signal.SIGSTOP)
 
@@ -162,13 +156,13 @@ def test_a_store_that_fails_is_waited_for(
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     s3fs.S3FileSystem.clear_instance_cache()
     run_dir = RunDir(f"{s3.uri}/supervised")
-    supervisor = Supervisor(toy_launcher([]), run_dir, store_s=60)
+    supervisor = Supervisor(toy_launcher([]), run_dir, store_s=120)
     answers: list[int | None] = []
     asking = in_background(lambda: answers.append(supervisor._patience(run_dir.committed_step)))
     asking.join(1)
     assert asking.is_alive()
     proxy.target = s3.endpoint
-    asking.join(60)
+    asking.join(120)
     assert answers == [7]
     proxy.target = None
     s3fs.S3FileSystem.clear_instance_cache()
@@ -180,10 +174,10 @@ def test_a_store_that_fails_is_waited_for(
 
 
 def test_asked_to_stop_it_lets_the_ranks_stop_and_passes_their_status(toy) -> None:
-    supervisor, run_dir = toy("toy.step_s=0.2", steps=100)
+    supervisor, run_dir = toy("toy.step_s=0.1", steps=2000)
 
     def ask() -> None:
-        soon(lambda: len(run_dir.heartbeats()) == 2)
+        wait_until(lambda: len(run_dir.heartbeats()) == 2)
         os.kill(os.getpid(), signal.SIGTERM)
 
     in_background(ask)
@@ -196,10 +190,11 @@ def test_asked_to_stop_it_lets_the_ranks_stop_and_passes_their_status(toy) -> No
 def orphans(toy, tmp_path: Path) -> Callable[..., tuple[Supervisor, RunDir, str]]:
     """A supervisor whose predecessor was killed while its ranks trained; and their token."""
     def make(*options: str) -> tuple[Supervisor, RunDir, str]:
-        supervisor, run_dir = toy("toy.step_s=0.1", steps=30)
+        words = ("toy.step_s=0.05", "toy.hold=12")
+        supervisor, run_dir = toy(*words, steps=16)
         first = subprocess.Popen([sys.executable, "-m", "tests.helpers.toy_launch",
-                                  str(tmp_path / "toy.yaml"), "toy.step_s=0.1"], cwd=ROOT)
-        soon(lambda: run_dir.committed_step() and len(run_dir.heartbeats()) == 2)
+                                  str(tmp_path / "toy.yaml"), *words], cwd=ROOT)
+        wait_until(lambda: run_dir.committed_step() and len(run_dir.heartbeats()) == 2)
         first.kill()
         first.wait()
         (token,) = {dict(psutil.Process(beat.pid).environ())[TOKEN]
@@ -212,6 +207,8 @@ def orphans(toy, tmp_path: Path) -> Callable[..., tuple[Supervisor, RunDir, str]
 @pytest.mark.slow(5)
 def test_a_new_supervisor_goes_on_with_the_ranks_of_one_that_was_killed(orphans) -> None:
     supervisor, run_dir, token = orphans()
+    in_background(lambda: [wait_until(lambda: "takeover" in names(run_dir)),
+                           (Path(run_dir.uri) / "go").touch()])
     assert supervisor.run() == 0
     assert names(run_dir) == ["started", "start", "takeover", "finish", "exit", "finished"]
     takeover, end = run_dir.events()[2], run_dir.events()[4]
@@ -222,7 +219,7 @@ def test_a_new_supervisor_goes_on_with_the_ranks_of_one_that_was_killed(orphans)
 @pytest.mark.slow(6)
 def test_ranks_that_were_started_otherwise_are_ended_first(orphans) -> None:
     supervisor, run_dir, token = orphans()
-    supervisor.launcher.arguments.append("toy.step_s=0.01")
+    supervisor.launcher.arguments += ["toy.step_s=0.01", "toy.hold=0"]
     seen: list[int] = []
     attempt = supervisor._run_attempt
     supervisor._run_attempt = lambda scratch: [  # type: ignore[method-assign,assignment]
@@ -237,10 +234,10 @@ def test_ranks_that_were_started_otherwise_are_ended_first(orphans) -> None:
 def test_a_supervisor_that_lost_its_lease_writes_and_ends_nothing(
         toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_S", 0.05)
-    supervisor, run_dir = toy("toy.step_s=0.1", steps=100)
+    supervisor, run_dir = toy("toy.step_s=0.1", steps=2000)
 
     def overtake() -> None:
-        soon(lambda: run_dir.committed_step())
+        wait_until(lambda: run_dir.committed_step())
         mine = owners.newest(run_dir.uri)
         later = {**vars(mine), "token": 2, "id": "other", "adopts": mine.id}
         (Path(run_dir.uri) / "lease" / "00000002.json").write_text(json.dumps(later))
@@ -260,18 +257,18 @@ def test_a_supervisor_that_lost_its_lease_writes_and_ends_nothing(
 def test_a_run_is_stopped_from_anywhere(toy, monkeypatch: pytest.MonkeyPatch,
                                         capsys: pytest.CaptureFixture[str], now: bool) -> None:
     monkeypatch.setattr(lease, "RENEW_S", 0.05)
-    supervisor, run_dir = toy("toy.step_s=0.2", steps=100)
+    supervisor, run_dir = toy("toy.step_s=0.1", steps=2000)
     with pytest.raises(ClusterError, match="nobody has owned a run here"):
         stop(run_dir, now, 5)
     answers: list[int] = []
 
     def ask() -> None:
-        soon(lambda: len(run_dir.heartbeats()) == 2)
-        answers.append(stop(run_dir, now, 30, sleep=lambda _: time.sleep(0.05)))
+        wait_until(lambda: len(run_dir.heartbeats()) == 2)
+        answers.append(stop(run_dir, now, 120, sleep=lambda _: time.sleep(0.05)))
 
     asking = in_background(ask)
     assert supervisor.run() == 75
-    asking.join(30)
+    asking.join(120)
     assert answers == [0] and "stopped; last checkpoint" in capsys.readouterr().out
     assert names(run_dir)[-1] == "stopped" and ("stop" in names(run_dir)) is not now
     assert stop(run_dir, now, 5) == 0
@@ -311,17 +308,18 @@ def test_what_the_training_said_counts_beside_its_status(toy, said: str, status:
 
 @pytest.mark.slow(4)
 def test_a_rank_killed_by_pid_is_restarted_and_nothing_survives(toy) -> None:
-    supervisor, run_dir = toy("toy.step_s=0.05", steps=24)
+    supervisor, run_dir = toy("toy.step_s=0.05", "toy.hold=8", steps=12)
     bystander = subprocess.Popen(["sleep", "300"])
     tokens: list[str] = []
     killed: list[float] = []
 
     def kill() -> None:
-        soon(lambda: [b for b in run_dir.heartbeats() if b.rank == 1 and b.step >= 4])
+        wait_until(lambda: [b for b in run_dir.heartbeats() if b.rank == 1 and b.step >= 4])
         pid = run_dir.heartbeats()[1].pid
         tokens.append(dict(psutil.Process(pid).environ())[TOKEN])
         killed.append(time.time())
         os.kill(pid, signal.SIGKILL)
+        (Path(run_dir.uri) / "go").touch()
 
     thread = in_background(kill)
     try:
@@ -329,7 +327,7 @@ def test_a_rank_killed_by_pid_is_restarted_and_nothing_survives(toy) -> None:
         thread.join()
         first, last = (row for row in run_dir.events() if row["event"] == "exit")
         assert (first["status"], first["first"], last["status"], last["first"]) == (137, 1, 0, None)
-        assert first["time"] - killed[0] < 30
+        assert first["time"] - killed[0] < 60
         assert names(run_dir).count("restart") == 1 and names(run_dir)[-1] == "finished"
         assert members(tokens[0]) == [] and bystander.poll() is None
     finally:
@@ -337,9 +335,9 @@ def test_a_rank_killed_by_pid_is_restarted_and_nothing_survives(toy) -> None:
         bystander.wait()
 
 
-@pytest.mark.slow(6)
+@pytest.mark.slow(8)
 def test_a_rank_that_waits_for_a_store_is_not_hung(toy) -> None:
-    supervisor, run_dir = toy("toy.step_s=0.05", "toy.wait=4", "toy.wait_s=4", hang_s=1.5)
+    supervisor, run_dir = toy("toy.step_s=0.05", "toy.wait=4", "toy.wait_s=6", hang_s=3.0)
     assert supervisor.run() == 0
     assert "hang" not in names(run_dir)
 

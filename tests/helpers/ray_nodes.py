@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ import psutil
 
 from neurojepa.ports import free_port
 from tests.helpers import ROOT
+from tests.helpers.waiting import wait_until
 
 RAY = str(Path(sys.executable).parent / "ray")
 # Ray binds the machine's own address unless told that loopback is enough.
@@ -68,14 +68,14 @@ class Cluster:
                           "127.0.0.1", "--dashboard-port", str(self.dashboard),
                           "--dashboard-agent-listen-port", str(free_port()),  # 52365 may be taken
                           "--temp-dir", self.folder, num_cpus=num_cpus)
-        _wait_for_port(self.dashboard, head)
+        wait_until(lambda: _answers(self.dashboard, head), why=lambda: "Ray did not start")
 
     def add_node(self) -> subprocess.Popen[bytes]:
         """Another node; one after the other, as two of one address get in each other's way."""
         node = self.start("--address", self.address, "--dashboard-agent-listen-port",
                           str(free_port()))
         log = self.logs[-1]
-        wait_until(lambda: "Ray runtime started" in log.read_text(), 60)
+        wait_until(lambda: "Ray runtime started" in log.read_text(), why=log.read_text)
         return node
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
@@ -114,19 +114,7 @@ def cluster(num_cpus: int = 1, variables: dict[str, str] | None = None) -> Itera
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_until(happened, seconds: float = 120.0) -> None:  # type: ignore[no-untyped-def]
-    """Until an event has been seen; AssertionError where it does not come."""
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-
-
-def _wait_for_port(port: int, head: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 90
-    while time.monotonic() < end and head.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.3)
-    raise AssertionError("Ray did not start")
+def _answers(port: int, head: subprocess.Popen[bytes]) -> bool:
+    assert head.poll() is None, "Ray did not start"
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -3,7 +3,8 @@
 Steps take ``step_s`` seconds and no rank is a step ahead of another; every second step is
 "committed".  ``crash=N`` exits with status 3 at step N of every attempt, ``diverge=N`` with 2 after
 that event, ``refuse=1`` with 2 at once; ``wait=N`` says at step N for ``wait_s`` seconds that it
-waits for a store.  Started like the training: ``--config C [toy.crash=N ...]``.
+waits for a store, ``hold=N`` waits before step N for the file ``go``
+in the run directory.  Started like the training: ``--config C [toy.crash=N ...]``.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def main(argv: list[str]) -> int:
     if "toy.refuse" in options:
         print("error: no such feed", file=sys.stderr)
         return 2
-    crash, diverge, wait = (int(options.get(f"toy.{name}", 0))
-                            for name in ("crash", "diverge", "wait"))
+    crash, diverge, wait, hold = (int(options.get(f"toy.{name}", 0))
+                                  for name in ("crash", "diverge", "wait", "hold"))
     step_s = float(options.get("toy.step_s", 0.1))
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> int:
     event("resume" if first else "start", first)
     for step in range(first + 1, config["train"]["steps"] + 1):
         time.sleep(step_s)
+        while step == hold and not stopping and not (run / "go").exists():
+            time.sleep(0.01)
         if step == crash:
             print(f"ToyError: rank {rank} breaks at step {step}", file=sys.stderr)
             return 3
@@ -64,15 +67,13 @@ def main(argv: list[str]) -> int:
                 time.sleep(0.01)
             return 2
         if step % 2 == 0 and rank == 0:
-            (run / "latest").write_text(f"step-{step}")
+            _replace(run / "latest", f"step-{step}")
         end = time.monotonic() + float(options.get("toy.wait_s", 0))
         while step == wait and time.monotonic() < end:
             tell(step - 1, "waiting for store")
             time.sleep(0.1)
         tell(step, "step")
-        path = run / "steps" / str(rank)
-        path.with_suffix(".new").write_text(str(step))
-        path.with_suffix(".new").rename(path)
+        _replace(run / "steps" / str(rank), str(step))
         while not stopping and not all_at(step):
             time.sleep(0.01)
         if stopping:
@@ -80,6 +81,12 @@ def main(argv: list[str]) -> int:
             return 75
     event("finish", config["train"]["steps"])
     return 0
+
+
+def _replace(path: Path, text: str) -> None:
+    """Nobody reads half of it."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from cluster.rundir import RunDir
 from neurojepa.storage import sha256
 from neurojepa.train.checkpoint import FORMAT_VERSION
-from tests.helpers.ray_nodes import wait_until
+from tests.helpers.waiting import wait_until
 from tools.bench import _soak_eye
 from tools.bench._soak_eye import Eye
 from tools.bench.soak import GROUNDS, compare, plan

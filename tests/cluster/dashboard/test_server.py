@@ -6,7 +6,6 @@ import http.client
 import json
 import re
 import threading
-import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from neurojepa.errors import ConfigError
 from tests.helpers.feeds import tiny_config, write_feed
 from tests.helpers.runs import write_run
 from tests.helpers.servers import serving
+from tests.helpers.waiting import wait_until
 
 SECRETS = ("../outside.txt", "/etc/passwd", "logs/../../outside.txt", "%2e%2e%2foutside.txt",
            "....//outside.txt", "..%5coutside.txt", "attempt-1.log%00")
@@ -51,7 +51,7 @@ def served(server: Dashboard) -> Iterator[Dashboard]:
 
 def ask(server: Dashboard, path: str, method: str = "GET",
         **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     return answer.status, answer.headers, answer.read()
@@ -240,11 +240,11 @@ def test_two_of_one_machine_do_not_take_each_others_cookies(open_to_all: Dashboa
 def test_the_command_says_where_to_look(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threading.Thread(target=command.main, daemon=True, args=(
         ["dashboard", str(folder / "other"), "--port", "0"],)).start()
-    end = time.monotonic() + 10
-    while not (said := re.search(r"http://127\.0\.0\.1:(\d+)/ ", capsys.readouterr().out)):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    connection = http.client.HTTPConnection("127.0.0.1", int(said[1]), timeout=10)
+    out: list[str] = []
+    url = re.compile(r"http://127\.0\.0\.1:(\d+)/ ")
+    wait_until(lambda: out.append(capsys.readouterr().out) or url.search("".join(out)))
+    port = int(url.search("".join(out))[1])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/")
     assert b"neurojepa runs" in connection.getresponse().read()
 

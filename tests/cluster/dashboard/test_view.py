@@ -13,6 +13,7 @@ from cluster.dashboard import view as viewing
 from cluster.dashboard.view import RunView
 from neurojepa.storage import append_rows, drop_rows, join, write_bytes
 from tests.helpers.runs import metrics_row, write_run
+from tests.helpers.waiting import wait_until
 
 
 def test_a_run_in_an_object_store_is_shown(s3, tmp_path: Path) -> None:
@@ -76,16 +77,11 @@ def test_it_reads_while_somebody_looks_and_rests_otherwise(
     monkeypatch.setattr(view, "look", lambda: looks.append(1))
     view.ask()
     view.ask()
-    end = time.monotonic() + 10
-    while view._thread is not None and view._thread.is_alive():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: view._thread is None or not view._thread.is_alive())
     read = len(looks)
     assert read >= 1
     view.ask()
-    while len(looks) == read:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: len(looks) > read)
 
 
 def test_a_run_that_cannot_be_read_is_told_and_read_again(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from data_prep.prepare import driver
 from data_prep.verify import verify
 from tests.helpers import ROOT
 from tests.helpers.fakes import QUICK, fake_prepare, make_manifest, run_here
-from tests.helpers.ray_nodes import RAY, Cluster, cluster, wait_until
+from tests.helpers.ray_nodes import RAY, Cluster, cluster
 from tests.helpers.trees import tree_bytes
+from tests.helpers.waiting import wait_until
 
 pytestmark = [pytest.mark.slow(12), pytest.mark.cluster]
 
@@ -91,7 +92,7 @@ def test_a_killed_ray_worker_and_then_a_killed_child(runs: Runs):
     assert worker is not None and worker.name().startswith("ray::")
     runs.pids.unlink()  # so that the next one waits, too
     worker.kill()
-    child.wait(60)  # no work goes on behind the back of the worker's successor
+    child.wait(120)  # no work goes on behind the back of the worker's successor
     second = runs.waiting_child()
     assert second != child.pid
     os.kill(second, signal.SIGKILL)  # as the kernel does when memory is short
@@ -120,11 +121,11 @@ def test_a_killed_driver(runs: Runs, number: signal.Signals):
     child = psutil.Process(runs.waiting_child())
     wait_until(lambda: runs.num_records(out) >= 2)
     driver.send_signal(number)
-    said, _ = driver.communicate(timeout=60)
+    said, _ = driver.communicate(timeout=120)
     if number != signal.SIGKILL:
         assert driver.returncode == 130 and "run the same command again" in said
     assert not (runs.root / out / "archive.json").exists()
-    child.wait(60)  # its worker goes with the driver
+    child.wait(120)  # its worker goes with the driver
     done = runs.num_records(out)
     said = runs.ends_well(runs.driver(out))
     assert f"{2 * (PEOPLE - done)} scans to prepare" in said  # nothing is done twice

@@ -25,6 +25,7 @@ from neurojepa.train.control import Control, allow_connections
 from neurojepa.train.health import DIGIT, MAX_FLAGS, Guard
 from neurojepa.train.world import World
 from tests.helpers.ranks import fake_worlds, on_all
+from tests.helpers.waiting import wait_until
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 40])
@@ -75,8 +76,15 @@ def test_the_store_does_not_fill_up() -> None:
 
 
 def test_ranks_that_say_nothing_are_named() -> None:
-    worlds = fake_worlds(5, timeout_s=0.3)
-    answers = on_all(worlds, lambda world: None if world.rank in (2, 4) else world.gather(0))
+    store = dist.HashStore()
+    worlds = fake_worlds(5, lambda: store, timeout_s=0.3)
+
+    def gather(world: World) -> Any:
+        if world.rank == 0:  # its patience begins when the others have spoken
+            wait_until(lambda: store.check(["1/1", "1/3"]))
+        return None if world.rank in (2, 4) else world.gather(0)
+
+    answers = on_all(worlds, gather)
     assert isinstance(answers[0], ClusterError) and "ranks 2, 4 said nothing" in str(answers[0])
     assert isinstance(answers[1], ClusterError) and "rank 0 said nothing" in str(answers[1])
 

@@ -19,19 +19,13 @@ from neurojepa.messages import AGENT, ALONE, Messages
 from neurojepa.storage import Patience, is_outage, no_space, read_bytes, write_bytes
 from neurojepa.train import heartbeat
 from neurojepa.train.heartbeat import Heartbeat, _Host
+from tests.helpers.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.02)
     monkeypatch.setattr(heartbeat, "PUT_S", 0.05)
-
-
-def soon(happened: Any) -> None:
-    end = time.monotonic() + 10
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
@@ -48,7 +42,7 @@ def test_a_rank_tells_its_step_and_that_it_still_lives(tmp_path: Path, where: st
         except DataError:
             return {"seen": 0, "time": 0, "step": -1}
 
-    soon(lambda: row()["step"] == 7 and row()["seen"] > row()["time"] + 0.1)
+    wait_until(lambda: row()["step"] == 7 and row()["seen"] > row()["time"] + 0.1)
     assert {key: row()[key] for key in ("rank", "attempt", "world", "state")} == {
         "rank": 3, "attempt": "a1", "world": 4, "state": "step"}
     beats.close()
@@ -69,8 +63,8 @@ def test_one_rank_of_a_host_writes_to_an_object_store_for_all() -> None:
     ranks = [Heartbeat(run_dir.uri, rank, attempt=run_dir.uri, world=3) for rank in range(3)]
     for rank, beats in enumerate(ranks):
         beats.beat(5)
-        soon(lambda first=rank == 0: not first or run_dir.heartbeats())
-    soon(lambda: [beat.step for beat in run_dir.heartbeats()] == [5, 5, 5])
+        wait_until(lambda first=rank == 0: not first or run_dir.heartbeats())
+    wait_until(lambda: [beat.step for beat in run_dir.heartbeats()] == [5, 5, 5])
     assert run_dir.names("heartbeat") == ["host-0.json"]
     write_bytes(f"{run_dir.uri}/heartbeat/rank-3.json", json.dumps(  # of an older version
         {"rank": 3, "host": "a", "pid": 1, "step": 9, "time": 5.0, "attempt": "old"}).encode())
@@ -92,14 +86,14 @@ def test_under_an_agent_it_sends_each_step_and_what_it_does(
         heard.extend(agent.heard())
         return any(row["state"] == state for row in heard)
 
-    soon(lambda: said("starting"))
+    wait_until(lambda: said("starting"))
     beats.compiling()
-    soon(lambda: said("compiling"))
+    wait_until(lambda: said("compiling"))
     beats.beat(7)
-    soon(lambda: said("step"))
+    wait_until(lambda: said("step"))
     for state in ("checkpoint", "evaluation"):
         with beats.doing(state):
-            soon(lambda state=state: said(state))
+            wait_until(lambda state=state: said(state))
     assert not (tmp_path / "heartbeat").exists()
     (tmp_path / f"agent{ALONE}").touch()  # its supervisor is gone
     beats.beat(7)
@@ -129,12 +123,12 @@ def test_waiting_for_a_store_is_told_for_as_long_as_it_is_asked(tmp_path: Path) 
     answers: list[int] = []
     asking = threading.Thread(target=lambda: answers.append(patience(work)), daemon=True)
     asking.start()
-    soon(lambda: json.loads(path.read_text())["state"] == "waiting for store")
+    wait_until(lambda: json.loads(path.read_text())["state"] == "waiting for store")
     assert 250 < json.loads(path.read_text())["wait_left_s"] <= 300
     back.set()
     asking.join(10)
     assert answers == [5] and patience.left_s is None
-    soon(lambda: json.loads(path.read_text())["state"] == "step")
+    wait_until(lambda: json.loads(path.read_text())["state"] == "step")
     beats.close()
 
 
@@ -156,7 +150,7 @@ def test_what_cannot_be_written_is_said_once(tmp_path: Path,
     beats = Heartbeat(str(tmp_path), 0)
     beats.beat(1)
     shutil.rmtree(tmp_path / "heartbeat")
-    soon(lambda: (tmp_path / "heartbeat" / "rank-0.json").exists())  # written again
+    wait_until(lambda: (tmp_path / "heartbeat" / "rank-0.json").exists())  # written again
     beats.close()
 
 

@@ -15,7 +15,8 @@ import pytest
 from cluster.rundir import RunDir
 from tests.helpers import ROOT
 from tests.helpers.launches import check_finished, losses, reference
-from tests.helpers.ray_nodes import RAY, Cluster, cluster, wait_until
+from tests.helpers.ray_nodes import RAY, Cluster, cluster
+from tests.helpers.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster]
 
