@@ -114,7 +114,7 @@ def card(record: dict[str, Any]) -> str:
 - patches of {patch} x {patch} x {patch} voxels of {grid['spacing_mm']:g} mm; grid
   {' x '.join(map(str, grid['shape']))}, centred at MNI {centre} mm, x y z in RAS
 - trained for {record['step']} steps of {config['train']['global_batch']} scans
-- an embedding says how the target encoder's tokens differ from what is usual at the same places,
+{_code(record)}- an embedding says how {_read(record)} differ from what is usual at the same places,
   adjusted for head size; {_pooling(record)}""",
         **({"Purpose": record["purpose"]} if "purpose" in record else {}),
         "Use": USE,
@@ -131,6 +131,18 @@ def card(record: dict[str, Any]) -> str:
 def _method(config: dict[str, Any]) -> str:
     objective = validate(config, where="config.json").objective
     return METHODS[objective.method].describe(objective)
+
+
+def _read(record: dict[str, Any]) -> str:
+    return "the atoms of tokens" if "code" in record else "the target encoder's tokens"
+
+
+def _code(record: dict[str, Any]) -> str:
+    if (code := record.get("code")) is None:
+        return ""
+    return (f"- tokens are read through a session code of {code['atoms']} atoms, of which\n"
+            f"  {code['active']:.0%} are active in a token; learnt from {code['people']} people "
+            f"({_counts(code['scans'])}) of feed {code['feed']}, penalty\n  {code['l1']:g}\n")
 
 
 def _counts(scans: dict[str, int]) -> str:

@@ -9,6 +9,8 @@ pooling.safetensors (what embeddings compare tokens with, from split train of th
 seen.json (hashes of the people and scans of that split, so that nobody is tested who taught),
 README.md (the model card, model_card.py) and, last, config.json (resolved config without paths,
 grid, step, feed, hashes of the files).  ``card`` completes the model card.
+
+``neurojepa code`` writes such a folder with code.safetensors, a session code, beside the encoder.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from neurojepa.errors import CheckpointError, ConfigError, DataError, run_comman
 from neurojepa.feed.format import Feed, Grid, grid_from_record, open_feed
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.build import build_model
+from neurojepa.model.session_code import SessionCode
 from neurojepa.model_card import card, complete_card, describe_feed, read_record
 from neurojepa.storage import exists, join, read_bytes, sha256, write_bytes
 
+CODE = "code.safetensors"
 SHIPPED = Path(__file__).parent / "pretrained"  # weights that come with the package, by name
 
 
@@ -206,8 +210,10 @@ def load(uri: str) -> Weights:
     except RuntimeError as error:
         raise DataError(f"{uri}: the weights do not fit the architecture in config.json: "
                         f"{' '.join(str(error).split())}") from error
-    pooling, seen = (_companion(uri, record, *each) for each in (
-        ("pooling", "pooling.safetensors"), ("seen", "seen.json")))
+    pooling, seen, code = (_companion(uri, record, *each) for each in (
+        ("pooling", "pooling.safetensors"), ("seen", "seen.json"), ("code", CODE)))
+    if code:
+        model.session_code = SessionCode.from_tensors(load_tensors(code))
     return Weights(model.eval(), config, grid, record["step"],
                    Places.from_tensors(load_tensors(pooling)) if pooling else None,
                    record["feed"], frozenset(json.loads(seen)) if seen else None)

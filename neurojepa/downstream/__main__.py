@@ -13,6 +13,7 @@
         --labels TABLE --label COLUMN --out DIR
     neurojepa finetune fit FEED --weights DIR --labels TABLE --label C --out M
     neurojepa finetune apply M SCANS... --out DIR
+    neurojepa code --weights DIR --feed FEED --out DIR
     neurojepa depart SCAN --weights DIR --reference FEED --out DIR
     neurojepa complete fit FEED --weights DIR --from T1w --to FLAIR --out C
     neurojepa complete apply C SCANS... --out DIR
@@ -40,6 +41,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neurojepa.downstream.code_command import add_code, run_code
 from neurojepa.downstream.commands import (
     RUN,
     add_commands,
@@ -95,14 +97,14 @@ def main(argv: list[str] | None = None) -> int:
                                  help="of the scans shown (default: test)")
             command.add_argument("--atlas", help="label map in MNI152 space (NIfTI; names in a "
                                  ".tsv beside it); default: lobes by coordinates")
-    for add in (add_commands, add_fuse, add_explain, add_depart, add_finetune, add_complete,
-                add_image_commands):
+    for add in (add_commands, add_code, add_fuse, add_explain, add_depart, add_finetune,
+                add_complete, add_image_commands):
         add(commands)
     commands.add_parser("weights", help="verify, export and describe weights")
     arguments = parser.parse_args(words)
     arguments.words = words  # for the ranks that it may start
     run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms, "fuse": run_fuse,
-           "explain": run_explain, "depart": run_depart, "finetune": run_finetune,
+           "explain": run_explain, "depart": run_depart, "code": run_code, "finetune": run_finetune,
            "complete": run_complete, **RUN, **IMAGE_RUN}[arguments.task]
     return run(arguments)
 

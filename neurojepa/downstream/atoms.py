@@ -3,7 +3,9 @@
 Scans without augmentation go through the whole model, each with masks of its own.  Listeners before
 the code and before the target encoder's experts see what passes there:
 
-    activations of the code [token, atom]           at the places that were predicted
+    activations of the code [token, atom]           at the places that were predicted; of a
+                                                    session code, which reads whole scans, at all
+                                                    places of brain
     1 / k for each of k experts chosen [token, expert], per layer, at all places
 
 A ``Tally`` adds such features up by patch of the grid, by modality and by scan; ``summary`` turns
@@ -25,13 +27,15 @@ from torch import Tensor, nn
 from neurojepa.config import RootConfig
 from neurojepa.downstream.embed import batches, without_augmentation
 from neurojepa.downstream.regions import Regions
+from neurojepa.downstream.sessions import LEAST_SHARE
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import MODALITIES, Feed, Grid
 from neurojepa.methods import METHODS
+from neurojepa.model.averaged import Averaged
 from neurojepa.model.moe import MoE
 from neurojepa.model.sparse import SparseCode, sparse_code
 from neurojepa.objective.losses import take
-from neurojepa.objective.views import make_views, patch_centres_mm, patch_numbers
+from neurojepa.objective.views import Views, make_views, patch_centres_mm, patch_numbers
 
 STRONGEST = 5  # scans told for each feature
 RARE = 0.1  # of the most often seen patch's tokens; places seen less are left out of maps
@@ -92,7 +96,7 @@ class Anatomy:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, config: RootConfig, feed: Feed, rows: np.ndarray,
+def observe(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
             batch_size: int = 8, progress: Callable[[int], None] = lambda done: None) -> Anatomy:
     """Tally a feed's scans.
 
@@ -106,16 +110,18 @@ def observe(model: nn.Module, config: RootConfig, feed: Feed, rows: np.ndarray,
     ConfigError
         The model has neither sparse code nor experts.
     """
-    code, experts = sparse_code(model), _expert_layers(model)
-    if not METHODS[config.objective.method].latents or not (code or experts):
+    code, session, experts = sparse_code(model), model.session_code, _expert_layers(model)
+    if session is None and not (METHODS[config.objective.method].latents and (code or experts)):
         raise ConfigError(f"objective.method = {config.objective.method}, objective.sparse.code = "
                           f"{config.objective.sparse.code}, model.moe = {config.model.moe}: there "
-                          "are no atoms and no experts to show; train a JEPA with one of them")
+                          "are no atoms and no experts to show; train a JEPA with one of them, or "
+                          "learn a session code (neurojepa code)")
     model.eval()
     config, device = without_augmentation(config), next(model.parameters()).device
     num_patches = len(patch_centres_mm(feed.grid, config.model.patch_voxels))
+    num_atoms = session.atoms if session else code.encode.out_features if code else 0
     seen = Anatomy(
-        Tally.empty(num_patches, code.encode.out_features, device) if code else None,
+        Tally.empty(num_patches, num_atoms, device) if num_atoms else None,
         [Tally.empty(num_patches, len(layer.router), device) for layer in experts.values()],
         list(experts))
     for start, batch in zip(range(0, len(rows), batch_size), batches(feed, rows, batch_size),
@@ -124,22 +130,33 @@ def observe(model: nn.Module, config: RootConfig, feed: Feed, rows: np.ndarray,
         batch = replace(batch, position=torch.from_numpy(part))  # so that masks differ
         views = make_views(batch.to(device), config, feed.grid, config.train.seed)
         patch_BN = patch_numbers(views.coords_BN3, feed.grid, config.model.patch_voxels)
-        with _listening(code, experts) as heard:
-            model(views, 0.0)
-        target_patch_BMT = take(patch_BN, views.target_BMT)
-        target_valid_BMT = take(views.valid_BN, views.target_BMT)
+        with _listening(None if session else code, experts) as heard:
+            h_BNA = model.latents(views) if session else model(views, 0.0)
         for b, row in enumerate(part.tolist()):
             modality = int(batch.modality[b])
-            if code and seen.atoms:
-                valid_Q = target_valid_BMT[b].flatten()
-                h_QA = heard[code].unflatten(0, target_patch_BMT.shape[:2])[b].flatten(0, 1)
-                seen.atoms.add(h_QA[valid_Q], target_patch_BMT[b].flatten()[valid_Q], modality,
-                               row)
+            if seen.atoms and session:
+                seen.atoms.add(*_brain(h_BNA[b], views, patch_BN, b), modality, row)
+            elif seen.atoms and code:
+                seen.atoms.add(*_predicted(heard[code], views, patch_BN, b), modality, row)
             for layer, tally in zip(experts.values(), seen.experts, strict=True):
                 valid_N = views.valid_BN[b]
                 tally.add(heard[layer][b][valid_N], patch_BN[b][valid_N], modality, row)
         progress(start + len(part))
     return seen
+
+
+def _predicted(h_VTA: Tensor, views: Views, patch_BN: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """Activations [Q, A] and patches [Q] where scan b was predicted."""
+    target_BMT = views.target_BMT
+    valid_Q = take(views.valid_BN, target_BMT)[b].flatten()
+    h_QA = h_VTA.unflatten(0, target_BMT.shape[:2])[b].flatten(0, 1)
+    return h_QA[valid_Q], take(patch_BN, target_BMT)[b].flatten()[valid_Q]
+
+
+def _brain(h_NA: Tensor, views: Views, patch_BN: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """Those of scan b's tokens that a session code learns from."""
+    brain_N = views.foreground_BN[b] >= LEAST_SHARE
+    return h_NA[brain_N], patch_BN[b, brain_N]
 
 
 def _expert_layers(model: nn.Module) -> dict[int, MoE]:

@@ -47,6 +47,7 @@ class Head(nn.Module):
     Parameters
     ----------
     modalities : indices into MODALITIES, of the scans that it can read
+    heads : at most; as many as divide ``dim``, which atoms of a session code need not
     """
 
     mean: Tensor
@@ -55,7 +56,7 @@ class Head(nn.Module):
     def __init__(self, modalities: Sequence[int], dim: int, heads: int, outputs: int) -> None:
         super().__init__()
         self.modalities = tuple(modalities)
-        number = len(self.modalities)
+        number, heads = len(self.modalities), math.gcd(dim, heads)
         self.query = nn.Parameter(torch.zeros(heads, dim // heads))
         self.trust = nn.Parameter(torch.zeros(number))
         self.weight = nn.Parameter(torch.zeros(number, dim, outputs))

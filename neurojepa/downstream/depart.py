@@ -25,7 +25,7 @@ from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import Feed
 from neurojepa.weights import Weights
 
-DRAWS = 4  # of masks: which places of a scan are predicted, and so have atoms
+DRAWS = 4  # of masks: which places are predicted, and so have atoms but of a session code
 WIDTH_YEARS = 10.0  # sd of the weights of people around an age
 LEAST_PEOPLE = 20
 LEAST_NEAR = 5  # people around an age, in effect
@@ -49,18 +49,18 @@ class Departures:
 def region_means(weights: Weights, feed: Feed, rows: np.ndarray, regions: Regions,
                  progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
     """float64 [S, R, A]: mean activation of atoms in each region of scans; nan where no place of a
-    region was predicted.
+    region was predicted, or is brain.
 
     Raises
     ------
     ConfigError
         The model has no sparse code.
     """
-    found = []
+    found, draws = [], 1 if weights.model.session_code else DRAWS
     for number, row in enumerate(rows.tolist(), 1):
         total: np.ndarray | float = 0.0
         tokens: np.ndarray | float = 0.0
-        for draw in range(DRAWS):
+        for draw in range(draws):
             config = weights.config.model_copy(update={"train": weights.config.train.model_copy(
                 update={"seed": weights.config.train.seed + draw})})
             atoms = observe(weights.model, config, feed, np.array([row])).atoms

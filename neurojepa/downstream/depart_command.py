@@ -22,8 +22,8 @@ def add_depart(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("scan", metavar="SCAN", help="one scan, as embed takes it; or a feed, "
                          "with --scan-id")
     command.add_argument("--scan-id", help="of the feed's scans, this one")
-    command.add_argument("--weights", required=True, help="exported weights of a JEPA with a "
-                         "sparse code")
+    command.add_argument("--weights", required=True, help="exported weights with a sparse code: "
+                         "of a JEPA, or a session code")
     command.add_argument("--reference", required=True, metavar="FEED", help="people to compare "
                          "with, whose label age is known")
     command.add_argument("--split", help="of the reference, only this split")

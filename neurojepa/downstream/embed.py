@@ -1,4 +1,5 @@
-"""Frozen embeddings of a feed's scans, one row a scan: the target encoder's tokens, pooled.
+"""Frozen embeddings of a feed's scans, one row a scan: the target encoder's tokens, pooled, or h of
+the session code in them, where the weights have one.
 
 pooling.py says how.  A CNN has no tokens; its pooled features are taken as they are.
 
@@ -108,11 +109,15 @@ def embed(model: Averaged, config: RootConfig, feed: Feed, rows: np.ndarray,
     Raises
     ------
     ConfigError
-        Regions of a CNN, which has no tokens; atoms of a model whose code reads predictions alone.
+        Regions of a CNN, which has no tokens; atoms of a model whose code reads predictions alone,
+        or whose latents are atoms of a session code.
     DataError
         A scan's modality is none of those to compare with, or a sample cannot be read.
     """
     pooled, parts = [], []
+    if atoms and model.session_code is not None:
+        raise ConfigError("these weights have a session code: what they embed by are its atoms "
+                          "already; leave --atoms out")
     if atoms and (config.objective.method != "jepa" or not config.objective.sparse.visible):
         raise ConfigError(f"objective.method = {config.objective.method}, objective.sparse.visible "
                           f"= {config.objective.sparse.visible:g}: no atoms can be read from the "

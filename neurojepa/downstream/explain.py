@@ -181,10 +181,10 @@ def check_weights(weights: Weights, width: int) -> None:
     if weights.places is None:
         raise ConfigError("the weights were exported without what is usual of tokens at each "
                           "place; export them again, with their feed")
-    own = next(iter(weights.places.sums.values())).token_nD.shape[1]
-    if own != width:
-        raise ConfigError(f"the embeddings have {width} features, the weights give {own}; embed "
-                          "again with these weights, without --atoms")
+    if weights.places.width != width:
+        raise ConfigError(f"the embeddings have {width} features, the weights give "
+                          f"{weights.places.width}; embed again with these weights, without "
+                          "--atoms")
 
 
 def _check_same(who: Shown, own: np.ndarray, stored: np.ndarray) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from neurojepa.config import RootConfig
@@ -183,11 +182,9 @@ class Trainer:
             position=torch.zeros(1, dtype=torch.int64),
             weight=torch.ones(1), scan_ids=[self.reader.value("scan_id", row)]).to(self.device)
         views = make_views(batch, with_all_brain(self.config, batch.voxels), self.feed.grid, SEED)
-        z_BND = self.model.target(views.tokens_BNP, views.coords_BN3, views.valid_BN,
-                                  views.all_scanned).float()
+        z_BND = self.model.latents_with_gradient(views)
         patch_BN = patch_numbers(views.coords_BN3, self.feed.grid, self.config.model.patch_voxels)
-        tokens = Tokens(F.layer_norm(z_BND, z_BND.shape[-1:]), patch_BN, views.foreground_BN,
-                        views.modality_B)
+        tokens = Tokens(z_BND, patch_BN, views.foreground_BN, views.modality_B)
         return Scan(*self.places.values(tokens, 0), modality)
 
     def _validate(self) -> float:

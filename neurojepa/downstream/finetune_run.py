@@ -115,7 +115,9 @@ def tune(asked: Request, world: World) -> None:
         model = load_model(asked.weights, str(world.device))
         feed, rows = _scans(asked, model)
         who = _people(asked, model, feed, rows)
-        settings = {"weights": record_of(asked.weights)["sha256"], "feed": feed.fingerprint,
+        before = record_of(asked.weights)
+        settings = {"weights": before["sha256"], "code": before.get("code", {}).get("sha256"),
+                    "feed": feed.fingerprint,
                     "label": asked.label, "people": who.fingerprint(), "epochs": asked.epochs,
                     "batch": BATCH, "rate": RATE, "rank": RANK}
         read_state(path_of(asked.out, STATE), settings)  # to refuse it before scans are read
@@ -215,7 +217,7 @@ def _probe(model: Model, feed: Feed, who: _Who, places: Places,
         rows.tolist(), names, _embedded(model, feed, rows, places, world), strict=True)}
     size = SIZES[model.weights.config.model.size]
     outputs = len(who.target.classes) if who.target.kind == "multiclass" else 1
-    head = Head(who.modalities, size.dim, size.heads, outputs).to(model.device)
+    head = Head(who.modalities, places.width, size.heads, outputs).to(model.device)
     return head, begin(head, who.target.kind, [[scan[row] for row in unit]
                                                for unit in who.cohort.units],
                        who.cohort.truth, who.cohort.of("train"), who.cohort.of("val"))
@@ -225,8 +227,7 @@ def _embedded(model: Model, feed: Feed, rows: np.ndarray, places: Places,
               world: World) -> np.ndarray:
     """Float32 [scans, D]; every rank embeds its part, and all have the same."""
     mine = np.arange(len(rows))[world.rank::world.size]
-    width = SIZES[model.weights.config.model.size].dim
-    values = torch.zeros(len(rows), width, device=model.device)
+    values = torch.zeros(len(rows), places.width, device=model.device)
     if len(mine):
         part = embed(model.weights.model, model.weights.config, feed, rows[mine], places)
         values[mine] = torch.from_numpy(part.values).to(model.device)

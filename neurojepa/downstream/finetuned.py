@@ -28,7 +28,7 @@ from neurojepa.feed.format import MODALITIES, Feed
 from neurojepa.model.averaged import Averaged
 from neurojepa.model_card import card
 from neurojepa.storage import join, local_path, read_bytes, read_if_there, sha256, write_bytes
-from neurojepa.weights import Weights, hashed, place_of
+from neurojepa.weights import CODE, Weights, hashed, place_of
 
 HEAD = "head.safetensors"
 # of config.json, what is told of the weights before, or of what was learnt on top of them
@@ -102,9 +102,12 @@ def write_with(out: str, weights: Weights, source: str, places: Places, taught: 
     """
     from safetensors.torch import save
 
-    model = {name: tensor.contiguous().cpu()
-             for name, tensor in weights.model.state_dict().items()}
+    model = {name: tensor.contiguous().cpu() for name, tensor in weights.model.state_dict().items()
+             if not name.startswith("session_code.")}
     began, data = record_of(source), save(model)
+    if weights.model.session_code is not None:
+        code = weights.model.session_code.state_dict()
+        parts = {**parts, "code": (CODE, save({name: each.cpu() for name, each in code.items()}))}
     parts = {**parts, "pooling": ("pooling.safetensors",
                                   save(places.to(torch.device("cpu")).tensors()))}
     if weights.seen is not None:
@@ -116,7 +119,7 @@ def write_with(out: str, weights: Weights, source: str, places: Places, taught: 
     write_bytes(join(out, "model.safetensors"), data)
     for name, (file, content) in parts.items():
         write_bytes(join(out, file), content)
-        config[name] = {**began.get(name, {}), "sha256": sha256(content)}
+        config[name] = {**config.get(name, {}), "sha256": sha256(content)}
     write_bytes(join(out, "README.md"), card(config).encode())
     write_bytes(join(out, "config.json"), json.dumps(config, indent=1).encode())
 
@@ -142,7 +145,7 @@ def check_out(out: str, source: str, task: str) -> None:
 def check_tokens(config: RootConfig, name: str) -> None:
     """Raise ConfigError where weights have no tokens to read; ``name`` is theirs."""
     if config.objective.method == "cnn":
-        raise ConfigError(f"{name}: a cnn has no tokens to attend to; take weights of a jepa or "
+        raise ConfigError(f"{name}: a cnn has no tokens to read; take weights of a jepa or "
                           "mae")
 
 

@@ -64,6 +64,11 @@ class Places:
         self.sums: dict[int, Sums] = {}
         self.lines: dict[int, Line] = {}
 
+    @property
+    def width(self) -> int:
+        """Features of the tokens."""
+        return next(iter(self.sums.values())).token_nD.shape[1]
+
     @classmethod
     def fit(cls, read: Callable[[], Iterable[Tokens]], num_patches: int) -> Places:
         """Learn from scans of split train, which are read twice."""
@@ -175,10 +180,11 @@ class Places:
             raise DataError(f"no {MODALITIES[min(unknown)]} scan to compare with; "
                             "it has " + ", ".join(MODALITIES[m] for m in sorted(self.sums))
                             + "; embed other modalities, or add such scans to the feed")
-        known, width = next(iter(self.sums.values())).token_nD.shape[1], tokens.z_BND.shape[-1]
-        if known != width:
-            raise DataError(f"places tell of {known} features and tokens have {width}; compare "
-                            "latents with places of latents, and atoms with places of atoms")
+        width = tokens.z_BND.shape[-1]
+        if self.width != width:
+            raise DataError(f"places tell of {self.width} features and tokens have {width}; "
+                            "compare latents with places of latents, and atoms with places of "
+                            "atoms")
 
     def _differences(self, tokens: Tokens) -> Tensor:
         """[B, D]: mean difference from the mean token of the place; 0 where no place is known."""

@@ -84,10 +84,9 @@ class Teacher:
         self.weights, self.places, self.feed, self.pairs = weights, places, feed, pairs
         self.reader = SampleReader(feed)
         self.device = next(weights.model.parameters()).device
-        dim = next(iter(places.sums.values())).token_nD.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            self.completion = Completion(feed.grid.shape, dim,
+            self.completion = Completion(feed.grid.shape, places.width,
                                          weights.config.model.patch_voxels).to(self.device)
 
     def volumes(self, k: int) -> tuple[Volume, Volume]:

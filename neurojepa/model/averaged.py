@@ -17,6 +17,7 @@ from neurojepa.config import RootConfig
 from neurojepa.feed.format import Feed, Grid
 from neurojepa.model.encoder import Encoder
 from neurojepa.model.moe import MoE
+from neurojepa.model.session_code import SessionCode
 from neurojepa.objective.views import Views
 
 
@@ -34,6 +35,7 @@ class Averaged(nn.Module, ABC):
         super().__init__()
         self.encoder = self.make_encoder(config, grid)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.session_code: SessionCode | None = None  # a second stage, which exports may have
 
     @staticmethod
     def make_encoder(config: RootConfig, grid: Grid) -> nn.Module:
@@ -54,7 +56,8 @@ class Averaged(nn.Module, ABC):
 
     @torch.no_grad()
     def latents(self, views: Views) -> Tensor:
-        """float32 [B, N, D]: layer-normed output of the target encoder for every token."""
+        """float32 [B, N, D]: layer-normed output of the target encoder for every token; or h of
+        the session code, [B, N, A], where there is one."""
         return self.latents_with_gradient(views)
 
     def latents_with_gradient(self, views: Views) -> Tensor:
@@ -65,7 +68,11 @@ class Averaged(nn.Module, ABC):
                                  [layer.bias for layer in _moes(self.encoder)])
         z_BND = self.target(views.tokens_BNP, views.coords_BN3, views.valid_BN,
                             views.all_scanned)
-        return F.layer_norm(z_BND.float(), z_BND.shape[-1:])
+        z_BND = F.layer_norm(z_BND.float(), z_BND.shape[-1:])
+        if self.session_code is None:
+            return z_BND
+        h_BNA: Tensor = self.session_code(z_BND)
+        return h_BNA
 
     @torch.no_grad()
     def embed(self, views: Views) -> Tensor:

@@ -19,7 +19,7 @@ from tools.bench import codes
 
 def test_those_who_teach_and_val_are_read_and_nobody_tested(monkeypatch: pytest.MonkeyPatch
                                                             ) -> None:
-    monkeypatch.setattr(codes._session, "PEOPLE", 2)
+    monkeypatch.setattr(codes, "PEOPLE", 2)
     split = ["train"] * 4 + ["val", "test"]
     index = pa.table({"participant": [f"p{k}" for k in range(6) for _ in range(3)],
                       "split": [each for each in split for _ in range(3)],

@@ -31,6 +31,7 @@ from neurojepa.config import RootConfig, load_config
 from neurojepa.downstream.embed import describe, tokens_in, views_of
 from neurojepa.downstream.pooling import Places, Tokens
 from neurojepa.downstream.probe import probe
+from neurojepa.downstream.sessions import PEOPLE, SCANS_AT_ONCE
 from neurojepa.downstream.stats import auroc, r_squared
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Feed, open_feed
@@ -39,7 +40,7 @@ from neurojepa.storage import write_bytes
 from neurojepa.weights import load
 from tools.bench import _session
 from tools.bench._compare_run import labels_of, retrieved
-from tools.bench._session import KINDS, SCANS_AT_ONCE, Code, Kind
+from tools.bench._session import KINDS, Code, Kind
 from tools.bench.common import ROOT, machine, print_table
 
 CODES: dict[str, Kind] = {
@@ -107,7 +108,7 @@ class Encoded:
         feed = open_feed(config.data.feed)
         model = load(str(folder / "weights")).model
         _session.remember(model, folder / "latents")
-        taught = _session.session_tokens(model, config, feed)
+        taught = _session.taught(model, config, feed)
         rows = rows_read(feed)
         with torch.no_grad():
             tokens = [tokens_in(model, config, feed, views) for views in
@@ -160,7 +161,7 @@ def rows_read(feed: Feed) -> np.ndarray:
     """T1w and T2w scans of the people that codes are learnt from, and of val."""
     person, split, modality = (np.array(feed.index[name].to_pylist())
                                for name in ("participant", "split", "modality"))
-    taught = np.unique(person[split == "train"])[:_session.PEOPLE]
+    taught = np.unique(person[split == "train"])[:PEOPLE]
     chosen = np.isin(person, taught) | (split == "val")
     return np.flatnonzero(chosen & np.isin(modality, ("T1w", "T2w")))
 

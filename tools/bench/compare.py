@@ -43,13 +43,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from neurojepa.downstream.sessions import NO_SESSION
 from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import open_feed
 from tools.bench import _compare_table
 from tools.bench._compare_table import DIVERGED
 from tools.bench._people import Cohort, described, make_people
 from tools.bench._runs import claim, command, make_all, write_recipe
-from tools.bench._session import NO_SESSION
 from tools.bench.common import ROOT, machine
 
 RATE = 2e-3
