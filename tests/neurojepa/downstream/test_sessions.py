@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import neurojepa
 from neurojepa.downstream import sessions
 from neurojepa.downstream.__main__ import main
 from neurojepa.downstream.atoms import observe
+from neurojepa.downstream.code_command import add_code
 from neurojepa.downstream.embed import tokens_of
 from neurojepa.downstream.pooling import Tokens
 from neurojepa.downstream.sessions import (
@@ -164,6 +166,13 @@ def coded(folder: Path) -> Path:
     return folder / "coded"
 
 
+def test_defaults_are_those_that_were_measured() -> None:
+    parser = argparse.ArgumentParser()
+    add_code(parser.add_subparsers())
+    given = parser.parse_args(["code", "--weights", "w", "--feed", "f", "--out", "o"])
+    assert (given.people, given.l1) == (sessions.PEOPLE, sessions.L1)
+
+
 @pytest.fixture
 def feed(folder: Path) -> Feed:
     return open_feed(str(folder / "feed"))
@@ -194,7 +203,7 @@ def test_the_folder_says_what_it_is(folder: Path, coded: Path, feed: Feed) -> No
     record = json.loads((coded / "config.json").read_text())
     code = record["code"]
     assert {name: code[name] for name in ("people", "scans", "l1", "seed", "steps", "feed")} == {
-        "people": 4, "scans": {"T1w": 4, "T2w": 4}, "l1": 2e-3, "seed": 1, "steps": 20,
+        "people": 4, "scans": {"T1w": 4, "T2w": 4}, "l1": sessions.L1, "seed": 1, "steps": 20,
         "feed": feed.fingerprint}
     assert record["pooling"]["scans"] == {"T1w": 6, "T2w": 6}
     text = (coded / "README.md").read_text()
