@@ -156,14 +156,19 @@ class Places:
                                     for name, value in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that was learnt, exactly, by names such as T1w.token_nD."""
-        return {f"{MODALITIES[modality]}.{name}": value for modality in sorted(self.sums)
+        """All that was learnt, exactly, by names such as T1w.token_nD.
+
+        Of what has a width, only patches that were seen: most of a grid is no brain.
+        """
+        return {f"{MODALITIES[modality]}.{name}":
+                value[self.sums[modality].scans_n > 0] if name.endswith("_nD") else value
+                for modality in sorted(self.sums)
                 for part in (self.sums[modality], self.lines[modality])
                 for name, value in vars(part).items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Places:
-        """What ``tensors`` gave."""
+        """What ``tensors`` gave; or as it was once, with all patches."""
         parts: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             known, _, field = name.partition(".")
@@ -171,6 +176,11 @@ class Places:
         places = cls(len(next(iter(parts.values()))["scans_n"]))
         for modality, part in parts.items():
             line = {name: part.pop(name) for name in ("log_size", "slope_D")}
+            seen_n = part["scans_n"] > 0
+            for name in ("token_nD", "sized_nD"):
+                if len(part[name]) < len(seen_n):
+                    part[name] = part[name].new_zeros(len(seen_n), part[name].shape[1]
+                                                      ).index_put_((seen_n,), part[name])
             places.sums[modality], places.lines[modality] = Sums(**part), Line(**line)
         return places
 

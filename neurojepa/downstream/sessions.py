@@ -123,7 +123,7 @@ def means_of_sessions(tokens: Tokens, session_B: np.ndarray) -> tuple[Tensor, Te
 def learn(make: Callable[[], Code], z_QD: Tensor, target_QD: Tensor, *, l1: float, seed: int,
           progress: Progress = _silent) -> Code:
     """A code that tells targets of tokens, on the device where it was made."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # draws are the CPU's on any device
         torch.manual_seed(seed)
         code = make()
         device = code.offset.device

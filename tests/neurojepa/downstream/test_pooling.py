@@ -96,14 +96,19 @@ def test_a_region_is_the_mean_over_its_part_of_each_patch_less_a_line_at_each() 
 def test_places_are_the_same_after_storing() -> None:
     one, two = tokens([[1.0, 4.0], [3.0, 5.0]], [[1.0, 0.95], [1.0, 1.0]]), tokens(
         [[9.0, 8.0], [7.0, 6.0]], [[1.0, 1.0], [1.0, 0.9]], T2W)
-    places = fitted([one, two], 2)
-    again = Places.from_tensors(places.tensors())
-    share_nR = torch.ones(2, 1)
-    for each in (one, two):
-        assert torch.equal(again.pool(each), places.pool(each))
-        assert torch.equal(again.pool_regions(each, share_nR)[0],
-                           places.pool_regions(each, share_nR)[0])
-    assert again.variance() == places.variance()
+    places = fitted([one, two], 5)  # three patches were not seen
+    tensors = places.tensors()
+    assert tensors["T1w.token_nD"].shape == (2, 1) and len(tensors["T1w.scans_n"]) == 5
+    once = tensors | {f"{name}.{field}": getattr(places.sums[modality], field) for name, modality
+                      in (("T1w", T1W), ("T2w", T2W)) for field in ("token_nD", "sized_nD")}
+    share_nR = torch.ones(5, 1)
+    for again in map(Places.from_tensors, (tensors, once)):  # with all patches, as it once was
+        for each in (one, two):
+            assert torch.equal(again.pool(each), places.pool(each))
+            assert torch.equal(again.pool_regions(each, share_nR)[0],
+                               places.pool_regions(each, share_nR)[0])
+        assert again.variance() == places.variance()
+        assert again.num_patches == 5
 
 
 def test_variance_by_place_and_modality_by_hand() -> None:
