@@ -28,15 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="smaller, for a first look")
     parser.add_argument("--official", type=Path, metavar="DIR")
-    parser.add_argument("--work", metavar="DIR", help="compare, explain, quality, readout, "
-                        "register, segment, soak: where runs are kept (default: build/bench-NAME); "
-                        "codes: the folder of compare")
+    parser.add_argument("--work", metavar="DIR", help="compare, downstream, explain, quality, "
+                        "readout, register, segment, soak: where runs are kept (default: "
+                        "build/bench-NAME); codes: the folder of compare")
     parser.add_argument("--feed", help="compare, explain: your own packed feed in place of "
                         "synthetic people")
     parser.add_argument("--weights", help="explain, register, segment: exported weights (explain: "
                         "default untrained; the others: add rows that use their tokens)")
-    parser.add_argument("--finished", action="store_true", help="compare: make no more runs, only "
-                        "the tables of those that are there")
+    parser.add_argument("--finished", action="store_true", help="compare, downstream: make no more "
+                        "runs, only the tables of those that are there")
     parser.add_argument("--dose", choices=("small", "medium", "large"), help="compare: of what "
                         "scanners add to its people (default: medium)")
     parser.add_argument("--rehearse", action="store_true", help="gpu: every stage at a tiny size, "
@@ -51,14 +51,15 @@ def main(argv: list[str] | None = None) -> int:
     if official is not None and not (official / "src/neurojepa").is_dir():
         raise ConfigError(f"--official {official}: holds no src/neurojepa; name a checkout of the "
                           "official repository")
-    if arguments.work and arguments.name not in ("codes", "compare", "explain", "quality",
-                                                    "readout", "register", "segment", "soak"):
+    if arguments.work and arguments.name not in ("codes", "compare", "downstream", "explain",
+                                                    "quality", "readout", "register", "segment",
+                                                    "soak"):
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
     for option, *owners in (("feed", "compare", "explain"), ("weights", "explain", "register",
                              "segment"),
-                            ("finished", "compare"), ("dose", "compare"), ("rehearse", "gpu"),
-                            ("faults", "soak"), ("seed", "soak"), ("minutes", "soak"),
-                            ("on", "soak")):
+                            ("finished", "compare", "downstream"), ("dose", "compare"),
+                            ("rehearse", "gpu"), ("faults", "soak"), ("seed", "soak"),
+                            ("minutes", "soak"), ("on", "soak")):
         if _given(value := getattr(arguments, option)) and arguments.name not in owners:
             raise ConfigError(f"--{option} {value}: {arguments.name} has no use for it; only "
                               f"{' and '.join(owners)} {'do' if len(owners) > 1 else 'does'}")

@@ -3,6 +3,9 @@
     draw_person -> a source of its split that fits -> head, mixed with other sources (_mixing.py)
     -> read on the grid as preparation would have placed it -> signal -> scaled -> feed
 
+A second visit is a feed of its own: T1w of those who came again, whose truth has the ALFF of lobes,
+too (_alff.py).
+
 Head, volumes, lesions and contrasts are those of data_prep/synth; what is left out are the scan's
 own grid and file, and so the errors of preparation, which are drawn instead: the placement of a
 head, of scans of one session to one another, and shading that bias correction leaves.
@@ -52,8 +55,10 @@ from neurojepa.feed.format import (
     quantise,
 )
 from neurojepa.storage import parquet_bytes, write_bytes
+from tools.bench._alff import alff
 from tools.bench._mixing import Mixer, brain_of, label_folder, mixer, split_sources
 
+FEEDS = ("feed", "visits")  # of first visits and of second ones
 GRIDS = {"3mm": TRAINING_GRIDS["3mm"], "2mm": Grid("2mm", (81, 99, 81), 2.0)}  # 18 mm: 6, 9 voxels
 MODALITIES = ("T1w", "T2w", "FLAIR")
 DOSES = {"small": 0.4, "medium": 1.0, "large": 2.5}
@@ -90,6 +95,11 @@ class Shard:
     others: tuple[str, ...]  # the split's other sources
     people: tuple[int, ...]
     work: Path
+    visit: int = 0  # 1: the second one
+
+    @property
+    def feed(self) -> Path:
+        return self.work / FEEDS[self.visit]
 
     @property
     def name(self) -> str:
@@ -97,16 +107,16 @@ class Shard:
 
     @property
     def record(self) -> Path:
-        return self.work / "feed" / "records" / (Path(self.name).stem + ".parquet")
+        return self.feed / "records" / (Path(self.name).stem + ".parquet")
 
 
-def make_people(cohort: Cohort, work: Path, workers: int) -> str:
-    """The feed of a cohort below ``work``, or what is missing of it; returns its URI."""
-    feed = work / "feed"
+def make_people(cohort: Cohort, work: Path, workers: int, visit: int = 0) -> str:
+    """The feed of a cohort's visits below ``work``, or what is missing of it; returns its URI."""
+    feed = work / FEEDS[visit]
     if (feed / "feed.json").exists():
         return str(feed)
     folder, cache = label_folder(), work.parent / "anatomies"
-    shards = list(plan_shards(cohort, work, folder))
+    shards = plan_shards(cohort, work, folder, visit)
     missing = [shard for shard in shards if not shard.record.exists()]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for done, shard in enumerate(pool.map(make_shard, missing, [folder] * len(missing),
@@ -119,20 +129,22 @@ def make_people(cohort: Cohort, work: Path, workers: int) -> str:
     return str(feed)
 
 
-def plan_shards(cohort: Cohort, work: Path, folder: Path | None) -> list[Shard]:
-    """People by split and by the source that fits their ventricles."""
+def plan_shards(cohort: Cohort, work: Path, folder: Path | None, visit: int = 0) -> list[Shard]:
+    """People who have the visit, by split and by the source that fits their ventricles."""
     shards, first = [], 0
     for split, names in split_sources(folder, cohort.fold).items():
         ventricles = {name: ventricle_ml(name, folder) for name in names}
         count = getattr(cohort, split) + getattr(cohort, split) % 2  # siblings stay together
         chosen: dict[str, list[int]] = {name: [] for name in names}
         for index in range(first, first + count):
-            chosen[choose_anatomy(draw_person(cohort.seed, index), ventricles)].append(index)
+            person = draw_person(cohort.seed, index)
+            if len(person.visits) > visit:
+                chosen[choose_anatomy(person, ventricles)].append(index)
         first += count
         for name, people in chosen.items():
             others = tuple(other for other in names if other != name)
-            shards += [Shard(cohort, split, name, others, tuple(people[at:at + PER_SHARD]), work)
-                       for at in range(0, len(people), PER_SHARD)]
+            shards += [Shard(cohort, split, name, others, tuple(people[at:at + PER_SHARD]), work,
+                             visit) for at in range(0, len(people), PER_SHARD)]
     return shards
 
 
@@ -145,14 +157,13 @@ def make_shard(shard: Shard, folder: Path | None, cache: Path) -> str:
     samples, labels = [], []
     for index in shard.people:
         person = draw_person(shard.cohort.seed, index)
-        scans, truth = make_person(mixed, person, shard.cohort)
+        scans, truth = make_person(mixed, person, shard.cohort, shard.visit)
         samples += [({**row, "split": shard.split, "family": shard.source}, *data)
                     for row, *data in scans]
-        labels += [{"participant": person.label, "session": "1", "name": name, "value": str(value)}
-                   for name, value in truth.items()]
+        labels += [{"participant": person.label, "session": person.visits[shard.visit].session,
+                    "name": name, "value": str(value)} for name, value in truth.items()]
     data, placed = write_tar(samples)
-    feed = shard.work / "feed"
-    write_bytes(str(feed / shard.name), data)
+    write_bytes(str(shard.feed / shard.name), data)
     write_bytes(str(shard.record.with_suffix(".labels")),
                 parquet_bytes(pa.Table.from_pylist(labels, schema=LABELS_SCHEMA)))
     write_bytes(str(shard.record), parquet_bytes(placed_table(placed, shard.name)))
@@ -161,35 +172,40 @@ def make_shard(shard: Shard, folder: Path | None, cache: Path) -> str:
 
 # ---- one person ----------------------------------------------------------------------------------
 
-def make_person(mixed: Mixer, person: SyntheticPerson, cohort: Cohort
+def make_person(mixed: Mixer, person: SyntheticPerson, cohort: Cohort, number: int = 0
                 ) -> tuple[list[tuple[IndexRow, bytes, bytes | None]], dict[str, Any]]:
-    """Rows and bytes of a person's scans at the first visit, and what is true of the person."""
-    grid, dose, visit = GRIDS[cohort.grid], DOSES[cohort.dose], person.visits[0]
+    """Rows and bytes of a person's scans at a visit, and what is true of the person then."""
+    grid, dose, visit = GRIDS[cohort.grid], DOSES[cohort.dose], person.visits[number]
     head = visit_head(mixed.anatomy, person, visit, cohort.seed,
                       mixed.velocity(person.anatomy_key))
     rng = np.random.default_rng([cohort.seed, 6, person.index])
     # what differs between people comes before what scanners do: doses share it
     texture = TEXTURE * float(np.exp(rng.normal(0, TEXTURE_LOG_SD)))
-    pose = centred(placed_pose(mixed), mixed, head)
-    pose = pose.moved(rng, *(dose * error for error in SESSION_ERROR))
+    if number:
+        rng = np.random.default_rng([cohort.seed, 10, person.index, number])
+    still = centred(placed_pose(mixed), mixed, head)
+    pose = still.moved(rng, *(dose * error for error in SESSION_ERROR))
+    own_contrast = truths(person, visit.age)["t1w_contrast"]
     truth = {"age": visit.age, "sex": person.sex,
              "diagnosis": "patient" if person.patient else "control",
              "small_vessel": "yes" if person.small_vessel else "no", "texture": np.log(texture),
-             "t1w_contrast": truths(person, visit.age)["t1w_contrast"]}
+             "t1w_contrast": own_contrast}
+    if number:
+        truth |= alff(head, still, person, visit, cohort.seed)
     scans = []
-    for modality in MODALITIES:
+    for modality in MODALITIES[:1] if number else MODALITIES:
         if modality == "FLAIR" and person.index % cohort.flair_every:
             continue
         lying = pose if modality == "T1w" else pose.moved(rng, *(dose * e for e in SCAN_ERROR))
         view = View(head, lying, scanner.Grid(grid.shape, grid.affine), np.zeros((3, 2)))
-        stored = scan(view, rng, person, modality, texture, dose)
+        stored = scan(view, rng, person, modality, own_contrast, texture, dose)
         label = None
         if modality == "T1w":
             fine_mm3 = grid.spacing_mm**3 / float(view.parts.prod())
             truth |= measure(_within(view.fine_labels), fine_mm3)
             label = encode_array(_within(view.labels).astype(np.uint8))
         row = {"scan_id": hashlib.sha256(stored.tobytes()).hexdigest()[:24],
-               "participant": person.label, "session": "1", "cohort": "people",
+               "participant": person.label, "session": visit.session, "cohort": "people",
                "modality": modality, "site": person.site.name,
                "num_foreground": int(is_brain(stored).sum())}
         scans.append((row, encode_array(stored), label))
@@ -217,7 +233,7 @@ def centred(pose: Pose, mixed: Mixer, head: scanner.Head) -> Pose:
 
 
 def scan(view: View, rng: np.random.Generator, person: SyntheticPerson, modality: str,
-         texture: float, dose: float) -> np.ndarray:
+         t1w_contrast: float, texture: float, dose: float) -> np.ndarray:
     """uint8 codes of a scan on the view's grid."""
     site, voxel_mm = person.site, view.grid.voxel_mm
     tissue = np.zeros(1000, np.float32)
@@ -225,8 +241,7 @@ def scan(view: View, rng: np.random.Generator, person: SyntheticPerson, modality
     brain = brain_of(view.mean_signal(tissue), float(voxel_mm[0]))
     table = contrast.signal_table(modality, site, rng, dose)
     if modality == "T1w":
-        table[list(contrast.TISSUES["cortex"][0])] *= (
-            truths(person, person.visits[0].age)["t1w_contrast"] / CONTRAST)
+        table[list(contrast.TISSUES["cortex"][0])] *= t1w_contrast / CONTRAST
     white = np.zeros(1000, np.float32)
     white[list(codes.WHITE)] = 1
     pattern = ndimage.gaussian_filter(rng.standard_normal(view.grid.shape, dtype=np.float32),

@@ -186,8 +186,8 @@ def jobs_of(plan: Plan, work: Path, name: str, seed: int) -> list[Job]:
 class Runner:
     """Makes runs, each in a process of one thread."""
 
-    def __init__(self, feed: str, work: Path) -> None:
-        self.feed, self.work = feed, work
+    def __init__(self, feed: str, work: Path, module: str = RUN) -> None:
+        self.feed, self.work, self.module = feed, work, module
         self.measuring = Lock()  # a cost is measured once an arm, and one at a time
         self.patch = round(18 / open_feed(feed).grid.spacing_mm)  # tokens of 18 mm
 
@@ -206,7 +206,7 @@ class Runner:
         steps = self._steps(job) if job.arm.trained else 1
         self._write(job, steps, job.folder)
         try:
-            command(job.folder / "log.txt", RUN, str(job.folder))
+            command(job.folder / "log.txt", self.module, str(job.folder))
         except NeurojepaError:
             last = (job.folder / "log.txt").read_text().strip().rpartition("\n")[2]
             if not any(said in last for said in ("training diverged", NO_SESSION)):
@@ -223,7 +223,7 @@ class Runner:
                 folder = job.folder / "cost"
                 self._write(job, 1000, folder)
                 (folder / "run.json").write_text((job.folder / "run.json").read_text())
-                command(folder / "log.txt", RUN, str(folder), "--cost")
+                command(folder / "log.txt", self.module, str(folder), "--cost")
                 file.write_text((folder / "log.txt").read_text().splitlines()[-1])
         return max(10, round(job.seconds / float(file.read_text()) / 10) * 10)
 

@@ -1,11 +1,23 @@
-"""downstream: what embedding a scan costs, beside a MONAI pipeline doing the same.
+"""downstream: what embedding a scan costs, beside a MONAI pipeline, and what tasks tell from it.
 
-A raw synthetic T1w of 1 mm goes from file to embedding by the command, on one core, with the small
-weights that the package ships.  Prepared volumes (the MNI152 brain with textures of its own) go
-through the same encoder from a 3 mm feed, and through MONAI: files of 1 mm -> RAS, 3 mm,
+*Cost.*  A raw synthetic T1w of 1 mm goes from file to embedding by the command, on one core, with
+the small weights that the package ships.  Prepared volumes (the MNI152 brain with textures of its
+own) go through the same encoder from a 3 mm feed, and through MONAI: files of 1 mm -> RAS, 3 mm,
 percentiles, crop, pad -> its cache -> batches -> its vision transformer of the same width, depth
 and patch, on all patches -> mean.  Every part runs in a process of its own, whose peak memory is
 read at its end.
+
+*Tasks.*  People, budget and recipes are those of compare.py, as far as it has them; those of val
+and test who came again have a second visit and BOLD.  The dense JEPA differs in its code alone.  A
+CNN's own head tells the label that it was taught, and its features tell all else.
+_downstream_tasks.py says how tasks are read.  Beside the methods stand automatic volumes of
+regions; what anyone knows (age, sex and volume of the brain, less the age where that is asked for;
+for change, age, sex and the true volume of the ventricles at the first visit); both; and the true
+risk of the event.
+
+Every run keeps a folder below --work (default build/bench-downstream), and so does the cost; what
+is finished is not done again, and --finished shows what there is.  All of it takes about 80 CPU
+minutes, 23 of them for people.  --quick takes sketched people, of whom nothing can be learnt.
 """
 
 from __future__ import annotations
@@ -18,13 +30,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
+from neurojepa.errors import ConfigError
+from tools.bench._downstream_table import VOLUMES, tables
+from tools.bench._people import Cohort, described, make_people
+from tools.bench._runs import claim
+from tools.bench._sketched import sketch_people
 from tools.bench.common import ROOT, best, brains, machine, print_table
+from tools.bench.compare import MAE, Arm, Job, Runner, folder_of
 from tools.bench.feed import pack_brains
 
 WEIGHTS, GRID = "synthetic-tiny", "3mm"
@@ -32,27 +51,99 @@ BATCH = 8  # of MONAI
 KEY = "a public key for invented people"
 
 
-def run(quick: bool, official: str | None) -> dict[str, Any]:
-    """Measure; returns seconds of a raw scan, ratio_vs_monai of prepared ones and peaks in MiB."""
-    count = 8 if quick else 16
+RUN = "tools.bench._downstream_tasks"
+CNN = {"objective.method": "cnn", "model.token_budget": None, "data.modalities": ["T1w"]}
+METHODS = {
+    "sparse JEPA": Arm(rate=5e-4),
+    "dense JEPA": Arm({"objective.sparse.code": "identity"}, rate=5e-4),
+    "MAE with tissue head": Arm(MAE),
+    "CNN taught age": Arm(CNN | {"objective.label": "age"}, rate=5e-4),
+    "CNN taught diagnosis": Arm(CNN | {"objective.label": "diagnosis"}, rate=5e-4),
+    "random init": Arm(trained=False),
+    VOLUMES: Arm(trained=False, changes={"volumes": True}),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of it."""
+
+    seconds: float  # of training
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...] = tuple(METHODS)
+    cohort: Cohort | None = None  # None: sketched people
+
+
+FULL = Plan(120.0, (0, 1, 2), cohort=Cohort())
+QUICK = Plan(1.0, (0,), ("random init", VOLUMES))
+
+
+def run(quick: bool, official: str | None, work: str | None = None,
+        finished: bool = False) -> dict[str, Any]:
+    """Measure what is missing, or nothing if ``finished``, and print the tables; returns seconds of
+    a raw scan, ratio_vs_monai of prepared ones, peaks in MiB, and the scores of tasks."""
+    plan = QUICK if quick else FULL
+    folder = Path(work or ROOT / "build" / "bench-downstream") / ("quick" if quick else "full")
+    if finished and not (folder / "plan.json").exists():
+        raise ConfigError(f"--finished: {folder} holds no runs; leave --finished out to make them, "
+                          "or name the folder of others by --work")
     print(machine())
+    claim(folder, json.dumps({"people": plan.cohort and described(plan.cohort),
+                              "seconds": plan.seconds}))
+    kept = folder / "cost.json"
+    if not finished:
+        if not kept.exists():
+            kept.write_text(json.dumps(cost(quick)))
+        make(plan, folder)
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    show_cost(found)
+    return found | {"tasks": tables({name: [folder / "runs" / folder_of(name, seed)
+                                            for seed in plan.seeds] for name in plan.methods})}
+
+
+def cost(quick: bool) -> dict[str, Any]:
+    """Of raw scans and of prepared ones."""
+    count = 8 if quick else 16
     with tempfile.TemporaryDirectory(prefix="bench-downstream-") as name:
         folder = Path(name)
         raw = [raw_scan(folder, preset) for preset in (["quick"] if quick else
                                                        ["quick", "default"])]
-        print("\nA raw T1w of 1 mm, from file to embedding, one core")
-        print_table(("preset", "CPU s", "wall s", "peak MiB"), raw)
         pack_brains(folder, count, GRID)
         write_files(folder, count)
-        rows = [(what, *apart(part, folder, count)) for what, part in PARTS.items()]
-    print(f"\nPrepared volumes, {count} of them, one core")
-    print_table(("way", "CPU ms a scan", "peak MiB"), rows)
-    cost = {what: ms for what, ms, _ in rows}
+        rows = {what: apart(part, folder, count) for what, part in PARTS.items()}
+    ms = {what: spent for what, (spent, _) in rows.items()}
     return {"raw": {preset: {"cpu_s": cpu, "wall_s": wall, "peak_mib": peak}
                     for preset, cpu, wall, peak in raw},
-            "ratio_vs_monai": cost["MONAI, from its cache"] / cost["ours, from the feed"],
-            "ratio_vs_monai_files": cost["MONAI, from files"] / cost["ours, from the feed"],
-            "peak_mib": {what: peak for what, _, peak in rows}}
+            "ratio_vs_monai": ms["MONAI, from its cache"] / ms["ours, from the feed"],
+            "ratio_vs_monai_files": ms["MONAI, from files"] / ms["ours, from the feed"],
+            "cpu_ms": ms, "peak_mib": {what: peak for what, (_, peak) in rows.items()},
+            "scans": count}
+
+
+def show_cost(found: dict[str, Any]) -> None:
+    if not found:
+        return
+    print("\nA raw T1w of 1 mm, from file to embedding, one core")
+    print_table(("preset", "CPU s", "wall s", "peak MiB"),
+                [(preset, *spent.values()) for preset, spent in found["raw"].items()])
+    print(f"\nPrepared volumes, {found['scans']} of them, one core")
+    print_table(("way", "CPU ms a scan", "peak MiB"), [
+        (what, ms, found["peak_mib"][what]) for what, ms in found["cpu_ms"].items()])
+
+
+# ---- tasks ---------------------------------------------------------------------------------------
+
+def make(plan: Plan, folder: Path) -> None:
+    """People and runs of a plan that are missing, those of the first seed first."""
+    if plan.cohort is None:
+        feed = sketch_people(folder)
+    else:
+        workers = len(os.sched_getaffinity(0))
+        make_people(replace(plan.cohort, train=0), folder, workers, visit=1)
+        feed = make_people(plan.cohort, folder, workers)
+    Runner(feed, folder, RUN).make([
+        Job(folder / "runs" / folder_of(name, seed), METHODS[name], seed, plan.seconds)
+        for seed in plan.seeds for name in plan.methods if name != VOLUMES or not seed])
 
 
 # ---- a raw scan ----------------------------------------------------------------------------------

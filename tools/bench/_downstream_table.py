@@ -1,0 +1,68 @@
+"""Tables of what tasks tell, from the scores that _downstream_tasks.py has stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.bench._downstream_tasks import ALONE, COLUMNS, DRAWS, SITE, TRUE, WITH, WITHOUT
+from tools.bench._quality_table import Arrays, scores_of
+from tools.bench.common import print_table
+
+VOLUMES, KNOWN = "region volumes", "age, sex, brain volume"
+Cells = dict[str, list[float] | None]  # value, low and high of each column
+
+
+def tables(runs: dict[str, list[Path]]) -> dict[str, Any]:
+    """Print and return all tables, of the runs of each method that are finished."""
+    found = {name: [scores_of(folder) for folder in folders if (folder / "scores.npz").exists()]
+             for name, folders in runs.items()}
+    found = {name: scores for name, scores in found.items() if scores}
+    told = {name: row(scores, ALONE) for name, scores in found.items()}
+    shown = {f"told, with 95 % intervals; of {SITE!r} less is better": told,
+             f"added to {KNOWN}": {name: row(scores, WITH, scores, WITHOUT)
+                                   for name, scores in found.items()}}
+    if plain := found.get(VOLUMES):
+        told |= {KNOWN: row(plain, WITHOUT), f"{VOLUMES}; {KNOWN}": row(plain, WITH),
+                 "true risk": row(plain, TRUE)}
+        shown[f"above {VOLUMES}"] = {name: row(scores, ALONE, plain, ALONE)
+                                     for name, scores in found.items() if name != VOLUMES}
+    for title, rows in shown.items():
+        print(f"\n{title}")
+        print_table(("", "seeds", *COLUMNS), [
+            (name, len(found.get(name, plain or [])), *map(_cell, cells.values()))
+            for name, cells in rows.items()])
+    spent = {name: float(np.mean([each["train_cpu_s"] for each in scores]))
+             for name, scores in found.items()}
+    print("\nCPU seconds of a training: " + ", ".join(
+        f"{name} {seconds:.0f}" for name, seconds in spent.items() if seconds))
+    return {"tables": shown, "train_cpu_s": spent,
+            "seeds": {name: len(scores) for name, scores in found.items()}}
+
+
+def row(runs: list[Arrays], prefix: str, others: list[Arrays] | None = None,
+        of_others: str = "") -> Cells:
+    """Each column of rows that begin with ``prefix``, less that of others; None where it lacks."""
+    def of(runs: list[Arrays], key: str) -> list[np.ndarray]:
+        return [run[key] for run in runs if key in run]
+
+    return {column: summary(of(runs, prefix + column), of(others or [], of_others + column))
+            if of(runs, prefix + column) else None for column in COLUMNS}
+
+
+def summary(runs: list[np.ndarray], less: list[np.ndarray]) -> list[float]:
+    """Mean over seeds, low and high: 95 % of draws of people and of seeds; less that of others."""
+    means, spread = [], []
+    for each in filter(None, (runs, less)):
+        seeds = np.random.default_rng(0).integers(len(each), size=(DRAWS, len(each)))
+        stacked = np.stack(each)
+        means.append(stacked[:, 0].mean())
+        spread.append(np.take_along_axis(stacked[:, 1:].T, seeds, 1).mean(1))
+    value, draws = (each[0] - sum(each[1:]) for each in (means, spread))
+    return [float(value), *np.nanpercentile(draws, [2.5, 97.5]).tolist()]
+
+
+def _cell(found: list[float] | None) -> str | None:
+    return found and f"{found[0]:.2f} [{found[1]:.2f}, {found[2]:.2f}]"
