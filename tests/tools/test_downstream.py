@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from tools.bench import downstream
 from tools.bench._alff import LINKS, alff
 from tools.bench._downstream_table import KNOWN, VOLUMES, row, summary, tables
 from tools.bench._people import FEEDS
-from tools.bench._quality_run import finish
+from tools.bench._quality_run import finish, stored
 from tools.bench._sketched import PEOPLE, sketch_people
 
 
@@ -82,6 +84,21 @@ def test_a_site_in_the_features_is_told_and_age_is_not_on_sites_that_taught_noth
     of_site = first.replaced(np.eye(len(names))[number])
     found = tasks.sites(of_site)
     assert found[tasks.SITE][0] > 0.95 and found[tasks.UNSEEN][0] < 0.1
+
+
+def test_a_networks_own_head_is_scored_on_the_people_tested(
+        people: tuple[People, People], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = people
+    assert first.seen is not None
+    tested = np.flatnonzero(~first.seen)[::-1]  # in another order
+    for label, said in (("age", first.column("age")[tested].astype(float)),
+                        ("diagnosis", (first.column("diagnosis")[tested] == "patient") - 7.0)):
+        monkeypatch.setattr(tasks, "predicted_by", lambda *_, label=label, said=said: stored(
+            label, said, said, first.participant[tested], first.family[tested]))
+        config: Any = SimpleNamespace(objective=SimpleNamespace(label=label))
+        found = tasks.of_its_head(None, config, None, first)  # type: ignore[arg-type]
+        assert {column: values[0] for column, values in found.items()} == {
+            "age": {tasks.AGE: 1, tasks.ERROR: 0}, "diagnosis": {tasks.DIAGNOSIS: 1}}[label]
 
 
 # ---- the table -----------------------------------------------------------------------------------
