@@ -1,10 +1,7 @@
-"""A second stage on trial: a code of a frozen encoder's tokens that tells the session's mean.
+"""Session codes and their controls: second stages that are read through h.
 
-    token z of a scan -> linear, GELU, linear -> h -> decoder -> mean over the session's scans of
-                                                               their tokens at the same patch
-
-A T1w scan and a T2w scan of one visit show one head, so what the code can tell of their mean is
-anatomy, and contrast is left out.  Kinds of code:
+``neurojepa code`` makes the first kind (neurojepa/downstream/sessions.py); the others ask what of
+it matters:
 
     sparse   h = ReLU(.) of ``ATOMS``, decoded by atoms of length 1; ``L1`` times ||h||_1
     dense    h is the told mean itself: the control for sparsity

@@ -17,8 +17,10 @@ from neurojepa.downstream import sessions
 from neurojepa.downstream.__main__ import main
 from neurojepa.downstream.atoms import observe
 from neurojepa.downstream.code_command import add_code
+from neurojepa.downstream.depart import region_means
 from neurojepa.downstream.embed import tokens_of
 from neurojepa.downstream.pooling import Tokens
+from neurojepa.downstream.regions import load_regions
 from neurojepa.downstream.sessions import (
     drop_rare,
     learn,
@@ -244,6 +246,10 @@ def test_atoms_of_the_code_are_shown_where_there_is_brain(coded: Path, feed: Fee
         brain = of_scan.share_BN[0] >= sessions.LEAST_SHARE
         total.index_add_(0, of_scan.patch_BN[0, brain], of_scan.z_BND[0, brain])
     torch.testing.assert_close(seen.atoms.total_nF, total)
+    regions = load_regions(feed.grid, weights.config.model.patch_voxels)
+    (means_RA,) = region_means(weights, feed, np.array([13]), regions)
+    assert means_RA.shape == (len(regions.names), weights.model.session_code.atoms)
+    assert np.isfinite(means_RA).all(1).any() and np.nanmax(means_RA) > 0
     with pytest.raises(NeurojepaError, match="its atoms already; leave --atoms out"):
         neurojepa.load(str(coded), "cpu").embed(feed.uri, atoms=True)
 
