@@ -70,7 +70,7 @@ def test_a_recipe_that_is_not_shipped_is_refused_with_the_names_of_those_that_ar
                               cwd=tmp_path, text=True, capture_output=True)
         assert done.returncode == 2
         assert done.stderr.startswith("error: dmeo: cannot read the config (no such file); name a "
-                                      "file, or one of base, demo, large, paper")
+                                      "file, or one of base, demo, jepa, large, paper")
 
 
 @pytest.mark.slow(15)

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +105,11 @@ class Demo:
 
     def probe(self) -> None:
         self.command("neurojepa.weights", "export", str(self.out / "run"), "--out",
-                     str(self.out / "weights"))
+                     str(self.out / "encoder"))
+        if not (self.out / "weights/config.json").exists():
+            shutil.rmtree(self.out / "weights", ignore_errors=True)  # cut off
+            self.command("neurojepa", "code", "--weights", str(self.out / "encoder"), "--feed",
+                         self.feed, "--out", str(self.out / "weights"))
         self.command("neurojepa.downstream", "probe", "--weights", str(self.out / "weights"),
                      "--feed", self.feed, "--cohort", "synthetic", "--modality", "T1w", "--out",
                      str(self.out / "probe"))

@@ -129,14 +129,10 @@ def _training(out: Path, summary: dict[str, Any]) -> str:
                  label="restarted from here")
     left.set(xlabel="step", ylabel="loss", title="Loss of every step")
     left.legend(frameon=False, fontsize=8)
-    for name, color in (("explained_variance", BLUE), ("effective_rank", ORANGE)):
-        values = np.array([r[name] for r in again])
-        scale = values.max() if name == "effective_rank" else 1.0
-        label = "explained variance of targets" if scale == 1.0 else \
-            f"effective rank of targets (1.0 = {scale:.1f})"
-        right.plot([r["step"] for r in again], values / scale, color=color, label=label)
-    right.axhline(0, color="#e3e7ec", zorder=0)
-    right.set(xlabel="step", title="Is the target predicted, and does it stay rich?")
+    for name, what, color in (("prediction", "voxels of hidden tokens", BLUE),
+                              ("tissue", "tissue of visible tokens", ORANGE)):
+        right.plot([r["step"] for r in again], [r[name] for r in again], color=color, label=what)
+    right.set(xlabel="step", ylabel="loss", title="What the loss is made of")
     right.legend(frameon=False, fontsize=8)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -181,7 +177,7 @@ def _verdict(of_models: dict[str, Any]) -> str:
 # ---- pictures ------------------------------------------------------------------------------------
 
 def _tokens(out: Path, feed: Feed) -> str:
-    """One scan per modality with the tokens of its three masks."""
+    """One scan per modality with the tokens of its masks."""
     import torch
 
     from neurojepa.objective.views import make_views
@@ -216,9 +212,8 @@ def _tokens(out: Path, feed: Feed) -> str:
                 for indices, color in ((views.context_BMC, ORANGE), (views.target_BMT, BLUE)):
                     _shade(axis, coords[indices[b, m - 1].numpy()], config, feed.grid, z, color)
     return section("What the model sees", figure(
-        plot, "Axial slices. Orange tokens are context, blue ones are predicted, the rest is not "
-        "in the token budget. Each mask scale is a column: many small, some middle, few large "
-        "blocks."))
+        plot, "Axial slices. Orange tokens are seen, blue ones are filled in, the rest is not in "
+        "the token budget."))
 
 
 def _shade(axis: Any, coords_mm: np.ndarray, config: RootConfig, grid: Grid, z: int,

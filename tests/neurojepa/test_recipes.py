@@ -33,7 +33,7 @@ def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", ["dmeo", "configs/none.yaml"])
 def test_what_is_no_recipe_is_refused_with_the_names_of_those_there_are(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{name}: .*one of base, demo, large, paper"):
+    with pytest.raises(ConfigError, match=rf"{name}: .*one of base, demo, jepa, large, paper"):
         read_recipe(name)
 
 
