@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from importlib.metadata import distribution
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ PRIOR_FLOOR = 0.02  # of each tissue anywhere inside a brain
 EM_STEPS = 5
 LEAST_VARIANCE = 25.0  # of a tissue's codes (1..254): no class shrinks to a single value
 _AIR, _NOT_SCANNED = int(FeedCode.AIR), int(FeedCode.NOT_SCANNED)  # torch traces plain numbers
+_BRAIN_ABOVE = 0.2  # of the head's brightest voxel, as nilearn draws its mask
 _SAMPLED_MM = 3.0
 _STRIDE_MM, _LLOYD_STEPS = 3, 30
 
@@ -264,16 +266,21 @@ def tissue_priors(grid: Grid) -> np.ndarray:
 
 def template() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Corner in mm, and MNI152's brain, grey and white matter, float32 [x, y, z] at 1 mm in RAS."""
-    from nilearn.datasets import (
-        load_mni152_brain_mask,
-        load_mni152_gm_template,
-        load_mni152_wm_template,
-    )
+    (origin, head), (_, grey), (_, white) = map(_shipped, ("t1", "gm", "wm"))
+    return origin, (head > _BRAIN_ABOVE).astype(np.float32), grey, white
 
-    grey = load_mni152_gm_template(resolution=1)
-    others = (load_mni152_brain_mask(resolution=1), load_mni152_wm_template(resolution=1))
-    brain, white = (np.asarray(image.dataobj, dtype=np.float32) for image in others)
-    return grey.affine[:3, 3], brain, np.asarray(grey.dataobj, dtype=np.float32), white
+
+def _shipped(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Corner and values, at most 1, of a map in nilearn's wheel.
+
+    Read without nilearn: importing it costs every rank a second at its start.
+    """
+    import nibabel
+
+    name = f"nilearn/datasets/data/mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz"
+    image = nibabel.nifti1.Nifti1Image.from_filename(str(distribution("nilearn").locate_file(name)))
+    values = np.asanyarray(image.dataobj).astype(np.float32)
+    return image.affine[:3, 3], values / values.max()
 
 
 def by_patch(volume: np.ndarray, patch: int) -> np.ndarray:

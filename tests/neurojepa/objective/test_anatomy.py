@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from nilearn import datasets
 
 from neurojepa.config import MaskConfig
 from neurojepa.downstream.embed import without_augmentation
@@ -167,6 +168,16 @@ def test_region_masks_depend_on_seed_and_position_only() -> None:
     assert not torch.equal(make_views(batch, config, GRID, seed=8).target_BMT, whole.target_BMT)
     with NoSyncNoAtomics():
         make_views(batch, config, GRID, seed=7)
+
+
+def test_the_template_is_the_one_that_nilearn_loads() -> None:
+    origin, *ours = anatomy.template()
+    theirs = (datasets.load_mni152_brain_mask(resolution=1),
+              datasets.load_mni152_gm_template(resolution=1),
+              datasets.load_mni152_wm_template(resolution=1))
+    for mine, image in zip(ours, theirs, strict=True):
+        assert mine.dtype == np.float32 and (mine == image.get_fdata(dtype=np.float32)).all()
+        assert (image.affine[:3, 3] == origin).all() and (image.affine[:3, :3] == np.eye(3)).all()
 
 
 # ---- tissue --------------------------------------------------------------------------------------
