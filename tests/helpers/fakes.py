@@ -1,9 +1,9 @@
 """A small cohort of byte files and a stand-in for ``prepare_person`` that reads them.
 
 A file's text decides its fate: "bad" is rejected, "crash" raises, "segv" kills the process, "hang"
-sleeps, "eat" takes 1.5 GiB, "crowd" hangs only beside other scans, "kill:PATH" waits to be killed
-on its first try (its process and parent are then in PATH); other text is the seed of a volume.  A
-BOLD scan gives two results.
+sleeps (a file .hangs beside it says so), "eat" takes 1.5 GiB, "crowd" hangs only beside other
+scans, "kill:PATH" waits to be killed on its first try (its process and parent are then in PATH);
+other text is the seed of a volume.  A BOLD scan gives two results.
 
     python -m tests.helpers.fakes OUT [--ray-address A] MANIFEST...
 """
@@ -57,8 +57,11 @@ def make_manifest(root: Path, contents: dict[str, str], cohort: str = "fake",
 
 def fake_prepare(scans: list[Scan], preset: Preset) -> list[Prepared | Rejected]:
     """What ``prepare_person`` does, in milliseconds."""
-    if len(scans) > 1 and any(Path(scan.uri).read_text() == "crowd" for scan in scans):
-        time.sleep(120)
+    for scan in scans:
+        if Path(scan.uri).read_text() in (["hang", "crowd"] if len(scans) > 1 else ["hang"]):
+            time.sleep(1)  # whoever watches has begun to count
+            Path(scan.uri).with_suffix(".hangs").touch()
+            time.sleep(120)
     return [result for scan in scans for result in _fake_scan(scan)]
 
 
@@ -83,8 +86,6 @@ def _misbehave(text: str) -> None:
         raise ZeroDivisionError("a fault in the code")
     if text == "segv":
         os.kill(os.getpid(), signal.SIGSEGV)
-    if text == "hang":
-        time.sleep(120)
     if text == "eat":
         held = np.ones(1536 << 20, np.uint8)
         time.sleep(120)

