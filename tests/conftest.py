@@ -68,7 +68,7 @@ def run_cli():
     """Run a command of the project in a fresh interpreter; returns the completed process."""
 
     def run(*arguments: str, env: dict[str, str] | None = None,
-            timeout: float = 240) -> subprocess.CompletedProcess[str]:
+            timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True,
             timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})

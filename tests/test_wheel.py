@@ -18,7 +18,7 @@ from neurojepa.errors import EXTRAS
 from tests.helpers import ROOT
 from tests.helpers.wheel import PACKAGES, build_wheel, install
 
-pytestmark = [pytest.mark.slow(5), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow(5)
 # One scan from a file to an embedding: by the command, and from Python, which takes what the
 # command has prepared.
 AT_ONCE = "embed scan_T1w.nii.gz --weights synthetic-tiny --preset quick --out out"

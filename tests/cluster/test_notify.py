@@ -299,7 +299,7 @@ def test_a_supervisor_tells_that_it_gave_up(tmp_path: Path, hook: Hook, url_file
         [sys.executable, "-m", "cluster", "supervise", "--notify-url-file", url_file,
          "--notify-command", f"tee -a {tmp_path / 'told'}", "--", "--config",
          "configs/demo.yaml", f"data.feed={tmp_path / 'none'}", "run.ranks=1",
-         f"run.dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+         f"run.dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 2 and [message["kind"] for message in hook.got] == ["give_up"]
     assert json.loads((tmp_path / "told").read_text()) == hook.got[0]

@@ -35,7 +35,7 @@ def reference(session_folder: Path) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "neurojepa.pretrain", "--config", str(recipe), "run.launcher=local",
          "run.ranks=2", f"run.dir={recipe.parent / 'local'}"], cwd=ROOT, capture_output=True,
-        text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return recipe
 

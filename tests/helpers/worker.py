@@ -39,13 +39,13 @@ from tests.helpers import ROOT
 
 
 def run_ranks(jobs: list[dict[str, Any]], folder: Path, ranks: int = 1,
-              timeout: float = 200) -> list[subprocess.CompletedProcess[str]]:
+              timeout: float = 500) -> list[subprocess.CompletedProcess[str]]:
     """Run jobs in ``ranks`` worker processes; returns what each printed and its status."""
     return run_module("tests.helpers.worker", [str(_write_jobs(jobs, folder))], ranks, timeout)
 
 
 def run_module(module: str, arguments: list[str], ranks: int,
-               timeout: float = 200) -> list[subprocess.CompletedProcess[str]]:
+               timeout: float = 500) -> list[subprocess.CompletedProcess[str]]:
     """Run a module in ``ranks`` processes with a launcher's environment."""
     base = {key: value for key, value in os.environ.items() if key != "RANK"}
     base |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -34,7 +34,7 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(feed: str, tmp_path:
     while not beat.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 75 and "run again to continue" in output
     stop = read_rows(str(tmp_path / "run" / "events.jsonl"))[-1]
     assert stop["event"] == "stop" and 0 < stop["step"] < 40
@@ -42,7 +42,7 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(feed: str, tmp_path:
     again = start_pretrain("--config", path, "train.log_every=7")
     straight = start_pretrain("--config", path, f"run.dir={tmp_path / 'straight'}")
     for each in (again, straight):
-        output, errors = each.communicate(timeout=200)
+        output, errors = each.communicate(timeout=300)
         assert each.returncode == 0, errors
         assert "volumes/s" in output and "finished at step 40" in output
     ends = []
@@ -72,7 +72,7 @@ def test_a_live_run_is_refused_to_others_and_stopped_from_elsewhere(
         stop = run_cli("-m", "cluster", "stop", str(tmp_path / "run"))
         assert stop.returncode == 0, stop.stderr
         assert f"asked the training on {socket.gethostname()} (process {first.pid}" in stop.stdout
-        first.communicate(timeout=100)
+        first.communicate(timeout=300)
     finally:
         first.kill()
     assert first.returncode == 75
@@ -88,17 +88,17 @@ def test_finished_refused_and_extended(feed: str, tmp_path: Path,
     config = tiny_config(feed, tmp_path / "run", steps=3)
     path = write_config(config, tmp_path)
     process = start_pretrain("--config", path)
-    assert process.wait(timeout=100) == 0
+    assert process.wait(timeout=300) == 0
     assert main(["--config", path]) == 0
     assert "already finished at step 3" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"train.seed: checkpoint 0, now 1"):
         main(["--config", path, "train.seed=1"])
 
     refused = start_pretrain("--config", path, "optim.lr=0.01", "train.steps=4")
-    assert "optim.lr: checkpoint 0.0005, now 0.01" in refused.communicate(timeout=100)[1]
+    assert "optim.lr: checkpoint 0.0005, now 0.01" in refused.communicate(timeout=300)[1]
     assert refused.returncode == 2
     extended = start_pretrain("--config", path, "train.steps=4")  # a run has one owner at a time
-    assert extended.wait(timeout=100) == 0
+    assert extended.wait(timeout=300) == 0
     rows = read_rows(str(tmp_path / "run" / "metrics.jsonl"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
@@ -147,7 +147,7 @@ def test_bad_input_is_one_line_and_status_2(feed: str, tmp_path: Path) -> None:
     }
     processes = {message: start_pretrain(*arguments) for arguments, message in cases.items()}
     for message, process in processes.items():
-        _, errors = process.communicate(timeout=100)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 2
         lines = [line for line in errors.splitlines() if line.startswith("error:")]
         assert len(lines) == 1 and message in lines[0] and "Traceback" not in errors
@@ -177,7 +177,7 @@ def test_a_run_that_only_skips_is_stopped(feed: str, tmp_path: Path) -> None:
     config = tiny_config(feed, tmp_path / "run", steps=60)
     process = start_pretrain("--config", write_config(config, tmp_path), "optim.lr=1.0e+30",
                     "optim.warmup_steps=0")
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "training diverged: more than 5 of 20 steps up to step 7 were dropped" in errors
     events = read_rows(str(tmp_path / "run" / "events.jsonl"))
@@ -191,7 +191,7 @@ def test_feed_and_run_directory_in_an_object_store(s3: Any, tmp_path: Path) -> N
     path = write_config(config, tmp_path)
     for steps in (3, 5):
         process = start_pretrain("--config", path, f"train.steps={steps}")
-        output, errors = process.communicate(timeout=100)
+        output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert f"finished at step {steps}" in output
     rows = read_rows(f"{s3.uri}/runs/a/metrics.jsonl")

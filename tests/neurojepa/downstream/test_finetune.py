@@ -310,7 +310,7 @@ def test_tasks_of_srun_are_ranks_of_one_run(tuned: Path) -> None:
     tasks = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, env={
         **os.environ, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
         for rank in range(2)]
-    told = [task.communicate(timeout=120)[0] for task in tasks]
+    told = [task.communicate(timeout=300)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0]
     assert "epoch 1:" in told[0] and not told[1]
 

@@ -68,7 +68,7 @@ def test_a_store_that_dies_and_comes_back_costs_only_time(
             monkeypatch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdir("faults")
-        config = feed_config(upload(local, "s3://faults/feed"), retry_s=90)
+        config = feed_config(upload(local, "s3://faults/feed"), retry_s=300)
         loader = Loader(open_feed(config.data.feed), config, rank=0, world=1, first_step=0)
         stream = iter(loader)
         seen = [next(stream)]
@@ -79,7 +79,7 @@ def test_a_store_that_dies_and_comes_back_costs_only_time(
             assert reading.is_alive()
             time.sleep(0.05)
         proxy.target = servers.enter_context(serve_s3(tmp_path / "s3"))["AWS_ENDPOINT_URL"]
-        reading.join(timeout=90)
+        reading.join(timeout=300)
         loader.close()
         s3fs.S3FileSystem.clear_instance_cache()
     assert same(seen, read_batches(feed_config(str(local))))

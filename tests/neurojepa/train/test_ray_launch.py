@@ -43,7 +43,7 @@ def submit(environment: dict[str, str], *arguments: str,
     end = time.monotonic() + 60
     while True:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
-                              timeout=150)
+                              timeout=300)
         if "No available agent" not in done.stderr or time.monotonic() > end:
             return done
         time.sleep(1)
