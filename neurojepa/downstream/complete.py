@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -61,21 +62,25 @@ class Found:
 
 
 def learn(weights: Weights, places: Places, feed: Feed, pairs: Pairs, *, epochs: int,
-          warnings: Sequence[str] = ()) -> Found:
+          keep: str, settings: dict[str, Any], warnings: Sequence[str] = ()) -> Found:
     """Fit on train, choose on val, score on test.
+
+    Parameters
+    ----------
+    keep, settings : as of ``Teacher``
 
     Raises
     ------
     ConfigError
-        Fewer epochs than 1.
+        Fewer epochs than 1, or states of a fit with other settings.
     DataError
-        A scan cannot be read.
+        A scan or a state cannot be read.
     """
     if epochs < 1:
         raise ConfigError(f"--epochs {epochs}: take 1 or more")
-    teacher = Teacher(weights, places, feed, pairs)
-    teacher.fit_intensities()
-    teacher.fit_latents()
+    teacher = Teacher(weights, places, feed, pairs, keep,
+                      settings | {"people": pairs.fingerprint(), "epochs": epochs})
+    teacher.begin()
     nets, losses = {}, {}
     for name, latents in ((PLAIN, False), (LATENT, True)):
         nets[name], losses[name] = teacher.fit_network(latents, epochs)

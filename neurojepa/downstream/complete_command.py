@@ -20,7 +20,8 @@ def add_complete(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     fit.add_argument("--from", dest="source", required=True, help="modality that is there, such as "
                      "T1w")
     fit.add_argument("--to", required=True, help="modality that is completed, such as FLAIR")
-    fit.add_argument("--out", required=True, help="folder for what is learnt and its test")
+    fit.add_argument("--out", required=True, help="folder for what is learnt and its test; "
+                     "the same command goes on where it was killed")
     fit.add_argument("--cohort", help="only this cohort of the feed; default: all")
     fit.add_argument("--epochs", type=int, default=10, help="of the networks (default: 10)")
     fit.add_argument("--allow-seen", action="store_true", help="test people who were in the "
@@ -43,7 +44,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.complete import learn
     from neurojepa.downstream.completed import write_completion
     from neurojepa.downstream.embed import select_rows
-    from neurojepa.downstream.finetuned import check_out, check_tokens
+    from neurojepa.downstream.finetuned import check_out, check_tokens, record_of
     from neurojepa.downstream.output import write_task
     from neurojepa.downstream.teacher import pairs_of
     from neurojepa.feed.format import open_feed
@@ -72,7 +73,9 @@ def _fit(arguments: argparse.Namespace) -> int:
         seen[:] = False
     pairs = pairs_of(feed, rows, arguments.source, arguments.to, seen)
     found = learn(model.weights, model.weights.places.to(model.device), feed, pairs,
-                  epochs=arguments.epochs, warnings=warnings)
+                  epochs=arguments.epochs, keep=join(arguments.out, "state"), settings={
+                      "weights": record_of(arguments.weights)["sha256"], "feed": feed.fingerprint,
+                      "from": arguments.source, "to": arguments.to}, warnings=warnings)
     print_rows(arguments.to, found.rows, warnings)
     record = {"input": arguments.feed, "weights": arguments.weights, "from": arguments.source,
               "to": arguments.to, "notes": [], **pages.record_of(found)}

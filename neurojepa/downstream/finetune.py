@@ -14,7 +14,6 @@ takes its part of every batch and gradients are summed: all have the same head, 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,14 +30,15 @@ from neurojepa.downstream.embed import with_all_brain, without_augmentation
 from neurojepa.downstream.finetuned import outputs_of
 from neurojepa.downstream.lora import adapt, merge
 from neurojepa.downstream.pooling import Places, Tokens
+from neurojepa.downstream.state import packed, read_state, restore, tensors_of
 from neurojepa.downstream.targets import Target
-from neurojepa.errors import ConfigError, DataError
+from neurojepa.errors import DataError
 from neurojepa.feed.format import MODALITIES, Feed
 from neurojepa.feed.loader import Batch, SampleReader
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.moe import MoE
 from neurojepa.objective.views import make_views, patch_numbers
-from neurojepa.storage import join, read_if_there, sha256, write_bytes
+from neurojepa.storage import join, sha256, write_bytes
 from neurojepa.train.world import World
 
 PATIENCE = 5  # epochs without a better loss on val
@@ -49,6 +49,7 @@ CLIP = 1.0
 RANK = 8  # of adapters
 SEED = 0
 STATE = "state/finetune.safetensors"
+TASK = "fine-tuning"
 LOOK = "look for damaged scans: python -m data_prep verify FEED"
 
 
@@ -208,68 +209,21 @@ class Trainer:
 
     def _store(self, uri: str) -> None:
         """Write the last and the best state in one piece; ranks whose heads differ are an error."""
-        from safetensors.torch import save
-
-        tensors = {f"last.{name}": each.detach() for name, each in self.named.items()}
-        tensors |= {f"best.{name}": each for name, each in self.best.items()}
-        for name, each in self.named.items():
-            tensors |= {f"adam.{name}.{key}": value
-                        for key, value in self.adam.state.get(each, {}).items()}
-        record = {"settings": self.settings, "history": self.history}
-        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-                    {"record": json.dumps(record)})
+        data = packed(tensors_of(self.named, self.best, self.adam),
+                      {"settings": self.settings, "history": self.history})
         self.world.settle(sha256(data), _same)
         if self.world.rank == 0:
             write_bytes(uri, data)
 
     def _resume(self, uri: str) -> None:
-        state = read_state(uri, self.settings)
+        state = read_state(uri, self.settings, TASK)
         self.world.settle(state[0]["history"] if state else None, _one_state)
         if state is None:
             return
-        record, tensors = state
-        with torch.no_grad():
-            for name, each in self.named.items():
-                each.copy_(tensors[f"last.{name}"])
-                self.best[name] = tensors[f"best.{name}"].to(self.device)
-                of_adam = {key.removeprefix(f"adam.{name}."): value for key, value
-                           in tensors.items() if key.startswith(f"adam.{name}.")}
-                if of_adam:
-                    self.adam.state[each] = {key: value if key == "step" else value.to(self.device)
-                                             for key, value in of_adam.items()}
-        self.history = record["history"]
+        self.best = restore(state[1], self.named, self.adam)
+        self.history = state[0]["history"]
         if self.world.rank == 0:
             print(f"goes on after epoch {len(self.history) - 1}", flush=True)
-
-
-def read_state(uri: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
-                                                           dict[str, Tensor]] | None:
-    """The record and tensors of a state; None where there is none yet.
-
-    Raises
-    ------
-    ConfigError
-        It is of a run with other settings.
-    DataError
-        It is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if (data := read_if_there(uri)) is None:
-        return None
-    try:
-        tensors = load(data)
-        length = int.from_bytes(data[:8], "little")  # of safetensors' header, which is JSON
-        record = json.loads(json.loads(data[8:8 + length])["__metadata__"]["record"])
-    except (SafetensorError, KeyError) as error:
-        raise DataError(f"{uri}: is no state of a fine-tuning, or a damaged one ({error}); remove "
-                        "it to begin anew") from error
-    for name, now in settings.items():
-        if (then := record["settings"].get(name)) != now:
-            raise ConfigError(f"{uri}: is the state of a fine-tuning with {name} {then}, now "
-                              f"it is {now}; choose another --out, or give what was given then")
-    return record, tensors
 
 
 def _one_state(histories: list[Any]) -> None:

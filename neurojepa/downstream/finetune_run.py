@@ -29,9 +29,9 @@ from neurojepa.downstream.finetune import (
     RANK,
     RATE,
     STATE,
+    TASK,
     Cohort,
     Trainer,
-    read_state,
 )
 from neurojepa.downstream.finetuned import (
     Task,
@@ -45,6 +45,7 @@ from neurojepa.downstream.labels import People, join, suspected_codes
 from neurojepa.downstream.output import write_task
 from neurojepa.downstream.pooling import Places
 from neurojepa.downstream.scans import is_feed
+from neurojepa.downstream.state import read_state
 from neurojepa.downstream.targets import Target, target_of
 from neurojepa.downstream.tested import complete, may_test, split_people
 from neurojepa.errors import ConfigError, DataError
@@ -120,7 +121,7 @@ def tune(asked: Request, world: World) -> None:
                     "feed": feed.fingerprint,
                     "label": asked.label, "people": who.fingerprint(), "epochs": asked.epochs,
                     "batch": BATCH, "rate": RATE, "rank": RANK}
-        read_state(path_of(asked.out, STATE), settings)  # to refuse it before scans are read
+        read_state(path_of(asked.out, STATE), settings, TASK)  # to refuse it before scans are read
         places = _places(model, feed, who)
         head, features = _probe(model, feed, who, places, world)
         trainer = Trainer(model.weights.model, model.weights.config, feed, places, head, who.target,

@@ -2,13 +2,18 @@
 
     part train -> mean map, polynomials, the linear map of latents, networks
     part val   -> the penalty of the map, the best epoch of each network
+
+Crops follow from seed and epoch alone.  ``keep`` in a folder has what needs no network, and each
+network after each epoch, so that a killed fit goes on to the same bits.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +22,21 @@ from torch import Tensor
 from neurojepa.downstream.completion import Completion, Volume, terms, volume_of
 from neurojepa.downstream.embed import tokens_of
 from neurojepa.downstream.pooling import Places
+from neurojepa.downstream.state import packed, read_state, restore, tensors_of
 from neurojepa.downstream.stats import Score, of_people
 from neurojepa.downstream.targets import Target
 from neurojepa.downstream.tested import split_people
 from neurojepa.errors import DataError
 from neurojepa.feed.format import Feed
 from neurojepa.feed.loader import SampleReader
+from neurojepa.storage import join, sha256, write_bytes
 from neurojepa.weights import Weights
 
 CROP = 32  # voxels
 CROPS = 4  # of a visit in each epoch, a step each
 RATE = 2e-3
 SEED = 0
+TASK = "completion"
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ class Pairs:
     def of(self, part: str) -> np.ndarray:
         """Indices of a part."""
         return np.flatnonzero(self.parts == part)
+
+    def fingerprint(self) -> str:
+        """Of who is in which part, with which scans."""
+        return sha256(json.dumps([each.tolist() for each in (
+            self.source, self.target, self.participant, self.parts)]).encode())[:16]
 
 
 def pairs_of(feed: Feed, rows: np.ndarray, source: str, target: str, seen: np.ndarray) -> Pairs:
@@ -78,10 +91,18 @@ def pairs_of(feed: Feed, rows: np.ndarray, source: str, target: str, seen: np.nd
 
 
 class Teacher:
-    """Fits a completion on part train."""
+    """Fits a completion on part train.
 
-    def __init__(self, weights: Weights, places: Places, feed: Feed, pairs: Pairs) -> None:
+    Parameters
+    ----------
+    keep : folder for states, to go on from
+    settings : what a fit must have in common with the states that it goes on from
+    """
+
+    def __init__(self, weights: Weights, places: Places, feed: Feed, pairs: Pairs, keep: str,
+                 settings: dict[str, Any]) -> None:
         self.weights, self.places, self.feed, self.pairs = weights, places, feed, pairs
+        self.keep, self.settings = keep, settings
         self.reader = SampleReader(feed)
         self.device = next(weights.model.parameters()).device
         with torch.random.fork_rng(devices=[]):
@@ -101,6 +122,24 @@ class Teacher:
             yield self.places.patches(tokens, 0), self.places.values(tokens, 0)[1]
 
     # ---- without a network -----------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """All that needs no network, from its state where there is one.
+
+        Raises
+        ------
+        ConfigError
+            The state is of a fit with other settings.
+        DataError
+            It is damaged, or a scan cannot be read.
+        """
+        uri = join(self.keep, "start.safetensors")
+        if (state := read_state(uri, self.settings, TASK)) is not None:
+            self.completion.load_state_dict(state[1])
+            return
+        self.fit_intensities()
+        self.fit_latents()
+        write_bytes(uri, packed(self.completion.state_dict(), {"settings": self.settings}))
 
     def fit_intensities(self) -> None:
         """The mean map and the polynomials."""
@@ -178,35 +217,47 @@ class Teacher:
     # ---- the network -----------------------------------------------------------------------------
 
     def fit_network(self, latents: bool, epochs: int) -> tuple[Completion, list[float]]:
-        """A network, the best of its epochs on val, and the losses of val; 0 is the first guess."""
+        """A network, the best of its epochs on val, and the losses of val; 0 is the first guess.
+        It goes on from its state, where there is one."""
         net = copy.deepcopy(self.completion)
-        adam = torch.optim.AdamW(net.parameters(), lr=RATE)
-        losses, best = [self.loss(net, latents)], copy.deepcopy(net.state_dict())
-        train = self.pairs.of("train")
-        for epoch in range(epochs):
-            rng = np.random.default_rng([SEED, epoch])
-            order = rng.permutation(train)
-            told = self.latents_of(order) if latents else None
-            for k in order:
-                source, target = self.volumes(k)
-                patch_T, latent_TD = next(told) if told else (torch.zeros(0), None)
-                where = source.brain_XYZ & target.brain_XYZ
-                planes = net.planes(source)
-                for _ in range(CROPS):
-                    x, y, z = _crop(where, rng)
-                    laid = net.laid(where.shape, patch_T, latent_TD)
-                    found = net(planes[:, :, x, y, z], laid[:, :, x, y, z])[0]
-                    truth = torch.from_numpy(target.value_XYZ[x, y, z]).to(found)
-                    mask = torch.from_numpy(where[x, y, z]).to(found)
-                    loss = ((found - truth).square() * mask).sum() / mask.sum().clamp(min=1)
-                    adam.zero_grad()
-                    loss.backward()
-                    adam.step()
+        adam, learning = torch.optim.AdamW(net.parameters(), lr=RATE), dict(net.named_parameters())
+        uri = join(self.keep, f"{'latents' if latents else 'plain'}.safetensors")
+        if (state := read_state(uri, self.settings, TASK)) is not None:
+            best, losses = restore(state[1], learning, adam), state[0]["losses"]
+            print(f"{uri}: goes on after epoch {len(losses) - 1}", flush=True)
+        else:
+            best, losses = _copied(learning), [self.loss(net, latents)]
+        for epoch in range(len(losses) - 1, epochs):
+            self._epoch(net, adam, latents, epoch)
             losses.append(self.loss(net, latents))
             if losses[-1] == min(losses):
-                best = copy.deepcopy(net.state_dict())
-        net.load_state_dict(best)
+                best = _copied(learning)
+            write_bytes(uri, packed(tensors_of(learning, best, adam),
+                                    {"settings": self.settings, "losses": losses}))
+        net.load_state_dict(best, strict=False)  # what does not learn stays
         return net, losses
+
+    def _epoch(self, net: Completion, adam: torch.optim.Optimizer, latents: bool,
+               epoch: int) -> None:
+        """``CROPS`` steps on each visit of train."""
+        rng = np.random.default_rng([SEED, epoch])
+        order = rng.permutation(self.pairs.of("train"))
+        told = self.latents_of(order) if latents else None
+        for k in order:
+            source, target = self.volumes(k)
+            patch_T, latent_TD = next(told) if told else (torch.zeros(0), None)
+            where = source.brain_XYZ & target.brain_XYZ
+            planes = net.planes(source)
+            for _ in range(CROPS):
+                x, y, z = _crop(where, rng)
+                laid = net.laid(where.shape, patch_T, latent_TD)
+                found = net(planes[:, :, x, y, z], laid[:, :, x, y, z])[0]
+                truth = torch.from_numpy(target.value_XYZ[x, y, z]).to(found)
+                mask = torch.from_numpy(where[x, y, z]).to(found)
+                loss = ((found - truth).square() * mask).sum() / mask.sum().clamp(min=1)
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
 
     def latents_of(self, whom: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """Patches [T] and predicted differences [T, D] of the target, of each visit."""
@@ -228,6 +279,10 @@ class Teacher:
             where = source.brain_XYZ & target.brain_XYZ
             errors.append(np.square(told[where] - target.value_XYZ[where]).mean())
         return float(np.mean(errors))
+
+
+def _copied(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: each.detach().clone() for name, each in tensors.items()}
 
 
 def _residual(line: Tensor, xx: Tensor, xy: Tensor, yy: float) -> float:

@@ -243,7 +243,7 @@ class Runner:
     def _own(self, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
         """[n]: share of the others of a person's fold whose truth is less like the prediction."""
         found = np.full(self.fold.shape, np.nan)
-        for r in range(found.shape[1]):
+        for r in range(len(self.plan.repeats)):
             for fold in np.unique(self.fold[self.fold[:, r] >= 0, r]):
                 here = np.flatnonzero((self.fold[:, r] == fold) & known(predicted))
                 like = _unit(predicted[here, r]) @ _unit(truth[here, r]).T

@@ -67,10 +67,11 @@ def test_visits_with_both_make_pairs_and_who_was_seen_is_not_tested(pairs: Path)
         pairs_of(open_feed(str(pairs / "feed")), np.arange(32), "T1w", "PET", np.zeros(32, bool))
 
 
-def test_the_polynomial_is_found_and_the_mean_map_is_of_who_teaches(pairs: Path) -> None:
+def test_the_polynomial_is_found_and_the_mean_map_is_of_who_teaches(pairs: Path,
+                                                                    tmp_path: Path) -> None:
     weights, feed = load(str(pairs / "weights")), open_feed(str(pairs / "feed"))
     drawn = drawn_pairs(pairs)
-    teacher = Teacher(weights, weights.places, feed, drawn)
+    teacher = Teacher(weights, weights.places, feed, drawn, str(tmp_path), {})
     teacher.fit_intensities()
     images = [teacher.volumes(k)[1] for k in drawn.of("train")]
     there = np.sum([each.brain_XYZ for each in images], 0)
@@ -82,7 +83,8 @@ def test_the_polynomial_is_found_and_the_mean_map_is_of_who_teaches(pairs: Path)
     assert told["tokens"] > 0.3  # a linear map of tokens tells much of a quadratic
 
 
-def test_latents_of_a_linear_map_are_told_and_of_chance_are_not(pairs: Path) -> None:
+def test_latents_of_a_linear_map_are_told_and_of_chance_are_not(pairs: Path,
+                                                                tmp_path: Path) -> None:
     weights, feed = load(str(pairs / "weights")), open_feed(str(pairs / "feed"))
     drawn, rng = drawn_pairs(pairs), np.random.default_rng(0)
     planted = torch.from_numpy(rng.normal(size=(96, 96)) / 10).float()
@@ -92,12 +94,52 @@ def test_latents_of_a_linear_map_are_told_and_of_chance_are_not(pairs: Path) -> 
               for one, other in zip(drawn.source, drawn.target, strict=True)}
     chance = {row: torch.from_numpy(rng.normal(size=(40, 96))).float() for row in target}
     for made, low, high in ((target, 0.95, 1.0), (chance, -0.3, 0.05)):
-        teacher = Teacher(weights, weights.places, feed, drawn)
+        teacher = Teacher(weights, weights.places, feed, drawn, str(tmp_path), {})
         known = values | made
         teacher.tokens = lambda rows, known=known: ((torch.arange(40), known[int(row)])
                                                     for row in rows)
         teacher.fit_latents()
         assert low < teacher.latent_scores()["tokens"].value <= high
+
+
+@pytest.mark.slow(5)
+def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(
+        pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything was kept, before the first epoch was, and before the second."""
+    monkeypatch.setattr(module, "CROPS", 1)
+    weights, feed = load(str(pairs / "weights")), open_feed(str(pairs / "feed"))
+    drawn, rng = drawn_pairs(pairs), np.random.default_rng(0)
+    token = {row: torch.from_numpy(rng.normal(size=(40, 96))).float() for row in range(32)}
+    write, read = module.write_bytes, []
+
+    def fitted(keep: str, stop: int | None) -> dict[str, torch.Tensor]:
+        teacher = Teacher(weights, weights.places, feed, drawn, str(tmp_path / keep), {"from": "x"})
+        teacher.tokens = lambda rows: (read.append(1) or (torch.arange(40), token[int(row)])
+                                       for row in rows)
+        kept = []
+
+        def keeping(uri: str, data: bytes) -> None:
+            if len(kept) == stop:
+                raise KeyboardInterrupt
+            kept.append(uri)
+            write(uri, data)
+
+        monkeypatch.setattr(module, "write_bytes", keeping)
+        teacher.begin()
+        net, losses = teacher.fit_network(True, 2)
+        assert len(losses) == 3
+        return {**net.state_dict(), "losses": torch.tensor(losses)}
+
+    whole = fitted("whole", None)
+    for writes in (0, 1, 1):
+        with pytest.raises(KeyboardInterrupt):
+            fitted("stopped", writes)
+    assert len(list((tmp_path / "stopped").iterdir())) == 2
+    again = fitted("stopped", None)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    read.clear()
+    assert all(torch.equal(whole[name], each) for name, each in fitted("stopped", 0).items())
+    assert not read  # all is there: nothing is read anew
 
 
 def test_scores_by_hand() -> None:
@@ -136,6 +178,8 @@ def test_the_command_tests_it_and_marks_what_it_makes(pairs: Path,
         downstream(["complete", "apply", str(pairs / "weights"), str(pairs / "feed"), "--out",
                     str(pairs / "o")])
     assert downstream([*line, "T2w"]) == 0
+    with pytest.raises(NeurojepaError, match="state of a completion with epochs 1, now it is 3"):
+        downstream([*line, "T2w", "--epochs", "3"])
     record = json.loads((pairs / "c/evaluation/results.json").read_text())
     assert record["schema"] == "neurojepa/complete/1"
     found = {name: each["psnr"]["value"] for name, each in record["scores"].items()}

@@ -23,12 +23,13 @@ from data_prep.identity import pseudonym
 from neurojepa.downstream import finetune_run, stats
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.attentive import Head, Scan, begin, class_weights, cost, told
-from neurojepa.downstream.finetune import _one_state, read_state
+from neurojepa.downstream.finetune import _one_state
 from neurojepa.downstream.finetuned import read_head, write_with
 from neurojepa.downstream.lora import LowRank, adapt, merge
 from neurojepa.downstream.predicted import predict
 from neurojepa.downstream.predicted_page import write_predicted
 from neurojepa.downstream.scans import Scans
+from neurojepa.downstream.state import read_state
 from neurojepa.downstream.targets import Target, target_of
 from neurojepa.downstream.tested import split_people
 from neurojepa.errors import NeurojepaError
@@ -319,9 +320,9 @@ def test_a_state_that_is_damaged_or_not_of_all_ranks_is_said(tuned: Path, tmp_pa
     data = (tuned / "m/state/finetune.safetensors").read_bytes()
     (tmp_path / "s").write_bytes(data[:-8])
     with pytest.raises(NeurojepaError, match=r"or a damaged one .*; remove it to begin anew"):
-        read_state(str(tmp_path / "s"), {})
+        read_state(str(tmp_path / "s"), {}, "fine-tuning")
     (tmp_path / "s").write_bytes(data)
-    state = read_state(str(tmp_path / "s"), {"epochs": 2})
+    state = read_state(str(tmp_path / "s"), {"epochs": 2}, "fine-tuning")
     assert state is not None and len(state[0]["history"]) == 3
     with pytest.raises(NeurojepaError, match="2 ranks read different states of --out"):
         _one_state([state[0]["history"], None])
