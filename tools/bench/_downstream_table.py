@@ -36,8 +36,8 @@ def tables(runs: dict[str, list[Path]]) -> dict[str, Any]:
             for name, cells in rows.items()])
     spent = {name: float(np.mean([each["train_cpu_s"] for each in scores]))
              for name, scores in found.items()}
-    print("\nCPU seconds of a training: " + ", ".join(
-        f"{name} {seconds:.0f}" for name, seconds in spent.items() if seconds))
+    print("\nCPU seconds of a training: " + (", ".join(
+        f"{name} {seconds:.0f}" for name, seconds in spent.items() if seconds) or "none was made"))
     return {"tables": shown, "train_cpu_s": spent,
             "seeds": {name: len(scores) for name, scores in found.items()}}
 
