@@ -197,7 +197,7 @@ class Atlas:
     def _laid(self, head: Head, scan: Image) -> Laid | str:
         image, labels = head.read()
         try:
-            found = registering.register(image, scan)
+            found = registering.register(image, scan, evened=True)
         except DataError as error:
             return str(error)
         known = np.isin(labels.data, self.codes)
@@ -217,7 +217,7 @@ def vote(scan: Image, laid: Sequence[Laid], num_labels: int) -> np.ndarray:
     assert scan.brain is not None
     found = np.zeros(scan.data.shape, np.int64)
     x, *sides = box_around(scan, scan.brain, MARGIN_MM)
-    plane = found[0, *sides].size
+    plane = found[(slice(1), *sides)].size
     step = max(VOTES // ((num_labels + 1) * plane), 1)
     for start in range(x.start, min(x.stop, len(found)), step):
         box = (slice(start, min(start + step, x.stop)), *sides)

@@ -110,7 +110,7 @@ def _by_atlas(record: dict[str, Any]) -> str:
     many = "each of {} labelled heads was" if heads > 1 else "one labelled head was"
     return (f"Regions were found by the labels of other people (neurojepa {record['version']}): "
             f"{many.format(heads)} laid over the scan by an affine and diffeomorphic demons "
-            "(SimpleITK), after brains had been extracted with deepbet where scans came with a "
-            "skull. Labels were carried along as shares, interpolated linearly in the scan's own "
-            "grid" + ("; the label with the highest mean share was taken."
-                      if heads > 1 else "; the label with the highest share was taken."))
+            "(SimpleITK) on locally normalised intensities, after brains had been extracted with "
+            "deepbet where scans came with a skull. Labels were carried along as shares, "
+            "interpolated linearly in the scan's own grid; the label with the highest "
+            f"{'mean ' if heads > 1 else ''}share was taken.")

@@ -117,7 +117,8 @@ def test_labels_elsewhere_are_told() -> None:
 
 def lays(monkeypatch: pytest.MonkeyPatch, refused: str = "none") -> None:
     """Heads lie where they are, but for one."""
-    def register(moving: Image, fixed: Image) -> registering.Registration:
+    def register(moving: Image, fixed: Image, evened: bool) -> registering.Registration:
+        assert evened
         if refused in moving.name:
             raise DataError(f"{moving.name}: its brain does not come to lie over {fixed.name}")
         grid = registering.Grid((2, 2, 2), np.diag([100.0, 100, 100, 1]), 100.0)
@@ -148,6 +149,17 @@ def test_one_head_alone_gives_its_own_labels(monkeypatch: pytest.MonkeyPatch) ->
     scan = blob(0)
     data, notes = Atlas([head_of(scan, labels_of(scan))], CODES, ["a", "b", "c"]).segment(scan)
     assert np.array_equal(data, labels_of(scan).data) and not notes
+
+
+def test_evened_images_are_the_same_whatever_their_shading_and_contrast() -> None:
+    scan = blob(0)
+    ramp = np.linspace(0.6, 1.4, scan.data.shape[0], dtype=np.float32)[:, None, None]
+    even, other = (registering._evened(each) for each in (scan.data, scan.data * ramp * 0.7))
+    inside = ndimage.binary_erosion(scan.brain, iterations=3)
+    assert np.abs(even - other)[inside].mean() < 0.02 < np.abs(
+        scan.data - scan.data * ramp)[inside].mean()
+    assert abs(even[inside].mean() - 0.6) < 0.02 and 0.1 < even[inside].std() < 0.16
+    assert not even[~(scan.data > 0)].any()
 
 
 # ---- both commands -------------------------------------------------------------------------------
