@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from neurojepa.ports import free_port
+from tests.helpers.waiting import wait_until
 
 DAEMONS = ("slurmctld", "slurmd", "munged")
 CONFIG = """\
@@ -114,7 +114,4 @@ def slurm(folder: Path, nodes: int = 2) -> Iterator[Slurm]:
 
 
 def _until(happened, what: str) -> None:  # type: ignore[no-untyped-def]
-    end = time.monotonic() + 30
-    while not happened():
-        assert time.monotonic() < end, f"{what} did not start"
-        time.sleep(0.1)
+    wait_until(happened, why=lambda: f"{what} did not start")
