@@ -23,7 +23,7 @@ from tests.helpers.feeds import tiny_config, write_feed
 
 pytestmark = [pytest.mark.slow(60), pytest.mark.cluster]
 
-STEPS = 14
+STEPS = 22  # so many after the last kill that even a busy machine kills before the end
 
 
 def launch(recipe: Path, run: Path) -> subprocess.Popen[bytes]:
@@ -38,7 +38,7 @@ def launch(recipe: Path, run: Path) -> subprocess.Popen[bytes]:
                  "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"})
 
 
-def finish(process: subprocess.Popen[bytes], timeout: float = 120) -> int:
+def finish(process: subprocess.Popen[bytes], timeout: float = 300) -> int:
     """Wait for a launcher; whatever remains of its session is killed."""
     try:
         return process.wait(timeout)
@@ -62,7 +62,7 @@ def kill_when(due: Callable[[], bool], run: Path, rank: int,
     started = time.time()
     while not (due() and heart(run, rank)["time"] > started):
         assert process.poll() is None, "the run ended before it could be killed"
-        assert time.time() - started < 100
+        assert time.time() - started < 300
         time.sleep(0.0005)
     os.kill(heart(run, rank)["pid"], signal.SIGKILL)
     assert finish(process) != 0
