@@ -107,6 +107,7 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(
         pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything was kept, before the first epoch was, and before the second."""
     monkeypatch.setattr(module, "CROPS", 1)
+    monkeypatch.setattr(module, "CROP", 12)
     weights, feed = load(str(pairs / "weights")), open_feed(str(pairs / "feed"))
     drawn, rng = drawn_pairs(pairs), np.random.default_rng(0)
     token = {row: torch.from_numpy(rng.normal(size=(40, 96))).float() for row in range(32)}
