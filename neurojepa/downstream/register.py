@@ -4,10 +4,11 @@
 
 The affine is that of preparation.  Demons compose updates that are exponentials of smooth
 velocities (Vercauteren et al., NeuroImage 2009; SimpleITK's filter), coarse to fine on a grid of
-2 mm (of coarser scans up to 4) around the fixed brain; the inverse is found by fixed-point
-iteration.  Tokens of the encoder as further channels were measured and bring nothing
-(docs/results/register.md), so there are none.  One thread, no random numbers: repeatable to the
-bit.
+2 mm (of coarser scans up to 4) around the fixed brain, on brains whose local contrast has been
+evened out: they compare intensities, and scanners give tissues different ones.  The inverse is
+found by fixed-point iteration.  Tokens of the encoder as further channels were measured and bring
+nothing (docs/results/register.md), so there are none.  One thread, no random numbers: repeatable
+to the bit.
 """
 
 from __future__ import annotations
@@ -85,13 +86,13 @@ class Registration:
         return np.linalg.norm(gone + back - points[inside], axis=-1)
 
 
-def register(moving: Image, fixed: Image, evened: bool = False) -> Registration:
+def register(moving: Image, fixed: Image, evened: bool = True) -> Registration:
     """Find the deformation that lays the moving scan over the fixed one.
 
     Parameters
     ----------
-    evened : demons see local contrast alone, as where scanners give tissues another contrast; the
-        atlas vote of ``segment`` has it so (docs/results/segment.md)
+    evened : demons see local contrast alone, so that scanners may give tissues another contrast
+        (docs/results/segment.md); without, intensities as they are
 
     Raises
     ------

@@ -134,7 +134,8 @@ def methods(record: dict[str, Any]) -> str:
     return ("Brains were extracted with deepbet where scans came with a skull. The moving brain "
             "was laid over the fixed one by an affine transform with 12 degrees of freedom that "
             "maximised correlation, then deformed by diffeomorphic demons (SimpleITK; Vercauteren "
-            f"et al., 2009) after histogram matching, at {levels} mm with {LEVELS[0][1]} "
-            f"iterations each; the displacement was smoothed by a Gaussian of {SMOOTH:g} voxel "
-            f"after each (neurojepa {record['version']}). Scans were interpolated linearly, and of "
-            "labels the one with the highest linearly interpolated share was taken.")
+            "et al., 2009) on locally normalised intensities after histogram matching, at "
+            f"{levels} mm with {LEVELS[0][1]} iterations each; the displacement was smoothed by a "
+            f"Gaussian of {SMOOTH:g} voxel after each (neurojepa {record['version']}). Scans were "
+            "interpolated linearly, and of labels the one with the highest linearly interpolated "
+            "share was taken.")

@@ -197,7 +197,7 @@ class Atlas:
     def _laid(self, head: Head, scan: Image) -> Laid | str:
         image, labels = head.read()
         try:
-            found = registering.register(image, scan, evened=True)
+            found = registering.register(image, scan)
         except DataError as error:
             return str(error)
         known = np.isin(labels.data, self.codes)
