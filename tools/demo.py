@@ -106,10 +106,9 @@ class Demo:
     def probe(self) -> None:
         self.command("neurojepa.weights", "export", str(self.out / "run"), "--out",
                      str(self.out / "encoder"))
-        if not (self.out / "weights/config.json").exists():
-            shutil.rmtree(self.out / "weights", ignore_errors=True)  # cut off
-            self.command("neurojepa", "code", "--weights", str(self.out / "encoder"), "--feed",
-                         self.feed, "--out", str(self.out / "weights"))
+        shutil.rmtree(self.out / "weights", ignore_errors=True)  # an earlier encoder's, or cut off
+        self.command("neurojepa", "code", "--weights", str(self.out / "encoder"), "--feed",
+                     self.feed, "--out", str(self.out / "weights"))
         self.command("neurojepa.downstream", "probe", "--weights", str(self.out / "weights"),
                      "--feed", self.feed, "--cohort", "synthetic", "--modality", "T1w", "--out",
                      str(self.out / "probe"))
