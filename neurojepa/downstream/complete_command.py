@@ -72,9 +72,11 @@ def _fit(arguments: argparse.Namespace) -> int:
                         "weights, and may be tested all the same (--allow-seen)")
         seen[:] = False
     pairs = pairs_of(feed, rows, arguments.source, arguments.to, seen)
+    before = record_of(arguments.weights)
     found = learn(model.weights, model.weights.places.to(model.device), feed, pairs,
                   epochs=arguments.epochs, keep=join(arguments.out, "state"), settings={
-                      "weights": record_of(arguments.weights)["sha256"], "feed": feed.fingerprint,
+                      "weights": before["sha256"], "pooling": before["pooling"]["sha256"],
+                      "code": before.get("code", {}).get("sha256"), "feed": feed.fingerprint,
                       "from": arguments.source, "to": arguments.to}, warnings=warnings)
     print_rows(arguments.to, found.rows, warnings)
     record = {"input": arguments.feed, "weights": arguments.weights, "from": arguments.source,

@@ -102,7 +102,8 @@ class Teacher:
     def __init__(self, weights: Weights, places: Places, feed: Feed, pairs: Pairs, keep: str,
                  settings: dict[str, Any]) -> None:
         self.weights, self.places, self.feed, self.pairs = weights, places, feed, pairs
-        self.keep, self.settings = keep, settings
+        self.keep = keep
+        self.settings = settings | {"crop": CROP, "crops": CROPS, "rate": RATE}
         self.reader = SampleReader(feed)
         self.device = next(weights.model.parameters()).device
         with torch.random.fork_rng(devices=[]):

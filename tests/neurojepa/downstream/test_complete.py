@@ -4,6 +4,7 @@ is synthetic."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from neurojepa.downstream import teacher as module
 from neurojepa.downstream.__main__ import main as downstream
@@ -18,6 +20,7 @@ from neurojepa.downstream.completion import Completion, Volume, psnr, ssim, volu
 from neurojepa.downstream.teacher import Pairs, Teacher, pairs_of
 from neurojepa.errors import NeurojepaError
 from neurojepa.feed.format import is_brain, open_feed
+from neurojepa.storage import sha256
 from neurojepa.weights import hashed, load
 from tests.helpers.feeds import write_feed
 from tests.helpers.tuning import write_weights
@@ -181,6 +184,14 @@ def test_the_command_tests_it_and_marks_what_it_makes(pairs: Path,
     assert downstream([*line, "T2w"]) == 0
     with pytest.raises(NeurojepaError, match="state of a completion with epochs 1, now it is 3"):
         downstream([*line, "T2w", "--epochs", "3"])
+    other = shutil.copytree(pairs / "weights", pairs / "other")  # the same network
+    save_file(load_file(other / "pooling.safetensors"), other / "pooling.safetensors",
+              {"by": "another feed"})
+    about = json.loads((other / "config.json").read_text())
+    about["pooling"]["sha256"] = sha256((other / "pooling.safetensors").read_bytes())
+    (other / "config.json").write_text(json.dumps(about))
+    with pytest.raises(NeurojepaError, match="state of a completion with pooling "):
+        downstream([*line, "T2w", "--weights", str(other)])
     record = json.loads((pairs / "c/evaluation/results.json").read_text())
     assert record["schema"] == "neurojepa/complete/1"
     found = {name: each["psnr"]["value"] for name, each in record["scores"].items()}
