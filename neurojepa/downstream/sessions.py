@@ -108,16 +108,21 @@ def _sessions(feed: Feed, rows: np.ndarray) -> np.ndarray:
 
 
 def means_of_sessions(tokens: Tokens, session_B: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of brain [Q, D], the means [Q, D] over all scans of their session at their patch, and
-    their share of brain [Q]; of the patches that two scans or more have."""
+    """Tokens of brain [Q, D], the means [Q, D] over the scans of their session at their patch, and
+    their share of brain [Q]; of the patches where two scans or more show brain.
+
+    A scan that ends before a patch has a token there too, of no voxels: it counts in no mean.
+    """
     patches = int(tokens.patch_BN.max()) + 1
     cell_Q = (torch.from_numpy(session_B)[:, None] * patches + tokens.patch_BN).flatten()
-    z_QD = tokens.z_BND.flatten(0, 1)
-    sum_CD = z_QD.new_zeros(int(cell_Q.max()) + 1, z_QD.shape[1]).index_add_(0, cell_Q, z_QD)
-    count_C = torch.bincount(cell_Q, minlength=len(sum_CD))
-    used_Q = (count_C[cell_Q] > 1) & (tokens.share_BN.flatten() >= LEAST_SHARE)
+    share_Q = tokens.share_BN.flatten()
+    shown_Q = share_Q > 0
+    cell_Q, share_Q, z_QD = cell_Q[shown_Q], share_Q[shown_Q], tokens.z_BND.flatten(0, 1)[shown_Q]
+    count_C = torch.bincount(cell_Q)
+    sum_CD = z_QD.new_zeros(len(count_C), z_QD.shape[1]).index_add_(0, cell_Q, z_QD)
+    used_Q = (count_C[cell_Q] > 1) & (share_Q >= LEAST_SHARE)
     mean_QD = (sum_CD / count_C.clamp(min=1)[:, None])[cell_Q[used_Q]]
-    return z_QD[used_Q], mean_QD, tokens.share_BN.flatten()[used_Q]
+    return z_QD[used_Q], mean_QD, share_Q[used_Q]
 
 
 def learn(make: Callable[[], Code], z_QD: Tensor, target_QD: Tensor, *, l1: float, seed: int,

@@ -49,13 +49,15 @@ def tokens(num_scans: int = 4, num_tokens: int = 6) -> Tokens:
 @pytest.mark.parametrize("session_B", [[0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]])
 def test_a_token_is_paired_with_the_mean_at_its_patch_in_its_session(session_B: list[int]) -> None:
     given = tokens()
+    given.share_BN[::2, ::2] = 0  # not scanned
     found = list(zip(*means_of_sessions(given, np.array(session_B)), strict=True))
     expected = []
     for b in range(4):
         for n in range(6):
             patch = given.patch_BN[b, n]
             there = [given.z_BND[c, m] for c in range(4) for m in range(6)
-                     if session_B[c] == session_B[b] and given.patch_BN[c, m] == patch]
+                     if session_B[c] == session_B[b] and given.patch_BN[c, m] == patch
+                     and given.share_BN[c, m] > 0]
             if len(there) > 1 and given.share_BN[b, n] >= sessions.LEAST_SHARE:
                 expected.append((given.z_BND[b, n], torch.stack(there).mean(0),
                                  given.share_BN[b, n]))
