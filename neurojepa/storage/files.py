@@ -9,6 +9,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from neurojepa.errors import DataError
@@ -115,9 +116,8 @@ def _write_local(path: str, parts: Iterable[bytes | memoryview], private: bool =
     temporary, size = f"{path}.{uuid.uuid4().hex[:8]}.tmp", 0
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as file:
-            if private:
-                os.fchmod(file.fileno(), 0o600)
+        opener = partial(os.open, mode=0o600) if private else None
+        with open(temporary, "wb", opener=opener) as file:
             for part in parts:
                 size += file.write(part)
             file.flush()

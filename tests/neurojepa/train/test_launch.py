@@ -104,7 +104,7 @@ def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:
     files = [tmp_path / "0", tmp_path / "1"]
     wait_until(lambda: all(file.exists() and file.read_text() for file in files))
     launcher.kill()
-    launcher.wait()
+    assert launcher.wait() == -signal.SIGKILL  # it had not left them by itself
     ranks = [Path("/proc", file.read_text()) for file in files]
     wait_until(lambda: not any(rank.exists() for rank in ranks))
 
