@@ -74,6 +74,8 @@ def _study(arguments: argparse.Namespace) -> int:
     if not arguments.label or len(arguments.labels) != 1:
         raise ConfigError("probe EMBEDDINGS needs one table, --labels TABLE, and the columns of it "
                           "that are to be told, --label COLUMN")
+    if both := set(arguments.label) & set(arguments.adjust):
+        raise ConfigError(f"--adjust {min(both)}: is the label itself; leave it out there")
     repeats, folds = folds_of(arguments.cv)
     design = Design(folds, repeats, tuple(arguments.adjust), arguments.site,
                     tuple(arguments.positive), tuple(arguments.order), arguments.allow_seen)

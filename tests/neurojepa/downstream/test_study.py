@@ -264,6 +264,7 @@ def test_the_command_writes_results_a_page_and_predictions_under_own_ids(
     ([], "--label COLUMN"),
     (["--label", "iq"], "column 'iq': neither the table nor the scans have it"),
     (["--label", "dx", "--feed", "feed"], "not both"),
+    (["--label", "dx", "age", "--adjust", "sex", "age"], "--adjust age: is the label itself"),
     (["--label", "dx", "--cohort", "ukb"], "--cohort ukb: the embeddings are of clinic"),
 ])
 def test_the_command_says_what_is_missing(embedded: Path, words: list[str], message: str) -> None:
