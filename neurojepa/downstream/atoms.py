@@ -66,7 +66,9 @@ class Tally:
                    zeros(*top, dtype=torch.int64))
 
     def add(self, value_QF: Tensor, patch_Q: Tensor, modality: int, scan: int) -> None:
-        """Take up the tokens of one scan."""
+        """Take up the tokens of one scan; it may have none, as a thin slab has."""
+        if not len(value_QF):
+            return
         self.total_nF.index_add_(0, patch_Q, value_QF)
         self.tokens_n.index_add_(0, patch_Q, torch.ones_like(patch_Q, dtype=torch.float32))
         self.by_modality_mF[modality] += value_QF.sum(0)

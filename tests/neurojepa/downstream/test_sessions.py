@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import neurojepa
-from neurojepa.downstream import sessions
+from neurojepa.downstream import atoms, sessions
 from neurojepa.downstream.__main__ import main
 from neurojepa.downstream.atoms import observe
 from neurojepa.downstream.code_command import add_code
@@ -254,6 +254,16 @@ def test_atoms_of_the_code_are_shown_where_there_is_brain(coded: Path, feed: Fee
     assert np.isfinite(means_RA).all(1).any() and np.nanmax(means_RA) > 0
     with pytest.raises(NeurojepaError, match="its atoms already; leave --atoms out"):
         neurojepa.load(str(coded), "cpu").embed(feed.uri, atoms=True)
+
+
+def test_a_scan_without_a_patch_of_brain_shows_no_atoms(
+        coded: Path, feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atoms, "LEAST_SHARE", 1.1)
+    weights = load(str(coded))
+    seen = observe(weights.model, weights.config, feed, np.array([0]))
+    assert seen.atoms is not None and not seen.atoms.tokens_n.any()
+    regions = load_regions(feed.grid, weights.config.model.patch_voxels)
+    assert np.isnan(region_means(weights, feed, np.array([0]), regions)).all()
 
 
 @pytest.mark.parametrize(("more", "words"), [
