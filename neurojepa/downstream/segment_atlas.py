@@ -26,8 +26,9 @@ from neurojepa.downstream import register as registering
 from neurojepa.downstream import warps
 from neurojepa.downstream.images import Image, box_around, cut, encoded
 from neurojepa.downstream.segment import KIND
-from neurojepa.errors import DataError
+from neurojepa.errors import ConfigError, DataError
 from neurojepa.storage import exists, join, list_names, read_bytes, remove, sha256, write_bytes
+from neurojepa.storage.conditional import create
 
 HEADS = "heads"  # folder of a model
 PARTS = ("labels", "mask", "brain")  # files of a head, in the order in which they are written
@@ -107,15 +108,23 @@ def _file(out: str, key: str, part: str) -> str:
 # ---- model on disk -------------------------------------------------------------------------------
 
 def save_atlas(out: str, heads: Sequence[tuple[str, str]], about: dict[str, Any]) -> None:
-    """Write config.json over kept heads [(name, key)]; heads of nobody among them go."""
+    """Write config.json over kept heads [(name, key)]; then heads of nobody among them go.
+
+    Raises
+    ------
+    ConfigError
+        Another fit has finished in this folder meanwhile; its model stays as it is.
+    """
     keys = [key for _, key in heads]
+    listed = [{"name": name, "key": key, "sha256": {
+        part: sha256(read_bytes(_file(out, key, part))) for part in PARTS}} for name, key in heads]
+    if not create(join(out, "config.json"), json.dumps(
+            {"schema": KIND, "method": "atlas", "heads": listed, **about}, indent=1).encode()):
+        raise ConfigError(f"--out {out}: another fit has finished there meanwhile; name another "
+                          "folder")
     for name in list_names(join(out, HEADS)):
         if name.partition("_")[0] not in keys:
             remove(join(out, HEADS, name))
-    listed = [{"name": name, "key": key, "sha256": {
-        part: sha256(read_bytes(_file(out, key, part))) for part in PARTS}} for name, key in heads]
-    write_bytes(join(out, "config.json"), json.dumps(
-        {"schema": KIND, "method": "atlas", "heads": listed, **about}, indent=1).encode())
 
 
 def load_atlas(uri: str, config: dict[str, Any], workers: int) -> Atlas:
