@@ -105,17 +105,21 @@ def names_beside(path: str) -> dict[int, str]:
     Raises
     ------
     ConfigError
-        It has other columns.
+        It has other columns, or a row without a name.
     """
     table = Path(path).with_name(f"{stem_of(path)}.tsv")
     if not table.exists():
         return {}
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
     try:
-        return {int(row["index"]): row["name"] for row in rows}
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        named = {int(row["index"]): row["name"] for row in rows}
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{table}: expected columns index and name ({error})") from error
+    nameless = next((code for code, name in named.items() if not name), None)
+    if nameless is not None:
+        raise ConfigError(f"{table}: code {nameless} has no name; give it one, or take out its row")
+    return named
 
 
 def _patch_shares(codes: np.ndarray, num_regions: int, patch: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from neurojepa.storage import sha256
 
 def learnt_from(scan: Image) -> dict[str, str]:
     """How a scan is known again: by its file's name, and by its voxels however they are stored."""
-    return {"name": basename(scan.name),
+    return {"name": basename(scan.name.rstrip("/")),
             "sha256": sha256(np.ascontiguousarray(scan.data, np.float32).tobytes())}
 
 

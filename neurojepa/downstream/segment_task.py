@@ -254,7 +254,7 @@ def _write_tables(out: str, names: dict[int, str],
     _write_csv(join(out, "dseg.tsv"), [("index", "name"), *names.items()], "\t")
     _write_csv(join(out, "volumes.csv"), [
         ("scan", "file", *(f"{name} ml" for name in names.values())),
-        *((basename(path), place, *(f"{volumes[name]:.3f}" for name in names.values()))
+        *((basename(path.rstrip("/")), place, *(f"{volumes[name]:.3f}" for name in names.values()))
           for path, place, volumes in rows)], ",")
 
 

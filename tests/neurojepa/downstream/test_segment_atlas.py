@@ -231,6 +231,20 @@ def test_a_fit_that_was_stopped_keeps_what_is_done(
         neurojepa.load_segmenter(str(model))
 
 
+def test_of_two_fits_at_once_the_first_to_finish_keeps_its_heads(tmp_path: Path) -> None:
+    scans = [blob(seed) for seed in range(2)]
+    keys = [module.key_of(scan, labels_of(scan)) for scan in scans]
+    for scan, key in zip(scans, keys, strict=True):
+        module.keep(str(tmp_path), key, head_of(scan, labels_of(scan)))
+    about = {"codes": CODES, "names": ["a", "b", "c"]}
+    module.save_atlas(str(tmp_path), [("first", keys[0])], about)
+    module.keep(str(tmp_path), keys[1], head_of(scans[1], labels_of(scans[1])))
+    with pytest.raises(ConfigError, match="another fit has finished there meanwhile"):
+        module.save_atlas(str(tmp_path), [("second", keys[1])], about)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [head.name for head in module.load_atlas(str(tmp_path), config, 1).heads] == ["first"]
+
+
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     scans, labels = people(tmp_path, 1)
     out = tmp_path / "model"
@@ -300,13 +314,32 @@ def test_names_that_contradict_are_told(tmp_path: Path) -> None:
         names_of(both, [3, 17])
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    (b"code\tname\n3\tcortex\n", "expected columns index and name"),
+    (b"index\tname\nx\tcortex\n", "expected columns index and name"),
+    (b"index\tname\n3\tPutam\xe9n\n", "expected columns index and name"),
+    (b"index\tname\n3\n", "code 3 has no name"),
+])
+def test_tables_of_names_that_cannot_be_read_are_told(
+        tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "a.tsv").write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"a\.tsv: {message}"):
+        segment_labels.names_of([str(tmp_path / "a.nii")], [3])
+
+
+def test_a_table_of_names_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbfindex\tname\n3\tcortex\n")
+    assert segment_labels.names_of([str(tmp_path / "a.nii")], [3]) == ["cortex"]
+
+
 @pytest.mark.parametrize(("name", "seed", "why"), [
     ("sub-1_ses-2_T1w.nii", 2, "sub-1"), ("new.nii", 1, "this scan"), ("sub-2_T1w.nii", 2, None),
     ("sub-11_T1w.nii", 2, None), ("new.nii", 2, None),
 ])
+@pytest.mark.parametrize("taught", ["x/sub-1_T1w.nii.gz", "x/sub-1_T1w/"])  # of DICOM slices
 def test_people_who_taught_are_known_by_name_and_by_voxels(
-        name: str, seed: int, why: str | None) -> None:
-    learnt = [learnt_from(replace(blob(1), name="x/sub-1_T1w.nii.gz"))]
+        name: str, seed: int, why: str | None, taught: str) -> None:
+    learnt = [learnt_from(replace(blob(1), name=taught))]
     found = why_seen(replace(blob(seed), name=f"y/{name}"), learnt)
     assert (found is None) == (why is None)
     assert why is None or f"the model learnt from {why}" in str(found)
