@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -168,6 +169,42 @@ def test_people_of_another_dose_have_a_folder_of_their_own(tmp_path: Path):
     with pytest.raises(ConfigError, match="--dose large: of people that are made"):
         compare.run(True, None, str(tmp_path), feed=str(tmp_path), dose="large")
     assert not (tmp_path / "work").exists()
+
+
+def test_another_budget_has_a_folder_of_its_own_below_the_same_people(tmp_path: Path, monkeypatch):
+    made = []
+    monkeypatch.setattr(compare, "make_people",
+                        lambda cohort, people, workers: made.append(people) or "feed")
+    monkeypatch.setattr(compare, "open_feed", lambda feed: None)
+    monkeypatch.setattr(_compare_table, "ridges", lambda feed, runs: None)
+    monkeypatch.setattr(_compare_table, "tables", lambda runs, folder: {"folder": folder})
+    monkeypatch.setattr(compare, "Runner", Recorder)
+    found = [compare.run(False, None, str(tmp_path), budget=budget)["folder"]
+             for budget in (None, 120, 60, 360)]
+    full = tmp_path / "full"
+    assert made == [full] * 4
+    assert found == [full / "runs", full / "runs", full / "budget-60/runs",
+                     full / "budget-360/runs"]
+    for budget, folder in zip((120, 60, 360), found[1:], strict=True):
+        mine = [job for job in Recorder.jobs if job.folder.is_relative_to(folder)
+                and job.folder.parent == folder]
+        seconds = {job.folder.name: job.seconds for job in mine}
+        assert seconds["mae-with-tissue-head-0"] == budget
+        assert seconds["first-stage-0"] == budget - compare.CODE_SECONDS
+    with pytest.raises(ConfigError, match="another plan"):
+        compare.run(False, None, str(tmp_path), feed=str(tmp_path), budget=60)
+
+
+class Recorder:
+    """Takes jobs in place of making them."""
+
+    jobs: ClassVar[list[compare.Job]] = []
+
+    def __init__(self, feed: str, work: Path) -> None:
+        pass
+
+    def make(self, jobs: list[compare.Job]) -> None:
+        self.jobs += jobs
 
 
 def test_a_students_cost_holds_its_teachers(tmp_path: Path):

@@ -7,8 +7,9 @@ Frozen before the first result:
   sources    the twelve real label maps where they are at hand, else sixteen from the template;
              split first (7, 2, 3 and 10, 2, 4), then mixed within a split
   model      size tiny, tokens of 18 mm, 416 of them, 8 scans a step, fp32, one thread
-  budget     equal CPU seconds of training: steps are the budget over the measured CPU seconds of a
-             step of each recipe.  A frozen teacher's training counts: a quarter of the budget
+  budget     equal CPU seconds of training, 120 (--budget: 60, 360): steps are the budget over the
+             measured CPU seconds of a step of each recipe.  A frozen teacher's training counts: a
+             quarter of the budget
   tuning     none here: rate 5e-4 for the present sparse JEPA and 2e-3 for all else, as val chose
              among 5e-4, 1e-3, 2e-3 for the table of quality.py; new recipes take MAE's rate
   seeds      0, 1, 2 of weights, order and masks; of a first look 0 alone.  3 and 4 were added
@@ -22,7 +23,7 @@ Frozen before the first result:
              MAE with the tissue head
 
 Added after the first results, and so exploratory: codes of a session (_session.py), on the weights
-of MAE with the head at three quarters of the budget.  Settings by the people of val, seed 0.
+of MAE with the head, of whose budget a code has 30 s.  Settings by the people of val, seed 0.
 
 Departures, such as the rate of a shared code, are told in docs/results/compare.md.
 
@@ -56,7 +57,7 @@ RATE = 2e-3
 SINGLE = {"objective.masks": {"scales": [[500, 0.0, 0.001]]}}  # one mask, of single tokens
 MAE = {"objective.method": "mae", "objective.tissue_weight": 1.0}
 TEACHER_SHARE = 0.25  # of the budget
-FIRST_SHARE = 0.75  # of the budget, for the weights that a code of the session is learnt on
+CODE_SECONDS = 30.0  # of the budget, for a code of the session; the weights below have the others
 RUN = "tools.bench._compare_run"
 
 
@@ -118,7 +119,8 @@ class Job:
 
 
 def run(quick: bool, official: str | None, work: str | None = None, feed: str | None = None,
-        finished: bool = False, dose: str = "medium") -> dict[str, Any]:
+        finished: bool = False, dose: str = "medium",
+        budget: float | None = None) -> dict[str, Any]:
     """Make what is missing, or nothing if ``finished``, and print the tables; returns them."""
     if feed and dose != "medium":
         raise ConfigError(f"--dose {dose}: of people that are made, and --feed {feed} has its own; "
@@ -126,30 +128,34 @@ def run(quick: bool, official: str | None, work: str | None = None, feed: str | 
     plan = QUICK if quick else FULL
     plan = replace(plan, cohort=replace(plan.cohort, dose=dose))
     name = ("quick" if quick else "full") + ("" if dose == "medium" else f"-{dose}")
-    folder = Path(work or ROOT / "build" / "bench-compare") / name
+    people = folder = Path(work or ROOT / "build" / "bench-compare") / name
+    if budget and budget != plan.seconds:
+        folder = people / f"budget-{budget:g}"
     if finished and not (folder / "plan.json").exists():
         raise ConfigError(f"--finished: {folder} holds no runs; leave --finished out to make them, "
                           "or name the folder of others by --work")
     if feed:
         open_feed(feed)  # before the folder is claimed for it
     print(machine())
+    claim(people, plan_text(plan, feed))
+    plan = replace(plan, seconds=float(budget or plan.seconds))
     claim(folder, plan_text(plan, feed))
     if not finished:
-        measure(plan, folder, feed)
+        measure(plan, people, folder, feed)
     runs = folder / "runs"
     return _compare_table.tables({arm: [runs / folder_of(arm, seed) for seed in plan.seeds]
                                   for arm in plan.arms}, runs)
 
 
-def measure(plan: Plan, work: Path, feed: str | None = None) -> None:
+def measure(plan: Plan, people: Path, work: Path, feed: str | None = None) -> None:
     """All runs of a plan, below ``work``; of a feed at hand or of the plan's people."""
     if feed is None:
-        feed = make_people(plan.cohort, work, len(os.sched_getaffinity(0)))
+        feed = make_people(plan.cohort, people, len(os.sched_getaffinity(0)))
     _compare_table.ridges(open_feed(feed), work / "runs")
     jobs = [job for seed in plan.seeds for arm in plan.arms
             for job in jobs_of(plan, work, arm, seed)]
     first = {job.folder: job for job in jobs if job.first}
-    runner = Runner(feed, work)
+    runner = Runner(feed, people)
     for stage in (list(first.values()), [job for job in jobs if not job.first]):
         runner.make(stage)
 
@@ -171,8 +177,8 @@ def jobs_of(plan: Plan, work: Path, name: str, seed: int) -> list[Job]:
     arm, runs = ARMS[name], work / "runs"
     if arm.code:
         first = runs / f"first-stage-{seed}"
-        return [Job(first, Arm(MAE, changes={"unread": True}), seed, FIRST_SHARE * plan.seconds,
-                    first=True),
+        return [Job(first, Arm(MAE, changes={"unread": True}), seed,
+                    plan.seconds - CODE_SECONDS, first=True),
                 Job(runs / folder_of(name, seed), arm, seed, 0, first / "weights")]
     if not arm.teacher:
         return [Job(runs / folder_of(name, seed), arm, seed, plan.seconds)]
