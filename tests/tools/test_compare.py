@@ -313,7 +313,13 @@ def test_a_person_is_the_same_each_time_and_doses_change_the_scanner_alone():
             for dose in ("small", "large")}
     again, _ = _people.make_person(mixed, person, _people.Cohort(dose="small"))
     assert [row for row, *_ in again] == [row for row, *_ in made["small"][0]]
+    rescans, rescanned = _people.make_person(mixed, person, _people.Cohort(dose="small"),
+                                             again=True)
     truths = {dose: truth for dose, (_, truth) in made.items()}
+    assert {row["scan_id"] for row, *_ in rescans}.isdisjoint(
+        row["scan_id"] for row, *_ in made["small"][0])
+    assert rescanned["texture"] == truths["small"]["texture"]
+    assert rescanned["ventricle_ml"] == pytest.approx(truths["small"]["ventricle_ml"], rel=0.03)
     assert truths["small"]["texture"] == truths["large"]["texture"]
     for name in ("brain_ml", "ventricle_ml"):
         assert truths["small"][name] == pytest.approx(truths["large"][name], rel=0.03)

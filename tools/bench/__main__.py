@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--official", type=Path, metavar="DIR")
     parser.add_argument("--work", metavar="DIR", help="compare, downstream, explain, quality, "
                         "readout, register, segment, soak: where runs are kept (default: "
-                        "build/bench-NAME); codes: the folder of compare")
+                        "build/bench-NAME); codes, people: the folder of compare")
     parser.add_argument("--feed", help="compare, explain: your own packed feed in place of "
                         "synthetic people")
     parser.add_argument("--weights", help="explain, register, segment: exported weights (explain: "
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"--official {official}: holds no src/neurojepa; name a checkout of the "
                           "official repository")
     if arguments.work and arguments.name not in ("codes", "compare", "downstream", "explain",
-                                                    "quality", "readout", "register", "segment",
-                                                    "soak"):
+                                                    "people", "quality", "readout", "register",
+                                                    "segment", "soak"):
         raise ConfigError(f"--work {arguments.work}: {arguments.name} keeps nothing")
     for option, *owners in (("feed", "compare", "explain"), ("weights", "explain", "register",
                              "segment"),

@@ -67,6 +67,7 @@ SESSION_ERROR, SCAN_ERROR = (1.0, 1.0), (0.3, 0.3)  # degrees, mm
 SHADING_LEFT = 0.25  # of the coil's shading, after bias correction
 GHOST = 0.02  # of the signal, sd
 NOISE_MM = 2.0  # voxel that the sites' noise is of
+SLICE_MM = 2.0  # that a site's thickness of slices is in units of
 TEXTURE, TEXTURE_LOG_SD, TEXTURE_SD_MM = 0.03, 0.6, 4.0
 PER_SHARD = 40
 
@@ -172,17 +173,17 @@ def make_shard(shard: Shard, folder: Path | None, cache: Path) -> str:
 
 # ---- one person ----------------------------------------------------------------------------------
 
-def make_person(mixed: Mixer, person: SyntheticPerson, cohort: Cohort, number: int = 0
+def make_person(mixed: Mixer, person: SyntheticPerson, cohort: Cohort, number: int = 0,
+                again: bool = False
                 ) -> tuple[list[tuple[IndexRow, bytes, bytes | None]], dict[str, Any]]:
-    """Rows and bytes of a person's scans at a visit, and what is true of the person then."""
+    """Rows and bytes of a person's scans at a visit, and what is true of the person then; with
+    ``again`` of other scans of the same head."""
     grid, dose, visit = GRIDS[cohort.grid], DOSES[cohort.dose], person.visits[number]
-    head = visit_head(mixed.anatomy, person, visit, cohort.seed,
-                      mixed.velocity(person.anatomy_key))
-    rng = np.random.default_rng([cohort.seed, 6, person.index])
-    # what differs between people comes before what scanners do: doses share it
-    texture = TEXTURE * float(np.exp(rng.normal(0, TEXTURE_LOG_SD)))
+    head, texture, rng = head_of(mixed, person, cohort, number)
     if number:
         rng = np.random.default_rng([cohort.seed, 10, person.index, number])
+    if again:
+        rng = np.random.default_rng([cohort.seed, 11, person.index, number])
     still = centred(placed_pose(mixed), mixed, head)
     pose = still.moved(rng, *(dose * error for error in SESSION_ERROR))
     own_contrast = truths(person, visit.age)["t1w_contrast"]
@@ -212,6 +213,16 @@ def make_person(mixed: Mixer, person: SyntheticPerson, cohort: Cohort, number: i
     return scans, truth
 
 
+def head_of(mixed: Mixer, person: SyntheticPerson, cohort: Cohort, number: int = 0
+            ) -> tuple[scanner.Head, float, np.random.Generator]:
+    """A person's head at a visit, the amplitude of its texture, and what draws the scans."""
+    head = visit_head(mixed.anatomy, person, person.visits[number], cohort.seed,
+                      mixed.velocity(person.anatomy_key))
+    rng = np.random.default_rng([cohort.seed, 6, person.index])
+    # what differs between people comes before what scanners do: doses share it
+    return head, TEXTURE * float(np.exp(rng.normal(0, TEXTURE_LOG_SD))), rng
+
+
 def placed_pose(mixed: Mixer) -> Pose:
     """How the source lies in MNI space: world = rotation @ (voxel - centre) + shift."""
     back = np.linalg.inv(mixed.to_anatomy)
@@ -235,10 +246,18 @@ def centred(pose: Pose, mixed: Mixer, head: scanner.Head) -> Pose:
 def scan(view: View, rng: np.random.Generator, person: SyntheticPerson, modality: str,
          t1w_contrast: float, texture: float, dose: float) -> np.ndarray:
     """uint8 codes of a scan on the view's grid."""
-    site, voxel_mm = person.site, view.grid.voxel_mm
     tissue = np.zeros(1000, np.float32)
     tissue[:codes.SKULL], tissue[[0, codes.FLUID]] = 1, 0
-    brain = brain_of(view.mean_signal(tissue), float(voxel_mm[0]))
+    brain = brain_of(view.mean_signal(tissue), float(view.grid.voxel_mm[0]))
+    signal = signal_of(view, rng, person, modality, t1w_contrast, texture, dose,
+                       dose * SHADING_LEFT)
+    return quantise(scale(signal, brain), np.where(brain, MaskCode.BRAIN, MaskCode.AIR))
+
+
+def signal_of(view: View, rng: np.random.Generator, person: SyntheticPerson, modality: str,
+              t1w_contrast: float, texture: float, dose: float, shading: float) -> np.ndarray:
+    """float32 signal of a scan on the view's grid; ``shading`` multiplies that of the coil."""
+    site, voxel_mm = person.site, view.grid.voxel_mm
     table = contrast.signal_table(modality, site, rng, dose)
     if modality == "T1w":
         table[list(contrast.TISSUES["cortex"][0])] *= t1w_contrast / CONTRAST
@@ -249,13 +268,12 @@ def scan(view: View, rng: np.random.Generator, person: SyntheticPerson, modality
     clean = view.mean_signal(table)
     clean *= 1 + texture / pattern.std() * pattern * view.mean_signal(white)
     if modality != "T1w":
-        thick = dose * 2 * site.slices  # mm
+        thick = dose * SLICE_MM * site.slices
         clean = ndimage.gaussian_filter(clean, (0, 0, thick / 2.355 / voxel_mm[2]))
     clean += dose * GHOST * np.float32(rng.normal()) * np.roll(clean, clean.shape[1] // 3, 1)
-    signal = contrast.scan_signal(
-        clean, voxel_mm=voxel_mm, rng=rng, bias=dose * SHADING_LEFT * site.bias,
+    return contrast.scan_signal(
+        clean, voxel_mm=voxel_mm, rng=rng, bias=shading * site.bias,
         noise=dose * site.noise * float((NOISE_MM / voxel_mm[0])**1.5))
-    return quantise(scale(signal, brain), np.where(brain, MaskCode.BRAIN, MaskCode.AIR))
 
 
 def _within(labels: np.ndarray) -> np.ndarray:
