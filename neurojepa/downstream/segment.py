@@ -26,7 +26,8 @@ from neurojepa.storage import exists, join, read_bytes, read_if_there, sha256, w
 
 KIND = "neurojepa/segment-model/1"
 MARGIN_MM = 8.0  # of the working grid around the brain
-COORDINATE_MM = 100.0  # is 1 in the channels of coordinates
+COORDINATE_SD = 2.5  # of a brain's voxels along an axis, is 1 in the channels of coordinates
+COORDINATE_MM = 100.0  # is 1 there for networks without a prior, as they were first made
 OVERLAP = 0.5  # of the windows of apply
 
 
@@ -39,10 +40,12 @@ class Recipe:
     filters: int = 16  # of the first layer
     steps: int = 2000
     batch: int = 2  # windows a step
-    lr: float = 1e-3
+    lr: float = 3e-3
     gamma: float = 0.2  # log sd of the augmentation's gamma
     noise: float = 0.05  # sd of its noise, in sd of the brain
     seed: int = 0
+    prior: bool = True  # where labels lie on average is added to what the network finds
+    balanced: float = 0.5  # share of training windows around a label drawn first, all alike
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Working:
     brain: np.ndarray  # bool [x, y, z]
 
 
-def prepare(scan: Image, mm: float) -> Working:
-    """Lay the brain on a grid of ``mm`` along the scan's axes."""
+def prepare(scan: Image, mm: float, prior: bool = True) -> Working:
+    """Lay the brain on a grid of ``mm`` along the scan's axes; ``prior`` as in the recipe."""
     assert scan.brain is not None
     affine, extent = around_brain(scan, mm, MARGIN_MM)
     shape = tuple((np.ceil(extent / mm / 4) * 4).astype(int).tolist())
@@ -64,17 +67,17 @@ def prepare(scan: Image, mm: float) -> Working:
     brain = brain > 0.5
     image = np.where(brain, (image - image[brain].mean()) / max(image[brain].std(), 1e-6), -3)
     points = warps.points_of(shape, affine)
-    points = (points - points[brain].mean(0)) / COORDINATE_MM
+    inside = points[brain]
+    points = (points - inside.mean(0)) / (COORDINATE_SD * inside.std(0) if prior else COORDINATE_MM)
     return Working(np.concatenate([image[None], np.moveaxis(points, -1, 0)]).astype(np.float32),
                    affine, brain)
 
 
 def build(recipe: Recipe, num_labels: int) -> torch.nn.Module:
     """The network, [B, 4, x, y, z] -> [B, num_labels + 1, x, y, z]."""
-    from monai.networks.nets.segresnet import SegResNet
+    from neurojepa.downstream.segment_network import Guided, segresnet
 
-    return SegResNet(init_filters=recipe.filters, in_channels=4, out_channels=num_labels + 1,
-                     blocks_down=(1, 2, 2), blocks_up=(1, 1))
+    return (Guided if recipe.prior else segresnet)(recipe.filters, num_labels)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Segmenter:
 
     def maps(self, scan: Image) -> tuple[np.ndarray, np.ndarray]:
         """float32 [labels + 1, x, y, z] logits on the working grid, and its affine."""
-        work = prepare(scan, self.recipe.mm)
+        work = prepare(scan, self.recipe.mm, self.recipe.prior)
         return predict(self.network, work, self.recipe), work.affine
 
     def segment(self, scan: Image) -> np.ndarray:
@@ -182,7 +185,7 @@ def load_segmenter(uri: str) -> Segmenter:
     if config.get("sha256") not in (None, sha256(data)):  # the first models had none
         raise DataError(f"{join(uri, 'model.safetensors')}: does not match the sha256 in "
                         "config.json; fit again")
-    recipe = Recipe(**config["recipe"])
+    recipe = Recipe(**{"prior": False} | config["recipe"])  # the first networks had none
     network = build(recipe, len(config["codes"]))
     try:
         network.load_state_dict(load(data))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from neurojepa.downstream import warps
 from neurojepa.downstream.images import Image
-from neurojepa.downstream.segment import Recipe, Working, prepare
+from neurojepa.downstream.segment import Recipe, Working, build, prepare
 from neurojepa.errors import DataError
 from neurojepa.storage import exists, join, read_bytes, write_bytes
 
@@ -48,6 +48,19 @@ def taught(scan: Image, labels: Image, codes: np.ndarray, mm: float) -> Taught:
         raise DataError(f"--labels {labels.name}: no label lies in the brain of {scan.name}; it "
                         "must be in that scan's space")
     return Taught(work, np.where(known, np.searchsorted(codes, carried) + 1, 0))
+
+
+def started(people: Sequence[Taught], recipe: Recipe, num_labels: int) -> torch.nn.Module:
+    """A network before its first step, with the prior of these people if the recipe has one."""
+    torch.manual_seed(recipe.seed)
+    network = build(recipe, num_labels)
+    if recipe.prior:
+        from neurojepa.downstream.segment_network import prior_of
+
+        network.load_state_dict({"prior": prior_of(
+            [(person.scan.channels[1:], person.target) for person in people], num_labels)},
+            strict=False)
+    return network
 
 
 def fit(network: torch.nn.Module, people: Sequence[Taught], recipe: Recipe, out: str,
@@ -91,8 +104,7 @@ def windows(people: Sequence[Taught], recipe: Recipe, step: int
         number = int(rng.integers(len(people)))
         person = people[number]
         size = np.array(person.target.shape)
-        inside = np.argwhere(person.scan.brain)
-        corner = inside[rng.integers(len(inside))] - recipe.window // 2
+        corner = _middle(person, recipe, rng) - recipe.window // 2
         corner = np.clip(corner, 0, np.maximum(size - recipe.window, 0))
         box = tuple(slice(c, c + recipe.window) for c in corner)
         short = np.maximum(recipe.window - size, 0)
@@ -103,6 +115,16 @@ def windows(people: Sequence[Taught], recipe: Recipe, step: int
         ys.append(np.pad(person.target[box], pad))
         where.append((number, corner))
     return torch.from_numpy(np.stack(xs)), torch.from_numpy(np.stack(ys)), where
+
+
+def _middle(person: Taught, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """[3] a voxel of the brain, or of a label drawn first, so that small ones come up as often."""
+    where = person.scan.brain
+    if rng.random() < recipe.balanced:
+        there = np.unique(person.target)
+        where = person.target == rng.choice(there[there > 0])
+    inside = np.flatnonzero(where)
+    return np.array(np.unravel_index(inside[rng.integers(len(inside))], where.shape))
 
 
 def _augmented(image: np.ndarray, rng: np.random.Generator, recipe: Recipe) -> np.ndarray:

@@ -24,9 +24,9 @@ from neurojepa import __version__
 from neurojepa.downstream import segment_page as pages
 from neurojepa.downstream.images import read_image, read_labels, stem_of
 from neurojepa.downstream.output import write_description, write_task
-from neurojepa.downstream.segment import Recipe, Segmenter, build, read_config, save_model
+from neurojepa.downstream.segment import Recipe, Segmenter, read_config, save_model
 from neurojepa.downstream.segment_atlas import HEADS, head_of, is_kept, keep, key_of, save_atlas
-from neurojepa.downstream.segment_fit import fit, taught
+from neurojepa.downstream.segment_fit import fit, started, taught
 from neurojepa.downstream.segment_labels import Labels, check_pairs, entities_of, read_all
 from neurojepa.downstream.segment_score import score
 from neurojepa.downstream.segment_seen import learnt_from, why_seen
@@ -111,8 +111,7 @@ def _fit_network(scans: Sequence[str], labels: Sequence[str], out: str, steps: i
         learnt.append(learnt_from(scan))
         print(f"{path}: {each.name}", flush=True)
     write_bytes(join(out, PLAN), json.dumps(plan, indent=1).encode())
-    torch.manual_seed(recipe.seed)
-    network = build(recipe, len(codes)).to(device)
+    network = started(people, recipe, len(codes)).to(device)
     fit(network, people, recipe, out, progress=partial(_say, steps))
     save_model(out, Segmenter(network, recipe, known.codes, known.names), _about(known, learnt))
     print(f"{len(codes)} regions learnt from {len(people)} scans, in {out}")

@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from data_prep.synth.anatomy import anatomy_names
 from neurojepa.downstream.images import Image, read_image, read_labels
-from neurojepa.downstream.segment import Recipe, Segmenter, build
+from neurojepa.downstream.segment import Recipe, Segmenter
 from neurojepa.downstream.segment_atlas import Atlas, head_of
-from neurojepa.downstream.segment_fit import fit, taught
+from neurojepa.downstream.segment_fit import fit, started, taught
 from neurojepa.downstream.segment_score import SCORES, score
 from tools.bench._mixing import label_folder
 from tools.bench.common import print_table
 from tools.bench.register import Head, make_head
 
-MM = 1
+MM, TESTED_MM = 1, 2  # of the heads that teach, and of the synthetic ones that are tested
+TESTED = 2  # anatomies that teach nothing
+RECIPE = Recipe(steps=600)  # what the command does, but for fewer steps
 # name: codes of FreeSurfer, of MUSE and of AAL; those of a side are its left and right ones
 SIDED = {
     "lateral ventricle": (([4, 5], [43, 44]), ([50, 52], [49, 51]), ([], [])),
@@ -81,22 +82,26 @@ def real_heads() -> dict[str, Head]:
             for name, (scan, labels, protocol) in files.items()}
 
 
-def measure(counts: Sequence[int], recipe: Recipe, folder: Path,
+def measure(counts: Sequence[int], folder: Path,
             kept: Callable[[Path, Callable[[], Any]], Any]) -> dict[str, Any]:
     """Scores {row: {person: {region: scores}, "cpu_s": of all}}; what is finished is ``kept``."""
-    people = real_heads()
-    if not people:
+    real = real_heads()
+    if not real:
         print("real heads: left out, for there are none in $NEUROJEPA_SCANS or ../shared/data")
         return {}
-    names = anatomy_names(label_folder())[2:2 + max(counts)]
-    teachers = [replace(head, labels=shared(head.labels, FREESURFER)) for head in (
-        make_head(name, number, MM) for number, name in enumerate(names, 2))]
+    names = anatomy_names(label_folder())[:TESTED + max(counts)]
+    drawn = [replace(head, labels=shared(head.labels, FREESURFER)) for head in (
+        make_head(name, number, TESTED_MM if number < TESTED else MM)
+        for number, name in enumerate(names))]
+    teachers = drawn[TESTED:]
+    people = real | {f"synthetic {number + 1}": head
+                     for number, head in enumerate(drawn[:TESTED])}
     rows: dict[str, Callable[[], Any]] = {}
     for count in counts:
         rows[f"{count} atlas"] = lambda count=count: _vote(people, teachers[:count])
         rows[f"{count} network"] = lambda count=count: _network(
-            people, teachers[:count], recipe, str(folder / f"{count} real network"))
-    rows["1 atlas, the other real head"] = lambda: _of_each_other(people)
+            people, teachers[:count], str(folder / f"{count} real network"))
+    rows["1 atlas, the other real head"] = lambda: _of_each_other(real)
     return {name: kept(folder / f"real {name}.json", work) for name, work in rows.items()}
 
 
@@ -113,13 +118,11 @@ def _of_each_other(people: dict[str, Head]) -> dict[str, Any]:
     return found
 
 
-def _network(people: dict[str, Head], teachers: Sequence[Head], recipe: Recipe,
-             kept: str) -> dict[str, Any]:
-    torch.manual_seed(recipe.seed)
-    network = build(recipe, len(CODES))
-    fit(network, [taught(head.image, head.labels, np.array(CODES), recipe.mm)
-                  for head in teachers], recipe, kept)
-    return _scored(people, Segmenter(network, recipe, CODES, REGIONS).segment)
+def _network(people: dict[str, Head], teachers: Sequence[Head], kept: str) -> dict[str, Any]:
+    learnt = [taught(head.image, head.labels, np.array(CODES), RECIPE.mm) for head in teachers]
+    network = started(learnt, RECIPE, len(CODES))
+    fit(network, learnt, RECIPE, kept)
+    return _scored(people, Segmenter(network, RECIPE, CODES, REGIONS).segment)
 
 
 def _scored(people: dict[str, Head], segment: Callable[[Image], np.ndarray]) -> dict[str, Any]:

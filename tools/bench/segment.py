@@ -24,11 +24,12 @@ from torch.nn import functional as F
 from data_prep.synth.anatomy import anatomy_names
 from neurojepa.downstream import warps
 from neurojepa.downstream.images import laid, stripped
-from neurojepa.downstream.segment import Recipe, build, highest, predict
+from neurojepa.downstream.segment import Recipe, highest, predict
 from neurojepa.downstream.segment_atlas import Atlas, head_of
-from neurojepa.downstream.segment_fit import Taught, fit, taught
+from neurojepa.downstream.segment_fit import Taught, fit, started, taught
 from neurojepa.downstream.segment_score import SCORES, score
 from neurojepa.storage import write_bytes
+from tools.bench import _segment_lesions
 from tools.bench._mixing import label_folder
 from tools.bench._segment_real import measure, report_real
 from tools.bench.common import ROOT, machine, print_table
@@ -70,8 +71,10 @@ def run(quick: bool, official: str | None, weights: str | None = None,
             found[name] = _kept(folder / f"{name}.json", lambda count=count, row=row, name=name: (
                 _vote(tested, teachers[:count]) if row == VOTE else
                 _network(tested, people, count, recipe, tokens.get(row), str(folder / name))))
-    real = measure((3,) if quick else (3, 10), recipe, folder, _kept)
-    return {**_report(found, recipe, len(tested)), "real": report_real(real)}
+    real = measure((3,) if quick else (3, 10), folder, _kept)
+    lesions = {} if quick else _segment_lesions.measure(folder, _kept)
+    return {**_report(found, recipe, len(tested)), "real": report_real(real),
+            "lesions": _segment_lesions.report(lesions)}
 
 
 def _kept(file: Path, work: Callable[[], Any]) -> dict[str, Any]:
@@ -106,25 +109,25 @@ def _vote(tested: list[Head], teachers: list[Head]) -> list[dict[str, dict[str, 
 class WithTokens(torch.nn.Module):
     """The same network, to whose bottleneck a projection of token maps is added."""
 
-    def __init__(self, network: Any, channels: int) -> None:
+    def __init__(self, guided: Any, channels: int) -> None:
         super().__init__()
-        self.network = network
+        self.guided = guided
         self.project = torch.nn.Conv3d(COMPONENTS, channels, 1)
 
     def forward(self, x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        deep, down = self.network.encode(x)
+        network = self.guided.network
+        deep, down = network.encode(x)
         shape = deep.shape[2:]
         maps = F.adaptive_avg_pool3d(maps, tuple(shape))
-        return self.network.decode(deep + self.project(maps), down[::-1])
+        return network.decode(deep + self.project(maps), down[::-1]) + self.guided.expected(x)
 
 
 def _network(tested: list[Head], people: list[Taught], count: int, recipe: Recipe,
              tokens: list[Tokens] | None, kept: str) -> list[dict[str, dict[str, float]]]:
     """Scores of each tested head; ``people`` and ``tokens`` are of the tested ones, then of those
     who teach.  A fit that was stopped goes on from ``kept``."""
-    torch.manual_seed(recipe.seed)
-    network = build(recipe, len(CODES))
     taught_ones = people[len(tested):len(tested) + count]
+    network = started(taught_ones, recipe, len(CODES))
     if tokens is None:
         fit(network, taught_ones, recipe, kept)
         calls: list[Any] = [None] * len(tested)

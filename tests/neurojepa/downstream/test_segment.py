@@ -94,22 +94,68 @@ def test_windows_that_overlap_add_up_to_the_whole() -> None:
     assert np.allclose(found, scan.channels[:2], atol=1e-5)
 
 
-def test_coordinates_tell_left_from_right_however_a_scan_is_stored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prior", [True, False])
+def test_coordinates_tell_left_from_right_however_a_scan_is_stored(tmp_path: Path,
+                                                                   prior: bool) -> None:
     scan = blob(0)
     file = nib.load(save(tmp_path / "RAS.nii.gz", scan.data, scan.affine))
     turn = nib.orientations.axcodes2ornt(("P", "S", "L"))
     nib.save(file.as_reoriented(turn), tmp_path / "PSL.nii.gz")
-    work, turned = (prepare(read_image(str(tmp_path / f"{name}.nii.gz")), 8.0)
+    work, turned = (prepare(read_image(str(tmp_path / f"{name}.nii.gz")), 8.0, prior)
                     for name in ("RAS", "PSL"))
     assert np.array_equal(turned.channels, work.channels)
     assert np.allclose(turned.affine, work.affine)
-    points = work.affine[0, 0] * np.arange(work.brain.shape[0]) / 100
-    assert np.allclose(np.diff(work.channels[1, :, 5, 5]), np.diff(points), atol=1e-4)
+    points = work.affine[0, 0] * np.arange(work.brain.shape[0])
+    unit = 2.5 * points[np.nonzero(work.brain)[0]].std() if prior else 100  # mm
+    assert np.allclose(np.diff(work.channels[1, :, 5, 5]), np.diff(points) / unit, atol=1e-4)
     assert abs(work.channels[1:, work.brain].mean()) < 1e-3
     assert work.channels[0][work.brain].std() == pytest.approx(1, abs=0.01)
 
 
 # ---- fit -----------------------------------------------------------------------------------------
+
+def test_a_network_starts_from_where_labels_lie_on_average() -> None:
+    people = [fitting.taught(blob(seed), labels_of(blob(seed)), np.array([3, 7, 41]), 6.0)
+              for seed in range(2)]
+    network = fitting.started(people, replace(RECIPE, mm=6.0), 3)
+    other = prepare(blob(2, size=0.85), 6.0)  # smaller: coordinates follow the brain's size
+    found = predict(network, other, RECIPE).argmax(0)
+    truth = fitting.taught(blob(2, size=0.85), labels_of(blob(2, size=0.85)),
+                           np.array([3, 7, 41]), 6.0).target
+    for rank in (1, 2, 3):
+        both = (found == rank) & (truth == rank)
+        assert 2 * both.sum() / ((found == rank).sum() + (truth == rank).sum()) > 0.6
+    assert not found[0, 0, 0]
+    with torch.no_grad():
+        far = torch.full((1, 4, 24, 24, 24), 0.99)  # a corner where nobody has a label
+        assert (network(far).argmax(1) == 0).all()
+
+
+@pytest.mark.parametrize(("balanced", "low", "high"), [(0.0, 0, 0.1), (1.0, 0.4, 0.6)])
+def test_small_labels_come_up_as_often_as_large_ones(balanced: float, low: float,
+                                                     high: float) -> None:
+    target = np.ones((40, 40, 40), np.int64)
+    target[:4, :4, :4] = 2
+    scan = Working(np.zeros((4, 40, 40, 40), np.float32), np.eye(4), np.ones((40, 40, 40), bool))
+    recipe, rng = replace(RECIPE, balanced=balanced), np.random.default_rng(0)
+    drawn = [target[tuple(fitting._middle(fitting.Taught(scan, target), recipe, rng))]
+             for _ in range(200)]
+    assert low <= np.mean(np.array(drawn) == 2) <= high
+
+
+def test_networks_of_before_priors_still_load(tmp_path: Path) -> None:
+    old = replace(RECIPE, prior=False)
+    network = build(old, 1)
+    save_model(str(tmp_path), Segmenter(network, old, [3], ["left"]), {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("prior", "balanced"):  # as the first ones were written
+        del config["recipe"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_segmenter(str(tmp_path))
+    assert not loaded.recipe.prior
+    for one, other in zip(network.parameters(), loaded.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+
 
 @pytest.mark.slow(3)
 def test_a_fit_that_was_stopped_goes_on_to_the_same_weights(
