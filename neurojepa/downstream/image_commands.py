@@ -29,7 +29,7 @@ def add_image_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     part.add_argument("--out", required=True, help="folder of the model; the same command goes on "
                       "where it was stopped")
     part.add_argument("--steps", type=int, help="network: of two windows each (default: 2000)")
-    part.add_argument("--mm", type=float, help="network: voxels that it sees (default: 1.5)")
+    part.add_argument("--mm", type=float, help="network: voxels that it sees (default: 2)")
     part.add_argument("--device", help="network: of torch (default: the first GPU if there is one)")
     part = kinds.add_parser("apply", help="find the regions in scans")
     part.add_argument("model", metavar="MODEL", help="folder that fit wrote")

@@ -2,7 +2,7 @@
 
     scan --brain, scaled--> working grid along the scan's own axes, around the brain
          + three coordinates from the brain's centre, which tell left from right
-         --SegResNet (Myronenko, MICCAI BrainLes 2018; MONAI's), sliding window--> a map a label
+         --SegResNet on a prior (segment_network.py), sliding window--> a map a label
          --each map interpolated into the scan's grid, the highest wins--> label map
 
 Maps are interpolated, never labels, so the result has the scan's resolution.  It has no
@@ -35,8 +35,8 @@ OVERLAP = 0.5  # of the windows of apply
 class Recipe:
     """How a network is made and taught; kept beside it."""
 
-    mm: float = 1.5  # working grid
-    window: int = 64  # voxels of a training window's edge, a multiple of 4
+    mm: float = 2.0  # working grid
+    window: int = 48  # voxels of a training window's edge, a multiple of 4
     filters: int = 16  # of the first layer
     steps: int = 2000
     batch: int = 2  # windows a step

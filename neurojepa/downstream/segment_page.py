@@ -97,12 +97,14 @@ def methods(record: dict[str, Any]) -> str:
 
 
 def _by_network(record: dict[str, Any]) -> str:
+    prior = ("To its output was added the logarithm of the mean shares of labels at the same "
+             "coordinates in the labelled people. " if record["prior"] else "")
     return (f"Regions were found by a SegResNet (MONAI) that had learnt from {record['people']} "
             f"labelled scans in {record['steps']} steps of two windows, at {record['mm']:g} mm "
             f"(neurojepa {record['version']}). Its input was the brain, extracted with deepbet "
-            "where scans came with a skull, and three coordinates. Windows overlapped by half; "
-            "each region's map was interpolated linearly into the scan's own grid and the highest "
-            "was taken.")
+            f"where scans came with a skull, and three coordinates. {prior}Windows overlapped by "
+            "half; each region's map was interpolated linearly into the scan's own grid and the "
+            "highest was taken.")
 
 
 def _by_atlas(record: dict[str, Any]) -> str:

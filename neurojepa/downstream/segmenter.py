@@ -64,7 +64,9 @@ class Model:
         """How regions are found, for results.json."""
         if isinstance(self.model, Atlas):
             return {"method": "atlas"}
-        return {"method": "network", "mm": self.model.recipe.mm, "steps": self.model.recipe.steps}
+        recipe = self.model.recipe
+        return {"method": "network", "mm": recipe.mm, "steps": recipe.steps,
+                "prior": recipe.prior}
 
 
 def load_model(uri: str, device: torch.device, workers: int = 1) -> Model:

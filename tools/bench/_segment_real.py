@@ -29,7 +29,7 @@ from tools.bench.register import Head, make_head
 
 MM, TESTED_MM = 1, 2  # of the heads that teach, and of the synthetic ones that are tested
 TESTED = 2  # anatomies that teach nothing
-RECIPE = Recipe(steps=600)  # what the command does, but for fewer steps
+RECIPE = Recipe(steps=1000)  # what the command does, but for half its steps
 # name: codes of FreeSurfer, of MUSE and of AAL; those of a side are its left and right ones
 SIDED = {
     "lateral ventricle": (([4, 5], [43, 44]), ([50, 52], [49, 51]), ([], [])),

@@ -1,11 +1,12 @@
 """segment: regions found in heads that taught nothing, from 3 and from 10 labelled ones.
 
 Heads at 3 mm are those of register.py; two anatomies (with --quick one) are tested, others teach.
-Rows: the atlas vote of ``segment``; its network; the same network with maps of an encoder's tokens
-at its bottleneck, pretrained (--weights DIR) and with the weights drawn anew.  All networks have
-the same steps, windows and seed.  A second table has real people with a truth (_segment_real.py),
-if they are at hand; with --quick from 3 labelled heads alone.  What is finished is kept in --work
-(default build/bench-segment).
+Rows: the atlas vote of ``segment``; its network, and that without a prior; the same network with
+maps of an encoder's tokens at its bottleneck, pretrained (--weights DIR) and with the weights drawn
+anew.  All networks have the same steps, windows and seed.  A second table has real people with a
+truth (_segment_real.py), if they are at hand; with --quick from 3 labelled heads alone.  A third
+has lesions (_segment_lesions.py), without --quick.  What is finished is kept in --work (default
+build/bench-segment).
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ REGIONS = {2: "white matter", 3: "cortex", 4: "lateral ventricle", 7: "cerebella
 RIGHT = {2: 41, 3: 42, 4: 43, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54}
 CODES = np.array(sorted([*REGIONS, *RIGHT.values(), 16]))  # and the brainstem
 COMPONENTS, DRAWS = 8, 2000
-FULL, QUICK = Recipe(mm=3, window=32, filters=8, steps=400, lr=3e-3), 200
-VOTE = "atlas vote"
+FULL, QUICK = Recipe(mm=3, window=32, filters=8, steps=300), 200
+VOTE, BARE = "atlas vote", "network without a prior"
 SCRATCH, TRAINED, DRAWN = "network", "network, tokens", "network, tokens of random weights"
 
 
@@ -66,11 +67,12 @@ def run(quick: bool, official: str | None, weights: str | None = None,
     tokens = {} if weights is None else _tokens(weights, [*tested, *teachers], people)
     found: dict[str, dict[str, Any]] = {}
     for count in (3, 10):
-        for row in (VOTE, SCRATCH, *tokens):
+        for row in (VOTE, BARE, SCRATCH, *tokens):
             name = f"{count} {row}"
             found[name] = _kept(folder / f"{name}.json", lambda count=count, row=row, name=name: (
                 _vote(tested, teachers[:count]) if row == VOTE else
-                _network(tested, people, count, recipe, tokens.get(row), str(folder / name))))
+                _network(tested, people, count, replace(recipe, prior=row != BARE),
+                         tokens.get(row), str(folder / name))))
     real = measure((3,) if quick else (3, 10), folder, _kept)
     lesions = {} if quick else _segment_lesions.measure(folder, _kept)
     return {**_report(found, recipe, len(tested)), "real": report_real(real),

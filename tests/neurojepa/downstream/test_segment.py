@@ -114,6 +114,7 @@ def test_coordinates_tell_left_from_right_however_a_scan_is_stored(tmp_path: Pat
 
 # ---- fit -----------------------------------------------------------------------------------------
 
+@pytest.mark.slow(3)
 def test_a_network_starts_from_where_labels_lie_on_average() -> None:
     people = [fitting.taught(blob(seed), labels_of(blob(seed)), np.array([3, 7, 41]), 6.0)
               for seed in range(2)]
