@@ -1,14 +1,15 @@
-"""Learn to complete a modality from another, and test it on people who taught nothing.
+"""Learn to complete a modality from others, and test it on people who taught nothing.
 
 Rows of the table, all on the same people's voxels:
 
     mean map                   the target's mean over who teaches
-    polynomial                 a cubic in the source's intensity
+    polynomial                 a cubic in the intensity of each source
     polynomial and mean map    both, with their product
     network                    on top of that (completion.py)
     network with latents       the same, which also sees the predicted latents
 
-The two networks begin alike and see the same crops.  The one that is better on val is kept.
+The two networks begin alike and see the same crops.  The one that is better on val is kept.  From
+several sources, it is tested with each of them alone, too, as visits may have no other.
 Latents are scored apart: how much of what differs from place and head size is told, token by token
 and of a scan's embedding.
 """
@@ -25,8 +26,9 @@ import numpy as np
 from neurojepa.downstream.completion import Completion, psnr, ssim
 from neurojepa.downstream.pooling import Places
 from neurojepa.downstream.scoring import Gain
+from neurojepa.downstream.sources import Visits
 from neurojepa.downstream.stats import Score, difference, of_people
-from neurojepa.downstream.teacher import Pairs, Teacher
+from neurojepa.downstream.teacher import Teacher
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import Feed
 from neurojepa.weights import Weights
@@ -39,7 +41,7 @@ PAIRS = ((PLAIN, "polynomial and mean map"), (LATENT, PLAIN), (LATENT, "polynomi
 
 @dataclass(frozen=True)
 class Row:
-    """Of the people tested: a score each [n of test], and their means."""
+    """Of the visits tested: a score each [n of test], nan where it was not tested, and means."""
 
     psnr: np.ndarray
     ssim: np.ndarray
@@ -52,16 +54,16 @@ class Found:
 
     completion: Completion
     latents: bool  # whether the network that is kept sees them
-    pairs: Pairs
+    visits: Visits
     rows: dict[str, Row]
     gains: list[Gain]
     latent_scores: dict[str, Score]  # shares told
     losses: dict[str, list[float]]  # of val, by network and epoch
-    shown: dict[str, np.ndarray]  # volumes of one person tested
+    shown: dict[str, np.ndarray]  # volumes of one visit tested, sources by their names
     warnings: list[str]
 
 
-def learn(weights: Weights, places: Places, feed: Feed, pairs: Pairs, *, epochs: int,
+def learn(weights: Weights, places: Places, feed: Feed, visits: Visits, *, epochs: int,
           keep: str, settings: dict[str, Any], warnings: Sequence[str] = ()) -> Found:
     """Fit on train, choose on val, score on test.
 
@@ -78,8 +80,8 @@ def learn(weights: Weights, places: Places, feed: Feed, pairs: Pairs, *, epochs:
     """
     if epochs < 1:
         raise ConfigError(f"--epochs {epochs}: take 1 or more")
-    teacher = Teacher(weights, places, feed, pairs, keep,
-                      settings | {"people": pairs.fingerprint(), "epochs": epochs})
+    teacher = Teacher(weights, places, feed, visits, keep,
+                      settings | {"people": visits.fingerprint(), "epochs": epochs})
     teacher.begin()
     nets, losses = {}, {}
     for name, latents in ((PLAIN, False), (LATENT, True)):
@@ -87,47 +89,73 @@ def learn(weights: Weights, places: Places, feed: Feed, pairs: Pairs, *, epochs:
         print(f"{name}: error on val {min(losses[name]):.5f} (first guess {losses[name][0]:.5f})",
               flush=True)
     kept = min(nets, key=lambda name: min(losses[name]))
-    test = pairs.of("test")
+    test = visits.of("test")
+    whole = visits.whole("test")  # there is one at least
+    rows, shown = {}, dict(zip(visits.names, (
+        each.value_XYZ for each in teacher.volumes(int(whole[0]))[0]), strict=True))
 
-    def images(name: str) -> Iterator[np.ndarray]:
+    def images(name: str, rows: np.ndarray) -> Iterator[np.ndarray]:
         if name in nets:
-            yield from teacher.completed(nets[name], name == LATENT, test)
+            yield from teacher.completed(nets[name], name == LATENT, rows)
         else:
-            for k in test:
-                yield teacher.completion.guess(teacher.volumes(k)[0], GUESSES[name])
+            for row in rows:
+                yield teacher.completion.guess(teacher.images(row), GUESSES[name])
 
-    rows, shown = {}, {}
     for name in (*GUESSES, *nets):
-        rows[name], shown[name] = _row(teacher, test, images(name))
-    source, target = teacher.volumes(int(test[0]))
-    shown |= {"source": source.value_XYZ, "true": target.value_XYZ}
-    return Found(nets[kept], kept == LATENT, pairs, rows, _gains(pairs, test, rows),
+        rows[name], shown[name] = _row(teacher, whole[0], images(name, visits.sources[test]))
+    if len(visits.names) > 1:
+        for number, name in enumerate(visits.names):
+            made = images(kept, _alone(visits, number))
+            rows[f"{kept}, {name} alone"], _ = _row(teacher, whole[0], made,
+                                                    visits.sources[test, number] >= 0)
+    shown["true"] = teacher.volumes(int(whole[0]))[1].value_XYZ
+    pairs = [*PAIRS, *((kept, name) for name in rows if name.endswith(" alone"))]
+    return Found(nets[kept], kept == LATENT, visits, rows, _gains(visits, rows, pairs),
                  teacher.latent_scores(), losses, shown, list(warnings))
 
 
-def _row(teacher: Teacher, test: np.ndarray, images: Iterator[np.ndarray]
-         ) -> tuple[Row, np.ndarray]:
-    """Scores of completed images, and the first one."""
-    ratio, alike, first = [], [], None
-    for k, told in zip(test, images, strict=True):
-        source, target = teacher.volumes(k)
-        where = source.brain_XYZ & target.brain_XYZ
-        ratio.append(psnr(target.value_XYZ, told, where))
-        alike.append(ssim(np.where(where, target.value_XYZ, 0), np.where(where, told, 0), where))
-        first = told if first is None else first
-    assert first is not None
-    scores = {name: of_people(partial(_mean, np.array(each)), np.arange(len(test)),
-                              teacher.pairs.participant[test], teacher.pairs.family[test])
+def _alone(visits: Visits, number: int) -> np.ndarray:
+    """Rows [m, K] of the visits tested that have a source, without the others."""
+    found = np.full_like(visits.sources, -1)
+    found[:, number] = visits.sources[:, number]
+    return found[(visits.parts == "test") & (found[:, number] >= 0)]
+
+
+def _row(teacher: Teacher, show: int, images: Iterator[np.ndarray],
+         tested: np.ndarray | None = None) -> tuple[Row, np.ndarray]:
+    """Scores of completed images, and that of the visit to ``show``.
+
+    Parameters
+    ----------
+    tested : bool [n of test], of which visits ``images`` are; None: of all
+    """
+    test = teacher.visits.of("test")
+    ratio, alike = np.full(len(test), np.nan), np.full(len(test), np.nan)
+    shown = np.zeros(0)
+    numbers = np.arange(len(test)) if tested is None else np.flatnonzero(tested)
+    for number, told in zip(numbers, images, strict=True):
+        sources, target = teacher.volumes(test[number])
+        where = target.brain_XYZ & np.all([
+            each.brain_XYZ for each, row in zip(sources, teacher.visits.sources[test[number]],
+                                                strict=True) if row >= 0], 0)
+        ratio[number] = psnr(target.value_XYZ, told, where)
+        alike[number] = ssim(np.where(where, target.value_XYZ, 0), np.where(where, told, 0), where)
+        shown = told if test[number] == show else shown
+    people = teacher.visits.participant[test], teacher.visits.family[test]
+    scores = {name: of_people(partial(_mean, each), numbers, *people)
               for name, each in (("psnr", ratio), ("ssim", alike))}
-    return Row(np.array(ratio), np.array(alike), scores), first
+    return Row(ratio, alike, scores), shown
 
 
-def _gains(pairs: Pairs, test: np.ndarray, rows: dict[str, Row]) -> list[Gain]:
-    found = []
-    for row, over in PAIRS:
+def _gains(visits: Visits, rows: dict[str, Row], pairs: Sequence[tuple[str, str]]) -> list[Gain]:
+    """Paired differences, of visits that have all sources where single ones are compared with."""
+    found, test = [], visits.of("test")
+    whole = np.isin(test, visits.whole("test"))
+    for row, over in pairs:
+        of = whole if (row, over) not in PAIRS else np.ones(len(test), bool)
         found.append(Gain(row, over, *difference(
-            partial(_mean, rows[row].psnr - rows[over].psnr), np.arange(len(test)),
-            pairs.participant[test], pairs.family[test])))
+            partial(_mean, rows[row].psnr - rows[over].psnr), np.flatnonzero(of),
+            visits.participant[test], visits.family[test])))
     return found
 
 

@@ -11,6 +11,7 @@ from neurojepa.downstream.complete import GUESSES, LATENT, PLAIN, Found
 from neurojepa.downstream.completed import Completed
 from neurojepa.downstream.output import Figures, bootstrap, gains_table, how_done, new_plot
 from neurojepa.downstream.scoring import gains_record, scores_record
+from neurojepa.downstream.teacher import LEFT_OUT
 from neurojepa.report import BLUE, ORANGE, grid, page, paragraph, section, table, tiles
 
 SHOWN = 6  # scans on the page of apply
@@ -20,9 +21,9 @@ NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM in the brain"}
 def record_of(found: Found) -> dict[str, Any]:
     """results.json, but for what the command says."""
     return {
-        "people": {part: len(set(found.pairs.participant[found.pairs.of(part)].tolist()))
+        "people": {part: len(set(found.visits.participant[found.visits.of(part)].tolist()))
                    for part in ("train", "val", "test")},
-        "visits": {part: len(found.pairs.of(part)) for part in ("train", "val", "test")},
+        "visits": {part: len(found.visits.of(part)) for part in ("train", "val", "test")},
         "scores": scores_record(found.rows), "gains": gains_record(found.gains),
         "latents": {name: score.as_dict() for name, score in found.latent_scores.items()},
         "losses": found.losses, "kept": LATENT if found.latents else PLAIN,
@@ -34,11 +35,16 @@ def predictions_of(found: Found) -> list[list[str]]:
     names = list(found.rows)
     lines = [["participant", *(f"psnr {name}" for name in names),
               *(f"ssim {name}" for name in names)]]
-    for number, k in enumerate(found.pairs.of("test")):
-        lines.append([str(found.pairs.participant[k]),
-                      *(f"{found.rows[name].psnr[number]:.3f}" for name in names),
-                      *(f"{found.rows[name].ssim[number]:.4f}" for name in names)])
+    for number, k in enumerate(found.visits.of("test")):
+        lines.append([str(found.visits.participant[k]),
+                      *(_figure(found.rows[name].psnr[number], 3) for name in names),
+                      *(_figure(found.rows[name].ssim[number], 4) for name in names)])
     return lines
+
+
+def _figure(value: float, places: int) -> str:
+    """Empty where a visit was not tested so."""
+    return f"{value:.{places}f}" if np.isfinite(value) else ""
 
 
 def complete_page(found: Found, record: dict[str, Any], figures: Figures) -> str:
@@ -49,8 +55,9 @@ def complete_page(found: Found, record: dict[str, Any], figures: Figures) -> str
     rows = [[name, *map(str, row.scores.values())] for name, row in found.rows.items()]
     visits = record["visits"]
     words = (f"Mean over {visits['test']} visits tested [95 % interval over families and people], "
-             f"at voxels that are brain in both scans. {visits['train']} visits taught, "
-             f"{visits['val']} chose epoch and network: kept is the {kept}.")
+             "at voxels that are brain in the target and in all sources that a visit has. "
+             f"{visits['train']} visits taught, {visits['val']} chose epoch and network: kept is "
+             f"the {kept}.{_of_several(record)}")
     tokens, whole = found.latent_scores.values()
     return page(f"{target} completed from {source}",
                 f"{record['input']}, weights {record['weights']}", [
@@ -73,16 +80,30 @@ def complete_page(found: Found, record: dict[str, Any], figures: Figures) -> str
         how_done(record)])
 
 
+def _of_several(record: dict[str, Any]) -> str:
+    """What is to be said where there are several sources."""
+    if len(record["sources"]) == 1:
+        return ""
+    return (" Visits may lack sources: of those that taught, chose and were tested, "
+            + ", ".join(f"{number} had {name}" for name, number in record["visits_with"].items())
+            + ". The rows of one source alone are of the network that is kept, without the others, "
+            "on visits that have that source; paired differences to them are of visits that have "
+            "all.")
+
+
 def _slices(found: Found, record: dict[str, Any]) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = {"source": record["from"], "true": record["to"],
+    names = {**{name: name for name in found.visits.names}, "true": record["to"],
              "polynomial": "synthetic: polynomial", record["kept"]: f"synthetic: {record['kept']}"}
-    plot, axes = plt.subplots(2, 2, figsize=(4.6, 5.4), layout="constrained")
-    for axis, (name, title) in zip(axes.flat, names.items(), strict=True):
+    columns = -(-len(names) // 2)
+    plot, axes = plt.subplots(2, columns, figsize=(2.3 * columns, 5.4), layout="constrained")
+    for axis in axes.flat[len(names):]:
+        axis.axis("off")
+    for axis, (name, title) in zip(axes.flat, names.items(), strict=False):
         _slice(axis, found.shown[name][..., found.shown[name].shape[2] // 2], title)
     return plot
 
@@ -111,11 +132,19 @@ def methods(found: Found, record: dict[str, Any]) -> str:
         f"{record['to']} was completed from {record['from']} (neurojepa {record['version']}, "
         f"weights {record['weights']}). Latents: ridge regression of what tokens differ by from "
         "what is usual at their place, its penalty chosen on val. Voxels: a cubic in the "
-        "source's intensity with the target's mean map, corrected by three convolutions of 16 "
-        "channels, with and without the predicted latents as 8 more channels; AdamW on crops, the "
-        "best epoch on val. Compared are "
+        "intensities of the sources with the target's mean map, corrected by three convolutions of "
+        "16 channels, with and without the predicted latents as 8 more channels; AdamW on crops, "
+        f"the best epoch on val. {_methods_of_several(record)}Compared are "
         f"{', '.join(GUESSES)}. Families shared a part; people tested taught nothing. PSNR has a "
         "peak of 1, SSIM (Wang et al. 2004) windows of 7 voxels. " + bootstrap())
+
+
+def _methods_of_several(record: dict[str, Any]) -> str:
+    if len(record["sources"]) == 1:
+        return ""
+    return ("Maps and polynomials are fitted apart for each set of sources that show brain at a "
+            "voxel or patch; the network sees a mask of each source beside it, and learns from "
+            f"{LEFT_OUT:.0%} of visits with a part of their sources left out. ")
 
 
 # ---- apply ---------------------------------------------------------------------------------------
@@ -126,13 +155,17 @@ def applied_page(made: Sequence[Completed], record: dict[str, Any], figures: Fig
     parts = [tiles([(str(len(made)), f"synthetic {target}", "")]),
              section("Look out", paragraph(
                  f"These images are synthetic: a network made them from {source}. They were not "
-                 "acquired, and show no finding that the source does not show. Their names have "
+                 "acquired, and show no finding that their sources do not show. Their names have "
                  "desc-synthetic, their headers and sidecars say so, too. predictions.csv lists "
-                 "them."))]
+                 "them, with the sources of each."))]
+    if len(record["sources"]) > 1:
+        parts.append(section("Sources", table(["made from", "images"], [
+            [name, str(number)] for name, number in record["images_with"].items()])))
     if made:
         parts.append(section("Slices", grid([figures.show("slices", _pairs(made, record), (
-            f"The middle slice of {source} as it was acquired, above, and of {target} as it was "
-            f"made, below: the first {min(SHOWN, len(made))} scans."))])))
+            f"The middle slice of {source} as acquired, above, and of {target} as it was made, "
+            f"below: the first {min(SHOWN, len(made))}. An empty place is a source that the visit "
+            "lacks."))])))
     return page(f"Synthetic {target} from {source}", str(record["model"]), [*parts,
                                                                             how_done(record)])
 
@@ -143,13 +176,17 @@ def _pairs(made: Sequence[Completed], record: dict[str, Any]) -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    number = min(SHOWN, len(made))
-    plot, axes = plt.subplots(2, number, squeeze=False, figsize=(1.6 * number + 0.4, 4.2),
+    number, sources = min(SHOWN, len(made)), record["sources"]
+    plot, axes = plt.subplots(len(sources) + 1, number, squeeze=False,
+                              figsize=(1.6 * number + 0.4, 2.1 * len(sources) + 2.1),
                               layout="constrained")
     for column, each in zip(axes.T, made, strict=False):
-        for axis, image, title in zip(column, each.slices, (
-                record["from"], f"synthetic {record['to']}"), strict=True):
-            _slice(axis, image, title)
+        images = dict(zip([*each.names, record["to"]], each.slices, strict=True))
+        for axis, name in zip(column, [*sources, record["to"]], strict=True):
+            if name in images:
+                _slice(axis, images[name], f"synthetic {name}" if name == record["to"] else name)
+            else:
+                axis.axis("off")
     return plot
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from neurojepa.downstream.completion import Completion, volume_of
+from neurojepa.downstream.completion import Completion, missing, volume_of
 from neurojepa.downstream.embed import tokens_of
 from neurojepa.downstream.finetuned import record_of, write_with
 from neurojepa.downstream.native import Maps, Shown, shown
 from neurojepa.downstream.pooling import Places
 from neurojepa.downstream.scans import Scans
+from neurojepa.downstream.sources import spoken
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import Feed
 from neurojepa.feed.loader import SampleReader
@@ -33,14 +34,17 @@ MARK = "SYNTHETIC, not acquired: neurojepa complete"  # in the header of every i
 class Completed:
     """A scan that was completed."""
 
-    who: Shown  # of the source
+    who: Shown  # of the first source that was there
     path: str  # of the image, below the folder
-    slices: tuple[np.ndarray, np.ndarray]  # the middle of source and completed image, [x, y]
+    names: list[str]  # of the sources that were there
+    scan_ids: list[str]  # theirs
+    slices: list[np.ndarray]  # [x, y], the middle of each of these, and of the completed image
 
 
 def write_completion(out: str, weights: Weights, source: str, places: Places,
                      completion: Completion, taught: list[str], about: dict[str, Any]) -> None:
-    """Write a completion; ``about`` says ``from``, ``to``, ``latents`` and how good it is."""
+    """Write a completion; ``about`` says ``from``, ``sources``, ``to``, ``latents`` and how
+    good it is."""
     from safetensors.torch import save
 
     data = save({name: tensor.contiguous().cpu()
@@ -72,44 +76,53 @@ def read_completion(uri: str, weights: Weights) -> tuple[Completion, dict[str, A
     data = read_bytes(join(place_of(uri), FILE))
     if sha256(data) != record["completion"]["sha256"]:
         raise DataError(f"{join(uri, FILE)}: does not match the sha256 in config.json; fit again")
-    tensors = load(data)
-    completion = Completion(weights.grid.shape, len(tensors["line"]),
-                            weights.config.model.patch_voxels)
+    tensors, about = load(data), record["completes"]
+    about = {"sources": [about["from"]], **about}  # there was a single one once
+    completion = Completion(weights.grid.shape, tensors["line"].shape[-1],
+                            weights.config.model.patch_voxels, len(about["sources"]))
     completion.load_state_dict(tensors, strict=True)
     device = next(weights.model.parameters()).device
-    return completion.to(device).requires_grad_(False), record["completes"]
+    return completion.to(device).requires_grad_(False), about
 
 
 @torch.no_grad()
 def complete_scans(weights: Weights, completion: Completion, about: dict[str, Any], feed: Feed,
-                   rows: np.ndarray, scans: Scans | None, out: str,
+                   groups: np.ndarray, scans: Scans | None, out: str,
                    progress: Callable[[int], None] = lambda done: None) -> list[Completed]:
-    """Write the completed image of each row, of the source's modality, and their latents.
+    """Write the completed image of each group of rows [m, K], on the grid of its first source that
+    is there, and their latents.
 
     latents.parquet has a row for each: the target's embedding, as ``embed`` would have it, told
-    from the source's tokens.
+    from the sources' tokens.
     """
     assert weights.places is not None
     reader, maps, found = SampleReader(feed), Maps(out, feed.grid, scans), []
     latents = []
-    for row, tokens in zip(rows.tolist(), tokens_of(weights.model, weights.config, feed, rows),
-                           strict=True):
-        source = volume_of(reader.image(row))
-        patch_T = weights.places.patches(tokens, 0)
-        latent_TD = weights.places.values(tokens, 0)[1] @ completion.line
-        told = completion.complete(source, patch_T, latent_TD if about["latents"] else None)
-        who = shown(feed, row, scans)
-        path = maps.write(who, told, about["to"], "synthetic", {
+    tokens = tokens_of(weights.model, weights.config, feed, groups[groups >= 0])
+    for group in groups:
+        images = [volume_of(reader.image(row)) if row >= 0 else missing(feed.grid.shape)
+                  for row in group.tolist()]
+        read = [next(tokens) if row >= 0 else None for row in group]
+        patch_T, latent_TD = completion.told([each and (
+            weights.places.patches(each, 0), weights.places.values(each, 0)[1]) for each in read])
+        told = completion.complete(images, patch_T, latent_TD if about["latents"] else None)
+        there = [shown(feed, row, scans) for row in group[group >= 0].tolist()]
+        names, scan_ids = [who.modality for who in there], [who.scan_id for who in there]
+        path = maps.write(there[0], told, about["to"], "synthetic", {
             "Synthetic": True, "Description": f"{about['to']} made by a network from the "
-            f"{about['from']} of the same visit; it was not acquired", "Units": "arbitrary, 0 to 1",
-            "Sources": [who.scan_id]}, MARK)
+            f"{spoken(names)} of the same visit; it was not acquired", "Units": "arbitrary, 0 to 1",
+            "Sources": scan_ids}, MARK)
         middle = told.shape[2] // 2
-        found.append(Completed(who, path, (source.value_XYZ[..., middle], told[..., middle])))
+        found.append(Completed(there[0], path, names, scan_ids, [
+            *(image.value_XYZ[..., middle] for image, row in zip(images, group, strict=True)
+              if row >= 0), told[..., middle]]))
         latents.append((latent_TD.sum(0) / max(len(latent_TD), 1)).cpu().numpy())
         progress(len(found))
-    names = ("participant", "session", "scan_id")
-    columns: dict[str, Any] = {name: feed.index[name].take(rows).combine_chunks() for name in names}
+    first = np.array([group[group >= 0][0] for group in groups])
+    columns: dict[str, Any] = {name: feed.index[name].take(first).combine_chunks()
+                               for name in ("participant", "session", "scan_id")}
     write_bytes(join(out, "latents.parquet"), parquet_bytes(pa.table({
-        **columns, "modality": [about["to"]] * len(rows), "synthetic": [True] * len(rows),
+        **columns, "modality": [about["to"]] * len(found), "synthetic": [True] * len(found),
+        "from": [" ".join(each.names) for each in found],
         "embedding": pa.array(latents, pa.list_(pa.float32()))})))
     return found

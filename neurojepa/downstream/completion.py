@@ -1,17 +1,24 @@
 """What completes a missing modality: latents by a linear map, voxels by a network on top of them.
 
-    source's tokens, less what is usual at their place -> ridge -> those of the target
-    source's voxels -> a cubic in the intensity, with the target's mean map -> first guess
-    source, mean map, first guess, latents laid on the grid -> three convolutions -> correction
+    sources' tokens, less what is usual at their place -> ridge -> those of the target
+    sources' voxels -> a cubic in the intensities, with the target's mean map -> first guess
+    sources, mean map, first guess, latents laid on the grid -> three convolutions -> correction
 
 All of it works on the feed's grid, on intensities of the brain between 0 and 1.  The network is
 small, and begins at the first guess, so that it can be no worse where it learns nothing.
 
-Shape letters: X Y Z voxels, n patches, T tokens of a scan, D width, L channels of latents.
+Where there are several sources, a visit may lack some of them, and a scan may end before the brain
+does.  So what is there is asked at each voxel and at each patch: maps and polynomials are fitted
+apart for each *pattern*, the set of sources that show brain there (bit k is source k), and the
+network sees a mask beside each source.  Nothing stands in for what is missing.
+
+Shape letters: X Y Z voxels, v of them, n patches, T tokens, D width, K sources, L channels of
+latents.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,54 +48,127 @@ def volume_of(codes: np.ndarray) -> Volume:
                   brain)
 
 
-def terms(value: np.ndarray, mean: np.ndarray, kind: str) -> np.ndarray:
-    """float64 [v, terms] of source intensities and the target's mean map at v voxels."""
-    value, mean = value.astype(float), mean.astype(float)
-    cubic = [np.ones_like(value), value, value**2, value**3]
-    return np.stack(cubic if kind == "cubic" else [*cubic, mean, mean * value], -1)
+def missing(shape: tuple[int, ...]) -> Volume:
+    """What a source is in a visit that lacks it: nowhere brain."""
+    return Volume(np.zeros(shape, np.float32), np.zeros(shape, bool))
+
+
+def brain_of(sources: Sequence[Volume]) -> np.ndarray:
+    """Bool [X, Y, Z]: where any source shows brain, which is where the target is made."""
+    found: np.ndarray = np.any([each.brain_XYZ for each in sources], 0)
+    return found
+
+
+def members(pattern: int) -> list[int]:
+    """The sources of a pattern."""
+    return [k for k in range(pattern.bit_length()) if pattern >> k & 1]
+
+
+def terms(value_vK: np.ndarray, mean: np.ndarray, kind: str) -> np.ndarray:
+    """float64 [v, terms] of the intensities of sources and the target's mean map at v voxels.
+
+    A source that is not of the pattern has value 0 at these voxels, which makes its terms 0.
+    """
+    value_vK, mean = value_vK.astype(float), mean.astype(float)[:, None]
+    powers = np.stack([value_vK, value_vK**2, value_vK**3], -1).reshape(
+        len(mean), 3 * value_vK.shape[1])
+    cubic = [np.ones_like(mean), powers]
+    return np.concatenate(cubic if kind == "cubic" else [*cubic, mean, mean * value_vK], -1)
 
 
 class Completion(nn.Module):
-    """All that is learnt of a pair of modalities."""
+    """All that is learnt of a target and its sources.
+
+    What there is of each pattern is stacked by number, from pattern 1 on; of a single source, which
+    has one pattern, it is not stacked.
+    """
 
     mean_map: Tensor  # [X, Y, Z] of the target
-    cubic: Tensor  # [4]
-    first: Tensor  # [6]
-    line: Tensor  # [D, D], from the source's differences to the target's
+    cubic: Tensor  # [patterns, 1 + 3 K]
+    first: Tensor  # [patterns, 2 + 4 K]
+    line: Tensor  # [patterns, K D, D], from the sources' differences to the target's
 
-    def __init__(self, shape: tuple[int, int, int], dim: int, patch: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], dim: int, patch: int, sources: int = 1) -> None:
         super().__init__()
-        self.patch = patch
-        for name, sizes in (("mean_map", shape), ("cubic", (4,)), ("first", (6,)),
-                            ("line", (dim, dim))):
+        self.patch, self.sources, self.dim = patch, sources, dim
+        stacked = (2**sources - 1,) if sources > 1 else ()
+        for name, sizes in (("mean_map", shape), ("cubic", (*stacked, 1 + 3 * sources)),
+                            ("first", (*stacked, 2 + 4 * sources)),
+                            ("line", (*stacked, sources * dim, dim))):
             self.register_buffer(name, torch.zeros(sizes))
+        planes = 3 if sources == 1 else 2 * sources + 2
         self.narrow = nn.Linear(dim, LATENTS, bias=False)
-        self.one = nn.Conv3d(3 + LATENTS, CHANNELS, 3, padding=1)
+        self.one = nn.Conv3d(planes + LATENTS, CHANNELS, 3, padding=1)
         self.two = nn.Conv3d(CHANNELS, CHANNELS, 3, padding=2, dilation=2)
         self.three = nn.Conv3d(CHANNELS, 1, 3, padding=1)
         nn.init.zeros_(self.three.weight)
         assert self.three.bias is not None
         nn.init.zeros_(self.three.bias)
 
-    def guess(self, source: Volume, kind: str) -> np.ndarray:
-        """float32 [X, Y, Z] without the network: one of ``TERMS``; 0 outside the source's brain."""
-        mean = self.mean_map.cpu().numpy()
+    @property
+    def patterns(self) -> range:
+        """Numbers of all patterns."""
+        return range(1, 2**self.sources)
+
+    def of_pattern(self, name: str, pattern: int) -> Tensor:
+        """What is learnt of a pattern, a view: of ``cubic``, ``first`` or ``line``."""
+        whole: Tensor = getattr(self, name)
+        return whole if self.sources == 1 else whole[pattern - 1]
+
+    def guess(self, sources: Sequence[Volume], kind: str) -> np.ndarray:
+        """float32 [X, Y, Z] without the network: one of ``TERMS``; 0 outside the brain."""
+        mean, where = self.mean_map.cpu().numpy(), brain_of(sources)
         if kind == "mean map":
-            return np.where(source.brain_XYZ, mean, 0)
-        found = np.zeros_like(source.value_XYZ)
-        where = source.brain_XYZ
-        weight = (self.cubic if kind == "cubic" else self.first).double().cpu().numpy()
-        found[where] = terms(source.value_XYZ[where], mean[where], kind) @ weight
+            return np.where(where, mean, 0)
+        name = "cubic" if kind == "cubic" else "first"
+        pattern_v = sum(each.brain_XYZ[where].astype(int) << k for k, each in enumerate(sources))
+        value_vK = np.stack([each.value_XYZ[where] for each in sources], -1)
+        design, told = terms(value_vK, mean[where], kind), np.zeros(len(value_vK))
+        for pattern in np.unique(pattern_v).tolist():
+            of = pattern_v == pattern
+            told[of] = design[of] @ self.of_pattern(name, pattern).double().cpu().numpy()
+        found = np.zeros(where.shape, np.float32)
+        found[where] = told
         return np.clip(found, 0, 1)
 
-    def planes(self, source: Volume) -> Tensor:
-        """float32 [1, 3, X, Y, Z]: source, mean map and first guess."""
-        planes = np.stack([source.value_XYZ, np.where(source.brain_XYZ, self.mean_map.cpu().numpy(),
-                                                      0), self.guess(source, "first guess")])
+    def planes(self, sources: Sequence[Volume]) -> Tensor:
+        """float32 [1, p, X, Y, Z]: sources, where each shows brain if there are several, mean map
+        and first guess."""
+        masks = [each.brain_XYZ for each in sources] if self.sources > 1 else []
+        planes = np.stack([
+            *(each.value_XYZ for each in sources), *masks,
+            np.where(brain_of(sources), self.mean_map.cpu().numpy(), 0),
+            self.guess(sources, "first guess")])
         return torch.from_numpy(planes.astype(np.float32))[None].to(self.mean_map.device)
 
-    def laid(self, shape: tuple[int, int, int], patch_T: Tensor,
-             latent_TD: Tensor | None) -> Tensor:
+    def told(self, sources: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+        """Patches [T] and differences [T, D] of the target, from those of each source, None where
+        it is missing; of the patches where any source has a token."""
+        if self.sources == 1:
+            assert sources[0] is not None
+            return sources[0][0], sources[0][1] @ self.line
+        patch_T, pattern_T, x_TKD = self.joined(sources)
+        told_TD = x_TKD.new_zeros(len(patch_T), self.dim)
+        for pattern in pattern_T.unique().tolist():
+            of = pattern_T == pattern
+            told_TD[of] = x_TKD[of].flatten(1) @ self.of_pattern("line", pattern).to(x_TKD)
+        return patch_T, told_TD
+
+    def joined(self, sources: Sequence[tuple[Tensor, Tensor] | None]
+               ) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches [T], the pattern at each, and differences [T, K, D], which are 0 where a source
+        has no token."""
+        there = [(k, *each) for k, each in enumerate(sources) if each is not None]
+        patch_T = torch.unique(torch.cat([patch for _, patch, _ in there]))
+        pattern_T = torch.zeros_like(patch_T)
+        x_TKD = there[0][2].new_zeros(len(patch_T), self.sources, self.dim)
+        for k, patch, x in there:
+            place = torch.searchsorted(patch_T, patch)
+            pattern_T[place] += 1 << k
+            x_TKD[place, k] = x
+        return patch_T, pattern_T, x_TKD
+
+    def laid(self, shape: tuple[int, ...], patch_T: Tensor, latent_TD: Tensor | None) -> Tensor:
         """float32 [1, L, X, Y, Z]: latents at their patches, interpolated; zeros without."""
         counts = [length // self.patch for length in shape]
         if latent_TD is None:
@@ -101,15 +181,16 @@ class Completion(nn.Module):
         """float32 [1, X, Y, Z]: the completed target, from ``planes`` and ``laid``."""
         hidden = F.gelu(self.one(torch.cat([planes, laid], 1)))
         hidden = F.gelu(self.two(hidden))
-        found: Tensor = planes[:, 2] + self.three(hidden)[:, 0]
+        found: Tensor = planes[:, -1] + self.three(hidden)[:, 0]
         return found
 
     @torch.no_grad()
-    def complete(self, source: Volume, patch_T: Tensor, latent_TD: Tensor | None) -> np.ndarray:
-        """float32 [X, Y, Z] in [0, 1]; 0 outside the source's brain."""
-        shape = source.value_XYZ.shape
-        told = self(self.planes(source), self.laid(shape, patch_T, latent_TD))
-        return np.where(source.brain_XYZ, told[0].clamp(0, 1).cpu().numpy(), 0)
+    def complete(self, sources: Sequence[Volume], patch_T: Tensor,
+                 latent_TD: Tensor | None) -> np.ndarray:
+        """float32 [X, Y, Z] in [0, 1]; 0 where no source shows brain."""
+        where = brain_of(sources)
+        told = self(self.planes(sources), self.laid(where.shape, patch_T, latent_TD))
+        return np.where(where, told[0].clamp(0, 1).cpu().numpy(), 0)
 
 
 # ---- how good it is ------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from neurojepa.downstream import teacher as module
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.completion import Completion, Volume, psnr, ssim, volume_of
-from neurojepa.downstream.teacher import Pairs, Teacher, pairs_of
+from neurojepa.downstream.sources import Visits, visits_of
+from neurojepa.downstream.teacher import Teacher
 from neurojepa.errors import NeurojepaError
 from neurojepa.feed.format import is_brain, open_feed
 from neurojepa.storage import sha256
@@ -49,10 +50,11 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def drawn_pairs(folder: Path, seen: tuple[str, ...] = ()) -> Pairs:
+def drawn_pairs(folder: Path, seen: tuple[str, ...] = ()) -> Visits:
     feed = open_feed(str(folder / "feed"))
     names = feed.index["participant"].to_pylist()
-    return pairs_of(feed, np.arange(32), "T1w", "T2w", np.array([name in seen for name in names]))
+    return visits_of(feed, np.arange(32), ["T1w"], "T2w",
+                     np.array([name in seen for name in names]))
 
 
 def test_visits_with_both_make_pairs_and_who_was_seen_is_not_tested(pairs: Path) -> None:
@@ -62,12 +64,12 @@ def test_visits_with_both_make_pairs_and_who_was_seen_is_not_tested(pairs: Path)
     columns = open_feed(str(pairs / "feed")).index
     assert [columns["modality"][int(row)].as_py() for row in found.target] == ["T2w"] * 16
     assert all(columns["participant"][int(one)] == columns["participant"][int(other)]
-               for one, other in zip(found.source, found.target, strict=True))
+               for one, other in zip(found.sources[:, 0], found.target, strict=True))
     tested = tuple(found.participant[found.of("test")].tolist())
     again = drawn_pairs(pairs, tested)
     assert not set(again.participant[again.of("test")]) & set(tested)
     with pytest.raises(NeurojepaError, match="no visit has both T1w and PET; it has T1w, T2w"):
-        pairs_of(open_feed(str(pairs / "feed")), np.arange(32), "T1w", "PET", np.zeros(32, bool))
+        visits_of(open_feed(str(pairs / "feed")), np.arange(32), ["T1w"], "PET", np.zeros(32, bool))
 
 
 def test_the_polynomial_is_found_and_the_mean_map_is_of_who_teaches(pairs: Path,
@@ -92,9 +94,9 @@ def test_latents_of_a_linear_map_are_told_and_of_chance_are_not(pairs: Path,
     drawn, rng = drawn_pairs(pairs), np.random.default_rng(0)
     planted = torch.from_numpy(rng.normal(size=(96, 96)) / 10).float()
     values = {int(row): torch.from_numpy(rng.normal(size=(40, 96))).float()
-              for row in drawn.source}
+              for row in drawn.sources[:, 0]}
     target = {int(other): values[int(one)] @ planted
-              for one, other in zip(drawn.source, drawn.target, strict=True)}
+              for one, other in zip(drawn.sources[:, 0], drawn.target, strict=True)}
     chance = {row: torch.from_numpy(rng.normal(size=(40, 96))).float() for row in target}
     for made, low, high in ((target, 0.95, 1.0), (chance, -0.3, 0.05)):
         teacher = Teacher(weights, weights.places, feed, drawn, str(tmp_path), {})
@@ -161,7 +163,7 @@ def test_a_network_begins_at_the_first_guess_and_latents_reach_their_place() -> 
     codes[:, :, :2] = 0
     source = volume_of(codes)
     net.first[1] = 0.7
-    made = net.complete(source, torch.arange(1), torch.ones(1, 5))
+    made = net.complete([source], torch.arange(1), torch.ones(1, 5))
     assert np.allclose(made, 0.7 * source.value_XYZ, atol=1e-6)
     assert not made[:, :, :2].any()  # nothing outside the brain
     laid = net.laid((12, 12, 12), torch.tensor([7]), torch.ones(1, 5))[0, 0].detach()
@@ -176,7 +178,7 @@ def test_the_command_tests_it_and_marks_what_it_makes(pairs: Path,
     monkeypatch.setattr(module, "CROPS", 1)
     line = ["complete", "fit", str(pairs / "feed"), "--weights", str(pairs / "weights"), "--from",
             "T1w", "--out", str(pairs / "c"), "--epochs", "1", "--to"]
-    with pytest.raises(NeurojepaError, match="name two modalities"):
+    with pytest.raises(NeurojepaError, match="name each modality once"):
         downstream([*line, "T1w"])
     with pytest.raises(NeurojepaError, match="these weights complete no modality"):
         downstream(["complete", "apply", str(pairs / "weights"), str(pairs / "feed"), "--out",
@@ -204,6 +206,9 @@ def test_the_command_tests_it_and_marks_what_it_makes(pairs: Path,
     seen = load(str(pairs / "c")).seen
     assert seen is not None and hashed(drawn_pairs(pairs).participant[
         drawn_pairs(pairs).of("train")[0]]) in seen
+    about = json.loads((pairs / "c/config.json").read_text())
+    assert about["completes"].pop("sources") == ["T1w"]  # as versions with one source wrote it
+    (pairs / "c/config.json").write_text(json.dumps(about))
     assert downstream(["complete", "apply", str(pairs / "c"), str(pairs / "feed"), "--out",
                        str(pairs / "o")]) == 0
     images = sorted((pairs / "o").rglob("*.nii.gz"))
