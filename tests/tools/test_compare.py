@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from data_prep.synth import codes, warp
 from data_prep.synth.anatomy import Anatomy, Levels
 from data_prep.synth.cohort import draw_person
+from neurojepa.config import load_config
 from neurojepa.downstream.embed import Embeddings
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import Grid
@@ -191,8 +193,26 @@ def test_another_budget_has_a_folder_of_its_own_below_the_same_people(tmp_path: 
         seconds = {job.folder.name: job.seconds for job in mine}
         assert seconds["mae-with-tissue-head-0"] == budget
         assert seconds["first-stage-0"] == budget - compare.CODE_SECONDS
+    small = compare.run(False, None, str(tmp_path), size="small", budget=360)["folder"]
+    assert small == full / "small/budget-360/runs"
+    assert {job.folder.name[:-2] for job in Recorder.jobs if job.folder.parent == small} == {
+        "random-init", "first-stage", "mae-with-tissue-head", "sparse-jepa", "session-code",
+        "session-code,-wide-dense"}
     with pytest.raises(ConfigError, match="another plan"):
         compare.run(False, None, str(tmp_path), feed=str(tmp_path), budget=60)
+
+
+def test_a_size_says_what_recipes_change(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(compare, "open_feed", lambda feed: SimpleNamespace(grid=GRID))
+    written = {}
+    for size in compare.SIZES:
+        runner = compare.Runner("feed", tmp_path, size=size)
+        runner._write(compare.Job(tmp_path, compare.ARMS["sparse JEPA"], 0, 1.0), 10, tmp_path)
+        written[size] = load_config(tmp_path / "recipe.yaml")
+    tiny, small = written.values()
+    assert (tiny.model.size, small.model.size) == ("tiny", "small")
+    assert tiny.model.patch_voxels == 2 * small.model.patch_voxels
+    assert (tiny.train.dtype, small.train.dtype) == ("fp32", "bf16")
 
 
 class Recorder:
@@ -200,7 +220,7 @@ class Recorder:
 
     jobs: ClassVar[list[compare.Job]] = []
 
-    def __init__(self, feed: str, work: Path) -> None:
+    def __init__(self, feed: str, work: Path, size: str = "tiny") -> None:
         pass
 
     def make(self, jobs: list[compare.Job]) -> None:

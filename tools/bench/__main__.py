@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
                         "scanners add to its people (default: medium)")
     parser.add_argument("--budget", type=float, choices=(60, 120, 360), help="compare: CPU seconds "
                         "of training for each way (default: 120)")
+    parser.add_argument("--size", choices=("tiny", "small"), help="compare: of the encoder "
+                        "(default: tiny; small wants a GPU)")
     parser.add_argument("--rehearse", action="store_true", help="gpu: every stage at a tiny size, "
                         "with or without a GPU")
     parser.add_argument("--faults", type=int, metavar="N", help="soak: how many (default: 60)")
@@ -60,14 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     for option, *owners in (("feed", "compare", "explain"), ("weights", "explain", "register",
                              "segment"),
                             ("finished", "compare", "downstream"), ("dose", "compare"),
-                            ("budget", "compare"), ("rehearse", "gpu"), ("faults", "soak"),
-                            ("seed", "soak"), ("minutes", "soak"), ("on", "soak")):
+                            ("budget", "compare"), ("size", "compare"), ("rehearse", "gpu"),
+                            ("faults", "soak"), ("seed", "soak"), ("minutes", "soak"),
+                            ("on", "soak")):
         if _given(value := getattr(arguments, option)) and arguments.name not in owners:
             raise ConfigError(f"--{option} {value}: {arguments.name} has no use for it; only "
                               f"{' and '.join(owners)} {'do' if len(owners) > 1 else 'does'}")
     module = importlib.import_module(f"tools.bench.{arguments.name}")
     options = {name: value for name in ("work", "feed", "weights", "finished", "dose", "budget",
-                                        "rehearse", "faults", "seed", "minutes", "on")
+                                        "size", "rehearse", "faults", "seed", "minutes", "on")
                if _given(value := getattr(arguments, name))}
     print(json.dumps(module.run(arguments.quick, None if official is None else str(official),
                                 **options)))

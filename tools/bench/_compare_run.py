@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from tools.bench import _recipes, _session
 from tools.bench._quality_readout import Read, read_out
 from tools.bench._quality_run import Arrays, finish, segmented, stored, trained
 from tools.bench._quality_table import PLAIN
+from tools.bench.common import device_here, spent_s
 
 ATOMS = "atoms: "  # before the names of what is read from the code
 SYNTHETIC = ("age", "diagnosis", "sex", "small_vessel", "lesion_ml", "t1w_contrast", "texture")
@@ -50,16 +50,16 @@ def main(folder: Path, cost: bool) -> None:
     if cost:
         print(json.dumps(cost_of_step(config)))
         return
-    model, code_s, active = trained(config, folder), 0.0, {}
+    model, code_s, active = trained(config, folder).to(device_here()), 0.0, {}
     if changes.get("unread"):  # the first stage of others
         finish(folder, {"train_cpu_s": np.array(spent_on(folder))})
         return
     if changes.get("code"):
-        began = time.process_time()
-        model = load(changes["teacher"]).model
+        began = spent_s()
+        model = load(changes["teacher"]).model.to(device_here())
         kept = _session.remember(model, Path(changes["teacher"]).parent / "latents")
         code = _session.fit(model, config, feed, _session.KINDS[changes["code"]])
-        code_s = time.process_time() - began + kept.saved_s
+        code_s = spent_s() - began + kept.saved_s
         _session.read_through(model, code)
         active = {"active": np.array(code.active)} if code.kind.sparse else {}
     scores = read(model, config, feed) | active
@@ -85,10 +85,10 @@ def cost_of_step(config: RootConfig) -> float:
     run, spent = Run(config, start_world()), []
     try:
         for _ in range(1 + TIMINGS):  # the first warms up
-            began = time.process_time()
+            began = spent_s()
             for _ in range(TIMED_STEPS):
                 run._train_step()
-            spent.append(time.process_time() - began)
+            spent.append(spent_s() - began)
     finally:
         run.close()
     return min(spent[1:]) / TIMED_STEPS

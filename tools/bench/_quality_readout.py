@@ -40,7 +40,8 @@ def read_out(model: Averaged, config: RootConfig, feed: Feed, modalities: tuple[
     known = np.isin(rows, reference_rows(feed, rows))
     tokens, plain, taught = [], [], []  # each scan is encoded once
     for views in views_of(model, config, feed, rows, batch_size=BATCH):
-        each, valid_BN1 = read(model, config, feed, views), views.valid_BN[..., None].float()
+        each = Tokens(*(value.cpu() for value in vars(read(model, config, feed, views)).values()))
+        valid_BN1 = views.valid_BN.cpu()[..., None].float()
         plain.append((each.z_BND * valid_BN1).sum(1) / valid_BN1.sum(1).clamp(min=1))
         known_B = torch.from_numpy(known[sum(map(len, plain[:-1])):][:len(each.z_BND)])
         if known_B.any():

@@ -13,7 +13,6 @@ import io
 import json
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from neurojepa.objective.views import (
 from neurojepa.storage import read_rows, write_bytes
 from neurojepa.weights import export, load, untrained
 from tools.bench._quality_readout import read_out
+from tools.bench.common import spent_s
 
 LABELS = {"age": "age", "diagnosis": "diagnosis", "sex": "sex", "lesions": "lesion_ml"}
 CROSSED = ("T2w", "FLAIR")  # tested by what was learnt on T1w
@@ -89,12 +89,12 @@ def trained(config: RootConfig, folder: Path) -> Averaged:
     if not (folder / "weights" / "config.json").exists():
         from neurojepa.train.loop import train
 
-        began = time.process_time()
+        began = spent_s()
         if stopped := train(config):  # by a signal: half a training is no result
             sys.exit(stopped)
         events = read_rows(config.run.dir + "/events.jsonl")
         whole = all(row["event"] != "resume" for row in events)  # else others did a part of it
-        spent = time.process_time() - began if whole else np.nan
+        spent = spent_s() - began if whole else np.nan
         (folder / "train_cpu_s").write_text(str(spent))
         export(config.run.dir, str(folder / "weights"))
         shutil.rmtree(Path(config.run.dir) / "checkpoints")
@@ -310,10 +310,11 @@ def tokens_and_shares(model: Averaged, config: RootConfig, feed: Feed, split: st
     values, shares, numbers = [none], [none], [none[..., 0].astype(np.int64)]
     plain = embedding.without_augmentation(config)
     for batch in embedding.batches(feed, rows, 8):
+        batch = batch.to(next(model.parameters()).device)
         true_places = make_views(batch, plain, feed.grid, 0)
         views = embedding.make_views(batch, plain, feed.grid, 0)  # maybe scrambled
-        values.append(model.latents(views).numpy())
-        numbers.append(patch_numbers(true_places.coords_BN3, feed.grid, patch).numpy())
+        values.append(model.latents(views).cpu().numpy())
+        numbers.append(patch_numbers(true_places.coords_BN3, feed.grid, patch).cpu().numpy())
     for row in rows.tolist():
         label = patchify(torch.from_numpy(reader.label(row).astype(np.int32))[None], patch)
         shares.append(torch.stack([torch.isin(label, torch.tensor(of)).double().mean(-1)

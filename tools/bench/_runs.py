@@ -17,7 +17,7 @@ from neurojepa.config import dump_config, validate
 from neurojepa.errors import ConfigError, NeurojepaError
 from neurojepa.feed.format import Feed
 from neurojepa.feed.labels import scan_labels
-from tools.bench.common import ROOT
+from tools.bench.common import ROOT, device_here
 
 TRUE_VOLUMES = ("brain_ml", "ventricle_ml", "hippocampus_ml", "cortex_gm_ml", "csf_ml",
                 "lesion_ml")
@@ -41,9 +41,11 @@ def claim(work: Path, plan: str) -> None:
 
 
 def make_all(jobs: Sequence[J], make: Callable[[J], str]) -> None:
-    """Make runs, as many at once as there are cores; ``make`` returns the name of what it made."""
+    """Make runs, as many at once as there are cores, but one on a GPU; ``make`` returns the name
+    of what it made."""
     began = time.monotonic()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    at_once = 1 if device_here().type == "cuda" else len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(at_once) as pool:
         for done, name in enumerate(pool.map(make, jobs), 1):
             minutes = (time.monotonic() - began) / 60
             left = minutes / done * (len(jobs) - done)

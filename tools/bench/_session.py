@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neurojepa.config import RootConfig
+from neurojepa.downstream import sessions
 from neurojepa.downstream.embed import select_rows
 from neurojepa.downstream.pooling import LEAST_SHARE as POOLED
 from neurojepa.downstream.sessions import (
@@ -45,8 +45,9 @@ from neurojepa.model.session_code import SessionCode, keep_rows
 from neurojepa.model.sparse import Decoder
 from neurojepa.objective.views import Views
 from neurojepa.storage import write_bytes
+from tools.bench.common import spent_s
 
-HIDDEN, ATOMS = 192, 384  # as the package has them for the width of size tiny
+HIDDEN, ATOMS = 192, 384  # as the package has them for the width of size tiny; larger ones more
 TOP_WARMUP = 300  # steps in which the number of active atoms falls from all
 TOKENS_SEEN, PACE = 256, 0.1  # for thresholds, which follow by so much of the way in a step
 
@@ -73,8 +74,9 @@ class Code(SessionCode):
 
     def __init__(self, dim: int, kind: Kind) -> None:
         shared = kind.atoms or dim  # of h, which tell the target
-        super().__init__(nn.Sequential(nn.Linear(dim, HIDDEN), nn.GELU(),
-                                       nn.Linear(HIDDEN, shared + kind.own_atoms)),
+        hidden = max(HIDDEN, sessions.WIDER * dim)
+        super().__init__(nn.Sequential(nn.Linear(dim, hidden), nn.GELU(),
+                                       nn.Linear(hidden, shared + kind.own_atoms)),
                          Decoder(shared, dim))
         self.kind, self.active = kind, 1.0  # share of the atoms that are active in a token
         self.own_decoder = Decoder(kind.own_atoms, dim)
@@ -87,7 +89,7 @@ class Code(SessionCode):
         h: Tensor = self.encode(z)
         if not self.kind.atoms:
             return h
-        return F.relu(h) * (h > self.least_A) if self.kind.sparse else F.gelu(h)
+        return F.relu(h) * (h > self.least_A.to(h.device)) if self.kind.sparse else F.gelu(h)
 
     def told(self, h: Tensor) -> Tensor:
         """[..., D]"""
@@ -140,7 +142,10 @@ class Code(SessionCode):
 def fit(model: Averaged, config: RootConfig, feed: Feed, kind: Kind) -> Code:
     """A code of the model's tokens, learnt from sessions of split train with several scans."""
     z_QD, mean_QD, share_Q = taught(model, config, feed)
-    code = learnt(z_QD, z_QD if kind.own else mean_QD, kind, config.train.seed)
+    if kind.atoms:
+        kind = replace(kind, atoms=max(kind.atoms, sessions.ATOMS * z_QD.shape[1]))
+    code = learnt(z_QD, z_QD if kind.own else mean_QD, kind, config.train.seed,
+                  next(model.parameters()).device)
     return without_rare(code, z_QD[share_Q >= POOLED]) if kind.sparse else code
 
 
@@ -150,9 +155,11 @@ def taught(model: Averaged, config: RootConfig, feed: Feed) -> tuple[Tensor, Ten
     return session_tokens(model, config, feed, rows)
 
 
-def learnt(z_QD: Tensor, target_QD: Tensor, kind: Kind, seed: int) -> Code:
+def learnt(z_QD: Tensor, target_QD: Tensor, kind: Kind, seed: int,
+           device: torch.device | str = "cpu") -> Code:
     """A code that tells targets of tokens."""
-    return learn(lambda: Code(z_QD.shape[1], kind), z_QD, target_QD, l1=kind.l1, seed=seed)
+    return learn(lambda: Code(z_QD.shape[1], kind).to(device), z_QD, target_QD, l1=kind.l1,
+                 seed=seed)
 
 
 def without_rare(code: Code, z_QD: Tensor) -> Code:
@@ -187,13 +194,14 @@ class Remembered:
         if all(file.exists() for file in files):
             found = [np.load(file, allow_pickle=False) for file in files]
             self.saved_s += sum(float(each["cpu_s"]) for each in found)
-            return torch.from_numpy(np.stack([each["z_ND"] for each in found]))
-        began = time.process_time()
+            return torch.from_numpy(np.stack([each["z_ND"] for each in found])).to(
+                views.tokens_BNP.device)
+        began = spent_s()
         z_BND = self.latents(views)
-        spent = (time.process_time() - began) / len(files)
+        spent = (spent_s() - began) / len(files)
         for file, z_ND in zip(files, z_BND, strict=True):
             buffer = io.BytesIO()
-            np.savez(buffer, allow_pickle=False, z_ND=z_ND.numpy(), cpu_s=np.array(spent))
+            np.savez(buffer, allow_pickle=False, z_ND=z_ND.cpu().numpy(), cpu_s=np.array(spent))
             write_bytes(str(file), buffer.getvalue())
         return z_BND
 
@@ -208,4 +216,5 @@ def remember(model: Averaged, folder: Path) -> Remembered:
 
 def digest(*values: Tensor) -> str:
     """A name for what tensors hold."""
-    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in values)).hexdigest()[:32]
+    data = b"".join(value.cpu().numpy().tobytes() for value in values)
+    return hashlib.sha256(data).hexdigest()[:32]

@@ -34,6 +34,24 @@ def clock() -> Iterator[Spent]:
     spent.wall_s, spent.cpu_s = time.perf_counter() - wall, time.process_time() - cpu
 
 
+def device_here() -> Any:
+    """The GPU where one is visible, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def spent_s() -> float:
+    """Seconds that work costs here, from any start: of the clock where a GPU is visible, when it
+    has done what was asked; else of all this process's threads."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def best(repeats: int, work: Callable[[], Any]) -> Spent:
     """The least wall and CPU time of several runs of ``work``: the rest is other load."""
     runs = []

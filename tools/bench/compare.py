@@ -7,6 +7,7 @@ Frozen before the first result:
   sources    the twelve real label maps where they are at hand, else sixteen from the template;
              split first (7, 2, 3 and 10, 2, 4), then mixed within a split
   model      size tiny, tokens of 18 mm, 416 of them, 8 scans a step, fp32, one thread
+             (--size small, for a GPU: tokens of 9 mm, 3000 of them, bf16; seconds are the clock's)
   budget     equal CPU seconds of training, 120 (--budget: 60, 360): steps are the budget over the
              measured CPU seconds of a step of each recipe.  A frozen teacher's training counts: a
              quarter of the budget
@@ -92,6 +93,21 @@ ARMS = {
 
 
 @dataclass(frozen=True)
+class Size:
+    """What is trained."""
+
+    token_mm: int
+    recipe: dict[str, Any]
+
+
+SIZES = {"tiny": Size(18, {}),
+         "small": Size(9, {"model.size": "small", "model.token_budget": 3000,
+                           "train.dtype": "bf16"})}
+DECIDED = ("random init", "MAE with tissue head", "sparse JEPA", "session code",
+           "session code, wide dense")
+
+
+@dataclass(frozen=True)
 class Plan:
     """How much of it."""
 
@@ -99,6 +115,7 @@ class Plan:
     seconds: float
     seeds: tuple[int, ...]
     arms: tuple[str, ...] = tuple(ARMS)
+    size: str = "tiny"
 
 
 FULL = Plan(Cohort(), 120.0, (0, 1, 2, 3, 4))
@@ -120,7 +137,7 @@ class Job:
 
 def run(quick: bool, official: str | None, work: str | None = None, feed: str | None = None,
         finished: bool = False, dose: str = "medium",
-        budget: float | None = None) -> dict[str, Any]:
+        budget: float | None = None, size: str = "tiny") -> dict[str, Any]:
     """Make what is missing, or nothing if ``finished``, and print the tables; returns them."""
     if feed and dose != "medium":
         raise ConfigError(f"--dose {dose}: of people that are made, and --feed {feed} has its own; "
@@ -129,15 +146,17 @@ def run(quick: bool, official: str | None, work: str | None = None, feed: str | 
     plan = replace(plan, cohort=replace(plan.cohort, dose=dose))
     name = ("quick" if quick else "full") + ("" if dose == "medium" else f"-{dose}")
     people = folder = Path(work or ROOT / "build" / "bench-compare") / name
+    if size != "tiny":
+        plan, folder = replace(plan, size=size, arms=DECIDED), people / size
     if budget and budget != plan.seconds:
-        folder = people / f"budget-{budget:g}"
+        folder = folder / f"budget-{budget:g}"
     if finished and not (folder / "plan.json").exists():
         raise ConfigError(f"--finished: {folder} holds no runs; leave --finished out to make them, "
                           "or name the folder of others by --work")
     if feed:
         open_feed(feed)  # before the folder is claimed for it
     print(machine())
-    claim(people, plan_text(plan, feed))
+    claim(people, plan_text(replace(plan, size="tiny"), feed))
     plan = replace(plan, seconds=float(budget or plan.seconds))
     claim(folder, plan_text(plan, feed))
     if not finished:
@@ -155,15 +174,15 @@ def measure(plan: Plan, people: Path, work: Path, feed: str | None = None) -> No
     jobs = [job for seed in plan.seeds for arm in plan.arms
             for job in jobs_of(plan, work, arm, seed)]
     first = {job.folder: job for job in jobs if job.first}
-    runner = Runner(feed, people)
+    runner = Runner(feed, people if plan.size == "tiny" else people / plan.size, size=plan.size)
     for stage in (list(first.values()), [job for job in jobs if not job.first]):
         runner.make(stage)
 
 
 def plan_text(plan: Plan, feed: str | None) -> str:
     """What a folder of runs is made for; more seeds and arms may come later."""
-    return json.dumps({"people": feed or described(plan.cohort),
-                       "seconds": plan.seconds}, indent=1)
+    return json.dumps({"people": feed or described(plan.cohort), "seconds": plan.seconds}
+                      | ({"size": plan.size} if plan.size != "tiny" else {}), indent=1)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -192,10 +211,11 @@ def jobs_of(plan: Plan, work: Path, name: str, seed: int) -> list[Job]:
 class Runner:
     """Makes runs, each in a process of one thread."""
 
-    def __init__(self, feed: str, work: Path, module: str = RUN) -> None:
+    def __init__(self, feed: str, work: Path, module: str = RUN, size: str = "tiny") -> None:
         self.feed, self.work, self.module = feed, work, module
         self.measuring = Lock()  # a cost is measured once an arm, and one at a time
-        self.patch = round(18 / open_feed(feed).grid.spacing_mm)  # tokens of 18 mm
+        patch = round(SIZES[size].token_mm / open_feed(feed).grid.spacing_mm)
+        self.overrides = {"model.patch_voxels": patch, **SIZES[size].recipe}
 
     def make(self, jobs: list[Job]) -> None:
         """Those that are not finished."""
@@ -235,4 +255,4 @@ class Runner:
 
     def _write(self, job: Job, steps: int, folder: Path) -> None:
         write_recipe(folder, self.feed, steps=steps, rate=job.arm.rate, seed=job.seed,
-                     overrides={"model.patch_voxels": self.patch} | job.arm.recipe)
+                     overrides=self.overrides | job.arm.recipe)
