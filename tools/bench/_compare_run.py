@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 from scipy.special import gammaln
 
+from neurojepa.baselines.cnn import CNN
 from neurojepa.config import RootConfig, load_config
 from neurojepa.downstream.embed import Embeddings, tokens_in
 from neurojepa.downstream.probe import probe
+from neurojepa.downstream.sessions import drop_rare
 from neurojepa.errors import DataError, run_command
 from neurojepa.feed.format import Feed, open_feed
 from neurojepa.feed.labels import as_numbers
@@ -29,8 +31,16 @@ from neurojepa.model.jepa import SparseJEPA
 from neurojepa.weights import load
 from tools.bench import _recipes, _session
 from tools.bench._quality_readout import Read, read_out
-from tools.bench._quality_run import Arrays, finish, segmented, stored, trained
+from tools.bench._quality_run import (
+    Arrays,
+    finish,
+    predicted_by,
+    segmented,
+    stored,
+    trained,
+)
 from tools.bench._quality_table import PLAIN
+from tools.bench._recipes import SessionMAE
 from tools.bench.common import device_here, spent_s
 
 ATOMS = "atoms: "  # before the names of what is read from the code
@@ -62,12 +72,29 @@ def main(folder: Path, cost: bool) -> None:
         code_s = spent_s() - began + kept.saved_s
         _session.read_through(model, code)
         active = {"active": np.array(code.active)} if code.kind.sparse else {}
+    if isinstance(model, CNN):
+        finish(folder, predicted_by(model, config, feed)
+               | {"train_cpu_s": np.array(spent_on(folder))})
+        return
     scores = read(model, config, feed) | active
     if isinstance(model, SparseJEPA) and model.visible:
         scores |= {ATOMS + name: value for name, value in read(
             model, config, feed, partial(tokens_in, atoms=True)).items()}
     scores |= segmented(model, config, feed, DICE_SCANS)
+    if isinstance(model, SessionMAE):
+        scores |= {ATOMS + name: value for name, value in
+                   read_head(model, config, feed).items()}
     finish(folder, scores | {"train_cpu_s": np.array(spent_on(folder) + code_s)})
+
+
+def read_head(model: SessionMAE, config: RootConfig, feed: Feed) -> Arrays:
+    """As ``main`` reads tokens: h of the session code that was trained with the encoder."""
+    z_QD, _, share_Q = _session.taught(model, config, feed)
+    code = model.head.requires_grad_(False)
+    active = drop_rare(code, z_QD[share_Q >= _session.POOLED])
+    model.session_code = code
+    return (read(model, config, feed) | segmented(model, config, feed, DICE_SCANS)
+            | {"active": np.array(active)})
 
 
 def spent_on(folder: Path) -> float:

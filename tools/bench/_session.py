@@ -8,6 +8,7 @@ it matters:
     wide     h = GELU(.) as wide as the sparse one, decoded alike, no penalty: the control for
              sparsity that has its aim, its network, its width and its time
     own      as sparse, of the scan's own token: a sparse autoencoder, the control for the session
+    T1w      as own, of T1w scans alone: a session of one scan has no more than its own tokens
     split    h = ReLU(.) where it is above a threshold, such that ``top`` of a token's atoms are on
              average (Bussmann et al. 2024, BatchTopK), no penalty; these tell the mean, and
              ``own_top`` of ``own_atoms`` more tell what is left of the scan's own token
@@ -30,10 +31,12 @@ from torch import Tensor, nn
 
 from neurojepa.config import RootConfig
 from neurojepa.downstream import sessions
-from neurojepa.downstream.embed import select_rows
+from neurojepa.downstream.embed import select_rows, tokens_in, views_of
 from neurojepa.downstream.pooling import LEAST_SHARE as POOLED
 from neurojepa.downstream.sessions import (
     L1,
+    LEAST_SHARE,
+    SCANS_AT_ONCE,
     drop_rare,
     learn,
     rows_of_sessions,
@@ -57,6 +60,7 @@ class Kind:
     """What a code is like."""
 
     own: bool = False  # it tells the scan's own token
+    modality: str | None = None  # of which alone it learns; None: of all scans of a session
     atoms: int = ATOMS  # 0: h is what is told
     sparse: bool = True  # ReLU, without atoms that few use; or GELU
     l1: float = 0.0
@@ -66,7 +70,8 @@ class Kind:
 
 
 KINDS = {"sparse": Kind(l1=L1), "dense": Kind(atoms=0, sparse=False), "wide": Kind(sparse=False),
-         "own": Kind(own=True, l1=L1), "split": Kind(top=16, own_atoms=192, own_top=8)}
+         "own": Kind(own=True, l1=L1), "T1w": Kind(own=True, modality="T1w", l1=L1),
+         "split": Kind(top=16, own_atoms=192, own_top=8)}
 
 
 class Code(SessionCode):
@@ -141,7 +146,7 @@ class Code(SessionCode):
 
 def fit(model: Averaged, config: RootConfig, feed: Feed, kind: Kind) -> Code:
     """A code of the model's tokens, learnt from sessions of split train with several scans."""
-    z_QD, mean_QD, share_Q = taught(model, config, feed)
+    z_QD, mean_QD, share_Q = taught(model, config, feed, kind.modality)
     if kind.atoms:
         kind = replace(kind, atoms=max(kind.atoms, sessions.ATOMS * z_QD.shape[1]))
     code = learnt(z_QD, z_QD if kind.own else mean_QD, kind, config.train.seed,
@@ -149,10 +154,20 @@ def fit(model: Averaged, config: RootConfig, feed: Feed, kind: Kind) -> Code:
     return without_rare(code, z_QD[share_Q >= POOLED]) if kind.sparse else code
 
 
-def taught(model: Averaged, config: RootConfig, feed: Feed) -> tuple[Tensor, Tensor, Tensor]:
-    """``session_tokens`` of the people that codes learn from."""
+def taught(model: Averaged, config: RootConfig, feed: Feed, modality: str | None = None
+           ) -> tuple[Tensor, Tensor, Tensor]:
+    """``session_tokens`` of the people that codes learn from; or of their scans of a modality,
+    with their own tokens for means."""
     rows = rows_of_sessions(feed, select_rows(feed, None, None, "train"))
-    return session_tokens(model, config, feed, rows)
+    if modality is None:
+        return session_tokens(model, config, feed, rows)
+    rows = np.intersect1d(rows, select_rows(feed, modality, None, "train"))
+    parts = [tokens_in(model, config, feed, views)
+             for views in views_of(model, config, feed, rows, batch_size=SCANS_AT_ONCE)]
+    z_QD, share_Q = (torch.cat([getattr(part, name).flatten(0, 1) for part in parts]).cpu()
+                     for name in ("z_BND", "share_BN"))
+    used_Q = share_Q >= LEAST_SHARE
+    return z_QD[used_Q], z_QD[used_Q], share_Q[used_Q]
 
 
 def learnt(z_QD: Tensor, target_QD: Tensor, kind: Kind, seed: int,

@@ -24,7 +24,9 @@ Frozen before the first result:
              MAE with the tissue head
 
 Added after the first results, and so exploratory: codes of a session (_session.py), on the weights
-of MAE with the head, of whose budget a code has 30 s.  Settings by the people of val, seed 0.
+of MAE with the head, of whose budget a code has 30 s.  Settings by the people of val, seed 0.  Then
+the aim of the session in the encoder, curves of intensity, slices, one modality and a CNN a label
+(rate 5e-4, as val chose for quality.py), with settings set once.
 
 Departures, such as the rate of a shared code, are told in docs/results/compare.md.
 
@@ -57,6 +59,10 @@ from tools.bench.common import ROOT, machine
 RATE = 2e-3
 SINGLE = {"objective.masks": {"scales": [[500, 0.0, 0.001]]}}  # one mask, of single tokens
 MAE = {"objective.method": "mae", "objective.tissue_weight": 1.0}
+SESSION = MAE | {"objective.method": "jepa", "data.cross_modal": 1.0,  # _recipes.SessionMAE
+                 "objective.sparse.l1": 2e-3}
+T1W = {"data.modalities": ["T1w"]}
+CNN = T1W | {"objective.method": "cnn", "model.token_budget": None}
 TEACHER_SHARE = 0.25  # of the budget
 CODE_SECONDS = 30.0  # of the budget, for a code of the session; the weights below have the others
 RUN = "tools.bench._compare_run"
@@ -71,7 +77,8 @@ class Arm:
     changes: dict[str, Any] = field(default_factory=dict)
     teacher: bool = False
     trained: bool = True
-    code: str | None = None  # a second stage of _session.py, after MAE with the head
+    code: str | None = None  # a second stage of _session.py, on this recipe with these changes
+    first: str = "first stage"  # the name of what the code is learnt on
 
 
 ARMS = {
@@ -89,6 +96,18 @@ ARMS = {
     "session code, wide dense": Arm(MAE, trained=False, code="wide"),
     "session code, split": Arm(MAE, trained=False, code="split"),
     "code of own tokens": Arm(MAE, trained=False, code="own"),
+    "session aim": Arm(SESSION, changes={"variant": "session"}),
+    "session aim, session code": Arm(SESSION, changes={"variant": "session"}, trained=False,
+                                     code="sparse", first="first stage, session aim"),
+    "MAE with curves": Arm(MAE, changes={"variant": "curves"}),
+    "session code with curves": Arm(MAE, changes={"variant": "curves"}, trained=False,
+                                    code="sparse", first="first stage, curves"),
+    "session code, 2D slices": Arm(MAE, changes={"variant": "slices"}, trained=False,
+                                   code="sparse", first="first stage, slices"),
+    "session code, T1w alone": Arm(MAE | T1W, trained=False, code="T1w",
+                                   first="first stage, T1w"),
+    "CNN taught age": Arm(CNN | {"objective.label": "age"}, rate=5e-4),
+    "CNN taught diagnosis": Arm(CNN | {"objective.label": "diagnosis"}, rate=5e-4),
 }
 
 
@@ -195,8 +214,8 @@ def jobs_of(plan: Plan, work: Path, name: str, seed: int) -> list[Job]:
     """The runs that an arm needs, its teacher first."""
     arm, runs = ARMS[name], work / "runs"
     if arm.code:
-        first = runs / f"first-stage-{seed}"
-        return [Job(first, Arm(MAE, changes={"unread": True}), seed,
+        first = runs / folder_of(arm.first, seed)
+        return [Job(first, Arm(arm.recipe, changes=arm.changes | {"unread": True}), seed,
                     plan.seconds - CODE_SECONDS, first=True),
                 Job(runs / folder_of(name, seed), arm, seed, 0, first / "weights")]
     if not arm.teacher:
