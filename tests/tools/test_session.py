@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from neurojepa.downstream import sessions
+from neurojepa.downstream.pooling import Tokens
 from neurojepa.model.session_code import SessionCode
 from tools.bench import _session, compare
 from tools.bench._session import (
@@ -80,7 +83,7 @@ def test_own_atoms_tell_what_is_left_of_the_scans_own_token(quick):
 
 
 @pytest.mark.parametrize("least", [0.2, 0.4])
-@pytest.mark.parametrize("kind", [Kind(), Kind(top=99, own_atoms=40, own_top=9)])
+@pytest.mark.parametrize("kind", [Kind(), Kind(top=99, own_atoms=40, own_top=9), Kind(jump=0.1)])
 def test_atoms_that_few_tokens_use_are_left_out(monkeypatch, least, kind):
     monkeypatch.setattr(sessions, "LEAST_USE", least)
     z_QD = two_contrasts(1000)[0]
@@ -142,11 +145,62 @@ def test_latents_are_kept_for_other_codes_of_the_same_weights(tmp_path):
     assert model.calls == 1  # the same voxels elsewhere are another scan
 
 
-def test_codes_of_a_seed_share_their_first_stage(tmp_path):
+def test_codes_of_a_seed_share_their_first_stage_where_it_is_trained_alike(tmp_path):
     jobs = [compare.jobs_of(compare.FULL, tmp_path, name, 1)
             for name, arm in compare.ARMS.items() if arm.code]
-    assert len({first.folder for first, _ in jobs}) == 1
     assert len({second.folder for _, second in jobs}) == len(jobs) > 1
+    trained_as = {(json.dumps([first.arm.recipe, first.arm.changes]), first.folder)
+                  for first, _ in jobs}
+    assert len({folder for _, folder in trained_as}) == len(trained_as) == 5
+    assert len({how for how, _ in trained_as}) == len(trained_as)
     for first, second in jobs:
         assert first.first and second.teacher == first.folder / "weights"
         assert first.seconds + 30 == compare.FULL.seconds and not second.arm.trained
+        assert first.arm.changes == second.arm.changes | {"unread": True}
+
+
+def test_a_code_of_one_modality_learns_from_its_scans_of_the_same_people(monkeypatch):
+    rows, read = np.arange(10, 16), []
+    monkeypatch.setattr(_session, "rows_of_sessions", lambda feed, found: rows)
+    monkeypatch.setattr(_session, "select_rows", lambda feed, modality, cohort, split: (
+        np.arange(0, 20, 2) if modality == "T1w" else np.arange(20)))
+
+    def views_of(model, config, feed, found, *, batch_size):
+        read.append(found.tolist())
+        yield from found
+
+    def tokens_in(model, config, feed, row):
+        z_BND = torch.full((1, 3, 2), float(row))
+        return Tokens(z_BND, torch.arange(3)[None], torch.tensor([[1.0, 0.5, 0.4]]),
+                      torch.zeros(1))
+
+    monkeypatch.setattr(_session, "views_of", views_of)
+    monkeypatch.setattr(_session, "tokens_in", tokens_in)
+    z_QD, target_QD, share_Q = _session.taught(None, None, None, "T1w")
+    assert read == [[10, 12, 14]] and torch.equal(z_QD, target_QD)
+    assert z_QD[:, 0].tolist() == [10, 10, 12, 12, 14, 14]
+    assert share_Q.tolist() == [1, 0.5] * 3
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_jumprelu_leaves_so_many_atoms_and_tells_what_contrasts_have_in_common(quick, share):
+    z_QD, common_QD, _ = two_contrasts()
+    target_QD = torch.cat([common_QD, torch.full((len(z_QD), 1), 0.5)], 1)
+    code = learnt(z_QD, target_QD, Kind(atoms=64, l1=0.1, jump=share), seed=0)
+    h = code(z_QD)
+    assert float((h > 0).float().mean()) == pytest.approx(share, rel=0.35)
+    assert (code.told(h) - target_QD).square().mean() < 0.2  # of 0.8
+    least = code.thresholds()
+    assert (torch.where(h > 0, h, torch.inf).amin(0) > least).all()  # and it shrinks none
+
+
+def test_thresholds_of_jumprelu_get_the_gradient_of_a_ramp():
+    wide = _session.BANDWIDTH
+    x = torch.tensor([[1.0 - wide, 1 - wide / 4, 1 + wide / 4, 1 + wide]], requires_grad=True)
+    least = torch.ones(4, requires_grad=True)
+    h, active = _session._Jump.apply(x, least)
+    assert active.tolist() == [[0, 0, 1, 1]]
+    assert torch.equal(h, x * active)
+    (3 * h + 5 * active).sum().backward()
+    assert x.grad.tolist() == [[0, 0, 3, 3]]
+    assert least.grad.tolist() == pytest.approx([0, -8 / wide, -8 / wide, 0])

@@ -13,6 +13,10 @@ it matters:
              average (Bussmann et al. 2024, BatchTopK), no penalty; these tell the mean, and
              ``own_top`` of ``own_atoms`` more tell what is left of the scan's own token
 
+and, in the table of codes.py alone, JumpReLU (Rajamanoharan et al. 2024): h is x where it is above
+a learnt threshold of its atom, else 0.  The penalty is on the number of active atoms, and shrinks
+none of them: (their share / ``jump`` - 1)^2.
+
 What is read of such a run is h, as tokens.
 """
 
@@ -23,6 +27,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +57,7 @@ from tools.bench.common import spent_s
 
 HIDDEN, ATOMS = 192, 384  # as the package has them for the width of size tiny; larger ones more
 TOP_WARMUP = 300  # steps in which the number of active atoms falls from all
+LOG_LEAST, LEAST_PACE, BANDWIDTH = -0.5, 5.0, 0.2  # of JumpReLU's thresholds
 TOKENS_SEEN, PACE = 256, 0.1  # for thresholds, which follow by so much of the way in a step
 
 
@@ -63,7 +69,8 @@ class Kind:
     modality: str | None = None  # of which alone it learns; None: of all scans of a session
     atoms: int = ATOMS  # 0: h is what is told
     sparse: bool = True  # ReLU, without atoms that few use; or GELU
-    l1: float = 0.0
+    l1: float = 0.0  # weight of the penalty
+    jump: float = 0.0  # share of the atoms that JumpReLU is to leave active
     top: int = 0  # atoms active in a token, on average; 0: all that are above 0
     own_atoms: int = 0  # for what is left of the scan's own token
     own_top: int = 0
@@ -87,6 +94,7 @@ class Code(SessionCode):
         self.own_decoder = Decoder(kind.own_atoms, dim)
         self.own_offset = nn.Parameter(torch.zeros(dim))
         self.least_A = torch.zeros(shared + kind.own_atoms)  # the threshold of each atom
+        self.log_least_A = nn.Parameter(torch.full((shared,), LOG_LEAST))  # as JumpReLU learns it
         self.step = 0  # of learning
 
     def forward(self, z: Tensor) -> Tensor:
@@ -94,6 +102,9 @@ class Code(SessionCode):
         h: Tensor = self.encode(z)
         if not self.kind.atoms:
             return h
+        if self.kind.jump:
+            jumped: Tensor = _Jump.apply(h, self.thresholds())[0]  # type: ignore[no-untyped-call]
+            return jumped
         return F.relu(h) * (h > self.least_A.to(h.device)) if self.kind.sparse else F.gelu(h)
 
     def told(self, h: Tensor) -> Tensor:
@@ -114,9 +125,15 @@ class Code(SessionCode):
         if self.kind.top:
             self.set_thresholds(z_QD[:TOKENS_SEEN], max(0.0, 1 - self.step / TOP_WARMUP), PACE)
         self.step += 1
-        h: Tensor = self(z_QD)
+        if self.kind.jump:
+            h, active = _Jump.apply(self.encode(z_QD),  # type: ignore[no-untyped-call]
+                                    self.thresholds())
+            penalty = (active.mean() / self.kind.jump - 1).square()
+        else:
+            h = self(z_QD)
+            penalty = h.abs().sum(-1).mean()
         told = self.told(h)
-        loss = (told - mean_QD).square().mean() + l1 * h.abs().sum(-1).mean()
+        loss = (told - mean_QD).square().mean() + l1 * penalty
         if self.kind.own_atoms:  # the shared atoms are not to tell of contrast
             loss = loss + (told.detach() + self.rest(h) - z_QD).square().mean()
         return loss
@@ -142,6 +159,32 @@ class Code(SessionCode):
         keep_rows(self.decoder, shared_A)
         keep_rows(self.own_decoder, own_A)
         self.least_A = self.least_A[used_A]
+        self.log_least_A = nn.Parameter(self.log_least_A[shared_A], requires_grad=False)
+
+    def thresholds(self) -> Tensor:
+        """[A] of JumpReLU."""
+        return (LEAST_PACE * self.log_least_A).exp()
+
+
+class _Jump(torch.autograd.Function):
+    """x [..., A] where it is above thresholds [A], else 0, and 1 where it is, else 0.
+
+    The thresholds' gradients are the pseudo-derivatives of the paper, equations 11 and 12: as if
+    the steps were ramps of ``BANDWIDTH``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, least_A: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, least_A)
+        active = (x > least_A).to(x)
+        return x * active, active
+
+    @staticmethod
+    def backward(ctx: Any, of_h: Tensor, of_active: Tensor) -> tuple[Tensor, Tensor]:
+        x, least_A = ctx.saved_tensors
+        near = ((x - least_A).abs() < BANDWIDTH / 2).to(x) / BANDWIDTH
+        of_least = -(near * (least_A * of_h + of_active)).flatten(0, -2).sum(0)
+        return of_h * (x > least_A), of_least
 
 
 def fit(model: Averaged, config: RootConfig, feed: Feed, kind: Kind) -> Code:
