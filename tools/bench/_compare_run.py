@@ -81,7 +81,7 @@ def main(folder: Path, cost: bool) -> None:
         scores |= {ATOMS + name: value for name, value in read(
             model, config, feed, partial(tokens_in, atoms=True)).items()}
     scores |= segmented(model, config, feed, DICE_SCANS)
-    if isinstance(model, SessionMAE):
+    if isinstance(model, SessionMAE) and not changes.get("code"):
         scores |= {ATOMS + name: value for name, value in
                    read_head(model, config, feed).items()}
     finish(folder, scores | {"train_cpu_s": np.array(spent_on(folder) + code_s)})
