@@ -57,7 +57,7 @@ from tools.bench.common import spent_s
 
 HIDDEN, ATOMS = 192, 384  # as the package has them for the width of size tiny; larger ones more
 TOP_WARMUP = 300  # steps in which the number of active atoms falls from all
-LOG_LEAST, LEAST_PACE, BANDWIDTH = -0.5, 5.0, 0.2  # of JumpReLU's thresholds
+LOG_LEAST, LEAST_PACE, BANDWIDTH = -0.5, 5.0, 0.5  # of JumpReLU's thresholds
 TOKENS_SEEN, PACE = 256, 0.1  # for thresholds, which follow by so much of the way in a step
 
 

@@ -47,6 +47,7 @@ CODES: dict[str, Kind] = {
     "wide dense": KINDS["wide"],
     **{f"session, L1 {l1:g}": Kind(l1=l1) for l1 in (1e-3, 2e-3, 4e-3, 1e-2)},
     **{f"session, top {top}": Kind(top=top) for top in (8, 16, 32)},
+    **{f"session, jump {share:g}": Kind(l1=0.1, jump=share) for share in (0.05, 0.1)},
     "split, top 16 and 8": KINDS["split"],
     "own, L1 0.002": KINDS["own"],
     "own, top 16": Kind(own=True, top=16)}
