@@ -24,7 +24,7 @@ from tools.bench.common import print_table
 Metric = Callable[[np.ndarray, np.ndarray], float]
 REFERENCE = "MAE with tissue head"
 CONTROLS = ("random init", "tissue head alone", REFERENCE,  # that others are compared with
-            "session code, wide dense")
+            "session code, wide dense", "session code")
 DRAWS = 1000
 DIVERGED = "diverged.txt"  # in the folder of a run that came to nothing, with its last line
 ZONES = {"ventricles": codes.VENTRICLES, "hippocampi": codes.HIPPOCAMPI, "cortex": codes.CORTEX,
