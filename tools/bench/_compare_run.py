@@ -73,7 +73,7 @@ def main(folder: Path, cost: bool) -> None:
         _session.read_through(model, code)
         active = {"active": np.array(code.active)} if code.kind.sparse else {}
     if isinstance(model, CNN):
-        finish(folder, predicted_by(model, config, feed)
+        finish(folder, predicted_by(model.cpu(), config, feed)
                | {"train_cpu_s": np.array(spent_on(folder))})
         return
     scores = read(model, config, feed) | active

@@ -165,6 +165,7 @@ def curved(tokens_BNP: Tensor, draws: torch.Generator) -> Tensor:
     height_BK = F.pad(rise_BK / rise_BK[:, -1:], (1, 0))
     falls_B1 = torch.rand(B, 1, generator=draws) < 0.5
     height_BK = CURVE_LEAST + (1 - CURVE_LEAST) * torch.where(falls_B1, 1 - height_BK, height_BK)
+    height_BK = height_BK.to(tokens_BNP.device)
     value_BV = (tokens_BNP * INTENSITY_STD + INTENSITY_MEAN).flatten(1).clamp(0, 1) * CURVE_PARTS
     piece_BV = value_BV.long().clamp(max=CURVE_PARTS - 1)
     new_BV = torch.lerp(height_BK.gather(1, piece_BV), height_BK.gather(1, piece_BV + 1),
@@ -214,7 +215,7 @@ class Layers:
         """Of coordinates and valid tokens: who may read from whom; each from itself."""
         coords_BN3, valid_BN = arguments[1:3]
         same_BNN = coords_BN3[:, :, None, 2] == coords_BN3[:, None, :, 2]
-        itself_NN = torch.eye(valid_BN.shape[1], dtype=torch.bool)
+        itself_NN = torch.eye(valid_BN.shape[1], dtype=torch.bool, device=valid_BN.device)
         self.readable_B1NN = (same_BNN & valid_BN[:, None] | itself_NN)[:, None]
 
     def read(self, attention: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

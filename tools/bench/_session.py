@@ -169,8 +169,8 @@ class Code(SessionCode):
 class _Jump(torch.autograd.Function):
     """x [..., A] where it is above thresholds [A], else 0, and 1 where it is, else 0.
 
-    The thresholds' gradients are the pseudo-derivatives of the paper, equations 11 and 12: as if
-    the steps were ramps of ``BANDWIDTH``.
+    The thresholds' gradients are the pseudo-derivatives of the paper: as if the steps were ramps of
+    ``BANDWIDTH``.
     """
 
     @staticmethod
