@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_prep.synth import codes
 from data_prep.synth.cohort import draw_person, truths
@@ -16,6 +17,8 @@ from data_prep.synth.scanner import Head, Pose
 from neurojepa.downstream.labels import People
 from neurojepa.errors import ConfigError
 from neurojepa.feed.format import open_feed
+from tests.helpers.feeds import tiny_config, write_feed
+from tests.helpers.tuning import write_weights
 from tools.bench import _downstream_tasks as tasks
 from tools.bench import downstream
 from tools.bench._alff import LINKS, alff
@@ -23,6 +26,7 @@ from tools.bench._downstream_table import KNOWN, VOLUMES, row, summary, tables
 from tools.bench._people import FEEDS
 from tools.bench._quality_run import finish, stored
 from tools.bench._sketched import PEOPLE, sketch_people
+from tools.bench.compare import Job
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,37 @@ def test_a_networks_own_head_is_scored_on_the_people_tested(
             "age": {tasks.AGE: 1, tasks.ERROR: 0}, "diagnosis": {tasks.DIAGNOSIS: 1}}[label]
 
 
+@pytest.mark.slow(3)
+def test_a_session_code_is_learnt_on_its_first_stage_and_is_what_people_are_embedded_by(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("STEPS", 5), ("BATCH", 64), ("LEAST_USE", 0.0)):
+        monkeypatch.setattr(f"neurojepa.downstream.sessions.{name}", value)
+    uri = write_feed(str(tmp_path / "feed"), 4, per_session=2)  # of T1w and T2w
+    write_weights(tmp_path / "weights", uri)
+    (tmp_path / "train_cpu_s").write_text("90")
+    feed, config = open_feed(uri), tiny_config(uri, "unused")
+    (model, spent_s), (other, _) = (tasks.with_code(tmp_path / "weights", feed, seed)
+                                    for seed in (0, 1))
+    code = model.session_code
+    assert code is not None and spent_s > 90
+    assert tasks.embedded(model, config, feed, feed)[0].shape == (2, code.atoms)
+    assert other.session_code is not None
+    assert not torch.equal(code.decoder.weight, other.session_code.decoder.weight)
+
+
+def test_first_stages_are_made_before_the_codes_that_are_learnt_on_them(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Job] = []
+    monkeypatch.setattr(downstream, "sketch_people", lambda folder: str(folder))
+    monkeypatch.setattr(downstream, "Runner", lambda *_: SimpleNamespace(make=made.extend))
+    methods = ("session code", "sparse JEPA", VOLUMES)
+    downstream.make(downstream.Plan(100.0, (0, 1), methods), tmp_path)
+    names = [job.folder.name for job in made]
+    assert names == ["first-stage-0", "first-stage-1", "session-code-0", "sparse-jepa-0",
+                     "region-volumes-0", "session-code-1", "sparse-jepa-1"]
+    assert made[2].teacher == made[0].folder / "weights" and made[0].seconds == 70
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 def scores(value: float, draws: float) -> np.ndarray:
@@ -121,17 +156,28 @@ def test_the_rows_of_volumes_and_of_what_anyone_knows_stand_beside_methods(
         ) -> None:
     monkeypatch.setattr("tools.bench._downstream_table.DRAWS", tasks.DRAWS)
     runs = {"ours": [tmp_path / "ours-0", tmp_path / "ours-1"], VOLUMES: [tmp_path / "volumes-0"]}
-    for name, value in (("ours-0", 0.5), ("volumes-0", 0.75)):
+    for name, value, spent in (("ours-0", 0.5, np.nan), ("volumes-0", 0.75, 7.0)):
         (tmp_path / name).mkdir()
-        finish(tmp_path / name, {"train_cpu_s": np.array(7.0)} | {
+        finish(tmp_path / name, {"train_cpu_s": np.array(spent)} | {
             way + tasks.AGE: scores(of, of) for way, of in (
                 (tasks.ALONE, value), (tasks.WITHOUT, 0.25), (tasks.WITH, value + 0.125))})
     found = tables(runs)
     told, added, above = found["tables"].values()
     assert found["seeds"] == {"ours": 1, VOLUMES: 1}  # the other one is not finished
+    assert found["train_cpu_s"] == {VOLUMES: 7.0}  # that of ours went on in another process
     assert told["ours"][tasks.AGE][0] == 0.5 and told[KNOWN][tasks.AGE][0] == 0.25
     assert added["ours"][tasks.AGE] == [0.375] * 3 and above["ours"][tasks.AGE][0] == -0.25
     assert "0.50 [0.50, 0.50]" in capsys.readouterr().out
+
+
+def test_scores_of_other_code_are_not_compared(tmp_path: Path) -> None:
+    runs = {name: [tmp_path / name] for name in ("ours", VOLUMES)}
+    for name, value in (("ours", 0.7166), (VOLUMES, 0.7482)):
+        (tmp_path / name).mkdir()
+        finish(tmp_path / name, {tasks.WITHOUT + tasks.DIAGNOSIS: scores(value, value)})
+    with pytest.raises(ConfigError, match=r"region volumes: 'covariates: diagnosis AUROC' is "
+                       r"0\.7482, and 0\.7166 in .*ours; .* Delete"):
+        tables(runs)
 
 
 def test_without_runs_there_is_nothing_to_show(tmp_path: Path) -> None:

@@ -7,17 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from neurojepa.errors import ConfigError
 from tools.bench._downstream_tasks import ALONE, COLUMNS, DRAWS, SITE, TRUE, WITH, WITHOUT
 from tools.bench._quality_table import Arrays, scores_of
 from tools.bench.common import print_table
 
+ALIKE = 1e-6  # of what anyone knows, beside two methods
 VOLUMES, KNOWN = "region volumes", "age, sex, brain volume"
 Cells = dict[str, list[float] | None]  # value, low and high of each column
 
 
 def tables(runs: dict[str, list[Path]]) -> dict[str, Any]:
     """Print and return all tables, of the runs of each method that are finished."""
-    found = {name: [scores_of(folder) for folder in folders if (folder / "scores.npz").exists()]
+    made = [folder for folders in runs.values() for folder in folders
+            if (folder / "scores.npz").exists()]
+    scored = {folder: scores_of(folder) for folder in made}
+    check_alike(scored)
+    found = {name: [scored[folder] for folder in folders if folder in scored]
              for name, folders in runs.items()}
     found = {name: scores for name, scores in found.items() if scores}
     told = {name: row(scores, ALONE) for name, scores in found.items()}
@@ -34,12 +40,34 @@ def tables(runs: dict[str, list[Path]]) -> dict[str, Any]:
         print_table(("", "seeds", *COLUMNS), [
             (name, len(found.get(name, plain or [])), *map(_cell, cells.values()))
             for name, cells in rows.items()])
-    spent = {name: float(np.mean([each["train_cpu_s"] for each in scores]))
+    spent = {name: [float(each["train_cpu_s"]) for each in scores]
              for name, scores in found.items()}
+    # a training that went on in another process has no time
+    means = {name: float(np.mean(known)) for name, seconds in spent.items()
+             if (known := [each for each in seconds if np.isfinite(each)])}
     print("\nCPU seconds of a training: " + (", ".join(
-        f"{name} {seconds:.0f}" for name, seconds in spent.items() if seconds) or "none was made"))
-    return {"tables": shown, "train_cpu_s": spent,
+        f"{name} {seconds:.0f}" for name, seconds in means.items() if seconds) or "none was made"))
+    return {"tables": shown, "train_cpu_s": means,
             "seeds": {name: len(scores) for name, scores in found.items()}}
+
+
+def check_alike(scored: dict[Path, Arrays]) -> None:
+    """What anyone knows says the same beside every method, if people and scores are the same.
+
+    Raises
+    ------
+    ConfigError
+        A run has it otherwise, so its scores are of other code and cannot be compared.
+    """
+    first: dict[str, tuple[Path, float]] = {}
+    for folder, scores in scored.items():
+        for key in (WITHOUT + column for column in COLUMNS if WITHOUT + column in scores):
+            value = float(scores[key][0])
+            other, expected = first.setdefault(key, (folder, value))
+            if abs(value - expected) > ALIKE:
+                raise ConfigError(f"{folder}: {key!r} is {value:.4f}, and {expected:.4f} in "
+                                  f"{other}; one of them was scored by other code. Delete "
+                                  "scores.npz of the older one and run the benchmark again")
 
 
 def row(runs: list[Arrays], prefix: str, others: list[Arrays] | None = None,

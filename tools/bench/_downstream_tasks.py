@@ -3,14 +3,15 @@
     python -m tools.bench._downstream_tasks FOLDER
 
     recipe.yaml, run.json -> training -> T1w of first and second visits embedded
-    -> study, survive, change, transfer (neurojepa/downstream), as users run them -> scores.npz
+    -> the models and folds of study, survive, change, transfer (neurojepa/downstream) -> scores.npz
 
 Those of split test alone are tested, by folds that keep a source's people together, so the others
 of split test teach, too, beside those of train and val.  What is stored of a score is its value and
 what it is for each of ``DRAWS`` draws of the people tested, the same for every method, so that the
 table can take means over seeds and paired differences.
 
-With ``volumes`` in run.json, automatic region volumes take the place of embeddings.  With --cost it
+With ``volumes`` in run.json, automatic region volumes take the place of embeddings; with ``code``,
+a session code is learnt on the weights of ``teacher``, and embeddings are of h.  With --cost it
 prints the CPU seconds of a step instead.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,15 +31,16 @@ from data_prep.synth.events import draw_event
 from neurojepa.baselines.cnn import CNN
 from neurojepa.config import RootConfig, load_config
 from neurojepa.downstream import change as changes
-from neurojepa.downstream import study as studies
 from neurojepa.downstream import survive as survivals
 from neurojepa.downstream import transfer as transfers
-from neurojepa.downstream.crossval import Plan, plan_folds
+from neurojepa.downstream.cox import cox
+from neurojepa.downstream.crossval import Plan, plan_folds, predict
 from neurojepa.downstream.embed import embed, fit_places, reference_rows, select_rows
 from neurojepa.downstream.features import Features, beside, design_of, plain
 from neurojepa.downstream.labels import People
 from neurojepa.downstream.regions import load_regions
 from neurojepa.downstream.scoring import Row, Runner, known
+from neurojepa.downstream.sessions import rows_of_sessions, session_code
 from neurojepa.downstream.stats import resamples
 from neurojepa.downstream.targets import Target, classes_of, target_of
 from neurojepa.downstream.volumes import tissue_volumes
@@ -45,6 +48,7 @@ from neurojepa.errors import run_command
 from neurojepa.feed.format import Feed, open_feed
 from neurojepa.feed.labels import scan_labels
 from neurojepa.model.averaged import Averaged
+from neurojepa.weights import load
 from tools.bench._alff import LINKS
 from tools.bench._compare_run import cost_of_step, spent_on
 from tools.bench._people import FEEDS, Cohort
@@ -69,20 +73,37 @@ def main(folder: Path, cost: bool) -> None:
         return
     first = open_feed(config.data.feed)
     second = open_feed(str(Path(config.data.feed).parent / FEEDS[1]))
-    if json.loads((folder / "run.json").read_text()).get("volumes"):
+    changes, spent_s = json.loads((folder / "run.json").read_text()), 0.0
+    if changes.get("volumes"):
         model, found = None, [volumes(feed, config.model.patch_voxels) for feed in (first, second)]
     else:
         model = trained(config, folder)
+        spent_s = spent_on(folder)
+        if changes.get("unread"):  # the first stage of others
+            finish(folder, {"train_cpu_s": np.array(spent_s)})
+            return
+        if changes.get("code"):
+            model, spent_s = with_code(Path(changes["teacher"]), first, config.train.seed)
         found = embedded(model, config, first, second)
     people = [people_of(feed, values)
               for feed, values in zip((first, second), found, strict=True)]
     scores = tasks(people[0], people[1], alff_of(second))
     if isinstance(model, CNN):
         scores |= of_its_head(model, config, first, people[0])
-    finish(folder, scores | {"train_cpu_s": np.array(spent_on(folder))})
+    finish(folder, scores | {"train_cpu_s": np.array(spent_s)})
 
 
 # ---- features ------------------------------------------------------------------------------------
+
+def with_code(teacher: Path, feed: Feed, seed: int) -> tuple[Averaged, float]:
+    """A model of weights that is read through a code of sessions, as ``neurojepa code`` learns it,
+    and the CPU seconds of both stages."""
+    began, weights = time.process_time(), load(str(teacher))
+    rows = rows_of_sessions(feed, select_rows(feed, None, None, "train"))
+    weights.model.session_code, _ = session_code(weights.model, weights.config, feed, rows,
+                                                 seed=seed)
+    return weights.model, spent_on(teacher.parent) + time.process_time() - began
+
 
 def embedded(model: Averaged, config: RootConfig, first: Feed, second: Feed) -> list[np.ndarray]:
     """Embeddings [n, D] of the T1w of both feeds, compared with places of the first."""
@@ -141,30 +162,53 @@ def tasks(first: People, second: People, alff: dict[str, np.ndarray]) -> Scores:
     return scores
 
 
+def told(people: People, target: Target, folds: Plan, columns: dict[str, str],
+         *covariates: str) -> Scores:
+    """A target by features, by covariates and by both; a metric for each column."""
+    run, scores = Runner(target, people, folds), {}
+    for row, features in ways(people, people.values, *covariates).items():
+        predicted = predict(target, features, folds, people.family)
+        scores |= {row + column: drawn(partial(run.value, metric, predicted),
+                                       np.flatnonzero(known(predicted)), people)
+                   for column, metric in columns.items()}
+    return scores
+
+
+def ways(people: People, values: np.ndarray, *covariates: str) -> dict[str, Features]:
+    """What the rows of a table read of people."""
+    design = design_of({name: people.column(name) for name in covariates})
+    return {ALONE: plain(values), WITHOUT: plain(design), WITH: beside(values, design)}
+
+
+def folds_of(target: Target, people: People) -> Plan:
+    """Folds of whole families, of whom those of split test are tested."""
+    assert people.seen is not None
+    return plan_folds(target, people.family, FOLDS, REPEATS).testing(~people.seen)
+
+
 def labels_told(people: People) -> Scores:
     """Age and diagnosis."""
     scores: Scores = {}
-    rows = {ALONE: studies.ALONE, WITHOUT: studies.WITHOUT, WITH: studies.WITH}
     for label, columns in OF_LABEL.items():
-        adjust = tuple(name for name in ("age", "sex") if name != label)
-        found = studies.study(people, label, studies.Design(FOLDS, REPEATS, adjust,
-                                                            positive=("patient",)))
-        scores |= {row + column: of_row(found.rows[name], found.target, found.people, metric)
-                   for row, name in rows.items() for column, metric in columns.items()}
+        target = target_of(label, people.column(label), ("patient",))
+        scores |= told(people, target, folds_of(target, people), columns,
+                       *(name for name in ("age", "sex") if name != label), "brain_ml")
     return scores
 
 
 def survived(people: People) -> Scores:
-    found = survivals.survive(people, "event_years", "event", adjust=("age", "sex"),
-                              reference="log_hazard", folds=FOLDS, repeats=REPEATS)
-    run = survivals.Runner(found.followed, Plan([]), found.horizons, found.shown)
+    """When something happens: Harrell's C, and that of the true risk."""
+    followed, _ = survivals.followed(people, "event_years", "event", None)
+    folds = folds_of(Target("event", "binary", followed.event.astype(float)), people)
+    horizons = np.median(followed.time[followed.event], keepdims=True)
+    run = survivals.Runner(followed, folds, horizons, horizons[:0])
+    risk = plain(design_of({"log_hazard": people.column("log_hazard")}))
     scores = {}
-    for row, name in {ALONE: survivals.ALONE, WITHOUT: survivals.WITHOUT, WITH: survivals.WITH,
-                      TRUE: "log_hazard"}.items():
-        predicted = found.rows[name].predicted
+    for row, features in (ways(people, people.values, "age", "sex", "brain_ml")
+                          | {TRUE: risk}).items():
+        predicted = run.predict(features, cox)
         whom = survivals.scored(predicted)
-        scores[row + SURVIVAL] = drawn(run.scorers(predicted, whom)["c_index"], whom,
-                                       found.followed.people)
+        scores[row + SURVIVAL] = drawn(run.scorers(predicted, whom)["c_index"], whom, people)
     return scores
 
 
@@ -184,18 +228,13 @@ def changed(first: People, second: People) -> Scores:
 
 def moved_to_function(people: People, target: np.ndarray, column: str) -> Scores:
     """ALFF of lobes from the T1w of the same visit: the share of variance that is told."""
-    found = transfers.transfer(people, target, adjust=("age", "sex"), folds=FOLDS, repeats=REPEATS)
+    run = transfers.Runner(people, target, folds_of(
+        Target("target", "regression", target[:, 0]), people))
     scores = {}
-    for row, name in {ALONE: transfers.ALONE, WITHOUT: transfers.WITHOUT,
-                      WITH: transfers.WITH}.items():
-        told = found.rows[name]
-        rest, whole = (np.square(each).sum((1, 2)) for each in (told.truth - told.predicted,
-                                                                told.truth))
-
-        def r2(whom: np.ndarray, rest: np.ndarray = rest, whole: np.ndarray = whole) -> float:
-            return float(1 - rest[whom].sum() / whole[whom].sum())
-
-        scores[row + column] = drawn(r2, np.flatnonzero(known(told.predicted)), found.people)
+    for row, features in ways(people, people.values, "age", "sex", "brain_ml").items():
+        found = run(features)
+        r2 = run.scorers(found.predicted, found.truth)["r2"]
+        scores[row + column] = drawn(r2, np.flatnonzero(known(found.predicted)), people)
     return scores
 
 
@@ -203,24 +242,12 @@ def sites(people: People) -> Scores:
     """Age where nobody of the site and of the source taught, and whether the site is told."""
     site, seen = people.column("site"), people.seen
     assert seen is not None
-    age = Target("age", "regression", people.column("age").astype(float))
+    age, target = target_of("age", people.column("age")), classes_of("site", site)
     outside = Plan([[(np.flatnonzero(seen & (site != name)), np.flatnonzero(~seen & (site == name)))
                      for name in np.unique(site)]], pooled=False)
-    target = classes_of("site", site)
-    folds = plan_folds(target, people.family, FOLDS, REPEATS).testing(~seen)
-    scores = {}
-    for column, run, metric, covariates in (
-            (UNSEEN, Runner(age, people, outside), "r2", ("sex", "brain_ml")),
-            (SITE, Runner(target, people, folds), "balanced_accuracy",
-             ("age", "sex", "brain_ml"))):
-        design = design_of({name: people.column(name) for name in covariates})
-        ways: dict[str, Features] = {ALONE: plain(people.values), WITHOUT: plain(design),
-                                     WITH: beside(people.values, design)}
-        for row, features in ways.items():
-            predicted = run(features).predicted
-            scores[row + column] = drawn(partial(run.value, metric, predicted),
-                                         np.flatnonzero(known(predicted)), people)
-    return scores
+    return (told(people, age, outside, {UNSEEN: "r2"}, "sex", "brain_ml")
+            | told(people, target, folds_of(target, people), {SITE: "balanced_accuracy"},
+                   "age", "sex", "brain_ml"))
 
 
 def of_its_head(model: CNN, config: RootConfig, feed: Feed, people: People) -> Scores:
@@ -237,10 +264,9 @@ def of_its_head(model: CNN, config: RootConfig, feed: Feed, people: People) -> S
 # ---- scores --------------------------------------------------------------------------------------
 
 def of_row(row: Row, target: Target, people: People, metric: str) -> np.ndarray:
-    """``drawn`` of a row of study or change, whose folds these are."""
-    assert people.seen is not None
-    folds = plan_folds(target, people.family, FOLDS, REPEATS).testing(~people.seen)
-    return drawn(partial(Runner(target, people, folds).value, metric, row.predicted),
+    """``drawn`` of a row whose folds these are."""
+    run = Runner(target, people, folds_of(target, people))
+    return drawn(partial(run.value, metric, row.predicted),
                  np.flatnonzero(known(row.predicted)), people)
 
 

@@ -8,12 +8,13 @@ and patch, on all patches -> mean.  Every part runs in a process of its own, who
 read at its end.
 
 *Tasks.*  People, budget and recipes are those of compare.py, as far as it has them; those of val
-and test who came again have a second visit and BOLD.  The dense JEPA differs in its code alone.  A
-CNN's own head tells the label that it was taught, and its features tell all else.
-_downstream_tasks.py says how tasks are read.  Beside the methods stand automatic volumes of
-regions; what anyone knows (age, sex and volume of the brain, less the age where that is asked for;
-for change, age, sex and the true volume of the ventricles at the first visit); both; and the true
-risk of the event.
+and test who came again have a second visit and BOLD.  The session code is what we recommend: MAE
+with the tissue head for three quarters of the budget, then ``neurojepa code``.  The dense JEPA
+differs from the sparse one in its code alone.  A CNN's own head tells the label that it was taught,
+and its features tell all else.  _downstream_tasks.py says how tasks are read.  Beside the methods
+stand automatic volumes of regions; what anyone knows (age, sex and volume of the brain, less the
+age where that is asked for; for change, age, sex and the true volume of the ventricles at the first
+visit); both; and the true risk of the event.
 
 Every run keeps a folder below --work (default build/bench-downstream), and so does the cost; what
 is finished is not done again, and --finished shows what there is.  All of it takes about 80 CPU
@@ -38,6 +39,7 @@ import numpy as np
 import psutil
 
 from neurojepa.errors import ConfigError
+from tools.bench import compare
 from tools.bench._downstream_table import VOLUMES, tables
 from tools.bench._people import Cohort, described, make_people
 from tools.bench._runs import claim
@@ -54,6 +56,7 @@ KEY = "a public key for invented people"
 RUN = "tools.bench._downstream_tasks"
 CNN = {"objective.method": "cnn", "model.token_budget": None, "data.modalities": ["T1w"]}
 METHODS = {
+    "session code": compare.ARMS["session code"],
     "sparse JEPA": Arm(rate=5e-4),
     "dense JEPA": Arm({"objective.sparse.code": "identity"}, rate=5e-4),
     "MAE with tissue head": Arm(MAE),
@@ -141,9 +144,18 @@ def make(plan: Plan, folder: Path) -> None:
         workers = len(os.sched_getaffinity(0))
         make_people(replace(plan.cohort, train=0), folder, workers, visit=1)
         feed = make_people(plan.cohort, folder, workers)
-    Runner(feed, folder, RUN).make([
-        Job(folder / "runs" / folder_of(name, seed), METHODS[name], seed, plan.seconds)
-        for seed in plan.seeds for name in plan.methods if name != VOLUMES or not seed])
+    jobs = [job for seed in plan.seeds for name in plan.methods if name != VOLUMES or not seed
+            for job in jobs_of(plan, folder, name, seed)]
+    runner = Runner(feed, folder, RUN)
+    for first in (True, False):  # weights that a code is learnt on come before it
+        runner.make([job for job in jobs if job.first == first])
+
+
+def jobs_of(plan: Plan, folder: Path, name: str, seed: int) -> list[Job]:
+    """The runs that a method needs; those of a code are compare's."""
+    if METHODS[name].code:
+        return compare.jobs_of(replace(compare.FULL, seconds=plan.seconds), folder, name, seed)
+    return [Job(folder / "runs" / folder_of(name, seed), METHODS[name], seed, plan.seconds)]
 
 
 # ---- a raw scan ----------------------------------------------------------------------------------
