@@ -45,7 +45,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 # Keys that older versions had, with the value under which they did nothing: what is stored with it
 # still opens.
-RETIRED = {"model.registers": 0, "model.layer_scale": 0}
+RETIRED = {"model.registers": 0, "model.layer_scale": 0, "objective.sparse.active": 16}
 
 
 class DataConfig(Config):
@@ -348,15 +348,26 @@ def free_keys(section: type[Config] | None = None, prefix: str = "",
 
 def _without_retired(tree: dict[str, Any], where: str) -> dict[str, Any]:
     for dotted, idle in RETIRED.items():
-        name, key = dotted.split(".")
-        section = tree.get(name)
-        if isinstance(section, dict) and key in section:
-            if section[key] != idle:
-                raise ConfigError(f"{where}: {dotted} = {section[key]!r}: this version has no such "
-                                  f"key and builds only what {idle} stood for; use the version "
-                                  "that it was made with")
-            tree = {**tree, name: {k: value for k, value in section.items() if k != key}}
+        *sections, key = dotted.split(".")
+        section: Any = tree
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or key not in section:
+            continue
+        if section[key] != idle:
+            raise ConfigError(f"{where}: {dotted} = {section[key]!r}: this version has no such "
+                              f"key and builds only what {idle} stood for; use the version "
+                              "that it was made with")
+        tree = _without(tree, dotted.split("."))
     return tree
+
+
+def _without(tree: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    """A copy of the tree without the key that the path leads to."""
+    name, *rest = path
+    if rest:
+        return {**tree, name: _without(tree[name], rest)}
+    return {key: value for key, value in tree.items() if key != name}
 
 
 def _override(tree: dict[str, Any], item: str) -> None:

@@ -17,7 +17,7 @@ from neurojepa.downstream.completion import Completion, missing, volume_of
 from neurojepa.downstream.embed import tokens_of
 from neurojepa.downstream.finetuned import record_of, write_with
 from neurojepa.downstream.native import Maps, Shown, shown
-from neurojepa.downstream.pooling import Places
+from neurojepa.downstream.pooling import Places, Tokens
 from neurojepa.downstream.scans import Scans
 from neurojepa.downstream.sources import spoken
 from neurojepa.errors import ConfigError, DataError
@@ -102,9 +102,9 @@ def complete_scans(weights: Weights, completion: Completion, about: dict[str, An
     for group in groups:
         images = [volume_of(reader.image(row)) if row >= 0 else missing(feed.grid.shape)
                   for row in group.tolist()]
-        read = [next(tokens) if row >= 0 else None for row in group]
-        patch_T, latent_TD = completion.told([each and (
-            weights.places.patches(each, 0), weights.places.values(each, 0)[1]) for each in read])
+        found_in = [_differences(weights.places, next(tokens)) if row >= 0 else None
+                    for row in group]
+        patch_T, latent_TD = completion.told(found_in)
         told = completion.complete(images, patch_T, latent_TD if about["latents"] else None)
         there = [shown(feed, row, scans) for row in group[group >= 0].tolist()]
         names, scan_ids = [who.modality for who in there], [who.scan_id for who in there]
@@ -126,3 +126,7 @@ def complete_scans(weights: Weights, completion: Completion, about: dict[str, An
         "from": [" ".join(each.names) for each in found],
         "embedding": pa.array(latents, pa.list_(pa.float32()))})))
     return found
+
+
+def _differences(places: Places, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    return places.patches(tokens, 0), places.values(tokens, 0)[1]

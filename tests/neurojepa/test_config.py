@@ -62,12 +62,22 @@ def test_keys_that_may_change_are_marked_where_they_stand() -> None:
 
 
 def test_a_key_that_is_gone_still_opens_with_the_value_that_did_nothing(recipe: Path) -> None:
-    assert RETIRED == {"model.registers": 0, "model.layer_scale": 0}
+    assert RETIRED == {"model.registers": 0, "model.layer_scale": 0,
+                       "objective.sparse.active": 16}
     recipe.write_text(MINIMAL + "model: {size: tiny, registers: 0, layer_scale: 0.0}\n")
     assert load_config(recipe).model.size == "tiny"
     recipe.write_text(MINIMAL + "model: {registers: 4}\n")
     with pytest.raises(ConfigError, match=r"model\.registers = 4: .*use the version"):
         load_config(recipe)
+    tree = {"data": {"feed": "f"}, "train": {"steps": 3}, "run": {"dir": "r"},
+            "objective": {"sparse": {"code": "gated", "active": 16}}}
+    assert validate(tree, "here").objective.sparse.code == "gated"
+    assert tree["objective"]["sparse"]["active"] == 16  # whose it is keeps it
+    for key, value in (("active", 8), ("code", "topk")):
+        tree["objective"]["sparse"][key] = value
+        with pytest.raises(ConfigError, match=rf"here: objective\.sparse\.{key}"):
+            validate(tree, "here")
+        tree["objective"]["sparse"]["active"] = 16
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
