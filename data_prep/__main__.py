@@ -28,7 +28,7 @@ COHORTS = {
     "files": "whatever files a --table lists, with person and modality; see cohorts/files.py",
 }
 Steps: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-GRIDS = ["1.5mm", "3mm", "paper"]  # of TRAINING_GRIDS, whose import would slow --help
+GRIDS = ["1.5mm", "1.6mm", "3mm", "paper"]  # of TRAINING_GRIDS, whose import would slow --help
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -85,6 +85,8 @@ class ModelConfig(Config):
     moe: bool = Field(True, description="every other block has a mixture of experts; false: all "
                       "are dense, at the same cost a token")
     head_gate: bool = Field(False, description="sigmoid gate per attention head")
+    official: bool = Field(False, description="the encoder of the official code, in weights that "
+                           "were converted from it (model/official.py); it is not trained here")
     activation_checkpointing: Free[Annotated[int, Field(ge=0)] | Literal["selective"]] = Field(
         0, description="what the backward computes anew to save memory: 0 nothing, k every k-th "
         "block of the encoder, selective all but matrix products, in all blocks")

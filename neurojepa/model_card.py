@@ -36,6 +36,16 @@ LIMITS = """- Not a medical device. Check on your own scanners and people first.
 - What follows from head size is taken out of embeddings; brain volume stands beside them."""
 
 
+OFFICIAL_DATA = """Not known here: what the page of the checkpoint says. Who taught it is not known
+either, so no one can be left out of a test."""
+OFFICIAL_LIMITS = """- Not a medical device. Check on your own scanners and people first.
+- What follows from head size is taken out of embeddings; brain volume stands beside them.
+- It is not trained further here: there is no predictor and no loss."""
+OFFICIAL_LICENCE = """Not stated beside the checkpoint. Its repository gives released weights under
+CC BY-NC-ND 4.0: not for commercial use, and altered copies are not to be shared, which a
+converted one may be. `neurojepa weights card DIR --licence NAME` states another."""
+
+
 def describe_feed(feed: Feed) -> dict[str, Any]:
     """What the card says of a feed: cohorts, and people and scans by split and modality."""
     splits = {}
@@ -103,34 +113,55 @@ def read_record(uri: str, what: str, key: str) -> dict[str, Any]:
 
 def card(record: dict[str, Any]) -> str:
     """The page: front matter as model hubs read it, then sections."""
-    config, grid = record["config"], record["grid"]
+    config, grid, official = record["config"], record["grid"], "official" in record
     head = ["---", "library_name: neurojepa", "tags: [neuroimaging, MRI, self-supervised]",
             *([f"license: {json.dumps(record['licence'])}"] if "licence" in record else []), "---"]
     centre = ", ".join(f"{value:g}" for value in grid["centre_mm"])
     patch = config["model"]["patch_voxels"]
     sections = {
-        "Model": f"""- {_method(config)}
+        "Model": f"""- {_origin(record)}
 - encoder: {config['model']['size']}, {record.get('parameters', 'unknown number of')} parameters
 - patches of {patch} x {patch} x {patch} voxels of {grid['spacing_mm']:g} mm; grid
   {' x '.join(map(str, grid['shape']))}, centred at MNI {centre} mm, x y z in RAS
-- trained for {record['step']} steps of {config['train']['global_batch']} scans
-{_code(record)}- an embedding says how {_read(record)} differ from what is usual at the same places,
+{_trained(record)}{_code(record)}- an embedding says how {_read(record)} differ from what is usual \
+at the same places,
   adjusted for head size; {_pooling(record)}""",
         **({"Purpose": record["purpose"]} if "purpose" in record else {}),
         "Use": USE,
         "Data and splits": ("Of the pretraining. " * ("purpose" in record)) + _data(record),
         "Results": _results(record["results"]) if "results" in record else NOT_MEASURED,
-        "Limits": LIMITS,
-        "Licence": record.get("licence", NO_LICENCE)}
+        **({"Conversion": _conversion(record["official"])} if official else {}),
+        "Limits": OFFICIAL_LIMITS if official else LIMITS,
+        "Licence": record.get("licence", OFFICIAL_LICENCE if official else NO_LICENCE)}
     parts = ["\n".join(head), "# neurojepa weights",
              *([record["about"]] if "about" in record else []),
              *(f"## {title}\n\n{text}" for title, text in sections.items())]
     return "\n\n".join(parts) + "\n"
 
 
-def _method(config: dict[str, Any]) -> str:
-    objective = validate(config, where="config.json").objective
+def _origin(record: dict[str, Any]) -> str:
+    if "official" in record:
+        source = record["official"]["source"]
+        return (f"the encoder of the official Neuro-JEPA code, converted from {source['file']} "
+                f"(sha256\n  {source['sha256']}), part {source['part']}")
+    objective = validate(record["config"], where="config.json").objective
     return METHODS[objective.method].describe(objective)
+
+
+def _trained(record: dict[str, Any]) -> str:
+    if "official" in record:
+        return f"- trained for {record['step']} steps\n" if record["step"] else ""
+    return (f"- trained for {record['step']} steps of "
+            f"{record['config']['train']['global_batch']} scans\n")
+
+
+def _conversion(official: dict[str, Any]) -> str:
+    """What became of the tensors, and what differs."""
+    left = ", ".join(official["left_out"]) or "nothing"
+    return "\n".join([
+        f"{official['mapped']} tensors were mapped, every one of the network; left out: {left}. "
+        "`conversion.txt` has each of them.", "", "What differs from the official code:", "",
+        *(f"- {each}" for each in official["differences"])])
 
 
 def _read(record: dict[str, Any]) -> str:
@@ -158,6 +189,8 @@ def _pooling(record: dict[str, Any]) -> str:
 
 
 def _data(record: dict[str, Any]) -> str:
+    if "official" in record:
+        return OFFICIAL_DATA
     if "data" not in record:
         return (f"Feed {record['feed']}, which was out of reach at the export. Export again with "
                 "`--feed FEED` to have it counted here.")

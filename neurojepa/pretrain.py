@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"{given}: only for --dry-run; add that to plan, or leave out {given} to "
                           "train")
     config = load_config(arguments.config, arguments.overrides)
+    if config.model.official:
+        raise ConfigError("model.official: this network is there for converted weights and is not "
+                          "trained; leave the key out")
     if arguments.dry_run:
         from neurojepa.dry_run import dry_run
 

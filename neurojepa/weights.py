@@ -1,6 +1,7 @@
 """Export a run's weights for use, load them, check the checkpoints they come from.
 
     python -m neurojepa.weights export RUN --out DIR [--step N] [--feed FEED]
+    python -m neurojepa.weights convert CHECKPOINT --out DIR [--config FILE] [--feed FEED]
     python -m neurojepa.weights card DIR [--results FILE] [--licence NAME] [--about FILE]
     python -m neurojepa.weights verify RUN
 
@@ -10,6 +11,9 @@ seen.json (hashes of the people and scans of that split, so that nobody is teste
 README.md (the model card, model_card.py) and, last, config.json (resolved config without paths,
 grid, step, feed, hashes of the files).  ``card`` completes the model card.
 
+``convert`` writes such a folder of a checkpoint of the official code (convert.py), with
+conversion.json and conversion.txt: what became of every tensor.
+
 ``neurojepa code`` writes such a folder with code.safetensors, a session code, beside the encoder.
 """
 
@@ -18,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ import pyarrow.compute as pc
 import torch
 
 from neurojepa.config import RootConfig, validate
+from neurojepa.convert import Converted, convert, text_of
 from neurojepa.downstream.pooling import Places
 from neurojepa.errors import CheckpointError, ConfigError, DataError, run_command
 from neurojepa.feed.format import Feed, Grid, grid_from_record, open_feed
@@ -34,6 +39,7 @@ from neurojepa.model.averaged import Averaged
 from neurojepa.model.build import build_model
 from neurojepa.model.session_code import SessionCode
 from neurojepa.model_card import card, complete_card, describe_feed, read_record
+from neurojepa.official_checkpoint import PARTS
 from neurojepa.storage import exists, join, read_bytes, sha256, write_bytes
 
 CODE = "code.safetensors"
@@ -107,6 +113,46 @@ def export(run_dir: str, out: str, step: int | None = None, compare_with: Feed |
     write_bytes(join(out, "README.md"), card(record).encode())
     write_bytes(join(out, "config.json"), json.dumps(record, indent=1).encode())
     return step
+
+
+def write_converted(converted: Converted, out: str, *, licence: str | None = None,
+                    compare_with: Feed | None = None) -> None:
+    """Write an official encoder as weights.
+
+    Parameters
+    ----------
+    licence
+        Of the checkpoint; default: what a README.md beside it says.
+    compare_with
+        As of ``export``.
+
+    Raises
+    ------
+    ConfigError
+        ``compare_with`` is on another grid.
+    """
+    from safetensors.torch import save
+
+    report, grid = converted.report, converted.grid
+    # embeddings come from the target, whichever part was asked for
+    tensors = {f"{side}.{name}": tensor.clone() for side in ("encoder", "target")
+               for name, tensor in converted.tensors.items()}
+    data = save(tensors)
+    record = {"step": report["source"].get("global_step", 0), "grid": asdict(grid), "feed": None,
+              "config": converted.config.model_dump(mode="json"), "sha256": sha256(data),
+              "parameters": sum(tensor.numel() for tensor in converted.tensors.values()),
+              "official": {"source": report["source"], "differences": report["differences"],
+                           "mapped": len(report["mapped"]),
+                           "left_out": [each["name"] for each in report["left_out"]]}}
+    if licence or report["licence"]:
+        record["licence"] = licence or report["licence"]
+    if compare_with is not None:
+        record["pooling"] = _write_pooling(out, converted.config, grid, tensors, compare_with)
+    write_bytes(join(out, "model.safetensors"), data)
+    write_bytes(join(out, "conversion.json"), json.dumps(report, indent=1).encode())
+    write_bytes(join(out, "conversion.txt"), text_of(report).encode())
+    write_bytes(join(out, "README.md"), card(record).encode())
+    write_bytes(join(out, "config.json"), json.dumps(record, indent=1).encode())
 
 
 def _write_pooling(out: str, config: RootConfig, grid: Grid, tensors: dict[str, torch.Tensor],
@@ -275,6 +321,18 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--step", type=int, help="a committed step; default: the latest")
     command.add_argument("--feed", help="whose split train embeddings are compared with; default: "
                          "the run's")
+    command = commands.add_parser("convert", help="write an official checkpoint's encoder for use")
+    command.add_argument("checkpoint", help="file of the official code (.pt, .safetensors), or "
+                         "folder with model.safetensors")
+    command.add_argument("--out", required=True, help="where to write the weights")
+    command.add_argument("--config", metavar="FILE", help="official config it was trained with; "
+                         "default: config.json beside it")
+    command.add_argument("--part", choices=PARTS, default=PARTS[0], help="of a trainer's "
+                         "checkpoint: the encoder, which official tasks read (default), or its "
+                         "moving average")
+    command.add_argument("--licence", metavar="NAME", help="of the checkpoint; default: what a "
+                         "README.md beside it says")
+    command.add_argument("--feed", help="whose split train embeddings are compared with")
     command = commands.add_parser("card", help="complete the model card of exported weights")
     command.add_argument("weights", metavar="DIR", help="that export wrote (path or URI)")
     command.add_argument("--results", metavar="FILE", help="results.json of probe --feed with "
@@ -291,9 +349,23 @@ def main(argv: list[str] | None = None) -> int:
                       about=arguments.about)
         print(f"read {join(arguments.weights, 'README.md')}")
         return 0
+    if arguments.command == "convert":
+        return _convert(arguments)
     step = export(arguments.run, arguments.out, arguments.step,
                   _feed_of(arguments.run, arguments.feed))
     print(f"exported step {step} of {arguments.run} to {arguments.out}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    found = convert(arguments.checkpoint, config=arguments.config, part=arguments.part)
+    write_converted(found, arguments.out, licence=arguments.licence,
+                    compare_with=open_feed(arguments.feed) if arguments.feed else None)
+    report = found.report
+    print(f"{arguments.checkpoint}: {len(report['mapped'])} tensors mapped, none missing; left "
+          "out: " + (", ".join(each["name"] for each in report["left_out"]) or "nothing")
+          + f"\nwrote weights to {arguments.out}; every tensor and what differs from the "
+          f"official code: {join(arguments.out, 'conversion.txt')}")
     return 0
 
 

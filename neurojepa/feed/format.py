@@ -83,6 +83,7 @@ TRAINING_GRIDS = {
     grid.name: grid
     for grid in (
         Grid("1.5mm", (108, 132, 108), 1.5),
+        Grid("1.6mm", (96, 108, 96), 1.6),  # what converted official weights expect (convert.py)
         Grid("3mm", (54, 66, 54), 3.0),
         Grid("paper", (96, 108, 96), 1.75),  # the published 8 x 9 x 8 patches of 12 voxels
     )

@@ -10,6 +10,7 @@ from neurojepa.feed.format import Grid
 from neurojepa.methods import METHODS
 from neurojepa.model.averaged import Averaged
 from neurojepa.model.layers import Block
+from neurojepa.model.official import Official
 
 
 def build_model(config: RootConfig, grid: Grid) -> Averaged:
@@ -21,7 +22,7 @@ def build_model(config: RootConfig, grid: Grid) -> Averaged:
         The patch does not divide the grid, or the budget exceeds its tokens.
     """
     check_shapes(config, grid)
-    build = METHODS[config.objective.method].load()
+    build = Official if config.model.official else METHODS[config.objective.method].load()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         model = build(config, grid)

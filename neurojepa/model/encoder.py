@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         [B, N, D] in the dtype of the parameters
         """
         x_BND = self.patch(tokens_BNP.to(self.patch.weight.dtype))
-        turn_BN1p2 = rotation(coords_BN3, self.head_dim)
+        turn_BN1p2 = self.turn(coords_BN3)
         readable_B11N = None if all_scanned else readable(valid_BN)
         for i, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.checkpoint_every and i % self.checkpoint_every == 0:
@@ -64,6 +64,10 @@ class Encoder(nn.Module):
                 # out here and not in the layer: a recomputed block would count its tokens twice
                 _moe_of(block).load += load_E
         return self.norm(x_BND)
+
+    def turn(self, coords_BN3: Tensor) -> Tensor:
+        """How positions turn queries and keys, as attention takes it."""
+        return rotation(coords_BN3, self.head_dim)
 
 
 def _moe_of(block: nn.Module) -> MoE:

@@ -38,8 +38,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = Linear(dim, 3 * dim)
-        self.q_norm = nn.LayerNorm(dim // heads, bias=False)
-        self.k_norm = nn.LayerNorm(dim // heads, bias=False)
+        self.q_norm: nn.Module = nn.LayerNorm(dim // heads, bias=False)
+        self.k_norm: nn.Module = nn.LayerNorm(dim // heads, bias=False)
         self.gate = Linear(dim, heads) if head_gate else None
         self.proj = Linear(dim, dim)
 
@@ -51,8 +51,8 @@ class Attention(nn.Module):
         """
         B, N, D = x_BND.shape
         q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, -1).unbind(2)  # [B, N, h, c]
-        q = rotate(self.q_norm(q[:, first:]), turn_BN1p2[:, first:])
-        k = rotate(self.k_norm(k), turn_BN1p2)
+        q = self.rotate(self.q_norm(q[:, first:]), turn_BN1p2[:, first:])
+        k = self.rotate(self.k_norm(k), turn_BN1p2)
         # tokens stay outside heads in memory: what comes out lies as the projection takes it
         y_BNhc = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=readable_B11N
@@ -60,6 +60,10 @@ class Attention(nn.Module):
         if self.gate is not None:
             y_BNhc = y_BNhc * self.gate(x_BND[:, first:]).sigmoid()[..., None]
         return self.proj(y_BNhc.reshape(B, N - first, D))
+
+    def rotate(self, x_BNhc: Tensor, turn_BN1p2: Tensor) -> Tensor:
+        """Queries or keys at their places."""
+        return rotate(x_BNhc, turn_BN1p2)
 
 
 class MLP(nn.Module):

@@ -63,12 +63,15 @@ class MoE(nn.Module):
         rows_SD = _Rows.apply(x_QD, token_S, back_Qk, True)  # type: ignore[no-untyped-call]
         weight_S1 = _Permute.apply(  # type: ignore[no-untyped-call]
             weight_Qk.flatten(), order_S, back_Qk.flatten())[:, None]
-        hidden_SH = F.gelu(grouped_matmul(rows_SD, self.w1, ends_E))
-        # weighted here and not behind w2: these rows are the narrower ones
-        hidden_SH = hidden_SH * weight_S1.to(hidden_SH.dtype)
-        out_SD = grouped_matmul(hidden_SH, self.w2, ends_E)
+        out_SD = self.experts(rows_SD, weight_S1, ends_E)
         y_QD = _Rows.apply(out_SD, token_S, back_Qk, False)  # type: ignore[no-untyped-call]
         return self.shared(x_BND) + y_QD.view_as(x_BND), load_E.float()
+
+    def experts(self, rows_SD: Tensor, weight_S1: Tensor, ends_E: Tensor) -> Tensor:
+        """What each expert makes of its rows, which end at ``ends_E``, times their weights."""
+        hidden_SH = F.gelu(grouped_matmul(rows_SD, self.w1, ends_E))
+        # weighted here and not behind w2: these rows are the narrower ones
+        return grouped_matmul(hidden_SH * weight_S1.to(hidden_SH.dtype), self.w2, ends_E)
 
     def route(self, x_QD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [Q, k] that sum to k, and experts [Q, k].
