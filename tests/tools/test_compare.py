@@ -128,6 +128,18 @@ def test_a_method_that_lacks_a_part_has_no_primary_endpoint(monkeypatch):
         assert set(rows) == {"random init", "ours"}
 
 
+def test_rows_that_came_later_move_no_others(monkeypatch):
+    monkeypatch.setattr(_compare_table, "DRAWS", 50)
+    found = {"random init": runs_of(0.2), _compare_table.REFERENCE: runs_of(0.5)}
+    before = _compare_table.compared(found)
+    after = _compare_table.compared(found | {"session aim": runs_of(0.95)})
+    for title, rows in before.items():
+        assert "session aim" in after[title]
+        assert {name: after[title][name] for name in rows} == rows
+    moved = _compare_table.compared(found | {"another": runs_of(0.95)})
+    assert moved["primary endpoint"]["random init"] != before["primary endpoint"]["random init"]
+
+
 def test_who_only_retrieves_is_ahead_with_retrieval_alone(monkeypatch):
     monkeypatch.setattr(_compare_table, "DRAWS", 100)
     retrieving = [run | {"retrieval/predicted": np.full(60, 0.9)} for run in runs_of(0.4)]
