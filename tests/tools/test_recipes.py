@@ -130,7 +130,7 @@ def test_curves_rise_or_fall_and_leave_air() -> None:
 
 
 def test_what_is_filled_in_is_the_scan_before_its_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, model = made("MAE with curves")
+    config, model = made("session code with curves")
     views = make_views(make_batch(2), config, GRID, seed=0)
     monkeypatch.setattr(_recipes, "curved", lambda tokens, draws: tokens)
     plain, _ = MAE.forward(build_plain(config, model), views, 0.0)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from scipy.special import gammaln
 
-from neurojepa.baselines.cnn import CNN
 from neurojepa.config import RootConfig, load_config
 from neurojepa.downstream.embed import Embeddings, tokens_in
 from neurojepa.downstream.probe import probe
@@ -31,14 +30,7 @@ from neurojepa.model.jepa import SparseJEPA
 from neurojepa.weights import load
 from tools.bench import _recipes, _session
 from tools.bench._quality_readout import Read, read_out
-from tools.bench._quality_run import (
-    Arrays,
-    finish,
-    predicted_by,
-    segmented,
-    stored,
-    trained,
-)
+from tools.bench._quality_run import Arrays, finish, segmented, stored, trained
 from tools.bench._quality_table import PLAIN
 from tools.bench._recipes import SessionMAE
 from tools.bench.common import device_here, spent_s
@@ -72,10 +64,6 @@ def main(folder: Path, cost: bool) -> None:
         code_s = spent_s() - began + kept.saved_s
         _session.read_through(model, code)
         active = {"active": np.array(code.active)} if code.kind.sparse else {}
-    if isinstance(model, CNN):
-        finish(folder, predicted_by(model.cpu(), config, feed)
-               | {"train_cpu_s": np.array(spent_on(folder))})
-        return
     scores = read(model, config, feed) | active
     if isinstance(model, SparseJEPA) and model.visible:
         scores |= {ATOMS + name: value for name, value in read(

@@ -26,7 +26,7 @@ REFERENCE = "MAE with tissue head"
 CONTROLS = ("random init", "tissue head alone", REFERENCE,  # that others are compared with
             "session code, wide dense", "session code")
 # rows that came after the endpoint had been published: its unit stays what it was without them
-LATER = ("session aim", "session aim: atoms", "session aim, session code", "MAE with curves",
+LATER = ("session aim", "session aim: atoms", "session aim, session code",
          "session code with curves", "session code, 2D slices", "session code, T1w alone")
 DRAWS = 1000
 DIVERGED = "diverged.txt"  # in the folder of a run that came to nothing, with its last line
