@@ -118,6 +118,7 @@ def tune(asked: Request, world: World) -> None:
         who = _people(asked, model, feed, rows)
         before = record_of(asked.weights)
         settings = {"weights": before["sha256"], "code": before.get("code", {}).get("sha256"),
+                    "pooling": before.get("pooling", {}).get("sha256"),
                     "feed": feed.fingerprint,
                     "label": asked.label, "people": who.fingerprint(), "epochs": asked.epochs,
                     "batch": BATCH, "rate": RATE, "rank": RANK}

@@ -17,6 +17,8 @@ from torch import Tensor
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.storage import read_if_there
 
+LATER = ("pooling",)  # settings that states of earlier versions lack: these go on without
+
 
 def packed(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
     """A state's bytes; ``record`` has ``settings``."""
@@ -82,6 +84,8 @@ def read_state(uri: str, settings: Mapping[str, Any], task: str
         raise DataError(f"{uri}: is no state of a {task}, or a damaged one ({error}); remove "
                         "it to begin anew") from error
     for name, now in settings.items():
+        if name in LATER and name not in record["settings"]:
+            continue
         if (then := record["settings"].get(name)) != now:
             raise ConfigError(f"{uri}: is the state of a {task} with {name} {then}, now "
                               f"it is {now}; choose another --out, or give what was given then")

@@ -29,7 +29,7 @@ from neurojepa.downstream.lora import LowRank, adapt, merge
 from neurojepa.downstream.predicted import predict
 from neurojepa.downstream.predicted_page import write_predicted
 from neurojepa.downstream.scans import Scans
-from neurojepa.downstream.state import read_state
+from neurojepa.downstream.state import packed, read_state
 from neurojepa.downstream.targets import Target, target_of
 from neurojepa.downstream.tested import split_people
 from neurojepa.errors import NeurojepaError
@@ -322,6 +322,10 @@ def test_a_state_that_is_damaged_or_not_of_all_ranks_is_said(tuned: Path, tmp_pa
     with pytest.raises(NeurojepaError, match=r"or a damaged one .*; remove it to begin anew"):
         read_state(str(tmp_path / "s"), {}, "fine-tuning")
     (tmp_path / "s").write_bytes(data)
+    with pytest.raises(NeurojepaError, match=r"with pooling [0-9a-f]+, now it is x;"):
+        read_state(str(tmp_path / "s"), {"pooling": "x"}, "fine-tuning")
+    (tmp_path / "old").write_bytes(packed({}, {"settings": {"epochs": 2}}))  # knew no pooling
+    assert read_state(str(tmp_path / "old"), {"epochs": 2, "pooling": "x"}, "fine-tuning")
     state = read_state(str(tmp_path / "s"), {"epochs": 2}, "fine-tuning")
     assert state is not None and len(state[0]["history"]) == 3
     with pytest.raises(NeurojepaError, match="2 ranks read different states of --out"):
