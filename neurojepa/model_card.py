@@ -82,6 +82,10 @@ def complete_card(uri: str, *, results: str | None = None, licence: str | None =
             if found.get(name) != record[name]:
                 raise DataError(f"{results}: is of {name} {found.get(name)}, the weights of "
                                 f"{record[name]}; probe these weights on the feed they learnt from")
+        other = found.get("identity", identity(record))  # earlier versions wrote none
+        if differing := [name for name, sha in identity(record).items() if other.get(name) != sha]:
+            raise DataError(f"{results}: is of the same step and feed but of other weights: "
+                            f"{', '.join(differing)} differ; probe these weights")
         record["results"] = {name: found[name] for name in ("modality", "cohort", "results")}
     if licence is not None:
         record["licence"] = licence
@@ -92,6 +96,12 @@ def complete_card(uri: str, *, results: str | None = None, licence: str | None =
             raise DataError(f"{about}: is no text in UTF-8 ({error})") from error
     write_bytes(join(uri, "README.md"), card(record).encode())
     write_bytes(place, json.dumps(record, indent=1).encode())
+
+
+def identity(record: dict[str, Any]) -> dict[str, str]:
+    """sha256 by name of all in exported weights that an embedding depends on."""
+    return {"model": record["sha256"], **{name: record[name]["sha256"]
+                                          for name in ("pooling", "code") if name in record}}
 
 
 def read_record(uri: str, what: str, key: str) -> dict[str, Any]:

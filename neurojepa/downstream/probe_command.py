@@ -121,8 +121,10 @@ def _tokens(arguments: argparse.Namespace, embeddings: pa.Table) -> Tokens | Non
 
 def _probe_feed(arguments: argparse.Namespace) -> int:
     from neurojepa.downstream.embed import embed, select_rows
+    from neurojepa.downstream.finetuned import record_of
     from neurojepa.downstream.probe import probe
     from neurojepa.downstream.report import probe_page
+    from neurojepa.model_card import identity
     from neurojepa.storage import join, write_bytes
     from neurojepa.weights import untrained
 
@@ -144,6 +146,7 @@ def _probe_feed(arguments: argparse.Namespace) -> int:
             print(f"{name}: {result.target}: {scores}", flush=True)
     record = {
         "weights": arguments.weights, "step": weights.step, "feed": feed.fingerprint,
+        "identity": {} if arguments.weights == "random" else identity(record_of(arguments.weights)),
         "modality": arguments.modality, "cohort": arguments.cohort, "notes": notes,
         "results": {name: {result.target: {
             **{metric: value.as_dict() for metric, value in result.scores.items()},

@@ -14,7 +14,7 @@ import torch
 import neurojepa
 from neurojepa.config import load_config
 from neurojepa.errors import DataError
-from neurojepa.model_card import card
+from neurojepa.model_card import card, identity
 from neurojepa.storage import read_bytes, write_bytes
 from neurojepa.weights import SHIPPED, load, shipped
 from neurojepa.weights import main as command
@@ -122,6 +122,8 @@ def test_a_card_is_completed_bit_by_bit(copied: Path, tmp_path: Path) -> None:
     assert "None yet" in bare and "license:" not in bare and "Not stated" in bare
     (tmp_path / "about.md").write_text("Of **no** one.\n")
     command(["card", str(copied), "--results", str(results(tmp_path, record))])
+    command(["card", str(copied), "--results", str(results(tmp_path, record,
+                                                           identity=identity(record)))])
     command(["card", str(copied), "--licence", "cc-by-4.0", "--about", str(tmp_path / "about.md")])
     text = (copied / "README.md").read_text()
     assert "| age | r2 | neurojepa | 0.250 | 0.125 to 0.500 | 12 |" in text
@@ -131,7 +133,9 @@ def test_a_card_is_completed_bit_by_bit(copied: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changed", "words"), [
     ({"step": 3}, "is of step 3, the weights of"), ({"feed": "f"}, "is of feed f"),
-    ({"results": None}, "is not a results.json of probe --feed")])
+    ({"results": None}, "is not a results.json of probe --feed"),
+    ({"identity": {"model": "other"}}, "but of other weights: model, pooling differ; probe these"),
+    ({"identity": {}}, "but of other weights: model")])
 def test_results_of_something_else_are_refused(copied: Path, tmp_path: Path,
                                                changed: dict[str, Any], words: str) -> None:
     before = (copied / "config.json").read_bytes()
