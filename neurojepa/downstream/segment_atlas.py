@@ -108,22 +108,30 @@ def _file(out: str, key: str, part: str) -> str:
 # ---- model on disk -------------------------------------------------------------------------------
 
 def save_atlas(out: str, heads: Sequence[tuple[str, str]], about: dict[str, Any]) -> None:
-    """Write config.json over kept heads [(name, key)]; then heads of nobody among them go.
+    """Write config.json over kept heads [(name, key)]; then heads of nobody in it go.
 
     Raises
     ------
     ConfigError
-        Another fit has finished in this folder meanwhile; its model stays as it is.
+        Another fit has finished in this folder meanwhile; its model stays as it is, and these
+        heads go.
     """
     keys = [key for _, key in heads]
     listed = [{"name": name, "key": key, "sha256": {
         part: sha256(read_bytes(_file(out, key, part))) for part in PARTS}} for name, key in heads]
     if not create(join(out, "config.json"), json.dumps(
             {"schema": KIND, "method": "atlas", "heads": listed, **about}, indent=1).encode()):
+        first = json.loads(read_bytes(join(out, "config.json"))).get("heads", [])
+        _remove_heads(out, set(keys) - {each["key"] for each in first})
         raise ConfigError(f"--out {out}: another fit has finished there meanwhile; name another "
                           "folder")
+    kept = {name.partition("_")[0] for name in list_names(join(out, HEADS))}
+    _remove_heads(out, kept - set(keys))
+
+
+def _remove_heads(out: str, keys: set[str]) -> None:
     for name in list_names(join(out, HEADS)):
-        if name.partition("_")[0] not in keys:
+        if name.partition("_")[0] in keys:
             remove(join(out, HEADS, name))
 
 

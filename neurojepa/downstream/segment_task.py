@@ -176,11 +176,6 @@ def run_apply(model: str, scans: Sequence[str], out: str, *, truth: Sequence[str
     for number, path in enumerate(scans):
         try:
             found = loaded.segment(path)
-            if truth is not None:
-                seen = _told_if_seen(found, config, allow_seen)
-                notes += seen
-                if allow_seen or not seen:
-                    scores.append(_scored(found, truth[number]))
         except DataError as error:
             if number + 1 == len(scans) and not rows:
                 raise
@@ -190,6 +185,15 @@ def run_apply(model: str, scans: Sequence[str], out: str, *, truth: Sequence[str
         found.to_nifti(join(out, places[number]))
         rows.append((path, places[number], found.volumes))
         notes += [*found.scan.notes, *found.notes]
+        if truth is not None:
+            seen = _told_if_seen(found, config, allow_seen)
+            notes += seen
+            if allow_seen or not seen:
+                try:
+                    scores.append(_scored(found, truth[number]))
+                except DataError as error:
+                    notes.append(f"segmented, but not compared: {error}")
+                    print(notes[-1], flush=True)
         if len(shown) < pages.SHOWN:
             shown.append(found)
         print(f"{path}: {places[number]}", flush=True)

@@ -240,9 +240,12 @@ def _a_scan_that_fails_stops_no_other(model: str, scans: list[str], out: Path, t
         main(["segment", "apply", model, gone, "--out", str(out / "none")])
     other = nib.load(truth)
     nib.save(nib.Nifti1Image(np.asarray(other.dataobj) * 0 + 9, other.affine), truth)
-    with pytest.raises(DataError, match="holds no region that the model knows"):
-        main(["segment", "apply", model, scans[2], "--truth", truth, "--out", str(out / "none")])
-    assert not (out / "none").exists()
+    assert main(["segment", "apply", model, scans[2], "--truth", truth, "--out",
+                 str(out / "none")]) == 0
+    record = json.loads((out / "none/results.json").read_text())
+    assert record["scores"] is None and (out / "none" / record["files"][0]).exists()
+    assert any("not compared: --truth" in note and "holds no region that the model knows" in note
+               for note in record["notes"])
 
 
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:

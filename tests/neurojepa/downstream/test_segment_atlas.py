@@ -243,6 +243,7 @@ def test_of_two_fits_at_once_the_first_to_finish_keeps_its_heads(tmp_path: Path)
         module.save_atlas(str(tmp_path), [("second", keys[1])], about)
     config = json.loads((tmp_path / "config.json").read_text())
     assert [head.name for head in module.load_atlas(str(tmp_path), config, 1).heads] == ["first"]
+    assert {path.name.partition("_")[0] for path in (tmp_path / "heads").iterdir()} == {keys[0]}
 
 
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:
