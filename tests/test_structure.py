@@ -26,6 +26,7 @@ ARROWS = {
 # Raw scans become a feed or an image, and ids pseudonyms, by the one way there is, called inside
 # functions.
 EXCEPTIONS = {"neurojepa.downstream.scans": "data_prep",
+              "neurojepa.downstream.unasked": "data_prep",
               "neurojepa.downstream.images": "data_prep",
               "neurojepa.downstream.labels": "data_prep"}
 OWN = ("neurojepa", "data_prep", "cluster", "tools", "tests")

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.filenames import image_ending, is_hidden, partners, stem
+from neurojepa.downstream.unasked import manifest_of
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import Feed, Grid, open_feed
 from neurojepa.storage import exists, join, local_path, sha256, write_bytes
@@ -67,7 +68,7 @@ def prepare_scans(scans: Sequence[str], out: str, grid: Grid, *, key: str | None
     scans : files and folders, or one folder or table; local, or the folder or table on a store
     key : file of the pseudonym key, as data_prep.identity.load_key finds it
     preset : of data_prep.volumes.preset
-    modality : of files whose names do not say it
+    modality : of files whose names do not say it; what it does not need is not prepared
 
     Raises
     ------
@@ -89,7 +90,8 @@ def prepare_scans(scans: Sequence[str], out: str, grid: Grid, *, key: str | None
     cohort, source, tables = _source(scans, place, modality)
     named = index(cohort, source, out=manifest, key=load_key(key), tables=tables,
                   name="scans" if source.startswith(place) else None)
-    prepare([manifest], out=archive, preset=PRESETS[preset], workers=workers)
+    prepare([manifest_of(modality, manifest, archive)], out=archive, preset=PRESETS[preset],
+            workers=workers)
     pack(archive, out=feed, grid=grid, shard_bytes=SHARD_BYTES)
     ids = {pseudonym: own for own, pseudonym in named.items()}
     about = open_archive(archive).scans

@@ -19,15 +19,17 @@ from data_prep.identity import load_key, pseudonym
 from data_prep.index import index
 from data_prep.pack import pack
 from data_prep.prepare import driver
+from data_prep.scan import read_manifest
 from neurojepa.downstream import scans as raw
 from neurojepa.downstream.api import Model
 from neurojepa.downstream.embed import embed, fit_places, select_rows
+from neurojepa.downstream.unasked import manifest_of
 from neurojepa.errors import ConfigError, DataError
 from neurojepa.feed.format import open_feed
 from neurojepa.weights import Weights, untrained
 from tests.helpers import ROOT
 from tests.helpers.dicom import write_series
-from tests.helpers.fakes import QUICK, fake_prepare
+from tests.helpers.fakes import QUICK, fake_prepare, make_manifest
 from tests.helpers.feeds import GRID, tiny_config, write_feed
 from tests.helpers.trees import write
 
@@ -152,6 +154,42 @@ def test_of_a_dataset_one_modality_is_embedded(model: Model, quick: Path, tmp_pa
         model.embed(folder, modality="FLAIR", preset="quick", key=str(quick))
     with pytest.raises(ConfigError, match="--cohort x: only a feed has cohorts"):
         model.embed(folder, cohort="x", preset="quick", key=str(quick))
+
+
+@pytest.mark.parametrize(("modality", "left"), [
+    ("T1w", {"T1w", "FLAIR"}), ("PET", {"T1w", "FLAIR", "PET"}),
+    ("tSNR", {"T1w", "FLAIR", "BOLD"}), (None, {"T1w", "FLAIR", "PET", "BOLD"})])
+def test_what_a_modality_needs(tmp_path: Path, modality: str | None, left: set[str]) -> None:
+    manifest = make_manifest(tmp_path, {f"p{n}/1/{name}": "1" for n in range(2)
+                                        for name in ("T1w", "FLAIR", "PET", "BOLD")})
+    wanted = manifest_of(modality, manifest, str(tmp_path / "archive"))
+    scans, labels = read_manifest(wanted)
+    assert set(scans["modality"].to_pylist()) == left and len(scans) == 2 * len(left)
+    assert labels.equals(read_manifest(manifest)[1])  # and the whole manifest stays
+    assert len(read_manifest(manifest)[0]) == 8
+
+
+@pytest.mark.slow(4)
+def test_pet_and_bold_are_prepared_only_where_they_are_asked_for(
+        model: Model, quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "cohort", {
+        "dataset_description.json": "{}", "sub-01/anat/sub-01_T1w.nii.gz": "1",
+        "sub-01/anat/sub-01_T2w.nii.gz": "2", "sub-01/pet/sub-01_pet.nii.gz": "3",
+        "sub-01/func/sub-01_task-rest_bold.nii.gz": "4"})
+    out = str(tmp_path / "out")
+
+    def prepared(modality: str) -> list[str]:
+        found = raw.prepare_scans([str(folder)], out, GRID, key=str(quick), preset="quick",
+                                  modality=modality)
+        return sorted(found.about["modality"].to_pylist())
+
+    assert prepared("T1w") == ["T1w", "T2w"]  # left and right are checked across these
+    assert "not prepared, as --modality T1w needs none of them: 1 BOLD, 1 PET" in (
+        capsys.readouterr().out)
+    assert prepared("PET") == ["PET", "T1w", "T2w"]
+    capsys.readouterr()
+    assert prepared("T1w") == ["PET", "T1w", "T2w"]  # what is there already stays
+    assert "to prepare" not in capsys.readouterr().out
 
 
 def test_of_a_folder_a_modality_names_only_files_that_do_not_say_theirs(
