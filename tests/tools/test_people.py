@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from neurojepa.downstream.embed import Embeddings
+from tools.bench import people
 from tools.bench.people import by_person, differences
 
 
@@ -32,3 +33,16 @@ def test_people_are_told_by_the_names_they_have_elsewhere():
     found = Embeddings(np.eye(2), names, names, names, names, names, names)
     assert by_person(found, {"b": "own"})["own"].tolist() == [1, 0]
     assert set(by_person(found, {"b": "own"})) == {"own", "a"}
+
+
+def test_a_smoother_scan_with_a_larger_mask_is_told(monkeypatch):
+    rng = np.random.default_rng(2)
+    first, other = (np.zeros((20, 20, 20), np.uint8) for _ in range(2))
+    first[4:16, 4:16, 4:16] = rng.integers(50, 200, (12, 12, 12))
+    other[3:17, 3:17, 3:17] = rng.integers(100, 150, (14, 14, 14))
+    feeds = {"first": {"a": first}, "other": {"a": other}}
+    monkeypatch.setattr(people, "images", lambda feed, names, modality: feeds[feed])
+    figures = people.beside("first", "other", {}, "T1w")
+    assert figures["size of mask"] == pytest.approx((14 / 12)**3)
+    assert figures["Dice of masks"] == pytest.approx(2 * 12**3 / (12**3 + 14**3))
+    assert figures["gradient"] == pytest.approx(1 / 3, rel=0.2)

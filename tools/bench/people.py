@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 from sklearn.linear_model import RidgeCV
 
 from data_prep.pack import placed_table, write_tar
@@ -32,7 +33,8 @@ from neurojepa.downstream.scans import prepare_scans
 from neurojepa.downstream.sessions import rows_of_sessions, session_code
 from neurojepa.downstream.stats import r_squared
 from neurojepa.errors import ConfigError
-from neurojepa.feed.format import LABELS_SCHEMA, Feed, commit_feed, open_feed
+from neurojepa.feed.format import LABELS_SCHEMA, Feed, commit_feed, is_brain, open_feed
+from neurojepa.feed.loader import SampleReader
 from neurojepa.storage import write_bytes
 from neurojepa.weights import Weights, load, untrained
 from tools.bench import compare
@@ -51,6 +53,7 @@ from tools.bench._people import (
 from tools.bench.common import ROOT, machine, print_table
 
 PEOPLE = 20
+INNER = 3  # voxels that the middle of the brain is away from its edge
 LYING_MM, LYING_DEGREES = 10.0, 4.0  # of heads in a scanner, as in data_prep/synth/person.py
 MOVED = (0.5, 0.7)  # degrees and mm between scans of a session
 Person = tuple[Mixer, SyntheticPerson]
@@ -81,7 +84,12 @@ def run(quick: bool, official: str | None, work: str | None = None) -> dict[str,
     columns = ("people", "distance", "same for all", "found", "age R2", "age R2, first scan")
     print_table(("", *columns), [(name, *map(figures.get, columns))
                                  for name, figures in found.items()])
-    return found
+    seen = {f"{modality}, {way}": beside(first, feed, names, modality)
+            for modality in MODALITIES for way, (feed, names) in others.items()}
+    print("\nBrain masks and gradients within the brain, beside those of the first scan")
+    print_table(("", *next(iter(seen.values()))), [(name, *figures.values())
+                                                   for name, figures in seen.items()])
+    return found | seen
 
 
 def chosen(cohort: Cohort, work: Path, count: int) -> list[Person]:
@@ -118,7 +126,7 @@ def written(people: list[Person], cohort: Cohort, folder: Path) -> Path:
     write_bytes(str(folder / "dataset_description.json"),
                 json.dumps({"Name": "People", "BIDSVersion": "1.8.0"}).encode())
     for number, (mixed, person) in enumerate(people, 1):
-        last = folder / f"sub-{person.label}" / "written"
+        last = folder / f".sub-{person.label}"  # hidden, so that it is not taken for a scan
         if last.exists():
             continue
         for modality, data in raw_scans(mixed, person, cohort).items():
@@ -190,6 +198,31 @@ def compared(weights: Weights, first: Feed, others: dict[str, tuple[Feed, dict[s
                 "people": len(people), **differences(ours / spread, theirs / spread),
                 **(ages(taught, first, people, ours, theirs) if modality == "T1w" else {})}
     return figures
+
+
+def beside(first: Feed, other: Feed, names: dict[str, str], modality: str) -> dict[str, float]:
+    """How masks and sharpness of a modality's scans compare with those of the first ones; means
+    over people, of the mean gradient in the middle of the brain."""
+    ours, theirs = images(first, {}, modality), images(other, names, modality)
+    rows = []
+    for person, image in theirs.items():
+        pair = [(each, is_brain(each)) for each in (ours[person], image)]
+        (_, before), (_, after) = pair
+        sharp = [np.linalg.norm(np.gradient(each.astype(np.float32)), axis=0)[
+            ndimage.binary_erosion(brain, iterations=INNER)].mean() for each, brain in pair]
+        rows.append((2 * (before & after).sum() / (before.sum() + after.sum()),
+                     after.sum() / before.sum(), sharp[1] / sharp[0]))
+    dice, size, gradient = np.mean(rows, 0).tolist()
+    return {"Dice of masks": dice, "size of mask": size, "gradient": gradient}
+
+
+def images(feed: Feed, names: dict[str, str], modality: str) -> dict[str, np.ndarray]:
+    """Each person's volume of a modality, uint8 codes; the first where there are several."""
+    reader, found = SampleReader(feed), {}
+    for row in select_rows(feed, modality, None)[::-1].tolist():
+        person = reader.value("participant", row)
+        found[names.get(person, person)] = row
+    return {person: reader.image(row) for person, row in found.items()}
 
 
 def by_person(found: Embeddings, names: dict[str, str]) -> dict[str, np.ndarray]:
