@@ -155,18 +155,21 @@ def test_the_rows_of_volumes_and_of_what_anyone_knows_stand_beside_methods(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ) -> None:
     monkeypatch.setattr("tools.bench._downstream_table.DRAWS", tasks.DRAWS)
-    runs = {"ours": [tmp_path / "ours-0", tmp_path / "ours-1"], VOLUMES: [tmp_path / "volumes-0"]}
-    for name, value, spent in (("ours-0", 0.5, np.nan), ("volumes-0", 0.75, 7.0)):
+    runs = {"ours": [tmp_path / "ours-0", tmp_path / "ours-1"], VOLUMES: [tmp_path / "volumes-0"],
+            "random init": [tmp_path / "init-0"]}
+    for name, value, spent in (("ours-0", 0.5, np.nan), ("volumes-0", 0.75, 7.0),
+                               ("init-0", 0.25, 0.0)):
         (tmp_path / name).mkdir()
         finish(tmp_path / name, {"train_cpu_s": np.array(spent)} | {
             way + tasks.AGE: scores(of, of) for way, of in (
                 (tasks.ALONE, value), (tasks.WITHOUT, 0.25), (tasks.WITH, value + 0.125))})
     found = tables(runs)
-    told, added, above = found["tables"].values()
-    assert found["seeds"] == {"ours": 1, VOLUMES: 1}  # the other one is not finished
-    assert found["train_cpu_s"] == {VOLUMES: 7.0}  # that of ours went on in another process
+    told, added, above, of_init = found["tables"].values()
+    assert found["seeds"] == {"ours": 1, VOLUMES: 1, "random init": 1}  # a seed is not finished
+    assert found["train_cpu_s"] == {VOLUMES: 7.0, "random init": 0.0}  # ours was made in parts
     assert told["ours"][tasks.AGE][0] == 0.5 and told[KNOWN][tasks.AGE][0] == 0.25
     assert added["ours"][tasks.AGE] == [0.375] * 3 and above["ours"][tasks.AGE][0] == -0.25
+    assert of_init["ours"][tasks.AGE][0] == 0.25 and "random init" not in of_init
     assert "0.50 [0.50, 0.50]" in capsys.readouterr().out
 
 

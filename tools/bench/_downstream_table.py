@@ -14,6 +14,7 @@ from tools.bench.common import print_table
 
 ALIKE = 1e-6  # of what anyone knows, beside two methods
 VOLUMES, KNOWN = "region volumes", "age, sex, brain volume"
+PEERS = (VOLUMES, "MAE with tissue head", "random init")  # that others are told above
 Cells = dict[str, list[float] | None]  # value, low and high of each column
 
 
@@ -33,8 +34,10 @@ def tables(runs: dict[str, list[Path]]) -> dict[str, Any]:
     if plain := found.get(VOLUMES):
         told |= {KNOWN: row(plain, WITHOUT), f"{VOLUMES}; {KNOWN}": row(plain, WITH),
                  "true risk": row(plain, TRUE)}
-        shown[f"above {VOLUMES}"] = {name: row(scores, ALONE, plain, ALONE)
-                                     for name, scores in found.items() if name != VOLUMES}
+    for peer in PEERS:
+        if others := found.get(peer):
+            shown[f"above {peer}"] = {name: row(scores, ALONE, others, ALONE)
+                                      for name, scores in found.items() if name != peer}
     for title, rows in shown.items():
         print(f"\n{title}")
         print_table(("", "seeds", *COLUMNS), [
