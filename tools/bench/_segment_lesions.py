@@ -33,7 +33,7 @@ from tools.bench._mixing import brain_of, label_folder
 from tools.bench.common import print_table
 from tools.bench.register import Head
 
-RECIPE = Recipe(mm=1.5, window=48, filters=8, steps=500)
+RECIPE = Recipe(window=48, filters=8, steps=200)
 PEOPLE, TESTED = 10, 2
 VOXEL = np.array([1, 1, 3])  # mm
 LESIONS_ML = (1.0, 30.0)  # of a person, drawn evenly on a log scale

@@ -42,7 +42,7 @@ REGIONS = {2: "white matter", 3: "cortex", 4: "lateral ventricle", 7: "cerebella
 RIGHT = {2: 41, 3: 42, 4: 43, 7: 46, 8: 47, 10: 49, 11: 50, 12: 51, 13: 52, 17: 53, 18: 54}
 CODES = np.array(sorted([*REGIONS, *RIGHT.values(), 16]))  # and the brainstem
 COMPONENTS, DRAWS = 8, 2000
-FULL, QUICK = Recipe(mm=3, window=32, filters=8, steps=300), 200
+RECIPE = Recipe(mm=3, window=32, filters=8, steps=200)
 VOTE, BARE = "atlas vote", "network without a prior"
 SCRATCH, TRAINED, DRAWN = "network", "network, tokens", "network, tokens of random weights"
 
@@ -59,11 +59,10 @@ def run(quick: bool, official: str | None, weights: str | None = None,
     """Fit what is missing and print the table; returns it."""
     folder = Path(work or ROOT / "build" / "bench-segment") / (
         f"{'quick' if quick else 'full'}-{kind_of(weights)}")
-    recipe = replace(FULL, steps=QUICK) if quick else FULL
     names = anatomy_names(label_folder())
     heads = [_with_regions(make_head(name, number)) for number, name in enumerate(names[:12])]
     tested, teachers = heads[:1 if quick else 2], heads[2:]
-    people = [taught(head.image, head.labels, CODES, recipe.mm) for head in (*tested, *teachers)]
+    people = [taught(head.image, head.labels, CODES, RECIPE.mm) for head in (*tested, *teachers)]
     tokens = {} if weights is None else _tokens(weights, [*tested, *teachers], people)
     found: dict[str, dict[str, Any]] = {}
     for count in (3, 10):
@@ -71,11 +70,11 @@ def run(quick: bool, official: str | None, weights: str | None = None,
             name = f"{count} {row}"
             found[name] = _kept(folder / f"{name}.json", lambda count=count, row=row, name=name: (
                 _vote(tested, teachers[:count]) if row == VOTE else
-                _network(tested, people, count, replace(recipe, prior=row != BARE),
+                _network(tested, people, count, replace(RECIPE, prior=row != BARE),
                          tokens.get(row), str(folder / name))))
     real = measure((3,) if quick else (3, 10), folder, _kept)
     lesions = {} if quick else _segment_lesions.measure(folder, _kept)
-    return {**_report(found, recipe, len(tested)), "real": report_real(real),
+    return {**_report(found, RECIPE, len(tested)), "real": report_real(real),
             "lesions": _segment_lesions.report(lesions)}
 
 
