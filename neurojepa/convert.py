@@ -143,6 +143,15 @@ def text_of(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def left_out_of(report: dict[str, Any]) -> str:
+    """What was left out, in a line."""
+    names = [each["name"] for each in report["left_out"]]
+    parts = [name for name in names if not name.endswith("counts")]
+    if counters := len(names) - len(parts):
+        parts.append(f"{counters} counters of experts")
+    return ", ".join(parts) or "nothing"
+
+
 # ---- what network it is --------------------------------------------------------------------------
 
 def _read_config(given: str | None, folder: Path) -> tuple[dict[str, Any], str]:
@@ -304,10 +313,12 @@ def _check(sources: dict[str, Source], found: Mapping[str, Tensor], path: Path,
              if name in found and tuple(found[name].shape) != shape]
     odd = [f"{name} is of {found[name].dtype}" for name in wanted
            if name in found and not found[name].is_floating_point()]
+    broken = [name for name in wanted if name in found and not found[name].isfinite().all()]
     problems = [f"{title}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more"
                                                      if len(names) > 3 else "")
                 for title, names in (("missing", missing), ("of no known use", extra),
-                                     ("of another shape", other), ("of another type", odd))
+                                     ("of another shape", other), ("of another type", odd),
+                                     ("not finite", broken))
                 if names]
     if problems:
         raise DataError(f"{path}: does not hold the network of {where}; " + "; ".join(problems)

@@ -167,10 +167,10 @@ def _trained(record: dict[str, Any]) -> str:
 
 def _conversion(official: dict[str, Any]) -> str:
     """What became of the tensors, and what differs."""
-    left = ", ".join(official["left_out"]) or "nothing"
     return "\n".join([
-        f"{official['mapped']} tensors were mapped, every one of the network; left out: {left}. "
-        "`conversion.txt` has each of them.", "", "What differs from the official code:", "",
+        f"{official['mapped']} tensors were mapped, all that the network has; left out: "
+        f"{official['left_out']}. `conversion.txt` has each of them.", "",
+        "What differs from the official code:", "",
         *(f"- {each}" for each in official["differences"])])
 
 

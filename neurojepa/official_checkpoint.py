@@ -29,8 +29,8 @@ LEFT_OUT = {
     "target_encoder": "the moving average; official tasks read the encoder (--part takes this one)",
     "predictor": "fills hidden tokens in training; embeddings need none",
     "opt": "state of the optimiser", "scaler": "state of the loss scaler",
-    "epoch": "a counter", "global_step": "a counter", "loss": "of the last epoch",
-    "counts": "how many tokens each expert got since its last update"}
+    "epoch": "a counter", "global_step": "a counter", "loss": "of the last epoch"}
+COUNTS = "how many tokens each expert got since its last update"
 
 
 def locate(checkpoint: str) -> Path:
@@ -82,7 +82,13 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def parts_of(found: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The trainer's parts by name; of tensors alone one part, ``tensors``."""
+    """The trainer's parts by name; of tensors alone one part, ``tensors``.
+
+    Raises
+    ------
+    DataError
+        It is neither, or has a part that is not known.
+    """
     for wrapped in ("state_dict", "model"):
         if set(found) == {wrapped}:
             found = found[wrapped]
@@ -100,8 +106,14 @@ def parts_of(found: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 
 def encoder_of(parts: Mapping[str, Any], part: str,
-             path: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The tensors of the part by their plain names, and what is left out."""
+               path: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The tensors of the part by their plain names, and what is left out.
+
+    Raises
+    ------
+    DataError
+        There is no such part, or it holds something else than tensors.
+    """
     chosen = parts.get("tensors", parts.get(part))
     if not isinstance(chosen, Mapping):
         raise DataError(f"{path}: holds no {part}")
@@ -119,7 +131,7 @@ def encoder_of(parts: Mapping[str, Any], part: str,
         if plain in found:
             raise DataError(f"{path}: two tensors are named {plain} without their wrappers' names")
         if re.fullmatch(r"blocks\.\d+\.mlp\.counts", plain):
-            left.append({"name": name, "tensors": 1, "why": LEFT_OUT["counts"]})
+            left.append({"name": name, "tensors": 1, "why": COUNTS})
         else:
             found[plain] = tensor
     return found, left

@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 import torch
 
 from neurojepa.config import RootConfig, validate
-from neurojepa.convert import Converted, convert, text_of
+from neurojepa.convert import Converted, convert, left_out_of, text_of
 from neurojepa.downstream.pooling import Places
 from neurojepa.errors import CheckpointError, ConfigError, DataError, run_command
 from neurojepa.feed.format import Feed, Grid, grid_from_record, open_feed
@@ -143,7 +143,7 @@ def write_converted(converted: Converted, out: str, *, licence: str | None = Non
               "parameters": sum(tensor.numel() for tensor in converted.tensors.values()),
               "official": {"source": report["source"], "differences": report["differences"],
                            "mapped": len(report["mapped"]),
-                           "left_out": [each["name"] for each in report["left_out"]]}}
+                           "left_out": left_out_of(report)}}
     if licence or report["licence"]:
         record["licence"] = licence or report["licence"]
     if compare_with is not None:
@@ -363,9 +363,8 @@ def _convert(arguments: argparse.Namespace) -> int:
                     compare_with=open_feed(arguments.feed) if arguments.feed else None)
     report = found.report
     print(f"{arguments.checkpoint}: {len(report['mapped'])} tensors mapped, none missing; left "
-          "out: " + (", ".join(each["name"] for each in report["left_out"]) or "nothing")
-          + f"\nwrote weights to {arguments.out}; every tensor and what differs from the "
-          f"official code: {join(arguments.out, 'conversion.txt')}")
+          f"out: {left_out_of(report)}\nwrote weights to {arguments.out}; every tensor and what "
+          f"differs from the official code: {join(arguments.out, 'conversion.txt')}")
     return 0
 
 

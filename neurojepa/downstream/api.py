@@ -177,7 +177,8 @@ class Model:
                  key: str | None, workers: int) -> Scans:
         if self.weights.places is None:
             print(f"{self.name}: exported without what embeddings are compared with, so these "
-                  "scans are compared with one another; export the weights again, with --feed FEED")
+                  "scans are compared with one another; export or convert the weights again, "
+                  "with --feed FEED")
         found = prepare_scans(named, out, self.weights.grid, key=key, preset=preset,
                               modality=modality, workers=workers)
         print(f"scans: {told(found)}", flush=True)

@@ -123,9 +123,10 @@ def write(folder: Path, encoder: Tensors, moe: bool = False, **more: Any) -> Pat
     """A checkpoint as the official trainer writes it, and its config."""
     wrapped = OrderedDict((f"module.backbone.{name}", tensor) for name, tensor in encoder.items())
     opt = torch.optim.AdamW([torch.zeros(2, requires_grad=True)]).state_dict()
-    torch.save({"encoder": wrapped, "target_encoder": wrapped, "opt": opt, "scaler": None,
+    torch.save({"encoder": wrapped, "target_encoder": wrapped,
                 "predictor": {"module.backbone.mask_tokens.0": torch.zeros(1, 1, 8)},
-                "epoch": 7, "global_step": 1600, "loss": 0.5} | more, folder / "latest.pt")
+                "opt": opt, "scaler": None, "epoch": 7, "global_step": 1600, "loss": 0.5} | more,
+               folder / "latest.pt")
     (folder / "config.json").write_text(json.dumps({"model": MODEL | {"use_moe": moe}}))
     return folder / "latest.pt"
 
@@ -179,6 +180,8 @@ def test_every_tensor_is_told(moe: bool, tmp_path: Path) -> None:
         assert f"{float(share):.1%} of this grid's patches" in page and "--preset paper" in page
     assert "latest.pt" in card and "trained for 1600 steps\n" in card and "license:" not in card
     assert "CC BY-NC-ND 4.0" in card
+    told = "left out: target_encoder, predictor, opt, scaler, epoch, global_step, loss"
+    assert told + (", 2 counters of experts." if moe else ".") in card
 
 
 def test_parts_and_forms_of_a_checkpoint(tmp_path: Path,
@@ -219,6 +222,7 @@ def without(name: str) -> Callable[[Tensors], Tensors]:
      r"patch_embed\.proj\.weight is \(96, 2, 6, 6, 6\), \(96, 1, 6, 6, 6\) is needed"),
     (lambda found: found | {"norm.bias": torch.zeros(DIM, dtype=torch.int64)},
      r"norm\.bias is of torch\.int64"),
+    (lambda found: found | {"norm.bias": torch.full((DIM,), torch.nan)}, r"not finite: norm\.bias"),
     (lambda found: found | {"norm.bias": 3.0}, r"norm\.bias is a float, no tensor"),
     (lambda found: found | {"module.norm.bias": torch.zeros(DIM)}, r"two tensors are named norm"),
     (lambda found: found | official(True), r"has experts, .*config\.json says model\.use_moe = Fa"),
