@@ -116,13 +116,20 @@ def save_atlas(out: str, heads: Sequence[tuple[str, str]], about: dict[str, Any]
         Another fit has finished in this folder meanwhile; its model stays as it is, and these
         heads go.
     """
-    keys = [key for _, key in heads]
-    listed = [{"name": name, "key": key, "sha256": {
-        part: sha256(read_bytes(_file(out, key, part))) for part in PARTS}} for name, key in heads]
-    if not create(join(out, "config.json"), json.dumps(
-            {"schema": KIND, "method": "atlas", "heads": listed, **about}, indent=1).encode()):
-        first = json.loads(read_bytes(join(out, "config.json"))).get("heads", [])
-        _remove_heads(out, set(keys) - {each["key"] for each in first})
+    keys, place = [key for _, key in heads], join(out, "config.json")
+    try:
+        listed = [{"name": name, "key": key, "sha256": {
+            part: sha256(read_bytes(_file(out, key, part))) for part in PARTS}}
+            for name, key in heads]
+        first = create(place, json.dumps(
+            {"schema": KIND, "method": "atlas", "heads": listed, **about}, indent=1).encode())
+    except DataError:
+        if not exists(place):  # else these heads were nobody's for the fit that finished
+            raise
+        first = False
+    if not first:
+        others = json.loads(read_bytes(place)).get("heads", [])
+        _remove_heads(out, set(keys) - {each["key"] for each in others})
         raise ConfigError(f"--out {out}: another fit has finished there meanwhile; name another "
                           "folder")
     kept = {name.partition("_")[0] for name in list_names(join(out, HEADS))}

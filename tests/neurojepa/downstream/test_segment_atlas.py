@@ -231,19 +231,30 @@ def test_a_fit_that_was_stopped_keeps_what_is_done(
         neurojepa.load_segmenter(str(model))
 
 
-def test_of_two_fits_at_once_the_first_to_finish_keeps_its_heads(tmp_path: Path) -> None:
-    scans = [blob(seed) for seed in range(2)]
-    keys = [module.key_of(scan, labels_of(scan)) for scan in scans]
-    for scan, key in zip(scans, keys, strict=True):
-        module.keep(str(tmp_path), key, head_of(scan, labels_of(scan)))
+@pytest.mark.parametrize("kept_before", [False, True])
+def test_of_two_fits_at_once_the_first_to_finish_keeps_its_heads(tmp_path: Path,
+                                                                 kept_before: bool) -> None:
+    scans = [blob(seed) for seed in range(3)]
+    heads = {module.key_of(scan, labels_of(scan)): head_of(scan, labels_of(scan))
+             for scan in scans}
+    keys, out = list(heads), str(tmp_path)
     about = {"codes": CODES, "names": ["a", "b", "c"]}
-    module.save_atlas(str(tmp_path), [("first", keys[0])], about)
-    module.keep(str(tmp_path), keys[1], head_of(scans[1], labels_of(scans[1])))
+    for key in keys[:2] if kept_before else keys[:1]:
+        module.keep(out, key, heads[key])
+    module.save_atlas(out, [("first", keys[0])], about)  # and removes what the second has kept
+    for key in keys[2:] if kept_before else keys[1:]:
+        module.keep(out, key, heads[key])
     with pytest.raises(ConfigError, match="another fit has finished there meanwhile"):
-        module.save_atlas(str(tmp_path), [("second", keys[1])], about)
+        module.save_atlas(out, [("second", key) for key in keys], about)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert [head.name for head in module.load_atlas(str(tmp_path), config, 1).heads] == ["first"]
+    assert [head.name for head in module.load_atlas(out, config, 1).heads] == ["first"]
     assert {path.name.partition("_")[0] for path in (tmp_path / "heads").iterdir()} == {keys[0]}
+
+
+def test_a_head_that_is_gone_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone_labels\.nii\.gz: not found"):
+        module.save_atlas(str(tmp_path), [("a", "gone")], {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:
