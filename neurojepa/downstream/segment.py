@@ -68,7 +68,8 @@ def prepare(scan: Image, mm: float, prior: bool = True) -> Working:
     image = np.where(brain, (image - image[brain].mean()) / max(image[brain].std(), 1e-6), -3)
     points = warps.points_of(shape, affine)
     inside = points[brain]
-    points = (points - inside.mean(0)) / (COORDINATE_SD * inside.std(0) if prior else COORDINATE_MM)
+    sd = np.maximum(inside.std(0), mm)  # that of a single slice is 0
+    points = (points - inside.mean(0)) / (COORDINATE_SD * sd if prior else COORDINATE_MM)
     return Working(np.concatenate([image[None], np.moveaxis(points, -1, 0)]).astype(np.float32),
                    affine, brain)
 

@@ -112,6 +112,15 @@ def test_coordinates_tell_left_from_right_however_a_scan_is_stored(tmp_path: Pat
     assert work.channels[0][work.brain].std() == pytest.approx(1, abs=0.01)
 
 
+def test_a_single_slice_has_coordinates() -> None:
+    scan = blob(0)
+    assert scan.brain is not None
+    scan.brain[..., :20] = scan.brain[..., 21:] = False
+    work = prepare(scan, 4.0)
+    assert np.ptp(np.nonzero(work.brain)[2]) == 0
+    assert np.isfinite(work.channels).all() and abs(work.channels[3]).max() < 2
+
+
 # ---- fit -----------------------------------------------------------------------------------------
 
 @pytest.mark.slow(3)
