@@ -4,9 +4,9 @@
     window --SegResNet (Myronenko, MICCAI BrainLes 2018; MONAI's)--> what it makes of the image
     both, summed --> a map a label
 
-SegResNet normalises every group of its channels over the window, by which it all but loses where
-the window lies, and from a few labelled people it is long in learning rare regions.  The prior
-tells both from the first step on.
+From a few labelled people SegResNet is long in learning rare regions, presumably because it
+normalises every group of its channels over the window, by which it loses where the window lies.
+The prior tells both from the first step on (docs/results/segment.md).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from neurojepa.errors import ConfigError, DataError
 from neurojepa.storage import exists, join, list_names, read_if_there, write_bytes
 
 PLAN = "fit.json"  # what a network learns from, so that it goes on with nothing else
-STEPS, MM = 2000, 2.0  # of a network
+STEPS, MM = Recipe.steps, Recipe.mm  # of a network
 
 # ---- fit -----------------------------------------------------------------------------------------
 
