@@ -6,7 +6,7 @@ maps of an encoder's tokens at its bottleneck, pretrained (--weights DIR) and wi
 anew.  All networks have the same steps, windows and seed.  A second table has real people with a
 truth (_segment_real.py), if they are at hand; with --quick from 3 labelled heads alone.  A third
 has lesions (_segment_lesions.py), without --quick.  What is finished is kept in --work (default
-build/bench-segment).
+build/bench-segment), in a folder of this code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from neurojepa.storage import write_bytes
 from tools.bench import _segment_lesions
 from tools.bench._mixing import label_folder
 from tools.bench._segment_real import measure, report_real
-from tools.bench.common import ROOT, machine, print_table
+from tools.bench.common import ROOT, code_hash, machine, print_table
 from tools.bench.register import Head, centred, kind_of, make_head
 
 REGIONS = {2: "white matter", 3: "cortex", 4: "lateral ventricle", 7: "cerebellar white matter",
@@ -57,8 +57,10 @@ class Tokens:
 def run(quick: bool, official: str | None, weights: str | None = None,
         work: str | None = None) -> dict[str, Any]:
     """Fit what is missing and print the table; returns it."""
+    code = code_hash("neurojepa/downstream/segment*.py", "neurojepa/downstream/register.py",
+                     "tools/bench/*segment*.py", "tools/bench/register.py")
     folder = Path(work or ROOT / "build" / "bench-segment") / (
-        f"{'quick' if quick else 'full'}-{kind_of(weights)}")
+        f"{'quick' if quick else 'full'}-{kind_of(weights)}-{code}")
     names = anatomy_names(label_folder())
     heads = [_with_regions(make_head(name, number)) for number, name in enumerate(names[:12])]
     tested, teachers = heads[:1 if quick else 2], heads[2:]
