@@ -153,7 +153,7 @@ def test_small_labels_come_up_as_often_as_large_ones(balanced: float, low: float
     assert low <= np.mean(np.array(drawn) == 2) <= high
 
 
-def test_networks_of_before_priors_still_load(tmp_path: Path) -> None:
+def test_networks_of_before_priors_still_give_what_they_gave(tmp_path: Path) -> None:
     old = replace(RECIPE, prior=False)
     network = build(old, 1)
     save_model(str(tmp_path), Segmenter(network, old, [3], ["left"]), {})
@@ -165,6 +165,9 @@ def test_networks_of_before_priors_still_load(tmp_path: Path) -> None:
     assert not loaded.recipe.prior
     for one, other in zip(network.parameters(), loaded.network.parameters(), strict=True):
         assert torch.equal(one, other)
+    found, _ = loaded.maps(blob(0))
+    assert np.array_equal(found, predict(network.eval(), prepare(blob(0), old.mm, False), old))
+    assert not np.allclose(found, predict(network, prepare(blob(0), old.mm), old), atol=1e-3)
 
 
 @pytest.mark.slow(3)
