@@ -227,6 +227,17 @@ def test_a_size_says_what_recipes_change(tmp_path: Path, monkeypatch):
     assert (tiny.train.dtype, small.train.dtype) == ("fp32", "bf16")
 
 
+def test_a_cost_is_kept_where_a_lesser_budget_is_the_first(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(compare, "open_feed", lambda feed: SimpleNamespace(grid=GRID))
+    monkeypatch.setattr(compare, "command", lambda log, *arguments: log.write_text("0.5\n"))
+    job = compare.Job(tmp_path / "full/budget-60/runs/mae-0", compare.ARMS["MAE with tissue head"],
+                      0, 60.0)
+    job.folder.mkdir(parents=True)
+    (job.folder / "run.json").write_text("{}")
+    assert compare.Runner("feed", tmp_path / "full")._steps(job) == 120
+    assert (tmp_path / "full/runs/mae.cost").read_text() == "0.5"
+
+
 class Recorder:
     """Takes jobs in place of making them."""
 

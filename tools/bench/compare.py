@@ -265,6 +265,7 @@ class Runner:
                 self._write(job, 1000, folder)
                 (folder / "run.json").write_text((job.folder / "run.json").read_text())
                 command(folder / "log.txt", self.module, str(folder), "--cost")
+                file.parent.mkdir(parents=True, exist_ok=True)  # runs of another budget lie deeper
                 file.write_text((folder / "log.txt").read_text().splitlines()[-1])
         return max(10, round(job.seconds / float(file.read_text()) / 10) * 10)
 
