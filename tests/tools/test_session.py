@@ -99,6 +99,10 @@ def test_atoms_that_few_tokens_use_are_left_out(monkeypatch, least, kind):
     assert some.atoms == kept_A[:kind.atoms].sum()
 
 
+def test_thresholds_go_with_a_code_to_its_device():
+    assert Code(5, KINDS["sparse"]).to("meta").least_A.is_meta
+
+
 def test_seeds_make_a_code_and_leave_other_draws_alone(monkeypatch):
     monkeypatch.setattr(sessions, "STEPS", 3)
     z_QD = two_contrasts(50)[0]

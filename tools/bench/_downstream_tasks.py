@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,6 +52,7 @@ from tools.bench._alff import LINKS
 from tools.bench._compare_run import cost_of_step, spent_on
 from tools.bench._people import FEEDS, Cohort
 from tools.bench._quality_run import finish, predicted_by, trained
+from tools.bench.common import spent_s
 
 DRAWS, FOLDS, REPEATS = 1000, 5, 1
 SEED = Cohort().seed  # of the people
@@ -73,24 +73,24 @@ def main(folder: Path, cost: bool) -> None:
         return
     first = open_feed(config.data.feed)
     second = open_feed(str(Path(config.data.feed).parent / FEEDS[1]))
-    changes, spent_s = json.loads((folder / "run.json").read_text()), 0.0
+    changes, train_s = json.loads((folder / "run.json").read_text()), 0.0
     if changes.get("volumes"):
         model, found = None, [volumes(feed, config.model.patch_voxels) for feed in (first, second)]
     else:
         model = trained(config, folder)
-        spent_s = spent_on(folder)
+        train_s = spent_on(folder)
         if changes.get("unread"):  # the first stage of others
-            finish(folder, {"train_cpu_s": np.array(spent_s)})
+            finish(folder, {"train_cpu_s": np.array(train_s)})
             return
         if changes.get("code"):
-            model, spent_s = with_code(Path(changes["teacher"]), first, config.train.seed)
+            model, train_s = with_code(Path(changes["teacher"]), first, config.train.seed)
         found = embedded(model, config, first, second)
     people = [people_of(feed, values)
               for feed, values in zip((first, second), found, strict=True)]
     scores = tasks(people[0], people[1], alff_of(second))
     if isinstance(model, CNN):
         scores |= of_its_head(model, config, first, people[0])
-    finish(folder, scores | {"train_cpu_s": np.array(spent_s)})
+    finish(folder, scores | {"train_cpu_s": np.array(train_s)})
 
 
 # ---- features ------------------------------------------------------------------------------------
@@ -98,11 +98,11 @@ def main(folder: Path, cost: bool) -> None:
 def with_code(teacher: Path, feed: Feed, seed: int) -> tuple[Averaged, float]:
     """A model of weights that is read through a code of sessions, as ``neurojepa code`` learns it,
     and the CPU seconds of both stages."""
-    began, weights = time.process_time(), load(str(teacher))
+    began, weights = spent_s(), load(str(teacher))
     rows = rows_of_sessions(feed, select_rows(feed, None, None, "train"))
     weights.model.session_code, _ = session_code(weights.model, weights.config, feed, rows,
                                                  seed=seed)
-    return weights.model, spent_on(teacher.parent) + time.process_time() - began
+    return weights.model, spent_on(teacher.parent) + spent_s() - began
 
 
 def embedded(model: Averaged, config: RootConfig, first: Feed, second: Feed) -> list[np.ndarray]:

@@ -31,6 +31,7 @@ from neurojepa.objective.losses import take
 from neurojepa.objective.views import INTENSITY_MEAN, INTENSITY_STD, Views, patch_numbers
 from neurojepa.weights import load
 from tools.bench._quality_run import head_alone
+from tools.bench.common import device_here
 
 LEAST_DEVIATION = 0.1  # of a place's tokens: below it they are not made larger
 LEAST_RATE = 0.02  # at which the running means of places follow
@@ -48,7 +49,8 @@ def apply(changes: dict[str, Any], grid: Grid, patch: int) -> None:
         SparseJEPA.forward = head_alone  # type: ignore[method-assign, assignment]
     targets = SparseJEPA.targets
     if changes.get("teacher") and not changes.get("code"):
-        targets = from_teacher(load(changes["teacher"]).model)  # type: ignore[assignment]
+        teacher = load(changes["teacher"]).model.to(device_here())
+        targets = from_teacher(teacher)  # type: ignore[assignment]
     if changes.get("centred"):
         targets = centred(targets, grid, patch)  # type: ignore[assignment]
     SparseJEPA.targets = targets  # type: ignore[method-assign]
@@ -82,8 +84,9 @@ def centred(targets: Any, grid: Grid, patch: int) -> Any:
         flat_Q, z_QD = number_BN.flatten(), z_BND.flatten(0, 1)
         if not state:
             cells = int(torch.tensor(grid.shape).prod()) // patch**3 * len(MODALITIES)
-            state["count"] = torch.zeros(cells)
-            state["mean"], state["square"] = (torch.zeros(cells, z_QD.shape[1]) for _ in range(2))
+            state["count"] = z_QD.new_zeros(cells)
+            state["mean"], state["square"] = (z_QD.new_zeros(cells, z_QD.shape[1])
+                                              for _ in range(2))
         seen = torch.zeros_like(state["count"]).index_add_(0, flat_Q, torch.ones_like(z_QD[:, 0]))
         state["count"] += seen
         rate = torch.where(seen > 0, (seen / state["count"].clamp(min=1)).clamp(min=LEAST_RATE), 0)

@@ -84,6 +84,8 @@ KINDS = {"sparse": Kind(l1=L1), "dense": Kind(atoms=0, sparse=False), "wide": Ki
 class Code(SessionCode):
     """A session code of one of the kinds."""
 
+    least_A: Tensor  # the threshold of each atom
+
     def __init__(self, dim: int, kind: Kind) -> None:
         shared = kind.atoms or dim  # of h, which tell the target
         hidden = max(HIDDEN, sessions.WIDER * dim)
@@ -93,7 +95,7 @@ class Code(SessionCode):
         self.kind, self.active = kind, 1.0  # share of the atoms that are active in a token
         self.own_decoder = Decoder(kind.own_atoms, dim)
         self.own_offset = nn.Parameter(torch.zeros(dim))
-        self.least_A = torch.zeros(shared + kind.own_atoms)  # the threshold of each atom
+        self.register_buffer("least_A", torch.zeros(shared + kind.own_atoms), persistent=False)
         self.log_least_A = nn.Parameter(torch.full((shared,), LOG_LEAST))  # as JumpReLU learns it
         self.step = 0  # of learning
 
@@ -105,7 +107,7 @@ class Code(SessionCode):
         if self.kind.jump:
             jumped: Tensor = _Jump.apply(h, self.thresholds())[0]  # type: ignore[no-untyped-call]
             return jumped
-        return F.relu(h) * (h > self.least_A.to(h.device)) if self.kind.sparse else F.gelu(h)
+        return F.relu(h) * (h > self.least_A) if self.kind.sparse else F.gelu(h)
 
     def told(self, h: Tensor) -> Tensor:
         """[..., D]"""
@@ -147,7 +149,7 @@ class Code(SessionCode):
                              (slice(kind.atoms, None), kind.own_atoms, kind.own_top)):
             if top:
                 share = (top + all_share * (num - top)) / num
-                values = h[:, of].numpy().ravel()
+                values = h[:, of].cpu().numpy().ravel()
                 k = min(int((1 - share) * len(values)), len(values) - 1)
                 least = float(np.partition(values, k)[k])
                 self.least_A[of] += pace * (least - self.least_A[of])
