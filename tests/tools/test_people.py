@@ -46,3 +46,18 @@ def test_a_smoother_scan_with_a_larger_mask_is_told(monkeypatch):
     assert figures["size of mask"] == pytest.approx((14 / 12)**3)
     assert figures["Dice of masks"] == pytest.approx(2 * 12**3 / (12**3 + 14**3))
     assert figures["gradient"] == pytest.approx(1 / 3, rel=0.2)
+
+
+def test_what_preparation_makes_of_scans_is_told():
+    rows = [{"participant": "b", "modality": "T1w", "status": "flagged", "reason": None,
+             "flags": "low_snr;low_ncc"},
+            {"participant": "b", "modality": "T2w", "status": "flagged", "reason": None,
+             "flags": "low_snr"},
+            {"participant": "a", "modality": "T1w", "status": "accepted", "reason": None,
+             "flags": None}]
+    assert people.judged(rows, {}) == ("of 3 scans preparation rejected none, and flagged 2: "
+                                       "low_snr 2, low_ncc 1")
+    lost = {"participant": "b", "modality": "FLAIR", "status": "rejected", "reason": "no_brain",
+            "flags": None}
+    assert people.judged([lost], {"b": "0007"}) == (
+        "of 1 scans preparation rejected 0007 FLAIR, and flagged 0: -")

@@ -17,6 +17,7 @@ what a rescan differs by; files differ by what preparation does, too.  Encoders 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from scipy import ndimage
 from sklearn.linear_model import RidgeCV
 
 from data_prep.pack import placed_table, write_tar
+from data_prep.rows import Status, flags_of
 from data_prep.synth import scanner
 from data_prep.synth.cohort import SyntheticPerson, draw_person, truths
 from neurojepa.downstream.embed import Embeddings, embed, fit_places, reference_rows, select_rows
@@ -73,9 +75,7 @@ def run(quick: bool, official: str | None, work: str | None = None) -> dict[str,
     files = written(people, cohort, made / "files")
     prepared = prepare_scans([str(files)], str(made / "prepared"), GRIDS[cohort.grid])
     names = {pseudonym: own.removeprefix("sub-") for pseudonym, own in prepared.ids.items()}
-    rejected = [row for row in prepared.about.to_pylist() if row["status"] == "rejected"]
-    for row in rejected:
-        print(f"{names[row['participant']]} {row['modality']}: rejected by preparation")
+    print(judged(prepared.about.to_pylist(), names))
     first = open_feed(str(folder / "feed"))
     others = {"straight again": (open_feed(again), {}),
               "through preparation": (prepared.feed, names)}
@@ -161,6 +161,17 @@ def raw_scans(mixed: Mixer, person: SyntheticPerson, cohort: Cohort) -> dict[str
         files[modality] = scanner.store(np.rint(signal), affine=affine, dtype=np.int16,
                                         orientation=view.orientation, slope=1.0)
     return files
+
+
+def judged(rows: list[Any], names: dict[str, str]) -> str:
+    """Which scans preparation rejected, and how many it flagged for what."""
+    rejected = [f"{names[row['participant']]} {row['modality']}" for row in rows
+                if row["status"] == Status.REJECTED]
+    flagged = Counter(row["status"] for row in rows)[Status.FLAGGED]
+    flags = Counter(flag for row in rows for flag in flags_of(row))
+    return (f"of {len(rows)} scans preparation rejected {', '.join(rejected) or 'none'}, "
+            f"and flagged {flagged}: "
+            + (", ".join(f"{flag} {count}" for flag, count in flags.most_common()) or "-"))
 
 
 # ---- what an encoder makes of them ---------------------------------------------------------------
