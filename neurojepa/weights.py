@@ -358,6 +358,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    given = [arguments.checkpoint, *([arguments.config] if arguments.config else [])]
+    if Path(arguments.out).resolve() in {(path if path.is_dir() else path.parent).resolve()
+                                         for path in map(Path, given)}:
+        raise ConfigError(f"--out {arguments.out}: is the folder of the checkpoint or of its "
+                          "config, whose files would be written over; name another")
     found = convert(arguments.checkpoint, config=arguments.config, part=arguments.part)
     write_converted(found, arguments.out, licence=arguments.licence,
                     compare_with=open_feed(arguments.feed) if arguments.feed else None)
