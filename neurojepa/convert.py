@@ -14,6 +14,7 @@ tokens for the same voxels.  Preparation is this project's; ``DIFFERENCES`` says
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from neurojepa.config import RootConfig, validate
 from neurojepa.errors import ConfigError, DataError
-from neurojepa.feed.format import MNI_CENTRE_MM, TRAINING_GRIDS, Grid
+from neurojepa.feed.format import TRAINING_GRIDS, Grid
 from neurojepa.model.official import OfficialEncoder
 from neurojepa.model.sizes import SIZES
 from neurojepa.official_checkpoint import (
@@ -199,9 +200,7 @@ def _architecture(facts: dict[str, Any], where: str, found: Mapping[str, Tensor]
         raise DataError(f"{path}: {'has experts' if blocks else 'has no experts'}, {where} says "
                         f"model.use_moe = {moe}; name the config that it was trained with")
     scale = _check_experts(facts.get("moe_params"), size, blocks, where) if moe else 1.0
-    spacing = GRID.spacing_mm
-    grid = GRID if shape == GRID.shape else Grid("x".join(map(str, shape)), shape, spacing,
-                                                 MNI_CENTRE_MM)
+    grid = GRID if shape == GRID.shape else Grid("x".join(map(str, shape)), shape, GRID.spacing_mm)
     config = validate({
         "data": {"feed": "official"}, "train": {"steps": 1}, "run": {"dir": "run"},
         "model": {"size": size, "official": True, "moe": moe, "head_gate": True,
@@ -256,7 +255,7 @@ def _check_experts(params: Any, name: str, blocks: set[int], where: str) -> floa
         raise DataError(f"{where}: says that blocks {odd} have experts, the checkpoint has them in "
                         f"{sorted(blocks)}")
     scale = params.get("route_scale")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise ConfigError(f"{where}: model.moe_params.route_scale = {scale!r}, a number above 0 is "
                           "needed")
     return float(scale)
@@ -313,7 +312,8 @@ def _check(sources: dict[str, Source], found: Mapping[str, Tensor], path: Path,
              if name in found and tuple(found[name].shape) != shape]
     odd = [f"{name} is of {found[name].dtype}" for name in wanted
            if name in found and not found[name].is_floating_point()]
-    broken = [name for name in wanted if name in found and not found[name].isfinite().all()]
+    broken = [name for name in wanted if name in found and found[name].is_floating_point()
+              and not found[name].float().isfinite().all()]
     problems = [f"{title}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more"
                                                      if len(names) > 3 else "")
                 for title, names in (("missing", missing), ("of no known use", extra),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def read(path: Path) -> Mapping[str, Any]:
                 "code, so they are not read; where you trust the file, load it with the official "
                 "code, and save the encoder's tensors as .safetensors") from error
         raise DataError(f"{path}: is no checkpoint, or damaged") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
+            AttributeError, struct.error, OSError) as error:  # what torch trips over, too
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: is no checkpoint, or damaged: {reason}") from error
     if not isinstance(found, Mapping):
@@ -117,6 +119,8 @@ def encoder_of(parts: Mapping[str, Any], part: str,
     chosen = parts.get("tensors", parts.get(part))
     if not isinstance(chosen, Mapping):
         raise DataError(f"{path}: holds no {part}")
+    if unnamed := [name for name in chosen if not isinstance(name, str)]:
+        raise DataError(f"{path}: {part} is no table of tensors by name; it has {unnamed[0]!r}")
     if "tensors" in parts and part != "encoder":
         raise DataError(f"{path}: holds one encoder's tensors alone; leave --part out")
     left = [{"name": name, "tensors": _count(value), "why": LEFT_OUT[name]}
