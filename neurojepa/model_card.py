@@ -36,12 +36,12 @@ LIMITS = """- Not a medical device. Check on your own scanners and people first.
 - What follows from head size is taken out of embeddings; brain volume stands beside them."""
 
 
-OFFICIAL_DATA = """Not known here: what the page of the checkpoint says. Who taught it is not known
+OFFICIAL_DATA = """Not known here; see the page of the checkpoint. Who taught it is not known
 either, so no one can be left out of a test."""
 OFFICIAL_LIMITS = """- Not a medical device. Check on your own scanners and people first.
 - What follows from head size is taken out of embeddings; brain volume stands beside them.
 - It is not trained further here: there is no predictor and no loss."""
-OFFICIAL_LICENCE = """Not stated beside the checkpoint. Its repository gives released weights under
+OFFICIAL_LICENCE = """Not stated. The official repository gives released weights under
 CC BY-NC-ND 4.0: not for commercial use, and altered copies are not to be shared, which a
 converted one may be. `neurojepa weights card DIR --licence NAME` states another."""
 
@@ -79,14 +79,16 @@ def complete_card(uri: str, *, results: str | None = None, licence: str | None =
     if results is not None:
         found = read_record(results, "a results.json of probe --feed", "results")
         for name in ("step", "feed"):
-            if found.get(name) != record[name]:
+            # what official weights learnt from is not known
+            if found.get(name) != record[name] and record[name] is not None:
                 raise DataError(f"{results}: is of {name} {found.get(name)}, the weights of "
                                 f"{record[name]}; probe these weights on the feed they learnt from")
         other = found.get("identity", identity(record))  # earlier versions wrote none
         if differing := [name for name, sha in identity(record).items() if other.get(name) != sha]:
             raise DataError(f"{results}: is of the same step and feed but of other weights: "
                             f"{', '.join(differing)} differ; probe these weights")
-        record["results"] = {name: found[name] for name in ("modality", "cohort", "results")}
+        record["results"] = {name: found.get(name)
+                             for name in ("modality", "cohort", "feed", "results")}
     if licence is not None:
         record["licence"] = licence
     if about is not None:
@@ -140,7 +142,7 @@ at the same places,
         "Use": USE,
         "Data and splits": ("Of the pretraining. " * ("purpose" in record)) + _data(record),
         "Results": _results(record["results"]) if "results" in record else NOT_MEASURED,
-        **({"Conversion": _conversion(record["official"])} if official else {}),
+        **({"Conversion": _conversion(record)} if official else {}),
         "Limits": OFFICIAL_LIMITS if official else LIMITS,
         "Licence": record.get("licence", OFFICIAL_LICENCE if official else NO_LICENCE)}
     parts = ["\n".join(head), "# neurojepa weights",
@@ -165,17 +167,22 @@ def _trained(record: dict[str, Any]) -> str:
             f"{record['config']['train']['global_batch']} scans\n")
 
 
-def _conversion(official: dict[str, Any]) -> str:
+def _conversion(record: dict[str, Any]) -> str:
     """What became of the tensors, and what differs."""
+    official = record["official"]
+    # which is not beside weights that learnt a task on top
+    beside = "" if "purpose" in record else " `conversion.txt` has each of them."
     return "\n".join([
         f"{official['mapped']} tensors were mapped, all that the network has; left out: "
-        f"{official['left_out']}. `conversion.txt` has each of them.", "",
+        f"{official['left_out']}.{beside}", "",
         "What differs from the official code:", "",
         *(f"- {each}" for each in official["differences"])])
 
 
 def _read(record: dict[str, Any]) -> str:
-    return "the atoms of tokens" if "code" in record else "the target encoder's tokens"
+    if "code" in record:
+        return "the atoms of tokens"
+    return "the encoder's tokens" if "official" in record else "the target encoder's tokens"
 
 
 def _code(record: dict[str, Any]) -> str:
@@ -213,12 +220,13 @@ def _data(record: dict[str, Any]) -> str:
 
 def _results(found: dict[str, Any]) -> str:
     of = ", ".join(found[name] for name in ("modality", "cohort") if found[name])
+    feed = f" of feed {found['feed']}" if found.get("feed") else ""  # earlier versions wrote none
     rows = [f"| {label} | {metric} | {name} | {value['value']:.3f} | {value['low']:.3f} to "
             f"{value['high']:.3f} | {value['num_people']} |"
             for name, labels in found["results"].items() for label, scores in labels.items()
             for metric, value in scores.items() if isinstance(value, dict)]
     return "\n".join([
         "Linear probes on frozen embeddings, fitted on split train and scored on split test"
-        f"{f' ({of})' if of else ''}. Random init is the same network untrained.", "",
+        f"{feed}{f' ({of})' if of else ''}. Random init is the same network untrained.", "",
         "| label | metric | weights | value | 95 % interval | test people |",
         "|---|---|---|---|---|---|", *sorted(rows)])

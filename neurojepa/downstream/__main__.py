@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     for add in (add_commands, add_code, add_fuse, add_explain, add_depart, add_finetune,
                 add_complete, add_image_commands):
         add(commands)
-    commands.add_parser("weights", help="verify, export and describe weights")
+    commands.add_parser("weights", help="verify, export, convert and describe weights")
     arguments = parser.parse_args(words)
     arguments.words = words  # for the ranks that it may start
     run = {"embed": run_embed, "probe": run_probe, "atoms": run_atoms, "fuse": run_fuse,

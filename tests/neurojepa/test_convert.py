@@ -17,8 +17,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from neurojepa import model_card
 from neurojepa.convert import convert
 from neurojepa.downstream.__main__ import main as downstream
 from neurojepa.downstream.table import read_embeddings
@@ -142,6 +143,7 @@ def test_the_same_voxels_give_the_same_tokens(moe: bool, tmp_path: Path) -> None
     tensors = official(moe)
     model = load(str(converted(write(tmp_path, tensors, moe)))).model
     assert isinstance(model, Official)
+    assert {norm.eps for norm in model.target.modules() if isinstance(norm, nn.LayerNorm)} == {1e-6}
     bright_NP = torch.rand(96, PATCH**3)
     bright_NP[5:9] = 0
     number = torch.arange(96)
@@ -223,6 +225,10 @@ def without(name: str) -> Callable[[Tensors], Tensors]:
     (lambda found: found | {"norm.bias": torch.zeros(DIM, dtype=torch.int64)},
      r"norm\.bias is of torch\.int64"),
     (lambda found: found | {"norm.bias": torch.full((DIM,), torch.nan)}, r"not finite: norm\.bias"),
+    (lambda found: found | {"norm.bias": torch.full((DIM,), 1e300, dtype=torch.float64)},
+     r"not finite: norm\.bias"),
+    (lambda found: found | {"norm.bias": torch.full((DIM,), torch.nan).to(torch.float8_e4m3fn)},
+     r"not finite: norm\.bias"),
     (lambda found: found | {"norm.bias": 3.0}, r"norm\.bias is a float, no tensor"),
     (lambda found: found | {"module.norm.bias": torch.zeros(DIM)}, r"two tensors are named norm"),
     (lambda found: found | official(True), r"has experts, .*config\.json says model\.use_moe = Fa"),
@@ -247,6 +253,7 @@ def test_tensors_that_do_not_fit_are_refused(alter: Any, said: str, tmp_path: Pa
     *(({"moe_params": MODEL["moe_params"] | {name: value}}, True,
        rf"model\.moe_params\.{name} = ") for name, value in (
         ("score_func", "sigmoid"), ("route_scale", None), ("route_scale", 0),
+        ("route_scale", float("inf")), ("route_scale", float("nan")),
         ("n_activated_experts", 3), ("moe_layer_indices", [0, 2]))),
 ])
 def test_configs_of_other_networks_are_refused(alter: dict[str, Any], moe: bool, said: str,
@@ -267,10 +274,14 @@ def test_files_that_are_no_plain_checkpoint_are_refused(tmp_path: Path) -> None:
         convert(str(write(tmp_path, tensors, loss=Loss())))
     with pytest.raises(DataError, match="holds 'ema', which no official checkpoint has"):
         convert(str(write(tmp_path, tensors, ema={})))
+    with pytest.raises(DataError, match="target_encoder is no table of tensors by name; it has 0"):
+        convert(str(write(tmp_path, tensors, target_encoder={0: torch.zeros(1)})),
+                part="target_encoder")
     file = write(tmp_path, tensors)
     whole = file.read_bytes()
     for name, data in (("half.pt", whole[:len(whole) // 2]), ("empty.pt", b""),
-                       ("text.pt", b"no checkpoint"), ("half.safetensors", b"\x10" + whole[:50])):
+                       ("text.pt", b"no checkpoint"), ("dot.pt", b"."),
+                       ("half.safetensors", b"\x10" + whole[:50])):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=rf"{name}: is no checkpoint, or damaged"):
             convert(str(tmp_path / name))
@@ -286,6 +297,33 @@ def test_files_that_are_no_plain_checkpoint_are_refused(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=said):
             convert(str(file))
+
+
+def test_nothing_is_written_over_what_is_converted(tmp_path: Path) -> None:
+    """Neither the checkpoint's folder nor that of its config."""
+    file = write(tmp_path, official(False))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/latest.pt").write_bytes(file.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for words in ([file], [tmp_path],
+                  [tmp_path / "deep/latest.pt", "--config", tmp_path / "config.json"]):
+        with pytest.raises(ConfigError, match=r"--out .*written over; name another"):
+            weights(["convert", *map(str, words), "--out", str(tmp_path / "deep/..")])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_results_come_into_the_card(tmp_path: Path) -> None:
+    folder = converted(write(tmp_path, official(False)))
+    record = json.loads((folder / "config.json").read_text())
+    found = {"step": record["step"], "feed": "f00d", "modality": "T1w", "cohort": None,
+             "identity": {"model": record["sha256"]}, "results": {"neurojepa": {"age": {"r2": {
+                 "value": 0.25, "low": 0.125, "high": 0.5, "num_people": 12}}}}}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    weights(["card", str(folder), "--results", str(tmp_path / "results.json")])
+    card = (folder / "README.md").read_text()
+    assert "| age | r2 | neurojepa | 0.250 | 0.125 to 0.500 | 12 |" in card
+    assert "split test of feed f00d (T1w)" in card and "`conversion.txt` has each" in card
+    assert "conversion.txt" not in model_card.card({**record, "purpose": "Tells age."})
 
 
 @pytest.mark.slow(3)
