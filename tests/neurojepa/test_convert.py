@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -259,7 +260,8 @@ def test_tensors_that_do_not_fit_are_refused(alter: Any, said: str, tmp_path: Pa
 def test_configs_of_other_networks_are_refused(alter: dict[str, Any], moe: bool, said: str,
                                                tmp_path: Path) -> None:
     file = write(tmp_path, official(moe), moe)
-    (tmp_path / "theirs.yaml").write_text(json.dumps({"model": MODEL | {"use_moe": moe} | alter}))
+    (tmp_path / "theirs.yaml").write_text(
+        yaml.safe_dump({"model": MODEL | {"use_moe": moe} | alter}))
     with pytest.raises((ConfigError, DataError), match=said):
         convert(str(file), config=str(tmp_path / "theirs.yaml"))
 
