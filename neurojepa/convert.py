@@ -256,8 +256,8 @@ def _check_experts(params: Any, name: str, blocks: set[int], where: str) -> floa
                         f"{sorted(blocks)}")
     scale = params.get("route_scale")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise ConfigError(f"{where}: model.moe_params.route_scale = {scale!r}, a number above 0 is "
-                          "needed")
+        raise ConfigError(f"{where}: model.moe_params.route_scale = {scale!r}, a finite "
+                          "number above 0 is needed")
     return float(scale)
 
 
