@@ -88,15 +88,19 @@ def _taught(weights: Weights, person: str, scans: Sequence[str]) -> str:
 def _without(task: Task, scans: Scans | None, told: set[tuple[str, str]],
              known: Sequence[str]) -> list[dict[str, str]]:
     """Rows of those whose scans were found, and of whom none can be used."""
+    if scans is None:
+        return []
     reasons: dict[tuple[str, str], str] = {}
-    for row in scans.about.to_pylist() if scans else ():
+    about = scans.about.to_pylist()
+    for row in about:
         key = row["participant"], row["session"] if task.by_session else ""
         if key not in told:
             why = (f"{row['modality']} rejected: {row['reason']}" if row["status"] == "rejected"
                    else f"{row['modality']} was not asked for" if row["modality"] in known
                    else f"no {' or '.join(known)}")
             reasons.setdefault(key, why)
-    assert scans is not None or not reasons
+    for person in sorted(scans.ids.keys() - {row["participant"] for row in about}):
+        reasons[person, ""] = "no scan was prepared"  # of PET and BOLD alone, see unasked.py
     return [{"participant_id": scans.ids[person], "session_id": session, "scans": "",
              "predicted": "", "probability": "", "taught": "", "why_not": why}
-            for (person, session), why in reasons.items()] if scans else []
+            for (person, session), why in reasons.items()]

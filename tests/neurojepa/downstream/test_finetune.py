@@ -253,18 +253,20 @@ def test_who_has_no_usable_scan_is_listed_with_the_reason(tuned: Path) -> None:
     about += [{**about[0], "participant": "gone", "status": "rejected", "reason": "no_brain"},
               {**about[0], "participant": "other", "modality": "PET"},
               {**about[0], "participant": "more", "modality": "T2w"}]
-    ids = {people[0]: "own-1", "gone": "own-2", "other": "own-3", "more": "own-4"}
+    ids = {people[0]: "own-1", "gone": "own-2", "other": "own-3", "more": "own-4", "pet": "own-5"}
     model = neurojepa.load(tuned / "m")
     rows = np.flatnonzero(np.array(feed.index["participant"].to_pylist()) == people[0])
     found = predict(model.weights, *read_head(model.name, model.weights), feed, rows, {"PET": 1},
                     Scans(feed, pa.Table.from_pylist(about), ids))
     told = {row["participant_id"]: (bool(row["predicted"]), row["why_not"]) for row in found.rows}
     assert told == {"own-1": (True, ""), "own-2": (False, "T1w rejected: no_brain"),
-                    "own-3": (False, "no T1w or T2w"), "own-4": (False, "T2w was not asked for")}
+                    "own-3": (False, "no T1w or T2w"), "own-4": (False, "T2w was not asked for"),
+                    "own-5": (False, "no scan was prepared")}
     write_predicted(str(tuned / "listed"), found, {"model": "M", "scans": ["x"]})
     record = json.loads((tuned / "listed/results.json").read_text())
     assert record["without_prediction"] == {
-        "T1w rejected: no_brain": 1, "no T1w or T2w": 1, "T2w was not asked for": 1}
+        "T1w rejected: no_brain": 1, "no T1w or T2w": 1, "T2w was not asked for": 1,
+        "no scan was prepared": 1}
     assert record["predicted"] == 1 and record["skipped"] == {"PET": 1}
 
 
