@@ -83,8 +83,9 @@ def complete_card(uri: str, *, results: str | None = None, licence: str | None =
             if found.get(name) != record[name] and record[name] is not None:
                 raise DataError(f"{results}: is of {name} {found.get(name)}, the weights of "
                                 f"{record[name]}; probe these weights on the feed they learnt from")
-        other = found.get("identity", identity(record))  # earlier versions wrote none
-        if differing := [name for name, sha in identity(record).items() if other.get(name) != sha]:
+        own = identity(record)
+        other = found.get("identity", own)  # earlier versions wrote none
+        if differing := [name for name in own | other if own.get(name) != other.get(name)]:
             raise DataError(f"{results}: is of the same step and feed but of other weights: "
                             f"{', '.join(differing)} differ; probe these weights")
         record["results"] = {name: found.get(name)

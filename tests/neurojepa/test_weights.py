@@ -131,11 +131,15 @@ def test_a_card_is_completed_bit_by_bit(copied: Path, tmp_path: Path) -> None:
     assert load(str(copied)).step == record["step"]
 
 
+OWN = identity(json.loads((SHIPPED / small_weights.NAME / "config.json").read_text()))
+
+
 @pytest.mark.parametrize(("changed", "words"), [
     ({"step": 3}, "is of step 3, the weights of"), ({"feed": "f"}, "is of feed f"),
     ({"results": None}, "is not a results.json of probe --feed"),
     ({"identity": {"model": "other"}}, "but of other weights: model, pooling differ; probe these"),
-    ({"identity": {}}, "but of other weights: model")])
+    ({"identity": {}}, "but of other weights: model"),
+    ({"identity": OWN | {"code": "a"}}, "but of other weights: code differ")])
 def test_results_of_something_else_are_refused(copied: Path, tmp_path: Path,
                                                changed: dict[str, Any], words: str) -> None:
     before = (copied / "config.json").read_bytes()

@@ -170,6 +170,8 @@ def test_the_probe_command_writes_scores_of_both_models(trained: Path) -> None:
                        str(trained / "feed"), "--out", str(out), "--labels", "size", "kind"]) == 0
     record = json.loads((out / "results.json").read_text())
     assert set(record["results"]) == {"neurojepa", "random init"}
+    about = json.loads((trained / "weights/config.json").read_text())
+    assert record["identity"] == {"model": about["sha256"], "pooling": about["pooling"]["sha256"]}
     for targets in record["results"].values():
         assert targets["size"]["mae"]["num_people"] == 8
         assert targets["size"]["num_train_people"] == 16
