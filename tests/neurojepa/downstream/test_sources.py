@@ -86,6 +86,43 @@ def test_images_are_made_of_visits_or_of_each_scan_of_a_single_source(folder: Pa
     assert groups_of(feed, np.concatenate([rows, rows]), ["T1w"]).shape == (2 * (PEOPLE - 4), 1)
 
 
+def test_what_is_put_together_is_of_one_person(folder: Path) -> None:
+    feed, names = open_feed(str(folder / "feed")), ["T2w", "T1w"]
+    found = drawn_visits(folder, *names, rows=slice(6, None))  # not all rows of the feed
+    groups = groups_of(feed, np.arange(6, feed.index.num_rows), names)
+    assert len(found.target) == len(groups) == PEOPLE - 3
+    person, modality = (np.array(feed.index[name].to_pylist())
+                        for name in ("participant", "modality"))
+    assert person[found.target].tolist() == found.participant.tolist()
+    for of_visits, people in ((found.sources, found.participant), (groups, None)):
+        for k, rows in enumerate(of_visits):
+            there = rows >= 0
+            assert set(person[rows[there]]) == {person[rows[there][0]] if people is None
+                                                else people[k]}
+            assert modality[rows[there]].tolist() == np.array(names)[there].tolist()
+
+
+def test_latents_of_each_set_of_sources_are_told(folder: Path, tmp_path: Path) -> None:
+    weights, feed = load(str(folder / "weights")), open_feed(str(folder / "feed"))
+    drawn, rng = drawn_visits(folder, "T1w", "T2w"), np.random.default_rng(0)
+    planted = [torch.from_numpy(rng.normal(size=(96, 96)) / 10).float() for _ in range(2)]
+    token = {int(row): torch.from_numpy(rng.normal(size=(99, 96))).float()
+             for row in drawn.sources.flat if row >= 0}
+    token |= {int(target): sum(token[int(row)] @ planted[k] for k, row in enumerate(rows)
+                               if row >= 0)
+              for rows, target in zip(drawn.sources, drawn.target, strict=True)}
+    teacher = Teacher(weights, weights.places, feed, drawn, str(tmp_path), {})
+    teacher.tokens = lambda rows: ((torch.arange(99), token[int(row)]) for row in rows)
+    teacher.fit_latents()
+    line = teacher.completion.line
+    assert torch.allclose(line[2], torch.cat(planted), atol=0.01)
+    for pattern, own in enumerate(planted):
+        alone = line[pattern].reshape(2, 96, 96)
+        assert not alone[1 - pattern].any()  # nothing is told by what is not there
+        assert np.corrcoef(alone[pattern].flatten(), own.flatten())[0, 1] > 0.8
+    assert teacher.latent_scores()["tokens"].value > 0.8
+
+
 def volumes(seed: int = 0) -> list[Volume]:
     """Two of [6, 6, 6]: the first ends at x 3, the second begins at x 2."""
     rng, found = np.random.default_rng(seed), []
