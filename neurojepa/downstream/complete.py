@@ -92,7 +92,7 @@ def learn(weights: Weights, places: Places, feed: Feed, visits: Visits, *, epoch
     test = visits.of("test")
     whole = visits.whole("test")  # there is one at least
     rows, shown = {}, dict(zip(visits.names, (
-        each.value_XYZ for each in teacher.volumes(int(whole[0]))[0]), strict=True))
+        each.value_XYZ for each in teacher.images(visits.sources[whole[0]])), strict=True))
 
     def images(name: str, rows: np.ndarray) -> Iterator[np.ndarray]:
         if name in nets:
@@ -108,7 +108,7 @@ def learn(weights: Weights, places: Places, feed: Feed, visits: Visits, *, epoch
             made = images(kept, _alone(visits, number))
             rows[f"{kept}, {name} alone"], _ = _row(teacher, whole[0], made,
                                                     visits.sources[test, number] >= 0)
-    shown["true"] = teacher.volumes(int(whole[0]))[1].value_XYZ
+    shown["true"] = teacher.target(int(whole[0])).value_XYZ
     pairs = [*PAIRS, *((kept, name) for name in rows if name.endswith(" alone"))]
     return Found(nets[kept], kept == LATENT, visits, rows, _gains(visits, rows, pairs),
                  teacher.latent_scores(), losses, shown, list(warnings))

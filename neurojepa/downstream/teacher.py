@@ -5,8 +5,8 @@
 
 Where there are several sources, a network learns from half of the visits of an epoch with some of
 their sources left out, so that it can do without them.  Crops and what is left out follow from seed
-and epoch alone.  ``keep`` in a folder has what needs no network, and each
-network after each epoch, so that a killed fit goes on to the same bits.
+and epoch alone.  The folder ``keep`` has what needs no network, and each network after each epoch,
+so that a killed fit goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -72,8 +72,11 @@ class Teacher:
 
     def volumes(self, k: int) -> tuple[list[Volume], Volume]:
         """Sources and target of a visit."""
-        return (self.images(self.visits.sources[k]),
-                volume_of(self.reader.image(int(self.visits.target[k]))))
+        return self.images(self.visits.sources[k]), self.target(k)
+
+    def target(self, k: int) -> Volume:
+        """That of a visit."""
+        return volume_of(self.reader.image(int(self.visits.target[k])))
 
     def images(self, rows: np.ndarray) -> list[Volume]:
         """Those of the rows [K] of a visit's sources."""
@@ -110,7 +113,7 @@ class Teacher:
         total = np.zeros(self.feed.grid.shape)
         count = np.zeros(self.feed.grid.shape)
         for k in self.visits.of("train"):
-            _, target = self.volumes(k)
+            target = self.target(k)
             total += target.value_XYZ
             count += target.brain_XYZ
         mean = total / np.maximum(count, 1)
@@ -250,7 +253,7 @@ class Teacher:
         rows = _left_out(self.visits.sources[order], rng)
         told = self.latents_of(rows) if latents else None
         for k, row in zip(order, rows, strict=True):
-            sources, target = self.images(row), self.volumes(k)[1]
+            sources, target = self.images(row), self.target(k)
             patch_T, latent_TD = next(told) if told else (torch.zeros(0), None)
             where = brain_of(sources) & target.brain_XYZ
             planes = net.planes(sources)
